@@ -1,0 +1,1 @@
+"""LLaMA pre-training with low-rank optimizers: one command, every part importable."""
