@@ -1,0 +1,50 @@
+"""What a state holds, read on the host: ranks and bytes."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from lowrank_optax.low_rank import LowRankState, Subspace
+
+
+def subspaces(state: Any) -> dict[str, Subspace]:
+    """Returns the subspace of each projected leaf by its path.
+
+    Args:
+        state: State of any optimizer that contains low-rank transformations.
+
+    Returns:
+        Key path of the parameter, as ``jax.tree_util.keystr`` writes it, -> subspace.
+    """
+    nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, LowRankState))
+    found = {}
+    for node in nodes:
+        if not isinstance(node, LowRankState):
+            continue
+        leaves = jax.tree_util.tree_flatten_with_path(
+            node.subspaces, is_leaf=lambda x: isinstance(x, Subspace)
+        )[0]
+        found.update({jax.tree_util.keystr(path): leaf for path, leaf in leaves})
+    return found
+
+
+def ranks(state: Any) -> dict[str, np.ndarray]:
+    """Returns the rank in use of each projected leaf by its path.
+
+    Args:
+        state: State of any optimizer that contains low-rank transformations. Its arrays
+            are read, so this waits for the device.
+
+    Returns:
+        Key path -> ranks, int32, shape (*stack,): () for a single matrix. Leaves that
+        are not projected have no entry; :func:`lowrank_optax.projections` says why.
+
+    Example:
+        >>> import lowrank_optax, jax.numpy as jnp
+        >>> params = {"blocks": jnp.ones((3, 64, 16)), "bias": jnp.ones(16)}
+        >>> ranks(lowrank_optax.galore(1e-2, rank=4).init(params))
+        {"['blocks']": array([4, 4, 4], dtype=int32)}
+    """
+    in_use = {path: subspace.rank for path, subspace in subspaces(state).items()}
+    return jax.tree.map(np.asarray, jax.device_get(in_use))

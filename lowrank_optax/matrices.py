@@ -1,0 +1,177 @@
+"""A parameter leaf seen as a batch of oriented matrices, and back."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Side = Literal["short", "long"]
+
+
+class LowRankDimensionNumbers(NamedTuple):
+    """Which axes of a leaf form its matrix; the axes not named are stack axes.
+
+    Attributes:
+        reduction_axis: Axis or axes of the rows (the input of a kernel).
+        output_axis: Axis or axes of the columns (the output of a kernel).
+
+    Example:
+        An attention kernel (embed, heads, head_dim), as embed x (heads * head_dim):
+
+        >>> LowRankDimensionNumbers(reduction_axis=0, output_axis=(1, 2))
+        LowRankDimensionNumbers(reduction_axis=0, output_axis=(1, 2))
+    """
+
+    reduction_axis: int | Sequence[int] = 0
+    output_axis: int | Sequence[int] = 1
+
+
+DimensionNumbers = Any | Callable[[Any], Any]
+"""A tree like the parameters of LowRankDimensionNumbers (None: leave the leaf at full
+size), or a function that makes one from the parameters."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixView:
+    """How one leaf is seen as a stack of matrices G (n, m) and oriented to (a, b).
+
+    b is the length of the projected side, a that of the other one. Everything here is
+    static: shapes and axes, never values.
+
+    Attributes:
+        shape: Shape of the leaf.
+        stack_axes: Axes that index the matrices of the stack.
+        row_axes: Axes whose product is n.
+        column_axes: Axes whose product is m.
+        projects_rows: Whether b = n; else b = m.
+    """
+
+    shape: tuple[int, ...]
+    stack_axes: tuple[int, ...]
+    row_axes: tuple[int, ...]
+    column_axes: tuple[int, ...]
+    projects_rows: bool
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Shape of the stack, () for a single matrix."""
+        return tuple(self.shape[axis] for axis in self.stack_axes)
+
+    @property
+    def rows(self) -> int:
+        """Number of rows n."""
+        return math.prod(self.shape[axis] for axis in self.row_axes)
+
+    @property
+    def columns(self) -> int:
+        """Number of columns m."""
+        return math.prod(self.shape[axis] for axis in self.column_axes)
+
+    @property
+    def projected_axes(self) -> tuple[int, ...]:
+        """Axes of the leaf that form the projected side."""
+        return self.row_axes if self.projects_rows else self.column_axes
+
+    @property
+    def kept_axes(self) -> tuple[int, ...]:
+        """Axes of the leaf that form the other side."""
+        return self.column_axes if self.projects_rows else self.row_axes
+
+    @property
+    def projected_size(self) -> int:
+        """Length b of the projected side."""
+        return self.rows if self.projects_rows else self.columns
+
+    @property
+    def kept_size(self) -> int:
+        """Length a of the other side."""
+        return self.columns if self.projects_rows else self.rows
+
+    def matrices(self, leaf: jax.Array) -> jax.Array:
+        """Returns the leaf as (*stack, n, m)."""
+        order = self.stack_axes + self.row_axes + self.column_axes
+        shape = (*self.stack, self.rows, self.columns)
+        return leaf.transpose(order).reshape(shape)
+
+    def leaf(self, matrices: jax.Array) -> jax.Array:
+        """Returns (*stack, n, m) in the leaf's own shape: the inverse of matrices."""
+        order = self.stack_axes + self.row_axes + self.column_axes
+        inverse = sorted(range(len(order)), key=order.__getitem__)
+        permuted = matrices.reshape([self.shape[axis] for axis in order])
+        return permuted.transpose(inverse)
+
+    def oriented(self, leaf: jax.Array) -> jax.Array:
+        """Returns the leaf as (*stack, a, b), the projected side last."""
+        matrices = self.matrices(leaf)
+        return jnp.swapaxes(matrices, -1, -2) if self.projects_rows else matrices
+
+    def project(self, leaf: jax.Array, basis: jax.Array) -> jax.Array:
+        """Returns G P, (*stack, a, r), for a leaf G and a basis P (*stack, b, r)."""
+        # The transposition is left to the product: no transposed copy of G is made.
+        product = "...ba,...br->...ar" if self.projects_rows else "...ab,...br->...ar"
+        matrices = self.matrices(leaf).astype(basis.dtype)
+        return jnp.einsum(product, matrices, basis)
+
+    def lift(self, coordinates: jax.Array, basis: jax.Array) -> jax.Array:
+        """Returns N P^T in the leaf's shape, for coordinates N (*stack, a, r)."""
+        product = "...br,...ar->...ba" if self.projects_rows else "...br,...ar->...ab"
+        return self.leaf(jnp.einsum(product, basis, coordinates))
+
+
+def dimension_numbers_by_shape(params: Any) -> Any:
+    """Returns the default dimension numbers of every leaf, a tree like ``params``.
+
+    A matrix is itself; a leaf of more axes is a stack of its last two; vectors and
+    scalars get None and stay at full size. Change single entries of the result, with
+    ``jax.tree_util.tree_map_with_path`` for instance, and hand it on as
+    ``dimension_numbers``.
+
+    Example:
+        >>> dimension_numbers_by_shape({"scan": jnp.ones((8, 4, 6)), "b": jnp.ones(6)})
+        {'b': None, 'scan': LowRankDimensionNumbers(reduction_axis=1, output_axis=2)}
+    """
+    return jax.tree.map(_by_shape, params)
+
+
+def _by_shape(leaf) -> LowRankDimensionNumbers | None:
+    if leaf.ndim < 2:
+        return None
+    return LowRankDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
+
+
+def matrix_view(
+    shape: Sequence[int], numbers: LowRankDimensionNumbers, side: Side, name: str
+) -> MatrixView:
+    """Returns the view of a leaf of this shape; ``name`` is for error messages.
+
+    Raises:
+        ValueError: If the axes do not exist, repeat, or leave a side without an axis.
+    """
+    shape = tuple(shape)
+    rows = _axes(numbers.reduction_axis, shape, name)
+    columns = _axes(numbers.output_axis, shape, name)
+    named = rows + columns
+    if len(set(named)) != len(named) or not rows or not columns:
+        raise ValueError(
+            f"{name}: reduction_axis and output_axis must be disjoint and not empty, "
+            f"got {numbers} for shape {shape}."
+        )
+    stack = tuple(axis for axis in range(len(shape)) if axis not in named)
+    n = math.prod(shape[axis] for axis in rows)
+    m = math.prod(shape[axis] for axis in columns)
+    # A square matrix projects its columns for "short", as GaLore's code does.
+    projects_rows = n < m if side == "short" else n >= m
+    return MatrixView(shape, stack, rows, columns, projects_rows)
+
+
+def _axes(
+    axes: int | Sequence[int], shape: tuple[int, ...], name: str
+) -> tuple[int, ...]:
+    axes = (axes,) if isinstance(axes, int) else tuple(axes)
+    for axis in axes:
+        if not -len(shape) <= axis < len(shape):
+            raise ValueError(f"{name}: axis {axis} does not exist in shape {shape}.")
+    return tuple(axis % len(shape) for axis in axes)

@@ -1,0 +1,204 @@
+"""The methods by name: short aliases of ``scale_by_low_rank`` with the parts chosen."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax.bases import BasisRule, exact_svd, range_finder
+from lowrank_optax.low_rank import scale_by_low_rank
+from lowrank_optax.matrices import DimensionNumbers, Side
+from lowrank_optax.ranks import RankRule, energy_rank
+from lowrank_optax.rebase import RebaseRule
+from lowrank_optax.refresh import RefreshRule, every, on_convergence
+
+Mask = Any | Callable[[Any], Any]
+
+
+def adarankgrad(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int | RankRule = 128,
+    threshold: jax.typing.ArrayLike = 0.05,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Mask | None = None,
+    *,
+    scale: jax.typing.ArrayLike = 1.0,
+    basis: BasisRule | None = None,
+    refresh: RefreshRule | None = None,
+    rebase: str | RebaseRule = "abs",
+    side: Side = "short",
+    dimension_numbers: DimensionNumbers | None = None,
+    seed: jax.typing.ArrayLike = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """AdaRankGrad: Adam in a subspace whose rank and moment of renewal adapt.
+
+    ``scale_by_low_rank`` around ``optax.scale_by_adam`` with the rank by energy, a
+    randomized basis, renewal on convergence, and moments re-based; then decoupled
+    weight decay and the learning rate. Equations, state and cost:
+    :func:`scale_by_low_rank`.
+
+    Args:
+        learning_rate: Step size, or a schedule of it by update.
+        rank: Capacity, the largest rank, >= 1; or a rank rule, which then replaces
+            ``threshold`` too.
+        threshold: Share of a gradient's squared norm that its subspace may lose; in
+            (0, 1). Of ``energy_rank`` and, as sqrt(1 - threshold), of
+            ``on_convergence``.
+        b1: Decay of the first moment, in [0, 1).
+        b2: Decay of the second moment, in [0, 1).
+        eps: Added to the root of the second moment, > 0.
+        weight_decay: Decoupled decay of the parameters, times the learning rate; >= 0.
+        mask: Which leaves decay: a tree of bools, or a function from the parameters to
+            one. None: all.
+        scale: Factor on the updates of projected leaves.
+        basis: Basis rule; None: ``range_finder(warm_start=True)``.
+        refresh: Refresh rule; None: ``on_convergence(100, 400, sqrt(1 - threshold))``.
+        rebase: Re-basing rule or its name.
+        side: "short" or "long"; see :func:`scale_by_low_rank`.
+        dimension_numbers: See :func:`scale_by_low_rank`.
+        seed: Seed of the random sketches.
+
+    Returns:
+        An optimizer; its ``update`` needs ``params``, for the weight decay.
+
+    Raises:
+        ValueError: If a value is out of its range.
+
+    Example:
+        >>> params = {"w": jnp.ones((64, 16))}
+        >>> state = adarankgrad(1e-3, rank=4).init(params)
+        >>> state[0].subspaces["w"].basis.shape
+        (16, 4)
+
+    References:
+        Refael et al., `AdaRankGrad <https://arxiv.org/abs/2410.17881>`_, 2024.
+        Differences from the paper:
+
+        - Algorithm 1's basis is not ordered; ours is, so that its first columns are the
+          ones to keep, and it starts from the subspace in use (``warm_start``).
+        - Algorithm 2's binary search does not end as printed; a cumulative sum answers.
+          The threshold is on squared norms, as in Equation 2.
+        - The printed rank is what one gradient asks for, started low. Gradients of
+          early pre-training ask for one or two directions and later for many more: that
+          rule collapses every layer. Here the rank starts at the capacity, moves both
+          ways, is smoothed over refreshes, and has a floor.
+        - The second moment's V <- R V of Block 2 can be negative; the ``rebase`` rules
+          are not.
+        - Block 3 compares the raw norm of one mini-batch's projected gradient; ours is
+          smoothed, and the interval is bounded from both sides.
+        - The inner counter runs on over refreshes, as printed: bias correction is not
+          repeated.
+        - Weight decay is not in the paper. Update by layer during backpropagation is
+          left to the training loop.
+    """
+    if refresh is None:
+        fraction = (
+            (1 - threshold) ** 0.5
+            if isinstance(threshold, (int, float)) and 0 < threshold < 1
+            else jnp.sqrt(1 - jnp.asarray(threshold))
+        )
+        refresh = on_convergence(100, 400, fraction)
+    return _optimizer(
+        scale_by_low_rank(
+            optax.scale_by_adam(b1, b2, eps),
+            energy_rank(rank, threshold) if isinstance(rank, int) else rank,
+            basis=range_finder(warm_start=True) if basis is None else basis,
+            refresh=refresh,
+            rebase=rebase,
+            side=side,
+            dimension_numbers=dimension_numbers,
+            scale=scale,
+            seed=seed,
+        ),
+        learning_rate,
+        weight_decay,
+        mask,
+    )
+
+
+def galore(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int = 128,
+    update_proj_gap: int = 200,
+    scale: jax.typing.ArrayLike = 0.25,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Mask | None = None,
+    *,
+    basis: BasisRule | None = None,
+    side: Side = "short",
+    dimension_numbers: DimensionNumbers | None = None,
+    seed: jax.typing.ArrayLike = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """GaLore: Adam in the subspace of the leading singular vectors of a gradient.
+
+    ``scale_by_low_rank`` around ``optax.scale_by_adam`` with an exact SVD of every
+    projected leaf each ``update_proj_gap`` updates, on the same update for all, and
+    moments kept as they are when the basis changes. Equations, state and cost:
+    :func:`scale_by_low_rank`.
+
+    Args:
+        learning_rate: Step size, or a schedule of it by update.
+        rank: Columns of the bases, >= 1.
+        update_proj_gap: Updates between two SVDs, >= 1.
+        scale: Factor on the updates of projected leaves.
+        b1: Decay of the first moment, in [0, 1).
+        b2: Decay of the second moment, in [0, 1).
+        eps: Added to the root of the second moment, > 0.
+        weight_decay: Decoupled decay of the parameters, times the learning rate; >= 0.
+        mask: Which leaves decay: a tree of bools, or a function from the parameters to
+            one. None: all.
+        basis: Basis rule; None: ``exact_svd()``. ``range_finder()`` is hundreds of
+            times faster and captures nearly as much.
+        side: "short" or "long"; see :func:`scale_by_low_rank`.
+        dimension_numbers: See :func:`scale_by_low_rank`. Published runs leave embedding
+            and head at full size: give None for them, or use ``optax.partition``.
+        seed: Seed of a randomized ``basis``.
+
+    Returns:
+        An optimizer; its ``update`` needs ``params``, for the weight decay.
+
+    Raises:
+        ValueError: If a value is out of its range.
+
+    References:
+        Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024, with the
+        authors' defaults. ``optax.contrib.galore`` projects the long side and has
+        ``scale`` 1; ``side="long"``, ``scale=1.0`` reproduce it, on stacked leaves too.
+        The first SVD is that of the first gradient, as in the authors' code. A zero or
+        non-finite gradient keeps the old basis here and the SVD is repeated at the next
+        update.
+    """
+    return _optimizer(
+        scale_by_low_rank(
+            optax.scale_by_adam(b1, b2, eps),
+            rank,
+            basis=exact_svd() if basis is None else basis,
+            refresh=every(update_proj_gap, stagger=False),
+            rebase="keep",
+            side=side,
+            dimension_numbers=dimension_numbers,
+            scale=scale,
+            seed=seed,
+        ),
+        learning_rate,
+        weight_decay,
+        mask,
+    )
+
+
+def _optimizer(
+    transformation, learning_rate, weight_decay, mask
+) -> optax.GradientTransformationExtraArgs:
+    return optax.chain(
+        transformation,
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )

@@ -1,0 +1,98 @@
+"""Where the moments lie inside any inner transformation's state, and of what kind."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+
+Kind = Literal["first", "second", "constant"]
+
+KNOWN_FIELDS: dict[str, Kind] = {
+    "mu": "first",  # Adam and its family, Lion, Muon
+    "trace": "first",  # momentum
+    "ema": "first",
+    "nu": "second",  # Adam and its family, RMS
+    "nu_max": "second",  # AMSGrad
+    "sum_of_squares": "second",  # Adagrad
+    "ns_coeffs": "constant",  # Muon
+}
+
+
+class Moment(NamedTuple):
+    """One array of the inner state that lives in a subspace.
+
+    Attributes:
+        index: Its position among the leaves of the inner state.
+        kind: "first" or "second".
+    """
+
+    index: int
+    kind: Kind
+
+
+def locate_moments(
+    inner_state: Any,
+    shapes: Mapping[tuple, tuple[int, ...]],
+    other_paths: set[tuple],
+    fields: Mapping[str, Kind],
+) -> dict[tuple, list[Moment]]:
+    """Returns the moments of every projected leaf, by the leaf's key path.
+
+    An array belongs to the parameter whose key path its own path ends with; the name
+    before that is the field. Scalars are counters and stay as they are, whatever they
+    are called.
+
+    Args:
+        inner_state: State of the inner transformation; arrays or their shapes.
+        shapes: Key path of each projected leaf -> (*stack, a, r) of its coordinates.
+        other_paths: Key paths of the leaves at full size.
+        fields: Field name -> kind: the caller's own, beside the known ones.
+
+    Raises:
+        ValueError: If an array in a subspace, or one that belongs to no parameter, has
+            a field that no rule knows.
+    """
+    kinds = {**KNOWN_FIELDS, **fields}
+    found: dict[tuple, list[Moment]] = {path: [] for path in shapes}
+    leaves = jax.tree_util.tree_flatten_with_path(inner_state)[0]
+    for index, (path, leaf) in enumerate(leaves):
+        if not getattr(leaf, "shape", ()):
+            continue
+        owner, field = _owner_and_field(path, shapes, other_paths)
+        if owner in other_paths:
+            continue
+        kind = kinds.get(field)
+        if kind == "constant":
+            continue
+        if kind is None or owner is None or leaf.shape != shapes[owner]:
+            raise ValueError(_unknown(path, field, leaf.shape))
+        found[owner].append(Moment(index, kind))
+    return found
+
+
+def _owner_and_field(path, shapes, other_paths) -> tuple[tuple | None, str]:
+    """Returns the parameter that an inner array belongs to, and its field's name."""
+    for start in range(len(path) + 1):
+        suffix = tuple(path[start:])
+        if suffix in shapes or suffix in other_paths:
+            return suffix, _field(path[:start])
+    return None, _field(path)
+
+
+def _field(path) -> str:
+    for key in reversed(path):
+        if isinstance(key, jax.tree_util.GetAttrKey):
+            return key.name
+        if isinstance(key, jax.tree_util.DictKey):
+            return str(key.key)
+    return ""
+
+
+def _unknown(path, field, shape) -> str:
+    return (
+        f"inner state field {field!r} at {jax.tree_util.keystr(path)} with shape "
+        f"{tuple(shape)} has no re-basing rule; say what it is with "
+        f"scale_by_low_rank(..., moments={{{field!r}: kind}}), kind being 'first' "
+        "(linear in the gradients, shaped like them), 'second' (an average of their "
+        "squares, shaped like them) or 'constant' (independent of the basis)."
+    )

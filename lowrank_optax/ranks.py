@@ -1,0 +1,145 @@
+"""How many columns of a basis to keep: a fixed number, or by energy."""
+
+import dataclasses
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+
+
+class RankRule(Protocol):
+    """What ``scale_by_low_rank`` asks of a rank."""
+
+    @property
+    def capacity(self) -> int:
+        """Columns that ``init`` allocates per matrix."""
+        ...
+
+    def select(
+        self, energies: jax.Array, demand: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns the rank to use, int32 (*stack,), and the new demand, float32.
+
+        Args:
+            energies: Share of the squared Frobenius norm that each column captures,
+                largest first; (*stack, capacity). The capacity is the state's own.
+            demand: Smoothed demand so far, in columns; (*stack,).
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedRank:
+    """Every column of the capacity, always."""
+
+    capacity: int
+
+    def select(
+        self, energies: jax.Array, demand: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns the capacity; see :class:`RankRule`."""
+        capacity = energies.shape[-1]
+        full = jnp.full(energies.shape[:-1], capacity, jnp.int32)
+        return full, jnp.full_like(demand, capacity)
+
+
+@dataclasses.dataclass(frozen=True)
+class EnergyRank:
+    """See :func:`energy_rank`."""
+
+    capacity: int
+    threshold: jax.typing.ArrayLike
+    min_rank: jax.typing.ArrayLike
+    smoothing: jax.typing.ArrayLike
+
+    def select(
+        self, energies: jax.Array, demand: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns the rank in use; see :class:`RankRule`."""
+        capacity = energies.shape[-1]
+        now = needed_rank(energies, self.threshold).astype(demand.dtype)
+        smoothed = self.smoothing * demand + (1 - self.smoothing) * now
+        demand = jnp.asarray(smoothed, jnp.float32)
+        low = jnp.minimum(self.min_rank, capacity)
+        rank = jnp.clip(jnp.ceil(demand).astype(jnp.int32), low, capacity)
+        return rank, demand
+
+
+def energy_rank(
+    max_rank: int,
+    threshold: jax.typing.ArrayLike = 0.05,
+    min_rank: jax.typing.ArrayLike | None = None,
+    smoothing: jax.typing.ArrayLike = 0.5,
+) -> EnergyRank:
+    r"""Rank by captured energy, smoothed over refreshes, within [min_rank, max_rank].
+
+    With the captured shares e_1 >= e_2 >= ... of a gradient's squared Frobenius norm,
+    one refresh demands the least k with
+
+    .. math:: 1 - (e_1 + \dots + e_k) \le \eta
+
+    (capacity, where no k does), and the rank in use is the ceiling of the demand
+    smoothed over refreshes, d <- s d + (1 - s) k, clipped. It starts at ``max_rank``
+    and moves both ways inside it: no single noisy gradient decides it, and those of
+    early pre-training, which are nearly of rank one, do not collapse it.
+
+    Args:
+        max_rank: Capacity: columns allocated per matrix; >= 1.
+        threshold: Share eta of the squared norm that may be lost; in (0, 1). The
+            paper's Algorithm 2 writes it unsquared, its Equation 2 squared, as here.
+        min_rank: Least rank in use; 1 to max_rank; None: a quarter of max_rank.
+        smoothing: Weight s of the past, per refresh; in [0, 1). 0: the last gradient
+            alone decides, as printed in the paper.
+
+    Raises:
+        ValueError: If a value is out of its range.
+
+    References:
+        AdaRankGrad, Algorithm 2 (IASS). Its binary search does not end as printed; the
+        cumulative sum has the answer in one pass. Its rank may only be what one
+        gradient asks for; there is no smoothing and no memory in it.
+    """
+    if not isinstance(max_rank, int) or max_rank < 1:
+        raise ValueError(f"max_rank must be an int >= 1, got {max_rank!r}.")
+    if min_rank is None:
+        min_rank = max(1, max_rank // 4)
+    # Traced values (optax.inject_hyperparams) cannot be checked.
+    if isinstance(threshold, (int, float)) and not 0 < threshold < 1:
+        raise ValueError(f"threshold must be inside (0, 1), got {threshold}.")
+    if isinstance(min_rank, int) and not 1 <= min_rank <= max_rank:
+        raise ValueError(f"min_rank must be in 1..{max_rank}, got {min_rank}.")
+    if isinstance(smoothing, (int, float)) and not 0 <= smoothing < 1:
+        raise ValueError(f"smoothing must be inside [0, 1), got {smoothing}.")
+    return EnergyRank(max_rank, threshold, min_rank, smoothing)
+
+
+def needed_rank(energies: jax.Array, threshold: jax.typing.ArrayLike) -> jax.Array:
+    """Returns the least k with 1 - (e_1 + ... + e_k) <= threshold, int32 (*stack,).
+
+    Args:
+        energies: Captured shares, largest first; (*stack, capacity).
+        threshold: Share that may be lost.
+
+    Returns:
+        k, in 1..capacity; the capacity where no k reaches the threshold.
+    """
+    residual = 1 - jnp.cumsum(energies, axis=-1)
+    # The last column counts as reached, so that argmax finds it when nothing else is.
+    reached = (residual <= threshold).at[..., -1].set(True)
+    return jnp.argmax(reached, axis=-1).astype(jnp.int32) + 1
+
+
+def as_rank_rule(rank: "int | RankRule") -> RankRule:
+    """Returns a rank rule from an int or a rule.
+
+    Raises:
+        ValueError: If an int is below 1.
+        TypeError: If it is neither.
+    """
+    if isinstance(rank, bool) or not (isinstance(rank, int) or hasattr(rank, "select")):
+        raise TypeError(f"rank must be an int or a rank rule, got {rank!r}.")
+    if not isinstance(rank, int):
+        return rank
+    if rank < 1:
+        raise ValueError(f"rank must be >= 1, got {rank}.")
+    return FixedRank(rank)
