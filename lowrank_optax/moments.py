@@ -52,7 +52,9 @@ def locate_moments(
         ValueError: If an array in a subspace, or one that belongs to no parameter, has
             a field that no rule knows.
     """
-    kinds = {**KNOWN_FIELDS, **fields}
+    kinds: dict[str, Kind] = {**KNOWN_FIELDS, **fields}
+    if not shapes:
+        return {}
     found: dict[tuple, list[Moment]] = {path: [] for path in shapes}
     leaves = jax.tree_util.tree_flatten_with_path(inner_state)[0]
     for index, (path, leaf) in enumerate(leaves):
