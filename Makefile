@@ -1,0 +1,47 @@
+# Each target does its own set-up: it needs only make, Python 3.11 or later and pip.
+#   make pretrain            train the tiny LLaMA with AdaRankGrad on embedded text
+#   make pretrain ARGS="--model 60m --data c4 --tokenizer PATH"
+#   make test                everything that CI runs
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: pretrain test format bench clean
+
+pretrain: $(VENV)/.experiments
+	$(BIN)/python -m experiments.pretrain_llama $(ARGS)
+
+test: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/python -m pytest --doctest-modules lowrank_optax
+	$(BIN)/python -m pytest tests --durations=15
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.refresh_time
+	$(BIN)/python -m benchmarks.update_time
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or later is needed; name one: make PYTHON=python3.12 ..."; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+# constraints.txt pins every package, so that all machines run the same versions.
+$(VENV)/.experiments: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install --quiet -c constraints.txt -e '.[experiments]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install --quiet -c constraints.txt -e '.[experiments,c4,dev]'
+	@touch $@ $(VENV)/.experiments
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,1 @@
+"""Measurements against optax.contrib.galore; each file is a command."""

@@ -1,0 +1,90 @@
+"""Runs alternatives side by side and writes what was seen, with where and on what."""
+
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    """Returns the wall time of one call, its result awaited."""
+    start = time.perf_counter()
+    jax.block_until_ready(function())
+    return time.perf_counter() - start
+
+
+def paired(
+    ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int
+) -> dict[str, Any]:
+    """Times both in turns, so that a busy machine is busy for both.
+
+    Returns:
+        Seconds of each round and, pair by pair, ours / theirs: median, least, most.
+    """
+    pairs = [(seconds(ours), seconds(theirs)) for _ in range(rounds)]
+    ratios = [a / b for a, b in pairs]
+    return {
+        "ours_seconds": [a for a, _ in pairs],
+        "theirs_seconds": [b for _, b in pairs],
+        "ratio_median": statistics.median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+    }
+
+
+def environment() -> dict[str, str]:
+    """Returns versions, device, commit and date."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        cwd=RESULTS.parent,
+    ).stdout.strip()
+    device = jax.devices()[0]
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit or "unknown",
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "optax": optax.__version__,
+        "device": f"{device.platform}: {device.device_kind}",
+        "cores": str(_cores()),
+    }
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+
+
+def write(name: str, measurements: dict[str, Any]) -> None:
+    """Writes ``results/<name>-<platform>.json`` and prints the ratios."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}-{jax.devices()[0].platform}.json"
+    record = {"environment": environment(), "measurements": measurements}
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    for label, result in measurements.items():
+        print(f"{name} {label}: {_summary(result)}")
+
+
+def _summary(result: dict[str, Any]) -> str:
+    text = (
+        f"ours / theirs {result['ratio_median']:.4f} "
+        f"({result['ratio_min']:.4f} to {result['ratio_max']:.4f}), "
+        f"ours {statistics.median(result['ours_seconds']):.3f} s, "
+        f"theirs {statistics.median(result['theirs_seconds']):.3f} s"
+    )
+    compile_times = result.get("compile_seconds", {})
+    for who, value in compile_times.items():
+        text += f", compile {who} {value:.2f} s"
+    return text
