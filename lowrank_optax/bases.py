@@ -13,7 +13,6 @@ import jax.numpy as jnp
 
 from lowrank_optax.orthonormal import HIGHEST, gram, orthonormalize
 
-
 # Of the intermediate basis of the a-side: its span is what counts, and this is the
 # relative error that it puts on the energies.
 LEFT_TOLERANCE = 1e-2
