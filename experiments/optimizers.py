@@ -1,0 +1,236 @@
+"""The optimizers by name: a method for the block matrices, AdamW for the rest.
+
+Adding one is one entry of :data:`OPTIMIZERS`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Hashable, Mapping
+from typing import Annotated, Any
+
+import jax
+import optax
+import tyro
+
+import lowrank_optax
+from experiments.unstacked import unstacked
+
+# No update is worth a non-finite gradient: apply_if_finite would give in after these.
+_NEVER = 2**31 - 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One optimizer of the block matrices.
+
+    Attributes:
+        make: Called with the learning rate, Adam's b1, b2 and eps, weight_decay, seed
+            and the own options by name; leaves are stacks of matrices (L, n, m).
+        block_scale: Tuned default of --block-scale.
+        own: Default of each option that only some methods have, and this one does;
+            rank's and min_rank's None is filled in by :func:`with_defaults`.
+    """
+
+    make: Callable[..., optax.GradientTransformation]
+    block_scale: float
+    own: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def _adamw(learning_rate, *, seed, **adam):
+    del seed
+    return optax.adamw(learning_rate, **adam)
+
+
+def _adarankgrad(
+    learning_rate,
+    *,
+    rank,
+    threshold,
+    min_rank,
+    min_refresh_interval,
+    max_refresh_interval,
+    **adam,
+):
+    return lowrank_optax.adarankgrad(
+        learning_rate,
+        rank=lowrank_optax.energy_rank(rank, threshold, min_rank),
+        refresh=lowrank_optax.on_convergence(
+            min_refresh_interval, max_refresh_interval, (1 - threshold) ** 0.5
+        ),
+        **adam,
+    )
+
+
+def _galore(learning_rate, **options):
+    return lowrank_optax.galore(learning_rate, scale=1.0, **options)
+
+
+def _optax_galore(
+    learning_rate, *, rank, update_proj_gap, b1, b2, eps, weight_decay, seed
+):
+    del seed
+    galore = optax.contrib.galore(
+        learning_rate,
+        rank=rank,
+        update_proj_gap=update_proj_gap,
+        base_optimizer=optax.scale_by_adam(b1, b2, eps),
+        weight_decay=weight_decay,
+    )
+    return unstacked(galore)
+
+
+OPTIMIZERS: dict[str, Method] = {
+    "adamw": Method(_adamw, 0.125),
+    "adarankgrad": Method(
+        _adarankgrad,
+        0.25,
+        {
+            "rank": None,
+            "threshold": 0.05,
+            "min_rank": None,
+            "min_refresh_interval": 100,
+            "max_refresh_interval": 400,
+        },
+    ),
+    "galore": Method(_galore, 0.25, {"rank": None, "update_proj_gap": 200}),
+    "optax_galore": Method(_optax_galore, 0.25, {"rank": None, "update_proj_gap": 200}),
+}
+# Every option that some method has for itself.
+OWN_OPTIONS = frozenset(name for method in OPTIMIZERS.values() for name in method.own)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerOptions:
+    """The flags of the optimizer; where None, the chosen optimizer has its own."""
+
+    #: Method of the block matrices (attention and MLP kernels). Embedding, head and
+    #: norms always have AdamW.
+    optimizer: Annotated[
+        str, tyro.conf.arg(metavar="{" + ",".join(OPTIMIZERS) + "}")
+    ] = "adarankgrad"
+    #: Peak learning rate of embedding, head and norms; above 0.
+    learning_rate: float = 8e-3
+    #: Learning rate of the block matrices, as a multiple of --learning-rate; above 0.
+    #: None: adamw 0.125, the others 0.25. It takes the place of GaLore's scale.
+    block_scale: float | None = None
+    #: Steps of linear warm-up from zero, below --steps. None: a tenth of --steps.
+    warmup_steps: int | None = None
+    #: The cosine ends at this fraction of the peak; 0 to 1.
+    final_learning_rate_fraction: float = 0.1
+    #: Decoupled decay per step, times the learning rate, of all but the norms; 0 or
+    #: more.
+    weight_decay: float = 0.0
+    #: Decay of Adam's first moment per step; in [0, 1).
+    b1: float = 0.9
+    #: Decay of Adam's second moment per step; in [0, 1).
+    b2: float = 0.999
+    #: Added to the root of Adam's second moment; above 0.
+    eps: float = 1e-8
+    #: Largest global norm of the gradient; above 0. None: no clipping.
+    clip_norm: float | None = 1.0
+    #: Rank of the projection, in columns; at least 1 (all but adamw). None: a quarter
+    #: of the hidden size. A matrix whose shorter side is not above it is not projected.
+    rank: int | None = None
+    #: Share of a gradient's squared norm that the rank may lose; in (0, 1). None: 0.05
+    #: of adarankgrad, the only one that has it.
+    threshold: float | None = None
+    #: Least rank in use, in columns; 1 to --rank. None: a quarter of --rank for
+    #: adarankgrad, the only one that has it.
+    min_rank: int | None = None
+    #: Least steps between two refreshes of a basis; at least 1. None: 100 of
+    #: adarankgrad, the only one that has it.
+    min_refresh_interval: int | None = None
+    #: Most steps between two refreshes of a basis; at least --min-refresh-interval.
+    #: None: 400 of adarankgrad, the only one that has it.
+    max_refresh_interval: int | None = None
+    #: Steps between two refreshes of a basis; at least 1. None: 200 of galore and
+    #: optax_galore, the only ones that have it.
+    update_proj_gap: int | None = None
+
+
+def with_defaults(
+    options: OptimizerOptions, *, steps: int, hidden_size: int
+) -> dict[str, Any]:
+    """Returns the values of the options that are None and that the optimizer uses.
+
+    Args:
+        options: The flags; ``options.optimizer`` is a key of :data:`OPTIMIZERS`.
+        steps: Length of the run.
+        hidden_size: Of the model; the default rank is a quarter of it.
+    """
+    method = OPTIMIZERS[options.optimizer]
+    rank = options.rank or max(1, hidden_size // 4)
+    defaults = {
+        "warmup_steps": steps // 10,
+        "block_scale": method.block_scale,
+        **method.own,
+    }
+    if "rank" in method.own:
+        defaults["rank"] = rank
+    if "min_rank" in method.own:
+        defaults["min_rank"] = max(1, rank // 4)
+    return {k: v for k, v in defaults.items() if getattr(options, k) is None}
+
+
+def make_schedule(options: OptimizerOptions, steps: int) -> optax.Schedule:
+    """Returns the learning rate of embedding, head and norms by update, from 0 on.
+
+    A linear warm-up that gives the first update a rate above zero, then a cosine that
+    reaches its end at the last update.
+    """
+    peak = options.learning_rate
+    curve = optax.warmup_cosine_decay_schedule(
+        0.0,
+        peak,
+        options.warmup_steps or 0,
+        steps,
+        peak * options.final_learning_rate_fraction,
+    )
+    return lambda count: curve(count + 1)
+
+
+def build_optimizer(
+    options: OptimizerOptions, schedule: optax.Schedule, seed: int = 0
+) -> optax.GradientTransformation:
+    """Returns clipping, then the method for the block matrices and AdamW for the rest.
+
+    A gradient that is not finite changes neither parameters nor state; the state's
+    ``notfinite_count`` and ``total_notfinite`` count them.
+
+    Args:
+        options: The flags, with :func:`with_defaults` filled in.
+        schedule: Learning rate of the rest; the blocks' is ``block_scale`` times it.
+        seed: Seed of what the method draws.
+    """
+    method = OPTIMIZERS[options.optimizer]
+    scale = method.block_scale if options.block_scale is None else options.block_scale
+    own = {name: getattr(options, name) for name in method.own}
+    adam: dict[str, Any] = {"b1": options.b1, "b2": options.b2, "eps": options.eps}
+    decay: dict[str, Any] = {"weight_decay": options.weight_decay}
+    blocks = method.make(
+        lambda count: scale * schedule(count), seed=seed, **adam, **decay, **own
+    )
+    groups: dict[Hashable, optax.GradientTransformation] = {
+        "blocks": blocks,
+        "rest": optax.adamw(schedule, **adam, **decay),
+        "norms": optax.adamw(schedule, **adam, weight_decay=0.0),
+    }
+    grouped = optax.partition(groups, parameter_groups)
+    if options.clip_norm is not None:
+        grouped = optax.chain(optax.clip_by_global_norm(options.clip_norm), grouped)
+    return optax.apply_if_finite(grouped, _NEVER)
+
+
+def parameter_groups(params: Any) -> Any:
+    """Returns a tree like ``params`` of "blocks", "norms" or "rest".
+
+    "blocks" are the stacked matrices (L, n, m) of attention and MLP.
+    """
+
+    def group(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if "norm" in name:
+            return "norms"
+        is_block = name.startswith("blocks/") and len(leaf.shape) == 3
+        return "blocks" if is_block else "rest"
+
+    return jax.tree_util.tree_map_with_path(group, params)

@@ -1,0 +1,112 @@
+"""The command: ``python -m experiments.pretrain_llama --help``."""
+
+import dataclasses
+import logging
+import shutil
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+if not __package__:
+    # As a script, its own folder comes first: experiments/tokenizers.py would then
+    # stand in for the library of that name.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from rich.console import Console
+
+from experiments.assemble import Parts, assemble
+from experiments.config import command_line, flag, parse
+from experiments.errors import UserError
+from experiments.figures import draw_figures
+from experiments.metrics import SUMMARY_FILE, read_metrics, write_json
+from experiments.optimizers import OPTIMIZERS, OWN_OPTIONS
+from experiments.report import print_summary, sample_text, summarize
+from experiments.train import Trained, train
+from experiments.weights import save_llama
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status.
+
+    0: done, or stopped by SIGTERM and saved; 2: a mistake of the user's, told in one
+    line on stderr; 130: stopped by SIGINT.
+    """
+    # Orbax's warnings are about what UserError says already.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    console = Console()
+    try:
+        config = parse(sys.argv[1:] if argv is None else argv)
+        parts = assemble(config, console.print)
+        _describe(parts, console)
+        trained = train(parts, console)
+        if trained.stopped_by is not None:
+            return _say_how_to_resume(config, parts, trained, console)
+        finish(parts, trained, console)
+    except UserError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    return 0
+
+
+def finish(parts: Parts, trained: Trained, console: Console) -> dict[str, Any]:
+    """Writes summary, figures and weights of a finished run, and prints its end.
+
+    Returns:
+        What summary.json holds.
+    """
+    directory = parts.directory
+    records = read_metrics(directory)
+    summary = summarize(parts, trained, records)
+    write_json(directory / SUMMARY_FILE, summary)
+    draw_figures(directory / "figures", records, summary)
+    if parts.config.save_weights:
+        _save_weights(directory / "weights", parts, trained)
+    console.print(f"results in {directory}", soft_wrap=True, highlight=False)
+    print_summary(console, summary)
+    if parts.config.sample_tokens:
+        prompt, text = sample_text(parts, trained.params)
+        console.print("a sample; the text up to | is the prompt:", highlight=False)
+        console.print(f"{prompt}|{text}", markup=False, highlight=False, soft_wrap=True)
+    return summary
+
+
+def _describe(parts, console):
+    config = parts.config
+    method = OPTIMIZERS[config.optimizer]
+    ignored = [
+        flag(name)
+        for name in sorted(OWN_OPTIONS - method.own.keys())
+        if getattr(config, name) is not None
+    ]
+    console.print(parts.data.description, highlight=False, soft_wrap=True)
+    if ignored:
+        console.print(f"{config.optimizer} does not use {', '.join(ignored)}")
+
+
+def _say_how_to_resume(config, parts, trained, console):
+    again = dataclasses.replace(config, out=parts.directory, resume=True)
+    console.print(
+        f"stopped by {trained.stopped_by.name} and saved at step "
+        f"{trained.progress.step}; continue with\n  {command_line(again)}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 0 if trained.stopped_by == signal.SIGTERM else 128 + signal.SIGINT
+
+
+def _save_weights(directory, parts, trained):
+    """Writes the weights under their name only when they are whole."""
+    if directory.exists():
+        return
+    unfinished = directory.with_name("weights.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    save_llama(unfinished, parts.model, trained.params)
+    unfinished.rename(directory)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

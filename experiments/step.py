@@ -1,0 +1,123 @@
+"""One training step and one validation, jitted, data parallel over local devices."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from experiments.errors import UserError
+
+Batch = Mapping[str, Any]
+# (params, tokens (B, T) int32) -> logits (B, T, V) float32
+ApplyFn = Callable[[Any, jax.Array], jax.Array]
+# Name and dtype of a batch's arrays, each (batch_size, sequence_length).
+BATCH = {"inputs": np.int32, "targets": np.int32, "weights": np.float32}
+
+
+def data_mesh(batch_size: int) -> Mesh:
+    """Returns the local devices in a row; batches are cut over them.
+
+    Raises:
+        UserError: If the sequences of a batch cannot be shared out evenly.
+    """
+    devices = jax.local_devices()
+    if batch_size % len(devices):
+        raise UserError(
+            f"--batch-size {batch_size} is not a multiple of the {len(devices)} "
+            "devices of this machine; choose one that is"
+        )
+    return Mesh(np.asarray(devices), ("data",), axis_types=(AxisType.Auto,))
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Returns the tree with a whole copy of each leaf on each device."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def initial_state(tx: optax.GradientTransformation, params: Any, mesh: Mesh) -> Any:
+    """Returns the optimizer's state of step 0, a whole copy on each device."""
+    # Compiled as one program: eagerly, each of its hundreds of arrays is one.
+    whole = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(tx.init, out_shardings=whole)(params)
+
+
+def shard_batch(batch: Batch, mesh: Mesh) -> Batch:
+    """Returns the batch on the devices, each having its share of the sequences."""
+    return jax.device_put(dict(batch), NamedSharding(mesh, PartitionSpec("data")))
+
+
+def make_train_step(apply_fn: ApplyFn, tx: optax.GradientTransformation, mesh: Mesh):
+    """Returns the jitted (params, opt_state, batch) -> (params, opt_state, metrics).
+
+    Parameters and state are donated. The metrics are scalars: ``loss``, nats per token
+    averaged by weight, and ``grad_norm``, before clipping, both float32; ``rejected``
+    and ``rejected_in_a_row``, int32, the updates left out so far because a gradient was
+    not finite.
+
+    Args:
+        apply_fn: The model.
+        tx: From :func:`experiments.optimizers.build_optimizer`.
+        mesh: From :func:`data_mesh`.
+    """
+
+    def loss_fn(params, batch):
+        summed, weight = _summed_loss(apply_fn, params, batch)
+        return summed / weight
+
+    def step(params, opt_state, batch):
+        loss, grads = jax.value_and_grad(loss_fn)(params, batch)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        metrics = {
+            "loss": loss,
+            "grad_norm": optax.tree.norm(grads),
+            "rejected": optax.tree.get(opt_state, "total_notfinite"),
+            "rejected_in_a_row": optax.tree.get(opt_state, "notfinite_count"),
+        }
+        return params, opt_state, metrics
+
+    whole = NamedSharding(mesh, PartitionSpec())
+    cut = NamedSharding(mesh, PartitionSpec("data"))
+    return jax.jit(
+        step,
+        in_shardings=(whole, whole, cut),
+        out_shardings=whole,
+        donate_argnums=(0, 1),
+    )
+
+
+def make_eval_step(apply_fn: ApplyFn, mesh: Mesh):
+    """Returns the jitted (params, batch) -> (summed nats, summed weights), float32."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    cut = NamedSharding(mesh, PartitionSpec("data"))
+    return jax.jit(
+        lambda params, batch: _summed_loss(apply_fn, params, batch),
+        in_shardings=(whole, cut),
+        out_shardings=whole,
+    )
+
+
+def validation_loss(
+    eval_step: Callable, params: Any, batches: Iterable[Batch], mesh: Mesh
+) -> float:
+    """Returns the nats per token over all batches: the mean over tokens.
+
+    Not the mean of the batches' means, in which the tokens of a short last batch would
+    count for more.
+    """
+    nats = tokens = 0.0
+    for batch in batches:
+        summed, weight = eval_step(params, shard_batch(batch, mesh))
+        nats += float(summed)
+        tokens += float(weight)
+    return nats / tokens
+
+
+def _summed_loss(apply_fn, params, batch):
+    logits = apply_fn(params, batch["inputs"])
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+    return jnp.sum(batch["weights"] * nats), jnp.sum(batch["weights"])

@@ -1,0 +1,262 @@
+"""The training loop: steps, validations, metrics, checkpoints, and how it stops."""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import signal
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+import lowrank_optax
+from experiments.assemble import Parts
+from experiments.checkpoint import Checkpoints, RunRecord
+from experiments.clock import Clock
+from experiments.config import to_json
+from experiments.errors import UserError
+from experiments.interrupts import StopRequest
+from experiments.memory import optimizer_state_bytes
+from experiments.metrics import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    MetricsLog,
+    make_directory,
+    write_json,
+)
+from experiments.model import apply
+from experiments.progress import TrainingProgress
+from experiments.step import (
+    BATCH,
+    initial_state,
+    make_eval_step,
+    make_train_step,
+    shard_batch,
+    validation_loss,
+)
+
+# So far may Python run ahead of the device: enough to keep it busy, and few enough that
+# a signal is answered soon.
+_STEPS_IN_FLIGHT = 2
+_REJECTED_IN_A_ROW = 20
+
+
+@dataclasses.dataclass
+class Progress:
+    """Numbers of a run that its checkpoints carry on.
+
+    Attributes:
+        step: Updates done.
+        seconds: Spent on them: without compilation, validation and checkpoints.
+        initial_validation_loss: Nats per token before the first update.
+        validation_loss: The newest one.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    initial_validation_loss: float = float("nan")
+    validation_loss: float = float("nan")
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """Where a run stands when its process ends.
+
+    Attributes:
+        params: Parameters.
+        opt_state: Optimizer state.
+        progress: How far it came.
+        compile_seconds: For the steps of training and validation, in this process.
+        stopped_by: The signal that stopped it; None: all steps are done.
+    """
+
+    params: Any
+    opt_state: Any
+    progress: Progress
+    compile_seconds: float
+    stopped_by: signal.Signals | None
+
+
+def train(parts: Parts, console: Console) -> Trained:
+    """Trains from the first step, or from the checkpoint, to the last or to a signal.
+
+    Writes configuration, metrics and checkpoints to the run's directory. A SIGTERM or
+    SIGINT ends the step, and a validation under way, and saves a checkpoint.
+
+    Args:
+        parts: From :func:`experiments.assemble.assemble`.
+        console: Where to show progress.
+
+    Raises:
+        UserError: If gradients stay non-finite, the data ends, or a file cannot be
+            written or restored.
+    """
+    config, directory = parts.config, parts.directory
+    if parts.resumed is None:
+        make_directory(directory)
+        write_json(directory / CONFIG_FILE, to_json(config))
+    checkpoints = Checkpoints(
+        directory / CHECKPOINTS,
+        config.keep_checkpoints,
+        resume=parts.resumed is not None,
+    )
+    batches = contextlib.closing(parts.data.train_iterator())
+    with StopRequest() as stop, checkpoints, batches as iterator:
+        loop = _Loop(parts, checkpoints, iterator)
+        step = loop.progress.step
+        shown = TrainingProgress(console, config.steps, step)
+        with MetricsLog(directory, step) as metrics, shown:
+            loop.run(metrics, shown, stop)
+    return Trained(
+        params=loop.params,
+        opt_state=loop.opt_state,
+        progress=loop.progress,
+        compile_seconds=loop.compile_seconds,
+        stopped_by=stop.signal,
+    )
+
+
+class _Loop:
+    """The state of a run in this process, and what is done with it."""
+
+    def __init__(self, parts: Parts, checkpoints: Checkpoints, batches: Any):
+        self.parts = parts
+        self.checkpoints = checkpoints
+        self.batches = batches
+        if parts.resumed is None:
+            self.progress = Progress()
+            self.params = parts.initial_params()
+            self.opt_state = initial_state(parts.tx, self.params, parts.mesh)
+        else:
+            self.progress = Progress(**parts.resumed.progress)
+            self.params, self.opt_state = checkpoints.restore_state(
+                *parts.abstract_state()
+            )
+            self.batches.set_state(parts.resumed.data_state)
+        self.clock = Clock(self.progress.seconds)
+        self.in_flight = collections.deque()
+        self.logged = dataclasses.replace(self.progress)
+        self._compile()
+
+    def _compile(self) -> None:
+        parts, started = self.parts, time.monotonic()
+        apply_fn = functools.partial(apply, parts.model)
+        shape = (parts.config.batch_size, parts.config.sequence_length)
+        batch = {name: jax.ShapeDtypeStruct(shape, t) for name, t in BATCH.items()}
+        train_step = make_train_step(apply_fn, parts.tx, parts.mesh)
+        eval_step = make_eval_step(apply_fn, parts.mesh)
+        self.train_step = train_step.lower(self.params, self.opt_state, batch).compile()
+        self.eval_step = eval_step.lower(self.params, batch).compile()
+        self.compile_seconds = time.monotonic() - started
+
+    def run(self, log: MetricsLog, shown: TrainingProgress, stop: StopRequest) -> None:
+        """Trains to the last step or to a signal, and saves."""
+        config, progress = self.parts.config, self.progress
+        if progress.step == 0:
+            progress.initial_validation_loss = self._validate()
+            shown.say(
+                f"validation loss {progress.initial_validation_loss:.4f} at first"
+            )
+        while progress.step < config.steps and stop.signal is None:
+            self.clock.start()
+            metrics = self._step()
+            shown.advance(progress.step)
+            is_last = progress.step == config.steps
+            validate = is_last or progress.step % config.eval_every == 0
+            save = is_last or progress.step % config.checkpoint_every == 0
+            if validate or progress.step == 1 or progress.step % config.log_every == 0:
+                self._log(metrics, log, shown, validate)
+            if save:
+                self._save()
+        self._save()
+
+    def _step(self) -> dict[str, jax.Array]:
+        """Hands one update to the device."""
+        try:
+            batch = next(self.batches)
+        except StopIteration:
+            raise UserError(
+                f"--data {self.parts.config.data} ended at step {self.progress.step}; "
+                "give more text or fewer --steps"
+            ) from None
+        self.params, self.opt_state, metrics = self.train_step(
+            self.params, self.opt_state, shard_batch(batch, self.parts.mesh)
+        )
+        self.progress.step += 1
+        self.in_flight.append(metrics)
+        if len(self.in_flight) > _STEPS_IN_FLIGHT:
+            self._check(self.in_flight.popleft())
+        return metrics
+
+    def _check(self, metrics: dict[str, jax.Array]) -> None:
+        """Waits for a step, and gives up where nothing has been learned for long."""
+        if int(metrics["rejected_in_a_row"]) >= _REJECTED_IN_A_ROW:
+            raise UserError(
+                f"the gradients of {_REJECTED_IN_A_ROW} steps in a row, up to about "
+                f"step {self.progress.step}, were not finite; lower --learning-rate or "
+                "--block-scale, or train with --compute-dtype float32"
+            )
+
+    def _log(self, metrics, log, shown, validate: bool) -> None:
+        config, progress = self.parts.config, self.progress
+        progress.seconds = self.clock.stop(self.params)
+        while self.in_flight:
+            self._check(self.in_flight.popleft())
+        batch_tokens = config.batch_size * config.sequence_length
+        speed = (progress.step - self.logged.step) * batch_tokens
+        speed /= progress.seconds - self.logged.seconds
+        self.logged = dataclasses.replace(progress)
+        record = {
+            "step": progress.step,
+            "tokens": progress.step * batch_tokens,
+            "loss": float(metrics["loss"]),
+            "learning_rate": np.asarray(self.parts.schedule(progress.step - 1)).item(),
+            "grad_norm": float(metrics["grad_norm"]),
+            "tokens_per_second": speed,
+            "optimizer_state_bytes": optimizer_state_bytes(self.opt_state),
+            "rejected_updates": int(metrics["rejected"]),
+        }
+        ranks = ranks_by_name(self.opt_state)
+        if ranks:
+            record["ranks"] = ranks
+        left = progress.seconds / progress.step * (config.steps - progress.step)
+        shown.show(progress.step, record["loss"], speed, left)
+        if validate:
+            loss = progress.validation_loss = self._validate()
+            record["validation_loss"] = loss
+            shown.say(f"validation loss {loss:.4f} at step {progress.step}")
+        log.write(record)
+
+    def _validate(self) -> float:
+        return validation_loss(
+            self.eval_step,
+            self.params,
+            self.parts.data.validation_batches(self.parts.config.eval_tokens),
+            self.parts.mesh,
+        )
+
+    def _save(self) -> None:
+        self.progress.seconds = self.clock.stop(self.params)
+        self.checkpoints.save(
+            self.progress.step,
+            self.params,
+            self.opt_state,
+            RunRecord(
+                config=to_json(self.parts.config),
+                token_digest=self.parts.data.token_digest,
+                data_state=self.batches.get_state(),
+                progress=dataclasses.asdict(self.progress),
+            ),
+        )
+
+
+def ranks_by_name(opt_state: Any) -> dict[str, Any]:
+    """Returns the rank in use per projected leaf: an int, or a list of a stack's."""
+    ranks = lowrank_optax.ranks(opt_state)
+    return {
+        path.strip("[']").replace("']['", "/"): np.asarray(rank).tolist()
+        for path, rank in ranks.items()
+    }

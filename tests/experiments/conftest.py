@@ -1,0 +1,33 @@
+"""Fixtures for the tests that run the whole command."""
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from tests.experiments.small_runs import write_inputs
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory, fast_compilation):
+    """The flags of a run of 4 steps; equal programs are compiled once per module."""
+    del fast_compilation
+    directory = tmp_path_factory.mktemp("inputs")
+    settings = {
+        "jax_compilation_cache_dir": str(directory / "compiled"),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
+    previous = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield write_inputs(directory)
+    for name, value in previous.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """Shows the command one of the simulated devices."""
+    device = jax.local_devices()[:1]
+    monkeypatch.setattr(jax, "local_devices", lambda: device)

@@ -1,0 +1,126 @@
+"""The flags: defaults, mistakes, and the way back to a command line."""
+
+import dataclasses
+import shlex
+
+import pytest
+
+from experiments.config import (
+    FREE_FIELDS,
+    Config,
+    command_line,
+    complete,
+    differences,
+    flag,
+    parse,
+    to_json,
+)
+from experiments.errors import UserError
+from experiments.optimizers import OPTIMIZERS
+
+MISTAKES = [
+    ("--optimizer adamww", "'adamww' is not known.*adarankgrad.*mean adamw?"),
+    ("--model 61m", "'61m' is not known; choose one of tiny.*did you mean 60m?"),
+    ("--stepz 5", "--stepz is not a flag.*did you mean --steps?"),
+    ("--steps=5 extra", "extra is not a flag"),
+    ("--steps", "Missing value for argument '--steps'"),
+    ("--steps five", "--steps: invalid literal for int.*'five'"),
+    ("--compute-dtype int8", "'int8'.*--compute-dtype.*float32.*bfloat16"),
+    ("--steps 0", "--steps must be at least 1, not 0"),
+    ("--rank 0", "--rank must be at least 1, not 0"),
+    ("--min-rank -1", "--min-rank must be at least 1, not -1"),
+    ("--threshold 0", "--threshold must be above 0 and below 1, not 0"),
+    ("--threshold 1", "--threshold must be above 0 and below 1, not 1"),
+    ("--threshold nan", "--threshold must be above 0 and below 1, not nan"),
+    ("--learning-rate 0", "--learning-rate must be above 0"),
+    ("--learning-rate inf", "--learning-rate must be above 0 and finite, not inf"),
+    ("--block-scale -1", "--block-scale must be above 0"),
+    ("--b1 1", "--b1 must be 0 or more and below 1, not 1"),
+    ("--clip-norm 0", "--clip-norm must be above 0"),
+    ("--batch-size 0", "--batch-size must be at least 1"),
+    ("--sequence-length 0", "--sequence-length must be at least 1"),
+    ("--seed -1", "--seed must be 0 or more"),
+    ("--keep-checkpoints 0", "--keep-checkpoints must be at least 1"),
+    ("--final-learning-rate-fraction 2", "must be from 0 to 1, not 2"),
+    ("--resume", "--resume needs --out"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES)
+def test_a_mistake_is_told_in_one_line_that_names_the_flag(arguments, message):
+    with pytest.raises(UserError, match=message.replace("?", r"\?")) as caught:
+        parse(arguments.split())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--steps 10 --warmup-steps 10", r"--warmup-steps must be below --steps \(10\)"),
+        ("--rank 4 --min-rank 5", r"--min-rank must be at most --rank \(4\), not 5"),
+        (
+            "--min-refresh-interval 9 --max-refresh-interval 8",
+            r"--min-refresh-interval must be at most --max-refresh-interval \(8\)",
+        ),
+    ],
+)
+def test_contradictions_are_refused(arguments, message):
+    with pytest.raises(UserError, match=message):
+        complete(parse(arguments.split()), hidden_size=128)
+
+
+def test_help_explains_every_flag(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(Config):
+        _, _, explanation = text.partition(f"{flag(field.name)}")
+        # What comes before "(default: ...)" is more than the flag and its type.
+        words = explanation.split("(default")[0].split()
+        assert len(words) > 4, field.name
+
+
+@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
+def test_the_options_of_the_chosen_optimizer_are_filled_in_and_no_others(optimizer):
+    config = complete(parse(["--optimizer", optimizer]), hidden_size=64)
+    own = OPTIMIZERS[optimizer].own
+    assert config.warmup_steps == config.steps // 10
+    assert config.block_scale == OPTIMIZERS[optimizer].block_scale
+    assert config.rank == (16 if "rank" in own else None)
+    for name in ("threshold", "min_rank", "update_proj_gap"):
+        assert (getattr(config, name) is None) == (name not in own)
+
+
+def test_what_the_user_sets_is_kept():
+    config = complete(parse("--rank 6 --warmup-steps 0".split()), hidden_size=64)
+    assert (config.rank, config.min_rank, config.warmup_steps) == (6, 1, 0)
+
+
+def test_the_command_line_gives_the_configuration_back():
+    config = parse(
+        shlex.split(
+            "--model 60m --clip-norm None --remat --no-tied-embeddings --out 'a b' "
+            "--learning-rate 3e-4 --rank 7 --data 'x/*.txt' --resume"
+        )
+    )
+    words = shlex.split(command_line(config))
+    assert words[:3] == ["python", "-m", "experiments.pretrain_llama"]
+    assert parse(words[3:]) == config
+
+
+def test_differences_name_what_changes_the_mathematics_and_nothing_else():
+    config = parse(["--out", "a", "--rank", "7"])
+    saved = to_json(config)
+    assert differences(saved, config) == []
+    free = dataclasses.replace(config, log_every=3, keep_checkpoints=9, resume=True)
+    assert differences(saved, free) == []
+    changed = dataclasses.replace(config, rank=8, seed=1)
+    assert differences(saved, changed) == [
+        "--rank was 7, is 8",
+        "--seed was 0, is 1",
+    ]
+
+
+def test_free_fields_are_fields():
+    assert {field.name for field in dataclasses.fields(Config)} >= FREE_FIELDS

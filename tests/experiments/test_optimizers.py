@@ -1,0 +1,179 @@
+"""The optimizers of the experiments: groups, learning rates, state."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from experiments.memory import (
+    adamw_memory_by_kind,
+    adamw_state_bytes,
+    block_leaves,
+    block_state,
+    memory_by_kind,
+    optimizer_state_bytes,
+)
+from experiments.optimizers import (
+    OPTIMIZERS,
+    OptimizerOptions,
+    build_optimizer,
+    make_schedule,
+    parameter_groups,
+    with_defaults,
+)
+from experiments.unstacked import unstacked
+
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
+LAYERS, ROWS, COLUMNS, RANK = 3, 8, 12, 2
+
+
+def random_tree(seed):
+    draw = np.random.default_rng(seed)
+
+    def normal(*shape):
+        return jnp.asarray(draw.normal(size=shape), jnp.float32)
+
+    return {
+        "embedding": normal(20, ROWS),
+        "blocks": {
+            "attention": {"query": normal(LAYERS, ROWS, ROWS)},
+            "mlp": {"up": normal(LAYERS, ROWS, COLUMNS)},
+            "mlp_norm": normal(LAYERS, ROWS),
+        },
+        "norm": normal(ROWS),
+    }
+
+
+def make(optimizer, learning_rate=0.1, **changes):
+    options = OptimizerOptions(optimizer=optimizer, rank=RANK, **changes)
+    filled = with_defaults(options, steps=10, hidden_size=ROWS)
+    options = dataclasses.replace(options, **filled)
+    return build_optimizer(options, lambda _: learning_rate)
+
+
+def test_groups_are_block_matrices_norms_and_the_rest():
+    assert parameter_groups(random_tree(0)) == {
+        "embedding": "rest",
+        "blocks": {
+            "attention": {"query": "blocks"},
+            "mlp": {"up": "blocks"},
+            "mlp_norm": "norms",
+        },
+        "norm": "norms",
+    }
+
+
+def test_unstacked_galore_gives_each_layer_the_update_it_gets_alone():
+    galore = optax.contrib.galore(0.1, rank=RANK, update_proj_gap=2, weight_decay=0.1)
+    stacked, alone = unstacked(galore), galore
+    params = random_tree(0)["blocks"]["mlp"]
+    layers = [jax.tree.map(lambda x, i=i: x[i], params) for i in range(LAYERS)]
+    state, states = stacked.init(params), [alone.init(layer) for layer in layers]
+    for seed in range(3):
+        grads = random_tree(seed + 1)["blocks"]["mlp"]
+        updates, state = stacked.update(grads, state, params)
+        for i, layer in enumerate(layers):
+            grad = jax.tree.map(lambda x, i=i: x[i], grads)
+            expected, states[i] = alone.update(grad, states[i], layer)
+            # An SVD of the same matrix may round in another order.
+            np.testing.assert_allclose(updates["up"][i], expected["up"], atol=1e-6)
+
+
+def test_optax_galore_projects_every_block_matrix_and_has_no_empty_array():
+    state = make("optax_galore").init(random_tree(0))
+    assert all(leaf.size for leaf in jax.tree.leaves(state))
+    projectors = jax.tree.leaves(optax.tree.get(block_state(state), "projector"))
+    shapes = [leaf.shape for leaf in projectors]
+    assert shapes == [(ROWS, RANK)] * LAYERS + [(COLUMNS, RANK)] * LAYERS
+
+
+@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
+def test_the_learning_rate_of_blocks_is_scaled_and_of_the_rest_is_not(optimizer):
+    params, grads = random_tree(0), random_tree(1)
+
+    def updates(**changes):
+        tx = make(optimizer, **changes)
+        return tx.update(grads, tx.init(params), params)[0]
+
+    one, double = updates(block_scale=1.0), updates(block_scale=2.0)
+    for group, before, after in zip(
+        *map(jax.tree.leaves, (parameter_groups(params), one, double)), strict=True
+    ):
+        factor = 2 if group == "blocks" else 1
+        np.testing.assert_allclose(after, factor * before, rtol=1e-6)
+        assert np.abs(before).max() > 0
+
+
+def test_blocks_scaled_by_one_under_adamw_are_plain_adamw():
+    params, grads = random_tree(0), random_tree(1)
+    ours = make("adamw", block_scale=1.0, clip_norm=None)
+    plain = optax.adamw(0.1, weight_decay=0.0)
+    expected, _ = plain.update(grads, plain.init(params), params)
+    updates, _ = ours.update(grads, ours.init(params), params)
+    # One is compiled as a whole, the other operation by operation.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), updates, expected
+    )
+
+
+def test_norms_do_not_decay_and_all_else_does():
+    params, zeros = random_tree(0), jax.tree.map(jnp.zeros_like, random_tree(0))
+    for optimizer in OPTIMIZERS:
+        tx = make(optimizer, weight_decay=0.5, block_scale=1.0)
+        updates, _ = tx.update(zeros, tx.init(params), params)
+        for group, update, param in zip(
+            *map(jax.tree.leaves, (parameter_groups(params), updates, params)),
+            strict=True,
+        ):
+            decay = 0.0 if group == "norms" else 0.1 * 0.5
+            np.testing.assert_allclose(update, -decay * param, rtol=1e-6)
+
+
+def test_clipping_is_by_the_norm_of_the_whole_tree():
+    params, grads = random_tree(0), random_tree(1)
+    # Adam's first update is blind to scale but for eps: make that dominate.
+    tx = make("adamw", eps=1e3, clip_norm=1.0, block_scale=1.0)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    scaled = jax.tree.map(lambda g: -0.1 * g / optax.tree.norm(grads) / 1e3, grads)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2), updates, scaled
+    )
+
+
+def test_the_schedule_warms_up_from_above_zero_and_ends_at_its_fraction():
+    options = OptimizerOptions(
+        learning_rate=0.4, warmup_steps=4, final_learning_rate_fraction=0.25
+    )
+    schedule = make_schedule(options, steps=20)
+    rates = [float(schedule(count)) for count in range(20)]
+    np.testing.assert_allclose(rates[:4], [0.1, 0.2, 0.3, 0.4], rtol=1e-6)
+    assert rates[-1] == pytest.approx(0.1)
+    assert rates[3:] == sorted(rates[3:], reverse=True)
+
+
+@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
+def test_memory_by_kind_adds_up_to_the_state(optimizer):
+    params = random_tree(0)
+    state = make(optimizer).init(params)
+    kinds = memory_by_kind(params, state)
+    assert optimizer_state_bytes(state) == sum(
+        leaf.nbytes for leaf in jax.tree.leaves(state)
+    )
+    moments = kinds["basis"] + kinds["block moments"] + kinds["other moments"]
+    assert moments == optimizer_state_bytes(state)
+    assert (kinds["basis"] > 0) == (optimizer != "adamw")
+    if optimizer != "adamw":
+        assert kinds["block moments"] < adamw_memory_by_kind(params)["block moments"]
+
+
+def test_adamw_keeps_two_numbers_per_parameter():
+    params = random_tree(0)
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert adamw_state_bytes(params) == 4 * (2 * count + 1)
+    assert sum(leaf.size for leaf in block_leaves(params)) == LAYERS * ROWS * (
+        ROWS + COLUMNS
+    )

@@ -1,0 +1,129 @@
+"""The step on a model that is one table: logits of the next token by token."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from experiments.errors import UserError
+from experiments.optimizers import OptimizerOptions, build_optimizer
+from experiments.step import (
+    data_mesh,
+    initial_state,
+    make_eval_step,
+    make_train_step,
+    replicate,
+    shard_batch,
+    validation_loss,
+)
+
+VOCABULARY = 5
+
+
+def next_token_logits(params, tokens):
+    return params["embedding"][tokens]
+
+
+def random_batch(seed, batch_size=8, weights=1.0):
+    draw = np.random.default_rng(seed)
+    shape = (batch_size, 6)
+    return {
+        "inputs": draw.integers(0, VOCABULARY, shape, dtype=np.int32),
+        "targets": draw.integers(0, VOCABULARY, shape, dtype=np.int32),
+        "weights": np.full(shape, weights, np.float32),
+    }
+
+
+def random_params(seed=0):
+    draw = np.random.default_rng(seed)
+    return {"embedding": jnp.asarray(draw.normal(size=(VOCABULARY,) * 2), jnp.float32)}
+
+
+def nats(params, batch):
+    """-log softmax of each target, float64, (B, T)."""
+    logits = np.asarray(params["embedding"], np.float64)[batch["inputs"]]
+    log_sum = np.log(np.exp(logits).sum(-1))
+    return log_sum - np.take_along_axis(logits, batch["targets"][..., None], -1)[..., 0]
+
+
+def train_twice(mesh, learning_rate=0.1):
+    tx = build_optimizer(OptimizerOptions(optimizer="adamw"), lambda _: learning_rate)
+    step = make_train_step(next_token_logits, tx, mesh)
+    params = replicate(random_params(), mesh)
+    opt_state = initial_state(tx, params, mesh)
+    for seed in (1, 2):
+        params, opt_state, metrics = step(
+            params, opt_state, shard_batch(random_batch(seed), mesh)
+        )
+    return params, opt_state, metrics
+
+
+def test_validation_loss_is_the_mean_over_tokens_not_over_batches():
+    params, mesh = random_params(), data_mesh(8)
+    full, padded = random_batch(1), random_batch(2)
+    padded["weights"][1:] = 0
+    padded["weights"][0, 2:] = 0
+
+    loss = validation_loss(
+        make_eval_step(next_token_logits, mesh), params, [full, padded], mesh
+    )
+
+    kept = np.concatenate([nats(params, full).ravel(), nats(params, padded)[0, :2]])
+    assert loss == pytest.approx(kept.mean(), rel=1e-6)
+    means = [nats(params, full).mean(), nats(params, padded)[0, :2].mean()]
+    assert abs(loss - np.mean(means)) > 1e-2
+
+
+def test_padded_tokens_give_no_gradient():
+    mesh = data_mesh(8)
+    tx = optax.apply_if_finite(optax.sgd(1.0), 1)
+    step = make_train_step(next_token_logits, tx, mesh)
+    batch = random_batch(1)
+    batch["weights"][:, 3:] = 0
+    other = {name: array.copy() for name, array in batch.items()}
+    other["targets"][:, 3:] = 0
+
+    results = []
+    for each in (batch, other):
+        params = replicate(random_params(), mesh)
+        results.append(step(params, tx.init(params), shard_batch(each, mesh))[0])
+    np.testing.assert_array_equal(*(result["embedding"] for result in results))
+
+
+def test_eight_devices_train_like_one(monkeypatch):
+    assert len(data_mesh(8).devices) == 8
+    eight, _, metrics = train_twice(data_mesh(8))
+    assert len(eight["embedding"].sharding.device_set) == 8
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+    one, _, metrics_of_one = train_twice(data_mesh(8))
+
+    # Sums of float32 in another order.
+    np.testing.assert_allclose(metrics["loss"], metrics_of_one["loss"], rtol=1e-5)
+    np.testing.assert_allclose(eight["embedding"], one["embedding"], atol=1e-5)
+
+
+def test_a_non_finite_gradient_changes_nothing_and_is_counted():
+    mesh = data_mesh(8)
+    tx = build_optimizer(OptimizerOptions(optimizer="adamw"), lambda _: 0.1)
+    step = make_train_step(next_token_logits, tx, mesh)
+    params = replicate(random_params(), mesh)
+    state = initial_state(tx, params, mesh)
+    broken = random_batch(1)
+    broken["weights"][0, 0] = np.inf
+
+    before = jax.device_get(params)
+    counts = []
+    for batch in (broken, broken, random_batch(2), broken):
+        params, state, metrics = step(params, state, shard_batch(batch, mesh))
+        counts.append((int(metrics["rejected"]), int(metrics["rejected_in_a_row"])))
+        if len(counts) == 2:
+            np.testing.assert_array_equal(params["embedding"], before["embedding"])
+    assert counts == [(1, 1), (2, 2), (2, 0), (3, 1)]
+    assert np.isfinite(params["embedding"]).all()
+    assert not np.array_equal(params["embedding"], before["embedding"])
+
+
+def test_a_batch_that_devices_cannot_share_is_refused():
+    with pytest.raises(UserError, match=r"--batch-size 12 is not a multiple of the 8"):
+        data_mesh(12)

@@ -1,0 +1,95 @@
+"""Whole runs through the command line: resumed ones equal those never interrupted."""
+
+import json
+import signal
+
+import numpy as np
+import pytest
+
+from experiments.checkpoint import Checkpoints
+from experiments.progress import TrainingProgress
+from tests.experiments.small_runs import (
+    assert_same_run,
+    read_state,
+    run,
+    write_inputs,
+)
+
+# A refresh falls on step 3, so that step 2 is in the middle of a period.
+REFRESH = {
+    "adamw": [],
+    "optax_galore": ["--update-proj-gap", 2],
+    "galore": ["--update-proj-gap", 2],
+    "adarankgrad": ["--min-refresh-interval", 2, "--max-refresh-interval", 2],
+}
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """Sends this process a signal when it has started a step."""
+
+    def arrange(step, number=signal.SIGTERM):
+        def advance(self, now):
+            if now == step:
+                signal.raise_signal(number)
+
+        monkeypatch.setattr(TrainingProgress, "advance", advance)
+
+    return arrange
+
+
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize("optimizer", list(REFRESH))
+def test_two_steps_and_two_resumed_equal_four(optimizer, inputs, tmp_path, stop_at):
+    flags = [*inputs, "--optimizer", optimizer, *REFRESH[optimizer]]
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert run(*flags, "--out", whole) == 0
+
+    stop_at(2)
+    assert run(*flags, "--out", halves) == 0
+    assert not (halves / "checkpoints/4").exists()
+    stop_at(None)
+    assert run(*flags, "--out", halves, "--resume") == 0
+
+    assert_same_run(whole, halves, 4)
+    assert any(not np.array_equal(*pair) for pair in _parameters(halves, 2, 4))
+
+
+def _parameters(directory, *steps):
+    states = [read_state(directory, step) for step in steps]
+    paths = [path for path in states[0] if path.startswith("['params']")]
+    return [[state[path] for state in states] for path in paths]
+
+
+@pytest.mark.usefixtures("one_device")
+def test_sigint_saves_says_how_to_resume_and_exits_130(
+    inputs, tmp_path, stop_at, capsys
+):
+    old = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    stop_at(1, signal.SIGINT)
+    assert run(*inputs, "--optimizer", "adamw", "--out", tmp_path / "out") == 130
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == old
+    said = capsys.readouterr().out
+    assert "stopped by SIGINT and saved at step 1" in said
+    assert f"--out {tmp_path / 'out'} --resume" in said
+    with Checkpoints(tmp_path / "out/checkpoints", 1, resume=True) as checkpoints:
+        assert checkpoints.latest_step == 1
+
+
+@pytest.mark.usefixtures("one_device")
+def test_gradients_that_stay_non_finite_end_the_run_and_keep_the_checkpoint(
+    inputs, tmp_path, capsys
+):
+    del inputs  # Only for the compiled programs.
+    flags = write_inputs(tmp_path, scale=float("nan"))
+    out = tmp_path / "out"
+    flags += ["--optimizer", "adamw", "--steps", 40, "--checkpoint-every", 9]
+    assert run(*flags, "--out", out) == 2
+    error = capsys.readouterr().err
+    assert "the gradients of 20 steps in a row" in error
+    assert "--learning-rate" in error
+    with Checkpoints(out / "checkpoints", 2, resume=True) as checkpoints:
+        assert checkpoints.latest_step == 18
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[4])["rejected_updates"] == 5
+    assert json.loads(lines[4])["loss"] is None

@@ -1,0 +1,379 @@
+"""The methods again: float64 NumPy, one matrix at a time, plain loops, no JAX.
+
+Written from the equations of the papers and of the docstrings, not from the library's
+code, so that a fault has to be made twice to go unseen. Gradients are plain (n, m)
+arrays; a stack is a list of them, one run each.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+# A, basis in use (b, r), number of the refresh -> columns (b, <= r), energies
+Basis = Callable[[np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]]
+# energies, demand so far -> rank, demand
+RankChoice = Callable[[np.ndarray, float], tuple[int, float]]
+# R, M, V, number of the update from 1 -> N, M, V
+Inner = Callable[..., tuple[np.ndarray, np.ndarray, np.ndarray]]
+# M, V, R = P_old^T P_new, updates done -> M, V
+Rebase = Callable[..., tuple[np.ndarray, np.ndarray]]
+
+
+# --- bases -----------------------------------------------------------------------
+
+
+def range_finder(
+    a: np.ndarray, omega: np.ndarray, rank: int, power_iterations: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """P (b, rank) and energies of A (a, b) from the test matrix Omega (b, k).
+
+    Halko, Martinsson, Tropp 2011: S = orth(A Omega), algorithm 4.1; first, for each
+    power iteration, Omega <- orth(A^T orth(A Omega)), algorithm 4.4; last, the leading
+    right singular vectors of S^T A, algorithm 5.1. Energies: its squared singular
+    values over ||A||_F^2.
+    """
+    for _ in range(power_iterations):
+        omega = np.linalg.qr(a.T @ np.linalg.qr(a @ omega)[0])[0]
+    found = np.linalg.qr(a @ omega)[0]
+    _, values, right = np.linalg.svd(found.T @ a, full_matrices=False)
+    return right[:rank].T, values[:rank] ** 2 / np.sum(a**2)
+
+
+def warm_start(omega: np.ndarray, previous: np.ndarray) -> np.ndarray:
+    """Omega with its first columns replaced by the columns of P that are in use."""
+    start = omega.copy()
+    for j in range(previous.shape[1]):
+        if np.any(previous[:, j]):
+            start[:, j] = previous[:, j]
+    return start
+
+
+def exact_svd(a: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """The leading right singular vectors of A, and sigma_i^2 / ||A||_F^2."""
+    _, values, right = np.linalg.svd(a, full_matrices=False)
+    return right[:rank].T, values[:rank] ** 2 / np.sum(a**2)
+
+
+# --- ranks -----------------------------------------------------------------------
+
+
+def needed_rank(energies: Sequence[float], threshold: float) -> int:
+    """The least k with 1 - (e_1 + ... + e_k) <= eta: AdaRankGrad, Equation 2."""
+    lost = 1.0
+    for k, energy in enumerate(energies, start=1):
+        lost -= energy
+        if lost <= threshold:
+            return k
+    return len(energies)
+
+
+def energy_rank(
+    threshold: float, min_rank: int, capacity: int, smoothing: float = 0.5
+) -> RankChoice:
+    """d <- s d + (1 - s) k; rank = ceil(d), clipped to [min_rank, capacity]."""
+
+    def choose(energies, demand):
+        needed = needed_rank(energies, threshold)
+        demand = smoothing * demand + (1 - smoothing) * needed
+        return min(max(int(np.ceil(demand)), min_rank), capacity), demand
+
+    return choose
+
+
+def fixed_rank(rank: int) -> RankChoice:
+    """Always ``rank``."""
+    return lambda energies, demand: (rank, float(rank))
+
+
+# --- refresh schedules -----------------------------------------------------------
+
+
+class Every:
+    """Due at step 0, ``offset`` early the next time, then every ``interval`` steps."""
+
+    def __init__(self, interval: int, offset: int = 0):
+        self.interval, self.offset = interval, offset
+        self.next_step = 0
+
+    def is_due(self, step: int) -> bool:
+        return step >= self.next_step
+
+    def refreshed(self, step: int) -> None:
+        self.next_step = step + self.interval - self.offset
+        self.offset = 0
+
+    def observe(self, norm: float) -> None:
+        pass
+
+
+class OnConvergence:
+    """AdaRankGrad, Block 3 of Algorithm 3, smoothed and bounded from both sides.
+
+    With the norms ||G_t P|| since the refresh and w = 1 / (1 - decay) of them to start
+    with: average = the mean of the first w, from there on an exponential moving average
+    of ``decay``; reference = the mean of the first w. A norm that is not finite counts
+    as the average so far.
+    """
+
+    def __init__(
+        self, min_interval: int, max_interval: int, fraction: float, decay: float = 0.95
+    ):
+        self.min_interval, self.max_interval = min_interval, max_interval
+        self.fraction, self.decay = fraction, decay
+        self.last: int | None = None
+        self.norms: list[float] = []
+
+    def is_due(self, step: int) -> bool:
+        if self.last is None:
+            return True
+        age = step - self.last
+        if age >= self.max_interval:
+            return True
+        average, reference = self.smoothed()
+        return age >= self.min_interval and average < self.fraction * reference
+
+    def smoothed(self) -> tuple[float, float]:
+        # 1 - 0.95 is a little above 0.05 in binary: without the 1e-9 w would be 19.
+        window = int(1 / (1 - self.decay) + 1e-9)
+        reference = average = float(np.mean(self.norms[:window]))
+        for norm in self.norms[window:]:
+            average = self.decay * average + (1 - self.decay) * norm
+        return average, reference
+
+    def refreshed(self, step: int) -> None:
+        self.last, self.norms = step, []
+
+    def observe(self, norm: float) -> None:
+        if self.last is not None:
+            self.norms.append(norm if np.isfinite(norm) else self.smoothed()[0])
+
+
+# --- re-basing: R = P_old^T P_new, moments (a, r) --------------------------------
+
+
+def rebase(rule: str, b2: float = 0.999) -> Rebase:
+    """The named rule: (M, V, R, updates done) -> (M, V) in the new basis."""
+
+    def transported(m, v, r, t):
+        # Coordinate by coordinate: the new j-th one is sum_i R_ij times the old i-th.
+        new_m, new_v = np.zeros((len(m), r.shape[1])), np.zeros((len(v), r.shape[1]))
+        correction = 1 - b2 ** max(t, 1)
+        for j in range(r.shape[1]):
+            new_m[:, j] = sum(m[:, i] * r[i, j] for i in range(len(r)))
+            linear = sum(v[:, i] * r[i, j] for i in range(len(r)))
+            squared = sum(v[:, i] * r[i, j] ** 2 for i in range(len(r)))
+            variance = sum(
+                (v[:, i] / correction - m[:, i] ** 2) * r[i, j] ** 2
+                for i in range(len(r))
+            )
+            new_v[:, j] = {
+                "abs": np.abs(linear),
+                "square": squared,
+                "clamp": np.maximum(linear, 0),  # AdaRankGrad, Block 2, clamped
+                # LDAdam, Algorithm 1
+                "ldadam": correction * np.abs(variance + new_m[:, j] ** 2),
+            }[rule]
+        return new_m, new_v
+
+    if rule == "keep":
+        return lambda m, v, r, t: (m, v)
+    if rule == "zero":
+        return lambda m, v, r, t: (np.zeros_like(m), np.zeros_like(v))
+    return transported
+
+
+# --- inner transformations, on the projected gradient R ---------------------------
+
+
+def adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Inner:
+    """Kingma and Ba 2014, Algorithm 1."""
+
+    def step(r, m, v, t):
+        m = b1 * m + (1 - b1) * r
+        v = b2 * v + (1 - b2) * r**2
+        return (m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + eps), m, v
+
+    return step
+
+
+def momentum(decay: float = 0.9) -> Inner:
+    """M <- decay M + R, N = M: Polyak's heavy ball."""
+
+    def step(r, m, v, t):
+        m = decay * m + r
+        return m, m, v
+
+    return step
+
+
+def lion(b1: float = 0.9, b2: float = 0.99) -> Inner:
+    """Chen et al. 2023, Algorithm 2."""
+
+    def step(r, m, v, t):
+        return np.sign(b1 * m + (1 - b1) * r), b2 * m + (1 - b2) * r, v
+
+    return step
+
+
+def rms(decay: float = 0.9, eps: float = 1e-8) -> Inner:
+    """Tieleman and Hinton 2012, eps inside the root as in Optax."""
+
+    def step(r, m, v, t):
+        v = decay * v + (1 - decay) * r**2
+        return r / np.sqrt(v + eps), m, v
+
+    return step
+
+
+# --- the whole method --------------------------------------------------------------
+
+
+class Record(NamedTuple):
+    """What the state holds after one update."""
+
+    refreshed: bool
+    basis: np.ndarray
+    rank: int
+    demand: float
+    first: np.ndarray
+    second: np.ndarray
+
+
+def low_rank(
+    grads: Sequence[np.ndarray],
+    *,
+    capacity: int,
+    inner: Inner,
+    basis: Basis,
+    rank: RankChoice,
+    schedule: Every | OnConvergence,
+    rebase: Rebase,
+    side: str = "short",
+    scale: float = 1.0,
+    like: Sequence[np.ndarray] | None = None,
+) -> tuple[list[np.ndarray], list[Record]]:
+    """U_t = scale N_t P^T with R_t = G_t P, N_t = inner(R_t), for one matrix.
+
+    GaLore, Algorithm 2, and AdaRankGrad, Algorithm 3. G_t is transposed where its rows
+    are projected: for "short" if there are fewer rows than columns, for "long" if not.
+
+    Singular vectors have no sign of their own, and the rules "abs" and "clamp", being
+    linear in V under an absolute value, depend on the signs. ``like``: the library's
+    basis at each step, whose columns' signs (nothing else) are taken over.
+    """
+    projects_rows = (grads[0].shape[0] < grads[0].shape[1]) == (side == "short")
+    oriented = [grad.T if projects_rows else grad for grad in grads]
+    kept, projected = oriented[0].shape
+    p = np.zeros((projected, capacity))
+    m, v = np.zeros((kept, capacity)), np.zeros((kept, capacity))
+    in_use, demand, refreshes = capacity, float(capacity), 0
+    updates, records = [], []
+    for t, g in enumerate(oriented):
+        refreshed = bool(schedule.is_due(t) and np.all(np.isfinite(g)) and np.any(g))
+        if refreshed:
+            columns, energies = basis(g, p, refreshes)
+            in_use, demand = rank(energies, demand)
+            new = np.zeros_like(p)
+            for j in range(in_use):
+                flip = like is not None and columns[:, j] @ like[t][:, j] < 0
+                new[:, j] = -columns[:, j] if flip else columns[:, j]
+            if refreshes > 0:
+                m, v = rebase(m, v, p.T @ new, t)
+            p = new
+            refreshes += 1
+            schedule.refreshed(t)
+        r = g @ p
+        schedule.observe(float(np.linalg.norm(r)))
+        n, m, v = inner(r, m, v, t + 1)
+        update = scale * n @ p.T
+        updates.append(update.T if projects_rows else update)
+        records.append(Record(refreshed, p, in_use, demand, m, v))
+    return updates, records
+
+
+def galore(
+    grads: Sequence[np.ndarray],
+    learning_rate: float,
+    capacity: int,
+    gap: int = 200,
+    scale: float = 0.25,
+    side: str = "short",
+    like: Sequence[np.ndarray] | None = None,
+) -> tuple[list[np.ndarray], list[Record]]:
+    """GaLore, Algorithm 2: exact SVD every ``gap`` steps, Adam, moments kept."""
+    updates, records = low_rank(
+        grads,
+        capacity=capacity,
+        inner=adam(),
+        basis=lambda a, p, i: exact_svd(a, capacity),
+        rank=fixed_rank(capacity),
+        schedule=Every(gap),
+        rebase=rebase("keep"),
+        side=side,
+        scale=scale,
+        like=like,
+    )
+    return [-learning_rate * update for update in updates], records
+
+
+def adarankgrad(
+    grads: Sequence[np.ndarray],
+    learning_rate: float,
+    capacity: int,
+    omega: Callable[[int, int], np.ndarray],
+    threshold: float = 0.05,
+    intervals: tuple[int, int] = (100, 400),
+    decay: float = 0.95,
+    side: str = "short",
+    like: Sequence[np.ndarray] | None = None,
+) -> tuple[list[np.ndarray], list[Record]]:
+    """AdaRankGrad, Algorithm 3, with the differences that METHODS.md explains.
+
+    ``omega``: (b, number of the refresh) -> the Gaussian test matrix (b, k).
+    """
+
+    def basis(a, p, i):
+        start = warm_start(omega(a.shape[1], i), p)
+        return range_finder(a, start, capacity)
+
+    updates, records = low_rank(
+        grads,
+        capacity=capacity,
+        inner=adam(),
+        basis=basis,
+        rank=energy_rank(threshold, max(1, capacity // 4), capacity),
+        # Theorem 2: the norm inside the subspace has fallen under sqrt(1 - eta).
+        schedule=OnConvergence(*intervals, np.sqrt(1 - threshold), decay),
+        rebase=rebase("abs"),
+        side=side,
+        like=like,
+    )
+    return [-learning_rate * update for update in updates], records
+
+
+# --- gradients to run them on --------------------------------------------------------
+
+
+def drifting_gradients(
+    rng: np.random.Generator, steps: int, shape: tuple[int, int], rank: int = 6
+) -> np.ndarray:
+    """(steps, n, m) gradients whose singular values lie apart and whose vectors drift.
+
+    Bases are then unique up to the signs of their columns, in any precision. The decay
+    of the spectrum swings from 0.35 to 0.75, so that the rank asked for moves both
+    ways, and the norm from 1 to 0.5, so that subspaces converge.
+    """
+    n, m = shape
+    rank = min(rank, n, m)
+    left, right = rng.normal(size=(n, rank)), rng.normal(size=(m, rank))
+    left_drift, right_drift = rng.normal(size=(n, rank)), rng.normal(size=(m, rank))
+    grads = []
+    for t in range(steps):
+        phase = 2 * np.pi * t / 16
+        u = np.linalg.qr(left + 0.8 * np.sin(phase / 3) * left_drift)[0]
+        v = np.linalg.qr(right + 0.8 * np.sin(phase / 3) * right_drift)[0]
+        decay = 0.55 - 0.2 * np.cos(phase)
+        values = (0.75 + 0.25 * np.cos(phase)) * decay ** np.arange(rank)
+        grads.append((u * values) @ v.T)
+    return np.asarray(grads)

@@ -1,0 +1,240 @@
+"""One table with a row per optimizer, and the trees and gradients they are run on."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import lowrank_optax
+
+RANK = 3
+FLOAT = 4  # bytes of a float32 or an int32
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One optimizer, and what it needs.
+
+    Attributes:
+        name: Id of its tests.
+        build: (learning rate or schedule, seed) -> optimizer of rank ``RANK``.
+        at_full_size: Learning rate -> the optimizer that leaves at full size get.
+        moments: Arrays of (a, r) that the inner transformation keeps per matrix.
+        trend: Floats that the refresh rule keeps per matrix.
+        is_long: Whether it projects the long side of each matrix.
+        is_random: Whether the basis depends on the seed.
+        learning_rate: For the least-squares problem, annealed to 0 over ``STEPS``.
+        loss: Least-squares loss that it must reach, as a share of the first one.
+    """
+
+    name: str
+    build: Callable[..., optax.GradientTransformationExtraArgs]
+    at_full_size: Callable[..., optax.GradientTransformation]
+    moments: int
+    trend: int
+    is_long: bool
+    is_random: bool
+    learning_rate: float
+    loss: float
+
+
+def _around(inner: optax.GradientTransformation, **parts) -> dict[str, Callable]:
+    """Returns both builders of a row for ``scale_by_low_rank`` around ``inner``."""
+
+    def build(learning_rate, seed=0):
+        return optax.chain(
+            lowrank_optax.scale_by_low_rank(inner, seed=seed, **parts),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+
+    def at_full_size(learning_rate):
+        return optax.chain(inner, optax.scale_by_learning_rate(learning_rate))
+
+    return {"build": build, "at_full_size": at_full_size}
+
+
+def _adarankgrad(learning_rate, seed=0):
+    refresh = lowrank_optax.on_convergence(2, 4, decay=0.5)
+    return lowrank_optax.adarankgrad(learning_rate, RANK, refresh=refresh, seed=seed)
+
+
+def _galore(learning_rate, seed=0):
+    return lowrank_optax.galore(learning_rate, RANK, update_proj_gap=3, seed=seed)
+
+
+ROWS = (
+    Row(
+        name="adarankgrad",
+        build=_adarankgrad,
+        at_full_size=lambda learning_rate: optax.adamw(learning_rate, weight_decay=0.0),
+        moments=2,
+        trend=2,
+        is_long=False,
+        is_random=True,
+        learning_rate=0.1,
+        loss=1e-5,
+    ),
+    Row(
+        name="galore",
+        build=_galore,
+        at_full_size=lambda learning_rate: optax.adamw(learning_rate, weight_decay=0.0),
+        moments=2,
+        trend=0,
+        is_long=False,
+        is_random=False,
+        learning_rate=1.0,
+        loss=1e-3,
+    ),
+    Row(
+        name="adam-energy-ldadam",
+        **_around(
+            optax.scale_by_adam(),
+            rank=lowrank_optax.energy_rank(RANK, threshold=0.1, min_rank=1),
+            basis=lowrank_optax.range_finder(oversample=1, power_iterations=1),
+            refresh=lowrank_optax.every(3),
+            rebase="ldadam",
+        ),
+        moments=2,
+        trend=0,
+        is_long=False,
+        is_random=True,
+        learning_rate=0.1,
+        loss=1e-5,
+    ),
+    Row(
+        name="momentum-svd-long-side",
+        **_around(
+            optax.trace(0.9),
+            rank=RANK,
+            basis=lowrank_optax.exact_svd(),
+            refresh=lowrank_optax.every(4),
+            side="long",
+        ),
+        moments=1,
+        trend=0,
+        is_long=True,
+        is_random=False,
+        learning_rate=0.3,
+        loss=1e-4,
+    ),
+    Row(
+        name="lion-on-convergence-zero",
+        **_around(
+            optax.scale_by_lion(),
+            rank=RANK,
+            basis=lowrank_optax.range_finder(),
+            refresh=lowrank_optax.on_convergence(2, 5, decay=0.5),
+            rebase="zero",
+        ),
+        moments=1,
+        trend=2,
+        is_long=False,
+        is_random=True,
+        learning_rate=0.03,
+        loss=1e-5,
+    ),
+    Row(
+        name="rms-warm-square",
+        **_around(
+            optax.scale_by_rms(),
+            rank=RANK,
+            basis=lowrank_optax.range_finder(oversample=0, warm_start=True),
+            refresh=lowrank_optax.every(3, stagger=False),
+            rebase="square",
+            scale=0.5,
+        ),
+        moments=1,
+        trend=0,
+        is_long=False,
+        is_random=True,
+        learning_rate=0.1,
+        loss=1e-5,
+    ),
+)
+
+# Every matrix has both sides above RANK.
+SHAPES = {
+    "tall": {"w": (9, 5)},
+    "wide": {"w": (5, 9)},
+    "square": {"w": (6, 6)},
+    "vector": {"b": (5,)},
+    "scalar": {"s": ()},
+    "stacked": {"layers": (2, 7, 5), "experts": (2, 3, 4, 6)},
+    "none": {"w": (7, 5), "unused": None},
+    "list": [(7, 5), {"b": (5,)}],
+    "empty": {},
+}
+# What is compiled often: a stack, with two states of refresh, and a leaf at full size.
+SMALL = {"layers": (2, 7, 5), "bias": (5,)}
+
+
+def zeros(shapes: Any, dtype: Any = jnp.float32) -> Any:
+    """Returns a tree of zeros, the parameters of every test that needs no others."""
+    return _map_shapes(lambda shape: jnp.zeros(shape, dtype), shapes)
+
+
+def abstract(shapes: Any, dtype: Any = jnp.float32) -> Any:
+    """Returns a tree of ``jax.ShapeDtypeStruct``."""
+    return _map_shapes(lambda shape: jax.ShapeDtypeStruct(shape, dtype), shapes)
+
+
+def _map_shapes(function: Callable, shapes: Any) -> Any:
+    return jax.tree.map(function, shapes, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def gradients(params: Any, step: int) -> Any:
+    """Returns normal gradients, the same for the same step."""
+    keys = optax.tree.split_key_like(
+        jax.random.fold_in(jax.random.key(7), step), params
+    )
+    return jax.tree.map(
+        lambda k, p: jax.random.normal(k, p.shape, p.dtype), keys, params
+    )
+
+
+class Compiled(NamedTuple):
+    """An optimizer with its update jitted once for all tests.
+
+    Attributes:
+        optimizer: Built from the row, at learning rate 0.1.
+        update: Its update, jitted.
+        traces: One entry for each time that ``update`` was traced.
+    """
+
+    optimizer: optax.GradientTransformationExtraArgs
+    update: Callable
+    traces: list
+
+
+@functools.cache
+def compiled(row: Row) -> Compiled:
+    """Returns the row's optimizer; each row and tree compiles once per session."""
+    optimizer = row.build(0.1)
+    traces = []
+
+    @jax.jit
+    def update(updates, state, params):
+        traces.append(1)
+        return optimizer.update(updates, state, params)
+
+    return Compiled(optimizer, update, traces)
+
+
+def run(
+    update: Callable, state: Any, params: Any, steps: range
+) -> tuple[list[Any], Any]:
+    """Returns the updates of the steps, and the state after them."""
+    history = []
+    for step in steps:
+        updates, state = update(gradients(params, step), state, params)
+        history.append(updates)
+    return history, state
+
+
+def types(tree: Any) -> Any:
+    """Returns the tree of ``jax.typeof``: shape, dtype, weak type and sharding."""
+    return jax.tree.map(jax.typeof, tree)

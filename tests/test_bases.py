@@ -1,0 +1,181 @@
+"""The range finder and the SVD: what they span, its order, and what they capture."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lowrank_optax
+from tests import references
+
+ROWS, COLUMNS, RANK = 20, 14, 4
+
+
+@functools.cache
+def _compiled(rule):
+    return jax.jit(rule.compute)
+
+
+def compute(rule, matrix, previous=None, seed=0):
+    """Runs a rule on one float32 matrix; columns and energies in float64."""
+    if previous is None:
+        previous = np.zeros((matrix.shape[1], RANK))
+    arrays = (jnp.asarray(x, jnp.float32) for x in (matrix, previous))
+    factor = _compiled(rule)(*arrays, jax.random.key(seed))
+    return lowrank_optax.Factor(*(np.asarray(x, np.float64) for x in factor))
+
+
+def gradient(values, seed=0, rows=ROWS, columns=COLUMNS):
+    """Returns a matrix with these singular values."""
+    rng = np.random.default_rng(seed)
+    u = np.linalg.qr(rng.normal(size=(rows, len(values))))[0]
+    v = np.linalg.qr(rng.normal(size=(columns, len(values))))[0]
+    return (u * np.asarray(values)) @ v.T
+
+
+def captured(matrix, basis):
+    return np.sum((matrix @ basis) ** 2) / np.sum(matrix**2)
+
+
+DECAYING = gradient(0.7 ** np.arange(10))
+FINDERS = {
+    "plain": lowrank_optax.range_finder(oversample=2),
+    "two power iterations": lowrank_optax.range_finder(2, power_iterations=2),
+    "warm": lowrank_optax.range_finder(2, warm_start=True),
+}
+every_finder = pytest.mark.parametrize("name", FINDERS)
+SVD = lowrank_optax.exact_svd()
+RULES = {"exact_svd": SVD, **FINDERS}
+every_rule = pytest.mark.parametrize("name", RULES)
+
+
+@every_finder
+def test_the_range_finder_is_its_equations(name):
+    omega = np.asarray(jax.random.normal(jax.random.key(5), (COLUMNS, RANK + 2)))
+    previous = np.linalg.qr(gradient(np.ones(RANK), 1)[:COLUMNS, :RANK])[0]
+    # A column out of use: the warm start fills up with a Gaussian one.
+    previous[:, 3] = 0
+    found = compute(FINDERS[name], DECAYING, previous, seed=5)
+    start = references.warm_start(omega, previous) if name == "warm" else omega
+    columns, energies = references.range_finder(
+        DECAYING, start.astype(np.float64), RANK, 2 * (name == "two power iterations")
+    )
+    signs = np.sign(np.sum(columns * found.columns, axis=0))
+    # The sketch's own basis is orthonormal to 1e-2, which is second order in the
+    # energies and first order in the columns, over gaps of 0.5.
+    np.testing.assert_allclose(found.columns, columns * signs, atol=5e-3)
+    np.testing.assert_allclose(found.energies, energies, rtol=5e-3)
+
+
+def test_the_svd_is_numpys():
+    found = compute(SVD, DECAYING)
+    columns, energies = references.exact_svd(DECAYING, RANK)
+    signs = np.sign(np.sum(columns * found.columns, axis=0))
+    # Float32 rounding over the gaps between the singular values, 0.1.
+    np.testing.assert_allclose(found.columns, columns * signs, atol=1e-5)
+    np.testing.assert_allclose(found.energies, energies, rtol=1e-5)
+
+
+@every_rule
+@pytest.mark.parametrize("rank", [1, 2, 10, COLUMNS])
+def test_columns_are_orthonormal_whatever_the_rank_of_the_gradient(name, rank):
+    basis = compute(RULES[name], gradient(0.7 ** np.arange(rank))).columns
+    np.testing.assert_allclose(basis.T @ basis, np.eye(RANK), atol=2e-5)
+
+
+@every_rule
+@pytest.mark.parametrize("rank", [1, 2, RANK])
+def test_a_gradient_of_no_more_than_the_rank_is_reproduced(name, rank):
+    matrix = gradient(0.5 ** np.arange(rank))
+    basis = compute(RULES[name], matrix).columns
+    # Float32 rounding of the columns, each of norm 1.
+    np.testing.assert_allclose(matrix @ basis @ basis.T, matrix, atol=3e-6)
+
+
+@every_rule
+def test_energies_fall_and_say_what_each_column_captures(name):
+    found = compute(RULES[name], DECAYING)
+    assert np.all(np.diff(found.energies) < 0)
+    # Of S^T A, which has lost what the sketch does not span: never more than of A.
+    each = [captured(DECAYING, column) for column in found.columns.T]
+    assert np.all(found.energies <= np.asarray(each) * (1 + 5e-3))
+    assert np.all(found.energies >= 0.7 * np.asarray(each))
+
+
+@pytest.mark.parametrize("name", ["exact_svd", "plain"])
+def test_a_larger_rank_captures_no_less_energy(name):
+    shares = [
+        captured(
+            DECAYING, compute(RULES[name], DECAYING, np.zeros((COLUMNS, rank))).columns
+        )
+        for rank in (1, RANK, 7)
+    ]
+    assert np.all(np.diff(shares) > 0)
+
+
+def test_leading_columns_capture_more_than_any_other_choice_of_the_columns():
+    basis = compute(FINDERS["plain"], DECAYING).columns
+    shares = [captured(DECAYING, column) for column in basis.T]
+    assert shares == sorted(shares, reverse=True)
+
+
+def test_power_iterations_bring_the_energy_near_the_svd():
+    flat = gradient(0.9 ** np.arange(COLUMNS))
+    best = captured(flat, compute(SVD, flat).columns)
+    plain = captured(flat, compute(FINDERS["plain"], flat).columns)
+    sharpened = captured(flat, compute(FINDERS["two power iterations"], flat).columns)
+    assert plain < sharpened <= best * (1 + 1e-6)
+    assert sharpened > 0.98 * best
+
+
+def test_a_warm_start_from_the_right_subspace_keeps_it():
+    right = compute(SVD, DECAYING).columns
+    kept = compute(FINDERS["warm"], DECAYING, right).columns
+    # Already singular vectors: the Gaussian columns beside them move them by 1e-2.
+    np.testing.assert_allclose(np.abs(np.sum(kept * right, axis=0)), 1, atol=1e-3)
+
+
+def test_oversampling_beyond_the_matrix_is_cut_and_exact():
+    wide = lowrank_optax.range_finder(oversample=100)
+    found = captured(DECAYING, compute(wide, DECAYING).columns)
+    best = captured(DECAYING, compute(SVD, DECAYING).columns)
+    np.testing.assert_allclose(found, best, rtol=1e-4)
+
+
+def test_the_same_key_gives_the_same_bits_and_another_does_not():
+    first, again = (compute(FINDERS["plain"], DECAYING, seed=3).columns for _ in "ab")
+    other = compute(FINDERS["plain"], DECAYING, seed=4).columns
+    np.testing.assert_array_equal(first, again)
+    assert np.any(first != other)
+
+
+@pytest.mark.parametrize("name", ["exact_svd", "warm"])
+def test_each_matrix_of_a_stack_gets_the_basis_that_it_gets_alone(name):
+    stack = np.stack([DECAYING, gradient([1.0], 1), gradient(0.6 ** np.arange(9), 2)])
+    previous = np.zeros((3, COLUMNS, RANK))
+    keys = jax.random.split(jax.random.key(0), 3)
+    arrays = (jnp.asarray(x, jnp.float32) for x in (stack, previous))
+    together = np.asarray(_compiled(RULES[name])(*arrays, keys).columns)
+    for matrix, basis, key in zip(stack, together, keys, strict=True):
+        arrays = (jnp.asarray(x, jnp.float32) for x in (matrix, previous[0]))
+        alone = np.asarray(_compiled(RULES[name])(*arrays, key).columns)
+        # Projections of the matrix are compared: what completes a gradient of rank one
+        # is rounding. Batched products may add in another order.
+        np.testing.assert_allclose(
+            matrix @ basis @ basis.T, matrix @ alone @ alone.T, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        ({"oversample": -1}, "oversample=-1"),
+        ({"power_iterations": -2}, "power_iterations=-2"),
+    ],
+)
+def test_a_negative_count_raises(arguments, shown):
+    message = f"oversample and power_iterations must be >= 0, got .*{shown}"
+    with pytest.raises(ValueError, match=message):
+        lowrank_optax.range_finder(**arguments)

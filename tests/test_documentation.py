@@ -1,0 +1,92 @@
+"""Docstrings name what they must, and the README's code runs.
+
+Their examples are run by ``pytest --doctest-modules lowrank_optax``.
+"""
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+
+import lowrank_optax
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+
+PUBLIC = {name: getattr(lowrank_optax, name) for name in lowrank_optax.__all__}
+FUNCTIONS = [name for name, value in PUBLIC.items() if inspect.isfunction(value)]
+RECORDS = [
+    name
+    for name, value in PUBLIC.items()
+    if dataclasses.is_dataclass(value) or hasattr(value, "_fields")
+]
+
+
+def _section(docstring: str, title: str) -> str:
+    """Returns the indented text under ``title:``."""
+    found = re.search(rf"^{title}:\n((?:[ \t]+.*\n?|\n)*)", docstring, re.MULTILINE)
+    return found.group(1) if found else ""
+
+
+def _entries(section: str) -> list[str]:
+    """Returns the names that a section explains, in order."""
+    return re.findall(r"^ {4}(\w+):", section, re.MULTILINE)
+
+
+def _documented_assignments() -> set[str]:
+    """Returns the module-level names of the library that a string follows."""
+    found = set()
+    for path in Path(lowrank_optax.__file__).parent.glob("*.py"):
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        for node, following in itertools.pairwise(body):
+            is_text = isinstance(following, ast.Expr) and isinstance(
+                following.value, ast.Constant
+            )
+            if is_text and isinstance(node, ast.Assign | ast.AnnAssign):
+                targets = getattr(node, "targets", None) or [node.target]
+                found |= {ast.unparse(target) for target in targets}
+    return found
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_has_a_docstring_of_its_own(name):
+    value = PUBLIC[name]
+    if not (inspect.isclass(value) or inspect.isfunction(value)):
+        assert name in _documented_assignments()
+        return
+    # Those that NamedTuple and dataclass write themselves are no sentences.
+    first_line = inspect.getdoc(value).splitlines()[0]
+    assert first_line.endswith("."), first_line
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_args_explains_every_parameter_in_its_order(name):
+    function = PUBLIC[name]
+    parameters = list(inspect.signature(function).parameters)
+    assert _entries(_section(inspect.getdoc(function), "Args")) == parameters
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_attributes_explains_every_field_in_its_order(name):
+    record = PUBLIC[name]
+    fields = getattr(record, "_fields", None) or [
+        field.name for field in dataclasses.fields(record)
+    ]
+    documented = _entries(_section(inspect.getdoc(record), "Attributes"))
+    assert documented == list(fields)
+
+
+def _python_blocks() -> list[str]:
+    return re.findall(
+        r"^```python\n(.*?)^```", README.read_text("utf-8"), re.MULTILINE | re.DOTALL
+    )
+
+
+def test_the_readmes_python_blocks_run_one_after_the_other():
+    assert README.is_file()
+    namespace = {"__name__": "readme"}
+    for block in _python_blocks():
+        exec(compile(block, str(README), "exec"), namespace)

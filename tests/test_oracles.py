@@ -1,0 +1,398 @@
+"""Every method against float64 NumPy, over many refreshes, from the first step."""
+
+import functools
+import operator
+import zlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lowrank_optax
+from tests import references
+
+RANK = 4
+STEPS = 20
+LEAVES = {"square": (9, 9), "stack": (2, 11, 7), "tall": (12, 8), "wide": (8, 12)}
+PATHS = {f"['{name}']": name for name in LEAVES}
+
+# Float32 against float64, in units of the largest entry. Singular vectors lose the gap,
+# 0.03 of the largest singular value for the last column of a basis: 6e-8 / 0.03. Adam
+# and RMS divide by the root of moments that are small: 10 times more.
+ROUNDING = 5e-5
+# The range finder's intermediate basis is orthonormal to 1e-2 only. That is the error
+# of the squared singular values it orders by; the gaps between them divide it, and most
+# sketches are ten times better conditioned.
+SKETCH = 5e-3
+
+
+class Run(NamedTuple):
+    """What one optimizer did over all steps; arrays have the step as first axis."""
+
+    updates: dict
+    subspaces: dict
+    inner_state: tuple
+
+
+class Method(NamedTuple):
+    """One row of the table: an optimizer and its reference, for a side."""
+
+    optimizer: Callable[[str], optax.GradientTransformation]
+    reference: Callable[..., tuple]
+    tolerance: float = ROUNDING
+
+
+def run(optimizer: optax.GradientTransformation, grads: dict) -> Run:
+    """Runs all steps in one compiled scan."""
+    params = jax.tree.map(lambda g: jnp.ones(g.shape[1:], jnp.float32), grads)
+
+    def step(state, gradients):
+        updates, state = optimizer.update(gradients, state, params)
+        low_rank = next(
+            x
+            for x in jax.tree.leaves(state, is_leaf=_is_low_rank)
+            if isinstance(x, lowrank_optax.LowRankState)
+        )
+        return state, (updates, low_rank)
+
+    in_float32 = jax.tree.map(lambda g: jnp.asarray(g, jnp.float32), grads)
+    scan = jax.jit(lambda g: jax.lax.scan(step, optimizer.init(params), g)[1])
+    updates, low_rank = jax.device_get(scan(in_float32))
+    subspaces = lowrank_optax.subspaces(low_rank)
+    return Run(updates, subspaces, low_rank.inner_state)
+
+
+def _is_low_rank(node):
+    return isinstance(node, lowrank_optax.LowRankState)
+
+
+@functools.cache
+def gradients() -> dict:
+    """Drifting gradients of every leaf, (steps, *shape), float64."""
+    rng = np.random.default_rng(0)
+    found = {}
+    for name, shape in LEAVES.items():
+        layers = [
+            references.drifting_gradients(rng, STEPS, shape[-2:])
+            for _ in range(int(np.prod(shape[:-2])))
+        ]
+        found[name] = np.stack(layers, axis=1).reshape(STEPS, *shape)
+    return found
+
+
+def gaussian(path: str, seed: int, width: int, b: int, refresh: int) -> np.ndarray:
+    """The documented draw: a function of seed, path and number of the refresh."""
+    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
+    draw = jax.random.normal(jax.random.fold_in(key, refresh), (b, width))
+    return np.asarray(draw, np.float64)
+
+
+def galore(side):
+    return lowrank_optax.galore(0.1, rank=RANK, update_proj_gap=5, side=side)
+
+
+def galore_reference(grads, path, side, like):
+    return references.galore(grads, 0.1, RANK, gap=5, side=side, like=like)
+
+
+def adarankgrad(side):
+    return lowrank_optax.adarankgrad(
+        0.1,
+        rank=RANK,
+        threshold=0.1,
+        side=side,
+        seed=3,
+        # One direction more than the rank: fewer than the gradients have, so that the
+        # draw, the warm start and the loss of a sketch all show.
+        basis=lowrank_optax.range_finder(oversample=1, warm_start=True),
+        refresh=lowrank_optax.on_convergence(3, 7, 0.9**0.5, decay=0.5),
+    )
+
+
+def adarankgrad_reference(grads, path, side, like):
+    return references.adarankgrad(
+        grads,
+        0.1,
+        RANK,
+        functools.partial(gaussian, path, 3, RANK + 1),
+        threshold=0.1,
+        intervals=(3, 7),
+        decay=0.5,
+        side=side,
+        like=like,
+    )
+
+
+def composed(inner, rebase, side):
+    return lowrank_optax.scale_by_low_rank(
+        inner,
+        rank=RANK,
+        basis=lowrank_optax.exact_svd(),
+        refresh=lowrank_optax.every(5),
+        rebase=rebase,
+        side=side,
+        scale=0.5,
+    )
+
+
+def composed_reference(inner, rebase, grads, path, side, like):
+    # Leaf i of n refreshes floor(i / n * interval) steps early once.
+    offset = sorted(PATHS).index(path) * 5 // len(PATHS)
+    return references.low_rank(
+        grads,
+        capacity=RANK,
+        inner=inner,
+        basis=lambda a, p, i: references.exact_svd(a, RANK),
+        rank=references.fixed_rank(RANK),
+        schedule=references.Every(5, offset),
+        rebase=references.rebase(rebase),
+        side=side,
+        scale=0.5,
+        like=like,
+    )
+
+
+def _composed(inner, reference, rebase) -> Method:
+    return Method(
+        functools.partial(composed, inner, rebase),
+        functools.partial(composed_reference, reference, rebase),
+    )
+
+
+METHODS = {
+    "galore": Method(galore, galore_reference),
+    "adarankgrad": Method(adarankgrad, adarankgrad_reference, SKETCH),
+    "momentum": _composed(optax.trace(0.9), references.momentum(0.9), "abs"),
+    "lion": _composed(optax.scale_by_lion(), references.lion(), "square"),
+    "rms": _composed(optax.scale_by_rms(0.9), references.rms(0.9), "square"),
+}
+
+
+class Comparison(NamedTuple):
+    """One matrix: its run by the library, and by the reference."""
+
+    path: str
+    updates: np.ndarray
+    subspace: lowrank_optax.Subspace
+    inner: dict
+    expected_updates: np.ndarray
+    records: list[references.Record]
+
+
+@functools.cache
+def compared(name: str, side: str) -> list[Comparison]:
+    """Runs a method and its reference on every matrix of every leaf."""
+    method = METHODS[name]
+    found = run(method.optimizer(side), gradients())
+    inner = {f: getattr(found.inner_state, f, None) for f in ("mu", "trace", "nu")}
+    comparisons = []
+    for path, leaf in PATHS.items():
+        for layer in np.ndindex(*LEAVES[leaf][:-2]):
+            index = (slice(None), *layer)
+            subspace = jax.tree.map(operator.itemgetter(index), found.subspaces[path])
+            updates, records = method.reference(
+                list(gradients()[leaf][index]), path, side, list(subspace.basis)
+            )
+            comparisons.append(
+                Comparison(
+                    path,
+                    found.updates[leaf][index],
+                    subspace,
+                    {f: x[leaf][index] for f, x in inner.items() if x},
+                    np.asarray(updates),
+                    records,
+                )
+            )
+    return comparisons
+
+
+def assert_close(actual, expected, what, tolerance):
+    """Compares in units of the largest entry."""
+    expected = np.asarray(expected)
+    atol = tolerance * np.max(np.abs(expected))
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=atol, err_msg=what)
+
+
+every_method = pytest.mark.parametrize("name", METHODS)
+both_sides = pytest.mark.parametrize("side", ["short", "long"])
+
+
+@every_method
+@both_sides
+def test_updates_are_those_of_the_reference(name, side):
+    for matrix in compared(name, side):
+        tolerance = METHODS[name].tolerance
+        assert_close(matrix.updates, matrix.expected_updates, matrix.path, tolerance)
+
+
+@every_method
+@both_sides
+def test_bases_are_those_of_the_reference(name, side):
+    for matrix in compared(name, side):
+        expected = [record.basis for record in matrix.records]
+        tolerance = METHODS[name].tolerance
+        assert_close(matrix.subspace.basis, expected, matrix.path, tolerance)
+
+
+@every_method
+@both_sides
+def test_moments_are_those_of_the_reference(name, side):
+    for matrix in compared(name, side):
+        for field, actual in matrix.inner.items():
+            kind = "second" if field == "nu" else "first"
+            expected = [getattr(record, kind) for record in matrix.records]
+            what, tolerance = f"{matrix.path} {field}", METHODS[name].tolerance
+            assert_close(actual, expected, what, tolerance)
+
+
+@every_method
+@both_sides
+def test_refreshes_and_ranks_are_those_of_the_reference(name, side):
+    for matrix in compared(name, side):
+        refreshes = np.cumsum([record.refreshed for record in matrix.records])
+        assert refreshes[-1] >= 4, "fewer than three refreshes after the first"
+        np.testing.assert_array_equal(matrix.subspace.refreshes, refreshes)
+        ranks = [record.rank for record in matrix.records]
+        np.testing.assert_array_equal(matrix.subspace.rank, ranks)
+        demands = [record.demand for record in matrix.records]
+        np.testing.assert_allclose(matrix.subspace.demand, demands)
+
+
+# --- inside other transformations, and with answers that are known ---------------
+
+
+def _matrix_axes(params):
+    """Muon's numbers: the last two axes, as the coordinates of a stack have them."""
+    numbers = optax.contrib.MuonDimensionNumbers
+    return jax.tree.map(lambda x: numbers(x.ndim - 2, x.ndim - 1), params)
+
+
+def test_muon_inside_gives_nearly_orthogonal_updates_of_the_rank():
+    muon = optax.contrib.scale_by_muon(weight_dimension_numbers=_matrix_axes)
+    tx = lowrank_optax.scale_by_low_rank(
+        muon, RANK, basis=lowrank_optax.exact_svd(), refresh=lowrank_optax.every(5)
+    )
+    found = run(tx, gradients())
+    for leaf, updates in found.updates.items():
+        values = np.linalg.svd(updates, compute_uv=False)
+        # Five Newton-Schulz steps bring singular values between 0.3 and 1.25, from
+        # 1e-2 of the largest up: the coefficients trade accuracy for speed.
+        assert np.all(values[..., :RANK] < 1.3), leaf
+        assert np.all(values[..., :RANK] > 0.3), leaf
+        assert np.all(values[..., RANK:] < 1e-5), leaf
+
+
+RULES = {
+    "range_finder": lowrank_optax.range_finder(),
+    "exact_svd": lowrank_optax.exact_svd(),
+}
+both_rules = pytest.mark.parametrize("rule", RULES)
+
+
+@functools.cache
+def _sgd(rule):
+    """A basis of the largest rank that is below the short side, with SGD inside."""
+    return lowrank_optax.scale_by_low_rank(
+        optax.sgd(0.1), rank=6, basis=RULES[rule], refresh=lowrank_optax.every(2)
+    )
+
+
+@both_rules
+@pytest.mark.parametrize("rank", [1, 3, 6])
+def test_sgd_inside_a_basis_that_holds_the_gradient_is_sgd(rule, rank):
+    rng = np.random.default_rng(rank)
+    # Every step's gradient lies in the same subspaces: a basis of one holds them all.
+    left, right = rng.normal(size=(10, rank)), rng.normal(size=(rank, 7))
+    middle = rng.normal(size=(5, rank, rank))
+    grads = {"w": left @ middle @ right}
+    found = _compiled_run(rule)(grads["w"].astype(np.float32))
+    # P P^T G = G to the rounding of a float32 product.
+    assert_close(found, -0.1 * grads["w"], "w", tolerance=1e-5)
+
+
+@functools.cache
+def _compiled_run(rule):
+    """Updates of all steps, for any gradients (steps, 10, 7): compiled once."""
+    tx = _sgd(rule)
+
+    def step(state, gradient):
+        updates, state = tx.update(gradient, state)
+        return state, updates
+
+    return jax.jit(lambda grads: jax.lax.scan(step, tx.init(grads[0]), grads)[1])
+
+
+@both_rules
+@pytest.mark.parametrize("momentum", [None, 0.9])
+def test_sgd_inside_a_square_basis_is_sgd(rule, momentum):
+    rng = np.random.default_rng(0)
+    grads = jnp.asarray(rng.normal(size=(6, 10, 7)), jnp.float32)
+    sgd = optax.sgd(0.1, momentum)
+    tx = lowrank_optax.scale_by_low_rank(
+        sgd, rank=2, basis=RULES[rule], refresh=lowrank_optax.every(3)
+    )
+    state = tx.init(grads[0])
+    # The capacity is read from the arrays: seven columns make the basis square.
+    subspace = state.subspaces._replace(
+        basis=jnp.asarray(np.linalg.qr(rng.normal(size=(7, 7)))[0], jnp.float32),
+        rank=jnp.int32(7),
+        refreshes=jnp.int32(1),
+    )
+    widened = jax.tree.map(
+        lambda x: jnp.zeros((10, 7)) if x.shape == (10, 2) else x, state.inner_state
+    )
+    state = state._replace(subspaces=subspace, inner_state=widened)
+    update, plain_state = jax.jit(tx.update), sgd.init(grads[0])
+    for gradient in grads:
+        updates, state = update(gradient, state)
+        expected, plain_state = sgd.update(gradient, plain_state)
+        # P P^T = I, and the momentum follows exactly, to rounding.
+        assert_close(updates, expected, "w", tolerance=1e-5)
+    assert int(state.subspaces.refreshes) == 2
+
+
+@pytest.mark.parametrize("method", [lowrank_optax.galore, lowrank_optax.adarankgrad])
+def test_weight_decay_is_decoupled_masked_and_times_the_learning_rate(method):
+    params = {"decayed": jnp.full(3, 2.0), "masked": jnp.full(3, 2.0)}
+    schedule = optax.linear_schedule(0.1, 0.3, 2)
+    mask = {"decayed": True, "masked": False}
+    tx = method(schedule, rank=2, weight_decay=0.5, mask=mask)
+    state, zeros = tx.init(params), jax.tree.map(jnp.zeros_like, params)
+    for learning_rate in (0.1, 0.2, 0.3):
+        updates, state = tx.update(zeros, state, params)
+        # Zero gradients: decay is all that is left.
+        expected = -learning_rate * 0.5 * params["decayed"]
+        np.testing.assert_allclose(updates["decayed"], expected, rtol=1e-6)
+        np.testing.assert_array_equal(updates["masked"], 0)
+
+
+OUT_OF_RANGE = {
+    "rank": ({"rank": 0}, "rank must be"),
+    "b1": ({"b1": 1.0}, "b1"),
+    "b2": ({"b2": 1.0}, "b2"),
+    "eps": ({"eps": 0.0}, "eps"),
+    "weight_decay": ({"weight_decay": -0.1}, "weight_decay"),
+}
+
+
+@pytest.mark.parametrize("method", [lowrank_optax.galore, lowrank_optax.adarankgrad])
+@pytest.mark.parametrize("name", OUT_OF_RANGE)
+def test_a_value_out_of_its_documented_range_raises(method, name):
+    arguments, message = OUT_OF_RANGE[name]
+    with pytest.raises(ValueError, match=message):
+        method(1e-3, **arguments)
+
+
+def test_a_gap_or_threshold_out_of_its_range_raises():
+    with pytest.raises(ValueError, match="must be >= 1, got 0"):
+        lowrank_optax.galore(1e-3, update_proj_gap=0)
+    with pytest.raises(ValueError, match=r"threshold must be inside \(0, 1\), got 1.5"):
+        lowrank_optax.adarankgrad(1e-3, threshold=1.5)
+    # The rank's own threshold replaces the first use of this one, not the second.
+    rank = lowrank_optax.energy_rank(8)
+    with pytest.raises(ValueError, match=r"threshold must be inside \(0, 1\), got 1.5"):
+        lowrank_optax.adarankgrad(1e-3, rank=rank, threshold=1.5)

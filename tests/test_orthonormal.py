@@ -1,0 +1,89 @@
+"""Orthonormal columns whatever comes in, and the leading spans kept."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lowrank_optax.orthonormal import TOLERANCE, orthonormalize
+
+ROWS, COLUMNS = 24, 6
+compiled = functools.cache(lambda: jax.jit(orthonormalize))
+
+
+def _gaussian(seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(ROWS, COLUMNS))
+
+
+def _with_condition(condition: float) -> np.ndarray:
+    left, _, right = np.linalg.svd(_gaussian(), full_matrices=False)
+    return left * np.geomspace(1, 1 / condition, COLUMNS) @ right
+
+
+def _with_rank(rank: int) -> np.ndarray:
+    return _gaussian()[:, :rank] @ _gaussian(1)[:rank, :COLUMNS]
+
+
+def _with_zero_columns() -> np.ndarray:
+    columns = _gaussian()
+    columns[:, [1, 4]] = 0
+    return columns
+
+
+CASES = {
+    "gaussian": _gaussian(),
+    "orthonormal": np.linalg.qr(_gaussian())[0],
+    "columns of many scales": _gaussian() * np.geomspace(1e12, 1e-12, COLUMNS),
+    "condition 1e2": _with_condition(1e2),
+    "condition 1e4": _with_condition(1e4),
+    "condition 1e7": _with_condition(1e7),
+    "condition 1e10": _with_condition(1e10),
+    "rank 1": _with_rank(1),
+    "rank 3": _with_rank(3),
+    "equal columns": np.repeat(_gaussian()[:, :1], COLUMNS, axis=1),
+    "zero columns": _with_zero_columns(),
+    "zero": np.zeros((ROWS, COLUMNS)),
+}
+every_case = pytest.mark.parametrize("case", CASES)
+
+
+def _result(case: str) -> np.ndarray:
+    return np.asarray(compiled()(jnp.asarray(CASES[case], jnp.float32)), np.float64)
+
+
+@every_case
+def test_columns_are_orthonormal(case):
+    q = _result(case)
+    # The products are computed again here: their own float32 rounding comes on top.
+    np.testing.assert_allclose(q.T @ q, np.eye(COLUMNS), atol=2 * TOLERANCE)
+
+
+@every_case
+def test_leading_columns_span_those_that_came_in(case):
+    q, x = _result(case), CASES[case].astype(np.float32).astype(np.float64)
+    for k in range(1, COLUMNS + 1):
+        beyond = x[:, :k] - q[:, :k] @ (q[:, :k].T @ x[:, :k])
+        # Backward stable: the columns keep their span to rounding, of each one's norm.
+        norms = np.linalg.norm(x[:, :k], axis=0)
+        assert np.all(np.linalg.norm(beyond, axis=0) <= 1e-5 * norms)
+
+
+def test_columns_that_are_not_finite_stay_so():
+    columns = _gaussian()
+    columns[3, 2] = np.nan
+    assert not np.all(np.isfinite(compiled()(jnp.asarray(columns, jnp.float32))))
+
+
+def test_each_matrix_of_a_stack_gets_what_it_gets_alone():
+    broken = _gaussian()
+    broken[0, 0] = np.nan
+    stack = np.stack([*CASES.values(), broken]).astype(np.float32)
+    together = np.asarray(compiled()(jnp.asarray(stack)))
+    for case, q in zip(CASES, together, strict=False):
+        # A batched product may add in another order: rounding, amplified by the
+        # condition, is all that can differ; spans are compared where it is moderate.
+        np.testing.assert_allclose(q.T @ q, np.eye(COLUMNS), atol=2 * TOLERANCE)
+        if case in ("gaussian", "orthonormal", "condition 1e2", "zero"):
+            np.testing.assert_allclose(q, _result(case), atol=1e-4)

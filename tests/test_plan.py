@@ -1,0 +1,211 @@
+"""What is projected, how, and what is not and why; and that the rest is left alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lowrank_optax
+from lowrank_optax import LowRankDimensionNumbers
+
+PARAMS = {
+    "blocks": jnp.ones((3, 16, 8)),
+    "bias": jnp.ones(8),
+    "head": jnp.ones((8, 20)),
+    "heads": jnp.ones((8, 3, 4)),
+    "scalar": jnp.ones(()),
+    "small": jnp.ones((50, 4)),
+    "steps": jnp.ones((9, 9), jnp.int32),
+}
+
+
+def _numbers(params):
+    numbers = lowrank_optax.dimension_numbers_by_shape(params)
+    return {**numbers, "heads": LowRankDimensionNumbers(0, (1, 2)), "head": None}
+
+
+def _low_rank(**parts):
+    parts = {"rank": 4, "dimension_numbers": _numbers, **parts}
+    return lowrank_optax.scale_by_low_rank(optax.scale_by_adam(), **parts)
+
+
+SENTENCES = {
+    "blocks": "3x16x8: 3 x (16 x 8), columns projected, 8 -> 4",
+    "bias": "8: full size, fewer than two axes",
+    "head": "8x20: full size, left alone by request",
+    "heads": "8x3x4: (8 x 12), rows projected, 8 -> 4",
+    "scalar": "scalar: full size, fewer than two axes",
+    "small": "50x4: full size, short side 4 is not above rank 4",
+    "steps": "9x9: full size, its dtype int32 is not a real floating one",
+}
+
+
+@pytest.mark.parametrize("kind", ["arrays", "shapes"])
+def test_projections_says_what_happens_to_each_leaf_and_why(kind):
+    params = PARAMS if kind == "arrays" else jax.eval_shape(lambda: PARAMS)
+    found = lowrank_optax.projections(_low_rank(), params)
+    assert {path: str(plan) for path, plan in found.items()} == {
+        f"['{name}']": f"['{name}'] {sentence}" for name, sentence in SENTENCES.items()
+    }
+
+
+def test_projections_agrees_with_the_state():
+    found = lowrank_optax.projections(_low_rank(), PARAMS)
+    in_state = lowrank_optax.subspaces(_low_rank().init(PARAMS))
+    projected = {path: plan for path, plan in found.items() if plan.is_projected}
+    assert set(projected) == set(in_state)
+    for path, plan in projected.items():
+        assert in_state[path].basis.shape[-2:] == (
+            plan.view.projected_size,
+            plan.capacity,
+        )
+
+
+def test_projections_reaches_into_chains_partitions_and_masks():
+    labels = {name: "low" if name == "head" else "full" for name in PARAMS}
+    low = optax.chain(optax.clip(1.0), _low_rank(dimension_numbers=None))
+    optimizer = optax.partition({"low": low, "full": optax.sgd(0.1)}, labels)
+    found = lowrank_optax.projections(optimizer, PARAMS)
+    assert found["['head']"].is_projected
+    assert found["['blocks']"].reason == "not given to a low-rank transformation"
+    assert list(found) == [f"['{name}']" for name in sorted(PARAMS)]
+
+
+def test_leaves_that_are_none_are_no_leaves():
+    params = {"absent": None, "w": jnp.ones((9, 8))}
+    tx = _low_rank(dimension_numbers=None)
+    assert list(lowrank_optax.projections(tx, params)) == ["['w']"]
+    updates, _ = jax.eval_shape(tx.update, params, tx.init(params))
+    assert updates["absent"] is None
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ({"w": LowRankDimensionNumbers()}, r"no entry for \['v'\]"),
+        (
+            {"w": (0, 1), "v": None},
+            r"dimension_numbers\['w'\]\[0\] must be LowRankDimensionNumbers or None",
+        ),
+        (lambda params: {"v": None}, r"no entry for \['w'\]"),
+        (LowRankDimensionNumbers(), r"no entry for \['v'\]"),
+    ],
+)
+def test_numbers_that_are_missing_or_of_another_kind_raise(numbers, message):
+    with pytest.raises(ValueError, match=message):
+        _low_rank(dimension_numbers=numbers).init(
+            {"v": jnp.ones(3), "w": jnp.ones((9, 8))}
+        )
+
+
+@pytest.mark.parametrize("shape", [(9, 7), (10, 8), (2, 9, 8), (8,)])
+def test_a_gradient_that_does_not_fit_the_state_raises(shape):
+    tx = _low_rank(dimension_numbers=None)
+    state = tx.init({"w": jnp.ones((9, 8))})
+    with pytest.raises(ValueError, match=r"\['w'\]: the gradient's shape .* not fit"):
+        jax.eval_shape(tx.update, {"w": jnp.ones(shape)}, state)
+
+
+def test_a_side_that_does_not_exist_raises():
+    with pytest.raises(ValueError, match="side must be 'short' or 'long', got 'left'"):
+        _low_rank(side="left")
+
+
+# --- what is not projected is the inner transformation's alone -------------------
+
+
+def _steps(tx, grads):
+    """Returns the updates of all steps."""
+
+    def step(state, gradients):
+        updates, state = tx.update(gradients, state)
+        return state, updates
+
+    return jax.lax.scan(step, tx.init(jax.tree.map(lambda g: g[0], grads)), grads)[1]
+
+
+def _run(tx, grads):
+    return jax.device_get(jax.jit(lambda g: _steps(tx, g))(grads))
+
+
+def _gaussian(seed, *shape):
+    draws = np.random.default_rng(seed).normal(size=(6, *shape))
+    return jnp.asarray(draws, jnp.float32)
+
+
+GRADS = {
+    "w": _gaussian(0, 9, 7),
+    "bias": _gaussian(1, 7),
+    "scalar": _gaussian(2),
+    "small": _gaussian(3, 9, 3),
+}
+
+
+def _compact(inner=None, **parts):
+    return lowrank_optax.scale_by_low_rank(
+        inner or optax.scale_by_adam(),
+        rank=3,
+        refresh=lowrank_optax.every(2, stagger=False),
+        **parts,
+    )
+
+
+def test_leaves_at_full_size_get_bitwise_the_update_of_the_inner_optimizer():
+    found, plain = _run(_compact(), GRADS), _run(optax.scale_by_adam(), GRADS)
+    for name in ("bias", "scalar", "small"):
+        np.testing.assert_array_equal(found[name], plain[name])
+    assert np.any(found["w"] != plain["w"])
+
+
+def test_scale_multiplies_projected_leaves_only():
+    svd = lowrank_optax.exact_svd()
+    found = _run(_compact(basis=svd, scale=0.25), GRADS)
+    plain = _run(_compact(basis=svd), GRADS)
+    # A power of two: exact.
+    np.testing.assert_array_equal(found.pop("w"), 0.25 * plain.pop("w"))
+    for name in found:
+        np.testing.assert_array_equal(found[name], plain[name])
+
+
+def test_another_leaf_changes_no_bit_and_another_seed_does():
+    def updates(seed, grads):
+        # No arithmetic inside: XLA compiles Adam to other last bits in each program.
+        tx = _compact(optax.identity(), seed=seed)
+        return _steps(tx, grads)["w"]
+
+    run = jax.jit(updates)
+    alone, again, other = (run(seed, {"w": GRADS["w"]}) for seed in (0, 0, 1))
+    beside = run(0, {"a": _gaussian(4, 8, 8), "w": GRADS["w"]})
+    np.testing.assert_array_equal(again, alone)
+    np.testing.assert_array_equal(beside, alone)
+    assert np.any(other != alone)
+
+
+@pytest.mark.parametrize("method", [lowrank_optax.adarankgrad, lowrank_optax.galore])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_updates_have_the_gradients_dtype_and_the_state_float32(method, dtype):
+    params = {"w": jnp.ones((9, 7), dtype), "bias": jnp.ones(7, dtype)}
+    tx = method(1e-3, rank=3, weight_decay=0.1)
+    state = jax.eval_shape(tx.init, params)
+    updates, new_state = jax.eval_shape(tx.update, params, state, params)
+    assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
+    for found in (state, new_state):
+        low_rank = found[0]
+        assert low_rank.subspaces["w"].basis.dtype == jnp.float32
+        assert low_rank.inner_state.mu["w"].dtype == jnp.float32
+        assert low_rank.inner_state.nu["w"].dtype == jnp.float32
+
+
+def test_a_gradient_of_half_precision_gets_the_update_of_its_float32_value():
+    for dtype in (jnp.bfloat16, jnp.float16):
+        half = GRADS["w"].astype(dtype)
+        tx = _compact(basis=lowrank_optax.exact_svd())
+        found = _run(tx, {"half": half, "single": half.astype(jnp.float32)})
+        # One rounding, of the update itself.
+        np.testing.assert_allclose(
+            found["half"].astype(np.float32),
+            found["single"],
+            rtol=float(jnp.finfo(dtype).eps),
+            atol=1e-5,
+        )
