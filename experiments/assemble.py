@@ -116,7 +116,7 @@ def assemble(config: Config, report: Callable[[str], None]) -> Parts:
 
 def _new_directory(config):
     started = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    return Path("runs") / f"{started}-{config.model}-{config.optimizer}"
+    return Path("runs") / f"{started}-{config.model_name}-{config.optimizer}"
 
 
 def _model(config, tokenizer, weights):

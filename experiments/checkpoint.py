@@ -86,8 +86,6 @@ class Checkpoints:
         Raises:
             UserError: If this save, or the one before, cannot be written.
         """
-        if step == self.latest_step:
-            return
         state = {"params": params, "opt_state": opt_state}
         with self._writing():
             self._manager.save(
@@ -104,9 +102,7 @@ class Checkpoints:
         Raises:
             UserError: If it is incomplete.
         """
-        restored = self._restore(run=ocp.args.JsonRestore())
-        with self._reading():
-            return RunRecord(**restored["run"])
+        return RunRecord(**self._restore(run=ocp.args.JsonRestore())["run"])
 
     def restore_state(self, params: Any, opt_state: Any) -> tuple[Any, Any]:
         """Returns parameters and optimizer state of the newest checkpoint.
@@ -124,18 +120,15 @@ class Checkpoints:
         return restored["params"], restored["opt_state"]
 
     def _restore(self, **items) -> Any:
-        hook = _silence_closed_loops()
-        with self._reading():
+        # At the first array that it cannot read, Orbax closes its event loop; the reads
+        # of the others end on threads, some of them later, and each complains in pages.
+        # They are kept quiet as long as the process lives, which is not long then.
+        hook = sys.unraisablehook
+        sys.unraisablehook = lambda unraisable: None
+        try:
             restored = self._manager.restore(
                 self.latest_step, args=ocp.args.Composite(**items)
             )
-        sys.unraisablehook = hook
-        return restored
-
-    @contextlib.contextmanager
-    def _reading(self):
-        try:
-            yield
         # Orbax and tensorstore raise nearly anything on a damaged checkpoint.
         except Exception as error:
             raise UserError(
@@ -143,6 +136,8 @@ class Checkpoints:
                 f"incomplete or damaged ({_first_line(error)}); delete it to resume "
                 "from the one before"
             ) from error
+        sys.unraisablehook = hook
+        return restored
 
     @contextlib.contextmanager
     def _writing(self):
@@ -156,22 +151,6 @@ class Checkpoints:
             ) from error
 
 
-def _silence_closed_loops():
-    """Mutes what tensorstore's threads say after a failed read; returns the old hook.
-
-    Orbax closes its event loop at the first array that cannot be read, and each of the
-    others complains about that on stderr, some of them later.
-    """
-    old_hook = sys.unraisablehook
-
-    def hook(unraisable):
-        if str(unraisable.exc_value) != "Event loop is closed":
-            old_hook(unraisable)
-
-    sys.unraisablehook = hook
-    return old_hook
-
-
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200]
+    return lines[0][:120]

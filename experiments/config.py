@@ -68,7 +68,7 @@ class Config(OptimizerOptions):
     log_every: int = 10
     #: Steps between two validations; at least 1. There is one before the first step and
     #: one after the last in any case.
-    eval_every: int = 200
+    eval_every: int = 100
     #: Tokens of each validation, the same ones each time; at least 1. Fewer where the
     #: validation text is shorter.
     eval_tokens: int = 32768
@@ -83,6 +83,11 @@ class Config(OptimizerOptions):
     sample_tokens: int = 96
     #: Temperature of the sample; 0 is greedy.
     sample_temperature: float = 0.8
+
+    @property
+    def model_name(self) -> str:
+        """Of the preset, or of the directory of the initial weights."""
+        return self.initial_weights.name if self.initial_weights else self.model
 
 
 # Fields that do not change what is computed: they may differ when a run is resumed.

@@ -85,10 +85,10 @@ OPTIMIZERS: dict[str, Method] = {
         0.25,
         {
             "rank": None,
-            "threshold": 0.05,
+            "threshold": 0.01,
             "min_rank": None,
-            "min_refresh_interval": 100,
-            "max_refresh_interval": 400,
+            "min_refresh_interval": 200,
+            "max_refresh_interval": 1000,
         },
     ),
     "galore": Method(_galore, 0.25, {"rank": None, "update_proj_gap": 200}),
@@ -130,17 +130,17 @@ class OptimizerOptions:
     #: Rank of the projection, in columns; at least 1 (all but adamw). None: a quarter
     #: of the hidden size. A matrix whose shorter side is not above it is not projected.
     rank: int | None = None
-    #: Share of a gradient's squared norm that the rank may lose; in (0, 1). None: 0.05
+    #: Share of a gradient's squared norm that the rank may lose; in (0, 1). None: 0.01
     #: of adarankgrad, the only one that has it.
     threshold: float | None = None
-    #: Least rank in use, in columns; 1 to --rank. None: a quarter of --rank for
+    #: Least rank in use, in columns; 1 to --rank. None: half of --rank for
     #: adarankgrad, the only one that has it.
     min_rank: int | None = None
-    #: Least steps between two refreshes of a basis; at least 1. None: 100 of
+    #: Least steps between two refreshes of a basis; at least 1. None: 200 of
     #: adarankgrad, the only one that has it.
     min_refresh_interval: int | None = None
     #: Most steps between two refreshes of a basis; at least --min-refresh-interval.
-    #: None: 400 of adarankgrad, the only one that has it.
+    #: None: 1000 of adarankgrad, the only one that has it.
     max_refresh_interval: int | None = None
     #: Steps between two refreshes of a basis; at least 1. None: 200 of galore and
     #: optax_galore, the only ones that have it.
@@ -167,7 +167,7 @@ def with_defaults(
     if "rank" in method.own:
         defaults["rank"] = rank
     if "min_rank" in method.own:
-        defaults["min_rank"] = max(1, rank // 4)
+        defaults["min_rank"] = max(1, rank // 2)
     return {k: v for k, v in defaults.items() if getattr(options, k) is None}
 
 

@@ -31,8 +31,8 @@ def summarize(
     """Returns what summary.json holds.
 
     Losses are nats per token, averaged over tokens. ``tokens_per_second`` counts
-    training steps only: compilation, validation and checkpoints are left out. Bytes are
-    those of the arrays of one device.
+    training steps with their input and logging; compilation, validation and checkpoints
+    are left out. Bytes are those of the arrays of one device.
 
     Args:
         parts: Of the run.
@@ -45,7 +45,7 @@ def summarize(
     device = jax.devices()[0]
     return {
         "optimizer": config.optimizer,
-        "model": config.model,
+        "model": config.model_name,
         "steps": progress.step,
         "tokens": tokens,
         "parameter_count": sum(leaf.size for leaf in jax.tree.leaves(params)),
@@ -133,8 +133,8 @@ def _rows(summary):
         ),
         "tokens per second": (
             f"{summary['tokens_per_second']:,.0f} "
-            f"({summary['training_seconds']:.1f} s of training, "
-            f"{summary['compile_seconds']:.1f} s of compilation before)"
+            f"({summary['training_seconds']:.1f} s of training; "
+            f"compilation {summary['compile_seconds']:.1f} s)"
         ),
         "optimizer state": f"{ours:,} bytes, {ours / adamw:.2f} of AdamW's {adamw:,}",
         "of block matrices": (

@@ -50,7 +50,8 @@ class Progress:
 
     Attributes:
         step: Updates done.
-        seconds: Spent on them: without compilation, validation and checkpoints.
+        seconds: Spent on them, input and logging included; compilation, validation
+            and checkpoints left out.
         initial_validation_loss: Nats per token before the first update.
         validation_loss: The newest one.
     """
@@ -203,6 +204,7 @@ class _Loop:
     def _log(self, metrics, log, shown, validate: bool) -> None:
         config, progress = self.parts.config, self.progress
         progress.seconds = self.clock.stop(self.params)
+        self.clock.start()
         while self.in_flight:
             self._check(self.in_flight.popleft())
         batch_tokens = config.batch_size * config.sequence_length
@@ -231,6 +233,7 @@ class _Loop:
         log.write(record)
 
     def _validate(self) -> float:
+        self.clock.stop(self.params)
         return validation_loss(
             self.eval_step,
             self.params,

@@ -179,7 +179,9 @@ def _field(path, raw, name, kind, default) -> Any:
     # 10000 is an int in JSON, and true is an int in Python.
     accepted = (int, float) if kind is float else kind
     if not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool):
-        raise UserError(f"{path}: {name} is {value!r}; give a value of type {kind.__name__}")
+        raise UserError(
+            f"{path}: {name} is {value!r}; give a value of type {kind.__name__}"
+        )
     return kind(value)
 
 

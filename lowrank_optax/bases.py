@@ -23,8 +23,8 @@ class Factor(NamedTuple):
 
     Attributes:
         columns: Orthonormal basis P, most energetic column first; (*stack, b, r).
-        energies: Squared Frobenius norm of A captured by each column, in units of
-            ``total``, largest first; (*stack, r).
+        energies: Share of A's squared Frobenius norm that each column captures, at
+            least, largest first; (*stack, r).
     """
 
     columns: jax.Array
@@ -87,7 +87,8 @@ def range_finder(
 
     and P's first r columns are the basis: the leading right singular vectors of
     S^T A. Each power iteration replaces Omega by orth(Y) and repeats. The energies are
-    the leading entries of Lambda divided by the squared Frobenius norm of A.
+    the leading entries of Lambda divided by the squared Frobenius norm of A: what S^T A
+    has along each column, at most what A has.
 
     Cost: 2 (1 + power_iterations) products with A, each a * b * k multiplications, and
     one eigendecomposition k x k. Over a mesh at most (a + b) k + O(k^2) numbers move a

@@ -93,7 +93,7 @@ def scale_by_low_rank(
     *,
     basis: BasisRule | None = None,
     refresh: RefreshRule | None = None,
-    rebase: str | RebaseRule = "abs",
+    rebase: str | RebaseRule = "square",
     side: Side = "short",
     dimension_numbers: DimensionNumbers | None = None,
     scale: jax.typing.ArrayLike = 1.0,
@@ -122,7 +122,8 @@ def scale_by_low_rank(
     Args:
         inner: Transformation of gradients that needs no parameters, such as
             ``optax.scale_by_adam()``, ``optax.trace(0.9)``, ``optax.scale_by_lion()``,
-            ``optax.scale_by_rms()``, ``optax.contrib.scale_by_muon()``.
+            ``optax.scale_by_rms()``, ``optax.contrib.scale_by_muon(...)`` (whose own
+            ``weight_dimension_numbers`` must fit (*stack, a, r)).
         rank: Columns r of the bases, >= 1, or a rule such as
             :func:`lowrank_optax.energy_rank`.
         basis: :func:`lowrank_optax.range_finder` (None) or
@@ -383,7 +384,9 @@ def _refresh(
         peak = jnp.max(jnp.abs(matrix), axis=(-1, -2))
         is_usable = is_due & jnp.isfinite(peak) & (peak > 0)
         divisor = jnp.where(is_usable, peak, 1)[..., None, None]
-        matrix = jnp.where(is_usable[..., None, None], matrix / divisor, 0)
+        # A stand-in of full rank for the others: zeros would send the stack to QR.
+        stand_in = jnp.eye(*matrix.shape[-2:], dtype=matrix.dtype)
+        matrix = jnp.where(is_usable[..., None, None], matrix / divisor, stand_in)
         factor = parts.basis.compute(
             matrix, subspace.basis, _refresh_keys(key, subspace.refreshes)
         )
@@ -402,7 +405,8 @@ def _refresh(
         )
         new = _where(is_usable, new, subspace)
         rebased = _rebased(moments, kinds, subspace.basis, new.basis, count, parts)
-        return new, _where(is_usable, rebased, moments)
+        # Before the first basis there is nothing to follow: an initial value stays.
+        return new, _where(is_usable & ~is_first, rebased, moments)
 
     return jax.lax.cond(jnp.any(is_due), renewed, lambda: (subspace, moments))
 

@@ -129,6 +129,12 @@ def dimension_numbers_by_shape(params: Any) -> Any:
     ``jax.tree_util.tree_map_with_path`` for instance, and hand it on as
     ``dimension_numbers``.
 
+    Args:
+        params: Tree of arrays or shapes.
+
+    Returns:
+        A tree like ``params`` of :class:`LowRankDimensionNumbers` or None.
+
     Example:
         >>> dimension_numbers_by_shape({"scan": jnp.ones((8, 4, 6)), "b": jnp.ones(6)})
         {'b': None, 'scan': LowRankDimensionNumbers(reduction_axis=1, output_axis=2)}

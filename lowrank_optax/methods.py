@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from lowrank_optax.bases import BasisRule, exact_svd, range_finder
@@ -20,7 +19,7 @@ Mask = Any | Callable[[Any], Any]
 def adarankgrad(
     learning_rate: optax.ScalarOrSchedule,
     rank: int | RankRule = 128,
-    threshold: jax.typing.ArrayLike = 0.05,
+    threshold: jax.typing.ArrayLike = 0.01,
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-8,
@@ -30,7 +29,7 @@ def adarankgrad(
     scale: jax.typing.ArrayLike = 1.0,
     basis: BasisRule | None = None,
     refresh: RefreshRule | None = None,
-    rebase: str | RebaseRule = "abs",
+    rebase: str | RebaseRule = "square",
     side: Side = "short",
     dimension_numbers: DimensionNumbers | None = None,
     seed: jax.typing.ArrayLike = 0,
@@ -56,8 +55,9 @@ def adarankgrad(
         mask: Which leaves decay: a tree of bools, or a function from the parameters to
             one. None: all.
         scale: Factor on the updates of projected leaves.
-        basis: Basis rule; None: ``range_finder(warm_start=True)``.
-        refresh: Refresh rule; None: ``on_convergence(100, 400, sqrt(1 - threshold))``.
+        basis: Basis rule; None: ``range_finder(power_iterations=1)``.
+        refresh: Refresh rule; None: ``on_convergence`` from 200 to 1000 updates, with
+            fraction sqrt(1 - threshold).
         rebase: Re-basing rule or its name.
         side: "short" or "long"; see :func:`scale_by_low_rank`.
         dimension_numbers: See :func:`scale_by_low_rank`.
@@ -70,6 +70,7 @@ def adarankgrad(
         ValueError: If a value is out of its range.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> params = {"w": jnp.ones((64, 16))}
         >>> state = adarankgrad(1e-3, rank=4).init(params)
         >>> state[0].subspaces["w"].basis.shape
@@ -80,7 +81,7 @@ def adarankgrad(
         Differences from the paper:
 
         - Algorithm 1's basis is not ordered; ours is, so that its first columns are the
-          ones to keep, and it starts from the subspace in use (``warm_start``).
+          ones to keep, and a power iteration sharpens it.
         - Algorithm 2's binary search does not end as printed; a cumulative sum answers.
           The threshold is on squared norms, as in Equation 2.
         - The printed rank is what one gradient asks for, started low. Gradients of
@@ -96,18 +97,16 @@ def adarankgrad(
         - Weight decay is not in the paper. Update by layer during backpropagation is
           left to the training loop.
     """
+    # energy_rank checks the threshold too, but a rule in rank would go without.
+    if isinstance(threshold, (int, float)) and not 0 < threshold < 1:
+        raise ValueError(f"threshold must be inside (0, 1), got {threshold}.")
     if refresh is None:
-        fraction = (
-            (1 - threshold) ** 0.5
-            if isinstance(threshold, (int, float)) and 0 < threshold < 1
-            else jnp.sqrt(1 - jnp.asarray(threshold))
-        )
-        refresh = on_convergence(100, 400, fraction)
+        refresh = on_convergence(fraction=(1 - threshold) ** 0.5)
     return _optimizer(
         scale_by_low_rank(
-            optax.scale_by_adam(b1, b2, eps),
+            _adam(b1, b2, eps),
             energy_rank(rank, threshold) if isinstance(rank, int) else rank,
-            basis=range_finder(warm_start=True) if basis is None else basis,
+            basis=range_finder(power_iterations=1) if basis is None else basis,
             refresh=refresh,
             rebase=rebase,
             side=side,
@@ -178,7 +177,7 @@ def galore(
     """
     return _optimizer(
         scale_by_low_rank(
-            optax.scale_by_adam(b1, b2, eps),
+            _adam(b1, b2, eps),
             rank,
             basis=exact_svd() if basis is None else basis,
             refresh=every(update_proj_gap, stagger=False),
@@ -194,9 +193,20 @@ def galore(
     )
 
 
+def _adam(b1, b2, eps) -> optax.GradientTransformation:
+    for name, value in (("b1", b1), ("b2", b2)):
+        if isinstance(value, (int, float)) and not 0 <= value < 1:
+            raise ValueError(f"{name} must be inside [0, 1), got {value}.")
+    if isinstance(eps, (int, float)) and eps <= 0:
+        raise ValueError(f"eps must be above 0, got {eps}.")
+    return optax.scale_by_adam(b1, b2, eps)
+
+
 def _optimizer(
     transformation, learning_rate, weight_decay, mask
 ) -> optax.GradientTransformationExtraArgs:
+    if isinstance(weight_decay, (int, float)) and weight_decay < 0:
+        raise ValueError(f"weight_decay must be >= 0, got {weight_decay}.")
     return optax.chain(
         transformation,
         optax.add_decayed_weights(weight_decay, mask),

@@ -50,7 +50,7 @@ def locate_moments(
 
     Raises:
         ValueError: If an array in a subspace, or one that belongs to no parameter, has
-            a field that no rule knows.
+            a field that no rule knows; if a moment has not its leaf's shape.
     """
     kinds: dict[str, Kind] = {**KNOWN_FIELDS, **fields}
     if not shapes:
@@ -66,8 +66,14 @@ def locate_moments(
         kind = kinds.get(field)
         if kind == "constant":
             continue
-        if kind is None or owner is None or leaf.shape != shapes[owner]:
+        if kind is None or owner is None:
             raise ValueError(_unknown(path, field, leaf.shape))
+        if leaf.shape != shapes[owner]:
+            raise ValueError(
+                f"{jax.tree_util.keystr(owner)}: projected gradients of shape "
+                f"{shapes[owner]} do not fit {field!r} of shape {tuple(leaf.shape)}; "
+                "was the state made for other parameters, side or dimension_numbers?"
+            )
         found[owner].append(Moment(index, kind))
     return found
 

@@ -75,8 +75,8 @@ def ldadam(b2: jax.typing.ArrayLike = 0.999) -> RebaseRule:
 
 
 REBASE_RULES: dict[str, RebaseRule] = {
-    "abs": RebaseRule(_exact, lambda nu, mu, r, count: jnp.abs(_exact(nu, r))),
     "square": RebaseRule(_exact, lambda nu, mu, r, count: _exact(nu, r**2)),
+    "abs": RebaseRule(_exact, lambda nu, mu, r, count: jnp.abs(_exact(nu, r))),
     "ldadam": ldadam(),
     "clamp": RebaseRule(_exact, lambda nu, mu, r, count: jnp.maximum(_exact(nu, r), 0)),
     "keep": RebaseRule(_kept, lambda nu, mu, r, count: nu),
@@ -87,8 +87,8 @@ REBASE_RULES: dict[str, RebaseRule] = {
 ========  ==========================================================================
 name      second moment
 ========  ==========================================================================
-abs       | V R |: the default
-square    V (R o R): exact for uncorrelated coordinates
+square    V (R o R): exact for uncorrelated coordinates; the default
+abs       | V R |: depends on the signs of the basis' columns, which are arbitrary
 ldadam    see :func:`ldadam`, with b2 = 0.999
 clamp     max(V R, 0): the paper's rule, kept from going negative; it starves columns
 keep      V, and M too: GaLore

@@ -148,8 +148,8 @@ class OnConvergence:
 
 
 def on_convergence(
-    min_interval: jax.typing.ArrayLike = 100,
-    max_interval: jax.typing.ArrayLike = 400,
+    min_interval: jax.typing.ArrayLike = 200,
+    max_interval: jax.typing.ArrayLike = 1000,
     fraction: jax.typing.ArrayLike = 0.975,
     decay: jax.typing.ArrayLike = 0.95,
 ) -> OnConvergence:

@@ -7,8 +7,11 @@ import pytest
 
 DEVICES = "--xla_force_host_platform_device_count"
 
-# JAX reads both once. A platform or device count set by the caller stays.
+# JAX reads these once. What the caller has set stays.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Two programs in flight can starve each other of the threads that simulated devices
+# meet in: XLA then ends the process.
+os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "false")
 if DEVICES not in os.environ.get("XLA_FLAGS", ""):
     flags = os.environ.get("XLA_FLAGS", "").split()
     os.environ["XLA_FLAGS"] = " ".join([*flags, f"{DEVICES}=8"])

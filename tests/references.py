@@ -322,30 +322,33 @@ def adarankgrad(
     learning_rate: float,
     capacity: int,
     omega: Callable[[int, int], np.ndarray],
-    threshold: float = 0.05,
-    intervals: tuple[int, int] = (100, 400),
+    threshold: float = 0.01,
+    intervals: tuple[int, int] = (200, 1000),
     decay: float = 0.95,
     side: str = "short",
     like: Sequence[np.ndarray] | None = None,
+    warm: bool = False,
 ) -> tuple[list[np.ndarray], list[Record]]:
-    """AdaRankGrad, Algorithm 3, with the differences that METHODS.md explains.
+    """AdaRankGrad, Algorithm 3, with the differences that its docstring lists.
 
     ``omega``: (b, number of the refresh) -> the Gaussian test matrix (b, k).
+    ``warm``: start from the basis in use.
     """
 
     def basis(a, p, i):
-        start = warm_start(omega(a.shape[1], i), p)
-        return range_finder(a, start, capacity)
+        start = omega(a.shape[1], i)
+        start = warm_start(start, p) if warm else start
+        return range_finder(a, start, capacity, power_iterations=1)
 
     updates, records = low_rank(
         grads,
         capacity=capacity,
         inner=adam(),
         basis=basis,
-        rank=energy_rank(threshold, max(1, capacity // 4), capacity),
+        rank=energy_rank(threshold, max(1, capacity // 2), capacity),
         # Theorem 2: the norm inside the subspace has fallen under sqrt(1 - eta).
         schedule=OnConvergence(*intervals, np.sqrt(1 - threshold), decay),
-        rebase=rebase("abs"),
+        rebase=rebase("square"),
         side=side,
         like=like,
     )

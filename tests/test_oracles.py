@@ -108,7 +108,7 @@ def adarankgrad(side):
         seed=3,
         # One direction more than the rank: fewer than the gradients have, so that the
         # draw, the warm start and the loss of a sketch all show.
-        basis=lowrank_optax.range_finder(oversample=1, warm_start=True),
+        basis=lowrank_optax.range_finder(1, power_iterations=1, warm_start=True),
         refresh=lowrank_optax.on_convergence(3, 7, 0.9**0.5, decay=0.5),
     )
 
@@ -124,6 +124,7 @@ def adarankgrad_reference(grads, path, side, like):
         decay=0.5,
         side=side,
         like=like,
+        warm=True,
     )
 
 

@@ -103,7 +103,7 @@ def test_numbers_that_are_missing_or_of_another_kind_raise(numbers, message):
 def test_a_gradient_that_does_not_fit_the_state_raises(shape):
     tx = _low_rank(dimension_numbers=None)
     state = tx.init({"w": jnp.ones((9, 8))})
-    with pytest.raises(ValueError, match=r"\['w'\]: the gradient's shape .* not fit"):
+    with pytest.raises(ValueError, match=r"\['w'\]: .* not fit"):
         jax.eval_shape(tx.update, {"w": jnp.ones(shape)}, state)
 
 
@@ -176,7 +176,8 @@ def test_another_leaf_changes_no_bit_and_another_seed_does():
 
     run = jax.jit(updates)
     alone, again, other = (run(seed, {"w": GRADS["w"]}) for seed in (0, 0, 1))
-    beside = run(0, {"a": _gaussian(4, 8, 8), "w": GRADS["w"]})
+    around = {"a": _gaussian(4, 8, 8), "z": _gaussian(5, 6, 5)}
+    beside = run(0, {**around, "w": GRADS["w"]})
     np.testing.assert_array_equal(again, alone)
     np.testing.assert_array_equal(beside, alone)
     assert np.any(other != alone)

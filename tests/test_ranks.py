@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -121,10 +122,10 @@ def test_a_value_out_of_its_range_raises(arguments, message):
 @pytest.mark.parametrize("rank", [0, -3])
 def test_a_rank_below_one_raises(rank):
     with pytest.raises(ValueError, match=f"rank must be >= 1, got {rank}"):
-        as_rank_rule(rank)
+        lowrank_optax.scale_by_low_rank(optax.identity(), rank)
 
 
 @pytest.mark.parametrize("rank", ["8", 8.0, True, None])
 def test_a_rank_that_is_neither_int_nor_rule_raises(rank):
     with pytest.raises(TypeError, match="rank must be an int or a rank rule, got"):
-        as_rank_rule(rank)
+        lowrank_optax.scale_by_low_rank(optax.identity(), rank)

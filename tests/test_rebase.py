@@ -10,7 +10,7 @@ import pytest
 
 import lowrank_optax
 from lowrank_optax import REBASE_RULES
-from lowrank_optax.rebase import as_rebase_rule, transfer
+from lowrank_optax.rebase import transfer
 from tests import references
 
 STEPS, ROWS, COLUMNS, RANK = 51, 9, 6, 3
@@ -175,4 +175,4 @@ def test_an_unknown_rule_raises_and_names_the_known_ones():
     with pytest.raises(
         ValueError, match=r"rebase must be one of \['abs', .*got 'none'"
     ):
-        as_rebase_rule("none")
+        _low_rank("none")

@@ -203,7 +203,7 @@ def test_a_basis_does_not_depend_on_the_size_of_the_gradient(scale):
     np.testing.assert_allclose(scaled, plain, atol=1e-4)
 
 
-# --- stacks: each matrix by itself ---------------------------------------------------
+# --- Adam, with the rank and the refresh by the gradients -----------------------------
 
 LAYERS, STEPS = 3, 16
 
@@ -231,6 +231,19 @@ def _layers():
     # Different decays, so that the layers converge at different steps.
     fall = np.exp(-np.arange(STEPS)[:, None] * np.array([0, 0.15, 0.3]))
     return np.stack(grads, axis=1) * fall[..., None, None]
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_gradients_that_lack_rank_give_finite_updates(rank):
+    rng = np.random.default_rng(rank)
+    grads = rng.normal(size=(STEPS, 9, rank)) @ rng.normal(size=(STEPS, rank, 7))
+    updates, subspace = jax.device_get(_adaptive()(jnp.asarray(grads, jnp.float32)))
+    assert np.all(np.isfinite(updates))
+    assert np.all(np.isfinite(subspace.basis))
+    assert np.any(updates) == (rank > 0)
+
+
+# --- stacks: each matrix by itself ---------------------------------------------------
 
 
 def _with_bad_layer(bad, step):

@@ -108,6 +108,27 @@ def test_float64_gradients_are_projected_in_float64(row):
         assert {x.dtype for x in large} == {jnp.dtype(jnp.float64)}
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=lambda x: x.__name__)
+@every_row
+def test_half_precision_gradients_give_the_rounded_updates_of_float32(row, dtype):
+    optimizer, update, _ = compiled(row)
+    params, half = zeros(SMALL), zeros(SMALL, dtype)
+    state, half_state = optimizer.init(params), optimizer.init(half)
+    for step in range(5):
+        grads = gradients(half, step)
+        actual, half_state = update(grads, half_state, half)
+        wide = optax.tree.cast(grads, jnp.float32)
+        expected, state = update(wide, state, params)
+        # Lifting and the learning rate each round once; entries are 0.1 and below.
+        eps = float(jnp.finfo(dtype).eps)
+        np.testing.assert_allclose(
+            np.asarray(actual["layers"], np.float32),
+            expected["layers"],
+            rtol=2 * eps,
+            atol=0.01 * eps,
+        )
+
+
 @every_tree
 @every_row
 def test_init_on_shapes_alone_gives_the_state_of_init_on_arrays(row, shapes):

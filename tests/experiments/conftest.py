@@ -1,5 +1,9 @@
 """Fixtures for the tests that run the whole command."""
 
+import gc
+import sys
+import time
+
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
@@ -9,18 +13,17 @@ from tests.experiments.small_runs import write_inputs
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory, fast_compilation):
-    """The flags of a run of 4 steps; equal programs are compiled once per module."""
+    """The flags of a run of 4 steps; equal programs are compiled once per session."""
     del fast_compilation
-    directory = tmp_path_factory.mktemp("inputs")
     settings = {
-        "jax_compilation_cache_dir": str(directory / "compiled"),
+        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "compiled"),
         "jax_persistent_cache_min_compile_time_secs": 0,
     }
     previous = {name: getattr(jax.config, name) for name in settings}
     for name, value in settings.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
-    yield write_inputs(directory)
+    yield write_inputs(tmp_path_factory.mktemp("inputs"))
     for name, value in previous.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
@@ -31,3 +34,14 @@ def one_device(monkeypatch):
     """Shows the command one of the simulated devices."""
     device = jax.local_devices()[:1]
     monkeypatch.setattr(jax, "local_devices", lambda: device)
+
+
+@pytest.fixture(autouse=True)
+def unraisable_hook():
+    """Puts back the hook that a failed restore leaves muted."""
+    hook = sys.unraisablehook
+    yield
+    if sys.unraisablehook is not hook:
+        time.sleep(0.2)  # Reads that are still under way complain now or never.
+        gc.collect()
+        sys.unraisablehook = hook

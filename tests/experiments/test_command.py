@@ -1,0 +1,263 @@
+"""The command from end to end: what it writes, what it refuses, how it is killed."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tokenizers
+
+from experiments.pretrain_llama import main
+from experiments.weights import load_llama
+from tests.experiments.small_runs import (
+    MODEL,
+    assert_same_run,
+    read_lines,
+    read_state,
+    run,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+SUMMARY_KEYS = {
+    *("optimizer", "model", "steps", "tokens", "parameter_count"),
+    *("initial_validation_loss", "validation_loss", "tokens_per_second"),
+    *("optimizer_state_bytes", "adamw_state_bytes"),
+}
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, tmp_path_factory):
+    """A finished run of adamw with checkpoints at 2 and 4, and its flags."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    flags = [*inputs, "--optimizer", "adamw", "--checkpoint-every", 2, "--out", out]
+    assert run(*flags) == 0
+    return out, flags
+
+
+def copy_of(finished, tmp_path):
+    out, flags = finished
+    shutil.copytree(out, tmp_path / "out")
+    return tmp_path / "out", [*flags[:-1], tmp_path / "out"]
+
+
+def one_error_line(capsys):
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def contents(directory):
+    return {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_run_writes_all_its_results_and_ends_with_a_table_and_a_sample(
+    inputs, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    flags = ["--optimizer", "adarankgrad", "--rank", 4, "--save-weights"]
+    assert run(*inputs, *flags, "--out", out) == 0
+
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary.keys() >= SUMMARY_KEYS
+    assert summary["steps"] == 4
+    assert summary["tokens"] == 4 * 8 * 8
+    assert summary["validation_loss"] < summary["initial_validation_loss"]
+    assert summary["optimizer_state_bytes"] < summary["adamw_state_bytes"]
+    state = read_state(out, 4)
+    params = {path: leaf for path, leaf in state.items() if "params" in path}
+    assert summary["parameter_count"] == sum(leaf.size for leaf in params.values())
+    assert summary["optimizer_state_bytes"] == sum(
+        leaf.nbytes for path, leaf in state.items() if path not in params
+    )
+
+    lines = read_lines(out)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert [("validation_loss" in line) for line in lines] == [False, False, True, True]
+    assert lines[-1]["validation_loss"] == summary["validation_loss"]
+    assert lines[1]["tokens"] == 2 * 8 * 8
+    assert lines[0]["ranks"]["blocks/mlp/up"] != []
+    assert json.loads((out / "config.json").read_text())["rank"] == 4
+    figures = {path.name for path in (out / "figures").iterdir()}
+    assert figures == {"loss.png", "memory.png", "ranks.png"}
+    assert list((out / "tensorboard").iterdir())
+
+    model, weights = load_llama(out / "weights")
+    assert model == MODEL
+    for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
+        saved = params["['params']" + jax.tree_util.keystr(path)]
+        np.testing.assert_array_equal(leaf, saved)
+
+    said = capsys.readouterr().out
+    assert said.index("validation loss") < said.rindex("optimizer state")
+    assert said.rindex("optimizer state") < said.rindex("a sample")
+    prompt, _, continuation = said.split("is the prompt:\n")[1].partition("|")
+    text = Path(inputs[inputs.index("--data") + 1]).read_text()
+    assert prompt == text[-461:][:2]  # A quarter of 8 tokens; the last 5 % and an end.
+    assert len(continuation) > 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--rank", "0"], "--rank must be at least 1"),
+        (["--optimizer", "sgd"], "--optimizer 'sgd' is not known"),
+        (["--stepz", "3"], "did you mean --steps?"),
+        (["--batch-size", "3"], "--batch-size 3 is not a multiple of the 8 devices"),
+        (["--data", "nowhere/*.txt"], "nowhere"),
+        (["--initial-weights", "nowhere"], "nowhere"),
+        (["--tokenizer", "nowhere.model"], "nowhere.model"),
+        (["--resume"], "no complete checkpoint"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2_and_makes_nothing(
+    flags, message, inputs, tmp_path, capsys
+):
+    assert run(*inputs, "--out", tmp_path / "out", *flags) == 2
+    assert message in one_error_line(capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_text_is_refused(inputs, tmp_path, capsys):
+    (tmp_path / "empty.txt").touch()
+    flags = ["--data", tmp_path / "empty.txt", "--out", tmp_path / "out"]
+    assert run(*inputs, *flags) == 2
+    assert "empty.txt" in one_error_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_run_in_the_directory_is_not_touched(finished, capsys):
+    out, flags = finished
+    before = contents(out)
+    assert run(*flags) == 2
+    assert "holds another run" in one_error_line(capsys)
+    assert contents(out) == before
+
+
+def test_resuming_with_another_configuration_names_each_difference(finished, capsys):
+    out, flags = finished
+    before = contents(out)
+    changed = ["--resume", "--seed", 1, "--learning-rate", 0.5, "--log-every", 2]
+    assert run(*flags, *changed) == 2
+    error = one_error_line(capsys)
+    assert "--learning-rate was 0.008, is 0.5, --seed was 0, is 1;" in error
+    assert "log-every" not in error
+    assert contents(out) == before
+
+
+def test_resuming_with_other_text_is_refused(finished, tmp_path, capsys):
+    _, flags = copy_of(finished, tmp_path)
+    data = Path(flags[flags.index("--data") + 1])
+    text = data.read_text()
+    try:
+        data.write_text(text.replace("rank", "tank"))
+        assert run(*flags, "--resume") == 2
+    finally:
+        data.write_text(text)
+    assert "has other text now" in one_error_line(capsys)
+
+
+def test_a_damaged_checkpoint_is_named_and_deleting_it_lets_the_run_go_on(
+    finished, tmp_path, capsys
+):
+    out, flags = copy_of(finished, tmp_path)
+    (out / "checkpoints/4/state/_METADATA").unlink()
+    assert run(*flags, "--resume") == 2
+    assert "checkpoints/4 is incomplete or damaged" in one_error_line(capsys)
+
+    shutil.rmtree(out / "checkpoints/4")
+    assert run(*flags, "--resume") == 0
+    assert_same_run(finished[0], out, 4)
+
+
+def test_resuming_a_finished_run_reports_it_again(finished, tmp_path):
+    out, flags = copy_of(finished, tmp_path)
+    (out / "summary.json").unlink()
+    assert run(*flags, "--resume", "--log-every", 2) == 0
+    ours, theirs = (
+        json.loads((d / "summary.json").read_text()) for d in (out, finished[0])
+    )
+    del ours["compile_seconds"], theirs["compile_seconds"]
+    assert ours == theirs
+
+
+def start(flags):
+    """Starts the command in a process of its own, compiled as in this one."""
+    environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "experiments.pretrain_llama", *map(str, flags)],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(path, process):
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def long_run(inputs, tmp_path_factory):
+    """Flags of a run long enough to be hit, and one that was not."""
+    flags = [*inputs, "--optimizer", "adamw", "--steps", 300, "--log-every", 20]
+    flags += ["--eval-every", 300, "--checkpoint-every", 40]
+    out = tmp_path_factory.mktemp("long") / "out"
+    assert run(*flags, "--out", out) == 0
+    return flags, out
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_process_hit_by_a_signal_is_resumed_bit_for_bit(number, long_run, tmp_path):
+    flags, undisturbed = long_run
+    flags = [*flags, "--out", tmp_path / "out"]
+    process = start(flags)
+    wait_for(tmp_path / "out/checkpoints/40", process)
+    process.send_signal(number)
+    said, complained = process.communicate(timeout=60)
+
+    assert not (tmp_path / "out/checkpoints/300").exists()
+    if number == signal.SIGTERM:
+        assert (process.returncode, complained) == (0, "")
+        assert "stopped by SIGTERM and saved at step" in said
+    else:
+        assert process.returncode == -signal.SIGKILL
+    assert run(*flags, "--resume") == 0
+    assert_same_run(undisturbed, tmp_path / "out", 300)
+
+
+def test_the_file_runs_as_a_script_from_anywhere(tmp_path):
+    # Its folder holds tokenizers.py, which must not hide the library of that name.
+    words = tokenizers.models.WordLevel({"</s>": 0, "low": 1}, unk_token="</s>")
+    tokenizers.Tokenizer(words).save(str(tmp_path / "words.json"))
+    flags = ["--tokenizer", "words.json", "--data", "nowhere.txt"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "experiments/pretrain_llama.py", *flags],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "nowhere.txt" in done.stderr
+
+
+def test_help_exits_with_status_0(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    assert "--optimizer" in capsys.readouterr().out

@@ -1,0 +1,76 @@
+"""The figures hold the numbers that were logged."""
+
+import pytest
+from matplotlib.figure import Figure
+
+from experiments import figures
+
+MEMORY = {"parameters": 4e6, "basis": 0, "block moments": 2e6}
+SUMMARY = {
+    "optimizer": "galore",
+    "model": "tiny",
+    "initial_validation_loss": 5.0,
+    "memory": {**MEMORY, "basis": 1e6},
+    "adamw_memory": MEMORY,
+}
+RECORDS = [
+    {"step": 1, "loss": 5.0, "ranks": {"blocks/mlp/up": [2, 3], "head": 4}},
+    {"step": 9, "loss": None, "ranks": {"blocks/mlp/up": [5, 6], "head": 7}},
+    {"step": 10, "loss": 3.0, "ranks": {"blocks/mlp/up": [5, 6], "head": 7}}
+    | {"validation_loss": 3.5},
+]
+
+
+@pytest.fixture
+def drawn(monkeypatch, tmp_path):
+    """Draws into a directory; returns the files by name and the Figures in order."""
+    kept = []
+    original = Figure.__init__
+
+    def init(self, *args, **kwargs):
+        kept.append(self)
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "__init__", init)
+    directory = tmp_path / "figures"
+
+    def draw(records):
+        files = figures.draw_figures(directory, records, SUMMARY)
+        return {path.name: path for path in files}, kept
+
+    return draw
+
+
+def test_files_are_images_and_ranks_are_drawn_only_if_there_are_any(drawn):
+    files, _ = drawn(RECORDS)
+    assert files.keys() == {"loss.png", "memory.png", "ranks.png"}
+    for path in files.values():
+        assert path.read_bytes().startswith(b"\x89PNG")
+    files, _ = drawn([{"step": 1, "loss": 5.0, "validation_loss": 4.0}])
+    assert files.keys() == {"loss.png", "memory.png"}
+
+
+def test_the_validation_curve_begins_before_the_first_step(drawn):
+    _, (loss, *_) = drawn(RECORDS)
+    training, validation = loss.axes[0].lines
+    assert training.get_xdata().tolist() == [1, 9, 10]
+    assert list(validation.get_xdata()) == [0, 10]
+    assert list(validation.get_ydata()) == [5.0, 3.5]
+
+
+def test_there_is_a_line_of_ranks_per_layer(drawn):
+    _, (*_, ranks) = drawn(RECORDS)
+    lines = {
+        axes.get_title(): [line.get_ydata().tolist() for line in axes.lines]
+        for axes in ranks.axes
+        if axes.lines
+    }
+    assert lines == {"mlp/up": [[2, 5, 5], [3, 6, 6]], "head": [[4, 7, 7]]}
+
+
+def test_the_bars_are_as_long_as_the_bytes(drawn):
+    _, (_, memory, _) = drawn(RECORDS)
+    ends = {}
+    for bar in memory.axes[0].patches:
+        ends[bar.get_y()] = bar.get_x() + bar.get_width()
+    assert sorted(ends.values()) == [6.0, 7.0]
