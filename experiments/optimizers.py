@@ -166,6 +166,9 @@ def with_defaults(
     }
     if "rank" in method.own:
         defaults["rank"] = rank
+    if "min_refresh_interval" in method.own and options.max_refresh_interval:
+        least = min(method.own["min_refresh_interval"], options.max_refresh_interval)
+        defaults["min_refresh_interval"] = least
     if "min_rank" in method.own:
         defaults["min_rank"] = max(1, rank // 2)
     return {k: v for k, v in defaults.items() if getattr(options, k) is None}

@@ -98,7 +98,7 @@ def test_the_options_of_the_chosen_optimizer_are_filled_in_and_no_others(optimiz
 
 def test_what_the_user_sets_is_kept():
     config = complete(parse(["--rank", "6", "--warmup-steps", "0"]), hidden_size=64)
-    assert (config.rank, config.min_rank, config.warmup_steps) == (6, 1, 0)
+    assert (config.rank, config.warmup_steps) == (6, 0)
 
 
 def test_the_command_line_gives_the_configuration_back():
