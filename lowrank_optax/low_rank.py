@@ -380,15 +380,14 @@ def _refresh(
 
     def renewed():
         matrix = view.oriented(gradient).astype(subspace.basis.dtype)
-        # Scaled to a largest entry of 1: squares neither overflow nor underflow.
         peak = jnp.max(jnp.abs(matrix), axis=(-1, -2))
-        is_usable = is_due & jnp.isfinite(peak) & (peak > 0)
-        divisor = jnp.where(is_usable, peak, 1)[..., None, None]
-        # A stand-in of full rank for the others: zeros would send the stack to QR.
-        stand_in = jnp.eye(*matrix.shape[-2:], dtype=matrix.dtype)
-        matrix = jnp.where(is_usable[..., None, None], matrix / divisor, stand_in)
+        has_signal = jnp.isfinite(peak) & (peak > 0)
+        is_usable = is_due & has_signal
         factor = parts.basis.compute(
-            matrix, subspace.basis, _refresh_keys(key, subspace.refreshes)
+            matrix,
+            jnp.where(has_signal, peak, 1),
+            subspace.basis,
+            _refresh_keys(key, subspace.refreshes),
         )
         rank, demand = parts.rank.select(factor.energies, subspace.demand)
         is_kept = jnp.arange(factor.columns.shape[-1]) < rank[..., None, None]

@@ -110,10 +110,11 @@ class MatrixView:
 
     def project(self, leaf: jax.Array, basis: jax.Array) -> jax.Array:
         """Returns G P, (*stack, a, r), for a leaf G and a basis P (*stack, b, r)."""
-        # The transposition is left to the product: no transposed copy of G is made.
-        product = "...ba,...br->...ar" if self.projects_rows else "...ab,...br->...ar"
         matrices = self.matrices(leaf).astype(basis.dtype)
-        return jnp.einsum(product, matrices, basis)
+        if not self.projects_rows:
+            return jnp.einsum("...ab,...br->...ar", matrices, basis)
+        # G stands last and in its own layout: only small matrices are transposed.
+        return jnp.einsum("...br,...ba->...ra", basis, matrices).swapaxes(-1, -2)
 
     def lift(self, coordinates: jax.Array, basis: jax.Array) -> jax.Array:
         """Returns N P^T in the leaf's shape, for coordinates N (*stack, a, r)."""

@@ -14,8 +14,18 @@ def gram(columns: jax.Array) -> jax.Array:
     return jnp.einsum("...nk,...nl->...kl", columns, columns, precision=HIGHEST)
 
 
-def orthonormalize(columns: jax.Array, tolerance: float = TOLERANCE) -> jax.Array:
-    r"""Returns Q (*stack, n, k), Q^T Q = I, whose leading columns span those of X.
+def orthonormalize(columns: jax.Array) -> jax.Array:
+    """Returns Q (*stack, n, k), Q^T Q = I, whose leading columns span those of X.
+
+    See :func:`nearly_orthonormal`, to a tolerance of 1e-5.
+    """
+    return nearly_orthonormal(columns, TOLERANCE)[0]
+
+
+def nearly_orthonormal(
+    columns: jax.Array, tolerance: float
+) -> tuple[jax.Array, jax.Array]:
+    r"""Returns Q (*stack, n, k) and Q^T Q, Q's leading columns spanning those of X.
 
     Shifted Cholesky-QR, repeated until the largest entry e of |Q^T Q - I| is at most
     ``tolerance``; the shift s fades with e:
@@ -60,9 +70,10 @@ def orthonormalize(columns: jax.Array, tolerance: float = TOLERANCE) -> jax.Arra
     done = is_done(products)
 
     def with_fallback():
-        return jnp.where(done[..., None, None], q, jnp.linalg.qr(columns)[0])
+        chosen = jnp.where(done[..., None, None], q, jnp.linalg.qr(columns)[0])
+        return chosen, gram(chosen)
 
-    return jax.lax.cond(jnp.all(done), lambda: q, with_fallback)
+    return jax.lax.cond(jnp.all(done), lambda: (q, products), with_fallback)
 
 
 def _error(products: jax.Array) -> jax.Array:
@@ -72,12 +83,17 @@ def _error(products: jax.Array) -> jax.Array:
 
 
 def _cholesky_pass(columns: jax.Array, products: jax.Array) -> jax.Array:
-    k = products.shape[-1]
-    eye = jnp.eye(k, dtype=products.dtype)
+    eye = jnp.eye(products.shape[-1], dtype=products.dtype)
     trace = jnp.trace(products, axis1=-2, axis2=-1)
     shift = 4 * jnp.finfo(products.dtype).eps * trace * jnp.minimum(_error(products), 1)
-    factor = jnp.linalg.cholesky(products + shift[..., None, None] * eye)
-    inverse = jax.scipy.linalg.solve_triangular(
+    inverse = inverse_factor(products + shift[..., None, None] * eye)
+    return jnp.einsum("...nk,...lk->...nl", columns, inverse, precision=HIGHEST)
+
+
+def inverse_factor(products: jax.Array) -> jax.Array:
+    """Returns L^-1 of the Cholesky factor L L^T, (*stack, k, k)."""
+    eye = jnp.eye(products.shape[-1], dtype=products.dtype)
+    factor = jnp.linalg.cholesky(products)
+    return jax.scipy.linalg.solve_triangular(
         factor, jnp.broadcast_to(eye, factor.shape), lower=True
     )
-    return jnp.einsum("...nk,...lk->...nl", columns, inverse, precision=HIGHEST)

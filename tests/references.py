@@ -26,26 +26,25 @@ Rebase = Callable[..., tuple[np.ndarray, np.ndarray]]
 def range_finder(
     a: np.ndarray, omega: np.ndarray, rank: int, power_iterations: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """P (b, rank) and energies of A (a, b) from the test matrix Omega (b, k).
+    """P (b, rank) and energies of A (a, b) from the test matrix Omega (a, k).
 
-    Halko, Martinsson, Tropp 2011: S = orth(A Omega), algorithm 4.1; first, for each
-    power iteration, Omega <- orth(A^T orth(A Omega)), algorithm 4.4; last, the leading
-    right singular vectors of S^T A, algorithm 5.1. Energies: its squared singular
-    values over ||A||_F^2.
+    Halko, Martinsson, Tropp 2011: Q = orth(A^T Omega), algorithm 4.1; for each power
+    iteration Q <- orth(A^T orth(A Q)), algorithm 4.4; last, Q turned to the right
+    singular vectors of A Q. Energies: its squared singular values over ||A||_F^2.
     """
+    found = np.linalg.qr(a.T @ omega)[0]
     for _ in range(power_iterations):
-        omega = np.linalg.qr(a.T @ np.linalg.qr(a @ omega)[0])[0]
-    found = np.linalg.qr(a @ omega)[0]
-    _, values, right = np.linalg.svd(found.T @ a, full_matrices=False)
-    return right[:rank].T, values[:rank] ** 2 / np.sum(a**2)
+        found = np.linalg.qr(a.T @ np.linalg.qr(a @ found)[0])[0]
+    _, values, right = np.linalg.svd(a @ found, full_matrices=False)
+    return found @ right[:rank].T, values[:rank] ** 2 / np.sum(a**2)
 
 
-def warm_start(omega: np.ndarray, previous: np.ndarray) -> np.ndarray:
-    """Omega with its first columns replaced by the columns of P that are in use."""
+def warm_start(a: np.ndarray, omega: np.ndarray, previous: np.ndarray) -> np.ndarray:
+    """Omega with its first columns replaced by A times the columns of P in use."""
     start = omega.copy()
     for j in range(previous.shape[1]):
         if np.any(previous[:, j]):
-            start[:, j] = previous[:, j]
+            start[:, j] = a @ previous[:, j]
     return start
 
 
@@ -331,13 +330,13 @@ def adarankgrad(
 ) -> tuple[list[np.ndarray], list[Record]]:
     """AdaRankGrad, Algorithm 3, with the differences that its docstring lists.
 
-    ``omega``: (b, number of the refresh) -> the Gaussian test matrix (b, k).
+    ``omega``: (a, number of the refresh) -> the Gaussian test matrix (a, k).
     ``warm``: start from the basis in use.
     """
 
     def basis(a, p, i):
-        start = omega(a.shape[1], i)
-        start = warm_start(start, p) if warm else start
+        start = omega(a.shape[0], i)
+        start = warm_start(a, start, p) if warm else start
         return range_finder(a, start, capacity, power_iterations=1)
 
     updates, records = low_rank(

@@ -131,7 +131,9 @@ def test_a_known_field_of_another_shape_raises():
         lambda params: {"mu": jax.tree.map(lambda x: jnp.zeros(len(x)), params)},
         lambda u, s, p=None: (u, s),
     )
-    with pytest.raises(ValueError, match=r"\['w'\]: .* do not fit 'mu' of shape \(6,\)"):
+    with pytest.raises(
+        ValueError, match=r"\['w'\]: .* do not fit 'mu' of shape \(6,\)"
+    ):
         _init(inner, {"w": jnp.ones((6, 4))})
 
 

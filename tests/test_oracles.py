@@ -24,10 +24,9 @@ PATHS = {f"['{name}']": name for name in LEAVES}
 # 0.03 of the largest singular value for the last column of a basis: 6e-8 / 0.03. Adam
 # and RMS divide by the root of moments that are small: 10 times more.
 ROUNDING = 5e-5
-# The range finder's intermediate basis is orthonormal to 1e-2 only. That is the error
-# of the squared singular values it orders by; the gaps between them divide it, and most
-# sketches are ten times better conditioned.
-SKETCH = 5e-3
+# The range finder orders by squared singular values: float32 over their smallest gap is
+# ten times what an SVD's is.
+SKETCH = 5e-4
 
 
 class Run(NamedTuple):
@@ -84,10 +83,10 @@ def gradients() -> dict:
     return found
 
 
-def gaussian(path: str, seed: int, width: int, b: int, refresh: int) -> np.ndarray:
+def gaussian(path: str, seed: int, width: int, a: int, refresh: int) -> np.ndarray:
     """The documented draw: a function of seed, path and number of the refresh."""
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
-    draw = jax.random.normal(jax.random.fold_in(key, refresh), (b, width))
+    draw = jax.random.normal(jax.random.fold_in(key, refresh), (a, width))
     return np.asarray(draw, np.float64)
 
 
