@@ -26,7 +26,8 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.dev
-	$(BIN)/python -m benchmarks.refresh_time
+	$(BIN)/python -m benchmarks.refresh_time --size 60m
+	$(BIN)/python -m benchmarks.refresh_time --size 1b-one-layer --rounds 1
 	$(BIN)/python -m benchmarks.update_time
 
 $(BIN)/python:

@@ -41,12 +41,17 @@ def unstacked(stacked: dict[str, jax.Array]) -> dict[str, list[jax.Array]]:
     return {name: list(stack) for name, stack in stacked.items()}
 
 
-def ours(rank: int, side: str = "short") -> optax.GradientTransformation:
-    """Returns Adam in AdaRankGrad's subspace, due at the first update."""
+def ours(
+    rank: int, side: lowrank_optax.Side = "short", power_iterations: int = 0
+) -> optax.GradientTransformation:
+    """Returns Adam in the range finder's subspace, due at the first update.
+
+    AdaRankGrad's default has one power iteration.
+    """
     return lowrank_optax.scale_by_low_rank(
         optax.scale_by_adam(),
         rank,
-        basis=lowrank_optax.range_finder(),
+        basis=lowrank_optax.range_finder(power_iterations=power_iterations),
         refresh=lowrank_optax.every(10**6, stagger=False),
         side=side,
     )

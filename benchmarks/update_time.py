@@ -5,10 +5,13 @@ import time
 
 import jax
 
+import lowrank_optax
 from benchmarks import harness, llama
 
+SIDES: tuple[lowrank_optax.Side, ...] = ("short", "long")
 
-def measure(size: str, rank: int, side: str, rounds: int) -> dict:
+
+def measure(size: str, rank: int, side: lowrank_optax.Side, rounds: int) -> dict:
     stacked = llama.block_gradients(size)
     alternatives = {
         "ours": (llama.ours(rank, side), stacked),
@@ -47,7 +50,7 @@ def main() -> None:
         "update",
         {
             f"60m rank 128 side {side}": measure("60m", 128, side, rounds)
-            for side in ("short", "long")
+            for side in SIDES
         },
     )
 

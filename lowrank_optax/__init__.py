@@ -6,6 +6,7 @@ from lowrank_optax.low_rank import LowRankState, Subspace, scale_by_low_rank
 from lowrank_optax.matrices import (
     LowRankDimensionNumbers,
     MatrixView,
+    Side,
     dimension_numbers_by_shape,
 )
 from lowrank_optax.methods import adarankgrad, galore
@@ -25,6 +26,7 @@ __all__ = [
     "RankRule",
     "RebaseRule",
     "RefreshRule",
+    "Side",
     "Subspace",
     "adarankgrad",
     "dimension_numbers_by_shape",
