@@ -82,7 +82,7 @@ OPTIMIZERS: dict[str, Method] = {
     "adamw": Method(_adamw, 0.125),
     "adarankgrad": Method(
         _adarankgrad,
-        0.25,
+        0.5,
         {
             "rank": None,
             "threshold": 0.01,
@@ -91,8 +91,8 @@ OPTIMIZERS: dict[str, Method] = {
             "max_refresh_interval": 1000,
         },
     ),
-    "galore": Method(_galore, 0.25, {"rank": None, "update_proj_gap": 200}),
-    "optax_galore": Method(_optax_galore, 0.25, {"rank": None, "update_proj_gap": 200}),
+    "galore": Method(_galore, 0.5, {"rank": None, "update_proj_gap": 200}),
+    "optax_galore": Method(_optax_galore, 0.5, {"rank": None, "update_proj_gap": 200}),
 }
 # Every option that some method has for itself.
 OWN_OPTIONS = frozenset(name for method in OPTIMIZERS.values() for name in method.own)
@@ -110,7 +110,7 @@ class OptimizerOptions:
     #: Peak learning rate of embedding, head and norms; above 0.
     learning_rate: float = 8e-3
     #: Learning rate of the block matrices, as a multiple of --learning-rate; above 0.
-    #: None: adamw 0.125, the others 0.25. It takes the place of GaLore's scale.
+    #: None: adamw 0.125, the others 0.5. It takes the place of GaLore's scale.
     block_scale: float | None = None
     #: Steps of linear warm-up from zero, below --steps. None: a tenth of --steps.
     warmup_steps: int | None = None
