@@ -26,7 +26,7 @@ from lowrank_optax.moments import Kind, Moment, locate_moments
 from lowrank_optax.plan import LeafPlan, announce, plan_leaves
 from lowrank_optax.ranks import RankRule, as_rank_rule
 from lowrank_optax.rebase import RebaseRule, as_rebase_rule, transfer
-from lowrank_optax.refresh import RefreshRule, every
+from lowrank_optax.refresh import RefreshRule, Trend, every
 from lowrank_optax.sharding import (
     basis_axes,
     coordinate_axes,
@@ -280,7 +280,8 @@ def _check_inner(parts: _Parts, in_subspace, inner_state, plans) -> None:
 def _update(updates, state: LowRankState, parts: _Parts, extra_args):
     leaves, treedef = jax.tree_util.tree_flatten_with_path(updates)
     paths = [path for path, _ in leaves]
-    subspaces = dict(zip(paths, treedef.flatten_up_to(state.subspaces), strict=True))
+    nodes = treedef.flatten_up_to(state.subspaces)
+    subspaces = dict(zip(paths, map(_record, nodes), strict=True))
     projected = [path for path in paths if isinstance(subspaces[path], Subspace)]
     gradients = dict(leaves)
     views = _views(updates, subspaces, projected, parts)
@@ -334,6 +335,16 @@ def _update(updates, state: LowRankState, parts: _Parts, extra_args):
         inner_state,
     )
     return treedef.unflatten([new_updates[path] for path in paths]), new_state
+
+
+def _record(node: Any) -> Any:
+    """Returns a subspace again where ``flax.nnx.Optimizer`` has made it a mapping."""
+    if not isinstance(node, Mapping) or "basis" not in node:
+        return node
+    fields = dict(node)
+    trend = fields.pop("trend", ())
+    trend = Trend(**trend) if isinstance(trend, Mapping) else trend
+    return Subspace(**fields, trend=trend)
 
 
 def _views(updates, subspaces, projected, parts: _Parts) -> dict[tuple, MatrixView]:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 Side = Literal["short", "long"]
+"""Which side of a matrix is projected: the shorter or the longer one."""
 
 
 class LowRankDimensionNumbers(NamedTuple):

@@ -19,7 +19,7 @@ import pytest
 
 import lowrank_optax
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fast_compilation")]
 
 # Rank 1 projects the 2x2 matrices and the (2, 5, 2) stack of these tests; 128, the
 # default, leaves all of them at full size.
@@ -89,7 +89,6 @@ def _assert_passed(result: unittest.TestResult, cases: int) -> None:
     assert result.testsRun >= cases
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("row", CONTRIB_ROWS)
 def test_the_suite_for_contributed_optimizers_passes(row):
     name, arguments = CONTRIB_ROWS[row]
