@@ -339,8 +339,13 @@ def _update(updates, state: LowRankState, parts: _Parts, extra_args):
 
 def _record(node: Any) -> Any:
     """Returns a subspace again where ``flax.nnx.Optimizer`` has made it a mapping."""
-    if not isinstance(node, Mapping) or "basis" not in node:
+    if isinstance(node, Subspace) or not jax.tree.leaves(node):
         return node
+    if not isinstance(node, Mapping):
+        raise ValueError(
+            "the state's subspaces must be Subspace or, for a leaf at full size, "
+            f"optax.MaskedNode(); got {type(node).__name__}."
+        )
     fields = dict(node)
     trend = fields.pop("trend", ())
     trend = Trend(**trend) if isinstance(trend, Mapping) else trend
@@ -401,8 +406,9 @@ def _refresh(
             _refresh_keys(key, subspace.refreshes),
         )
         rank, demand = parts.rank.select(factor.energies, subspace.demand)
-        is_kept = jnp.arange(factor.columns.shape[-1]) < rank[..., None, None]
-        columns = jnp.where(is_kept, factor.columns, 0)
+        columns = factor.columns
+        position = jax.lax.broadcasted_iota(jnp.int32, columns.shape, columns.ndim - 1)
+        columns = jnp.where(position < rank[..., None, None], columns, 0)
         is_usable &= jnp.all(jnp.isfinite(columns), axis=(-1, -2))
         first_age = jnp.where(is_first, parts.refresh.first_age(fraction), 0)
         new = Subspace(

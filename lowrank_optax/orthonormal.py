@@ -78,22 +78,23 @@ def nearly_orthonormal(
 
 def _error(products: jax.Array) -> jax.Array:
     """Returns the largest entry of |Q^T Q - I|, (*stack,)."""
+    return jnp.max(jnp.abs(products - _eye_like(products)), axis=(-1, -2))
+
+
+def _eye_like(products: jax.Array) -> jax.Array:
     eye = jnp.eye(products.shape[-1], dtype=products.dtype)
-    return jnp.max(jnp.abs(products - eye), axis=(-1, -2))
+    return jnp.broadcast_to(eye, products.shape)
 
 
 def _cholesky_pass(columns: jax.Array, products: jax.Array) -> jax.Array:
-    eye = jnp.eye(products.shape[-1], dtype=products.dtype)
     trace = jnp.trace(products, axis1=-2, axis2=-1)
     shift = 4 * jnp.finfo(products.dtype).eps * trace * jnp.minimum(_error(products), 1)
-    inverse = inverse_factor(products + shift[..., None, None] * eye)
+    shifted = products + shift[..., None, None] * _eye_like(products)
+    inverse = inverse_factor(shifted)
     return jnp.einsum("...nk,...lk->...nl", columns, inverse, precision=HIGHEST)
 
 
 def inverse_factor(products: jax.Array) -> jax.Array:
     """Returns L^-1 of the Cholesky factor L L^T, (*stack, k, k)."""
-    eye = jnp.eye(products.shape[-1], dtype=products.dtype)
     factor = jnp.linalg.cholesky(products)
-    return jax.scipy.linalg.solve_triangular(
-        factor, jnp.broadcast_to(eye, factor.shape), lower=True
-    )
+    return jax.scipy.linalg.solve_triangular(factor, _eye_like(factor), lower=True)

@@ -56,17 +56,17 @@ def test_without_smoothing_the_last_gradient_alone_decides():
     assert rank == 2
 
 
-def test_the_floor_is_a_quarter_of_the_capacity_unless_said():
-    assert lowrank_optax.energy_rank(32).min_rank == 8
+def test_the_floor_is_half_of_the_capacity_unless_said():
+    assert lowrank_optax.energy_rank(32).min_rank == 16
     assert lowrank_optax.energy_rank(3).min_rank == 1
     rank, _ = lowrank_optax.energy_rank(8, smoothing=0.0).select(
         jnp.asarray([1.0] + [0.0] * 7), jnp.float32(8)
     )
-    assert rank == 2
+    assert rank == 4
 
 
 def test_the_capacity_is_the_states_and_not_the_constructors():
-    # A state that was cut to 3 columns, below the floor of 4.
+    # A state that was cut to 3 columns, below the floor of 8.
     for rule in (lowrank_optax.energy_rank(16), as_rank_rule(16)):
         rank, _ = rule.select(jnp.asarray([[0.4, 0.1, 0.1]]), jnp.asarray([16.0]))
         np.testing.assert_array_equal(rank, [3])
@@ -80,7 +80,9 @@ def _gradient(rng, rank):
 def test_adarankgrads_rank_follows_the_gradients_both_ways_and_does_not_collapse():
     rng = np.random.default_rng(0)
     tx = lowrank_optax.adarankgrad(
-        1.0, rank=8, refresh=lowrank_optax.every(2), threshold=0.01
+        1.0,
+        rank=lowrank_optax.energy_rank(8, threshold=0.01, min_rank=2),
+        refresh=lowrank_optax.every(2),
     )
     params = _gradient(rng, 12)
     state, update = tx.init(params), jax.jit(tx.update)
