@@ -170,9 +170,9 @@ class ExactSVD:
 def exact_svd() -> ExactSVD:
     """Basis of the leading singular vectors by a full SVD, as GaLore computes it.
 
-    Cost: O(a b min(a, b)) operations, hundreds of times those of
-    :func:`range_finder` at the sizes of language models, and over a mesh the whole
-    gradient is gathered on every device. For reproducing GaLore, and as an oracle.
+    Cost: O(a b min(a, b)) operations, where :func:`range_finder` takes O(a b k), and
+    over a mesh the whole gradient is gathered on every device. For reproducing GaLore,
+    and as an oracle.
     """
     return ExactSVD()
 

@@ -154,8 +154,8 @@ def galore(
         weight_decay: Decoupled decay of the parameters, times the learning rate; >= 0.
         mask: Which leaves decay: a tree of bools, or a function from the parameters to
             one. None: all.
-        basis: Basis rule; None: ``exact_svd()``. ``range_finder()`` is hundreds of
-            times faster and captures nearly as much.
+        basis: Basis rule; None: ``exact_svd()``. ``range_finder()`` is several times
+            faster (``benchmarks/``) and captures nearly as much.
         side: "short" or "long"; see :func:`scale_by_low_rank`.
         dimension_numbers: See :func:`scale_by_low_rank`. Published runs leave embedding
             and head at full size: give None for them, or use ``optax.partition``.
