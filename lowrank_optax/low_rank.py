@@ -155,7 +155,7 @@ def scale_by_low_rank(
             do not fit a leaf; in ``update``, if a gradient does not fit the state.
 
     Example:
-        A basis of full rank changes nothing but rounding; one of rank 2 stores less:
+        A basis of rank 2 and moments of 2 columns instead of 16:
 
         >>> params = {"w": jnp.ones((64, 16))}
         >>> tx = scale_by_low_rank(optax.scale_by_adam(), rank=2)
