@@ -17,17 +17,28 @@ import optax
 RESULTS = Path(__file__).parent / "results"
 
 
-def seconds(function: Callable[[], Any]) -> float:
-    """Returns the wall time of one call, its result awaited."""
+def seconds(prepare: Callable[[], Callable[[], Any]]) -> float:
+    """Returns the wall time of the call that ``prepare`` returns, its result awaited.
+
+    What is prepared, a state to donate for instance, is not timed.
+    """
+    function = prepare()
     start = time.perf_counter()
     jax.block_until_ready(function())
     return time.perf_counter() - start
 
 
 def paired(
-    ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int
+    ours: Callable[[], Callable[[], Any]],
+    theirs: Callable[[], Callable[[], Any]],
+    rounds: int,
 ) -> dict[str, Any]:
     """Times both in turns, so that a busy machine is busy for both.
+
+    Args:
+        ours: See :func:`seconds`.
+        theirs: Likewise.
+        rounds: Pairs.
 
     Returns:
         Seconds of each round and, pair by pair, ours / theirs: median, least, most.

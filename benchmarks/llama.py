@@ -42,12 +42,9 @@ def unstacked(stacked: dict[str, jax.Array]) -> dict[str, list[jax.Array]]:
 
 
 def ours(
-    rank: int, side: lowrank_optax.Side = "short", power_iterations: int = 0
+    rank: int, side: lowrank_optax.Side = "short", power_iterations: float = 0.5
 ) -> optax.GradientTransformation:
-    """Returns Adam in the range finder's subspace, due at the first update.
-
-    AdaRankGrad's default has one power iteration.
-    """
+    """Returns Adam in the range finder's subspace, due at the first update."""
     return lowrank_optax.scale_by_low_rank(
         optax.scale_by_adam(),
         rank,

@@ -11,6 +11,7 @@ import jax
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+import lowrank_optax
 from experiments.checkpoint import Checkpoints, RunRecord
 from experiments.config import Config, complete, differences
 from experiments.data import Data, make_data
@@ -73,7 +74,7 @@ def assemble(config: Config, report: Callable[[str], None]) -> Parts:
             or the run to be resumed, or the directory holds another run.
     """
     directory = config.out or _new_directory(config)
-    mesh = data_mesh(config.batch_size)
+    mesh = data_mesh(config.batch_size, config.accumulate)
     weights = config.initial_weights and load_llama(config.initial_weights)
     tokenizer = load_tokenizer(config.tokenizer)
     model = _model(config, tokenizer, weights)
@@ -98,6 +99,8 @@ def assemble(config: Config, report: Callable[[str], None]) -> Parts:
             "was started; give the same files and the same version of Python"
         )
     schedule = make_schedule(config, config.steps)
+    tx = build_optimizer(config, schedule, config.seed, config.accumulate)
+    _check_projects(config, model, tx)
     return Parts(
         config=config,
         directory=directory,
@@ -105,13 +108,28 @@ def assemble(config: Config, report: Callable[[str], None]) -> Parts:
         data=data,
         model=model,
         schedule=schedule,
-        tx=build_optimizer(config, schedule, config.seed),
+        tx=tx,
         mesh=mesh,
         initial_params=functools.partial(
             _initial_params, model, config.seed, weights, mesh
         ),
         resumed=resumed,
     )
+
+
+def _check_projects(config, model, tx):
+    """Raises if a low-rank method would leave every block matrix at full size."""
+    if config.optimizer in ("adamw", "optax_galore"):
+        return
+    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    plans = lowrank_optax.projections(tx, params).values()
+    if not any(plan.is_projected for plan in plans):
+        granularity = config.granularity or 1
+        raise UserError(
+            f"--rank {config.rank} at granularity {granularity} leaves every block "
+            f"matrix at full size; choose a --rank below "
+            f"{model.hidden_size // granularity}"
+        )
 
 
 def _new_directory(config):

@@ -52,6 +52,10 @@ class Config(OptimizerOptions):
     tokenizer: str = "bytes"
     #: Sequences per step, over all devices; a multiple of their number.
     batch_size: int = 8
+    #: Micro-batches that a batch is cut into, one after the other: less memory for the
+    #: same update; a divisor of --batch-size. Their gradients are added up inside the
+    #: subspaces.
+    accumulate: int = 1
     #: Tokens per sequence; at least 1.
     sequence_length: int = 128
     #: Updates to train for; at least 1.
@@ -126,6 +130,8 @@ _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "min_refresh_interval": _POSITIVE_INT,
     "max_refresh_interval": _POSITIVE_INT,
     "update_proj_gap": _POSITIVE_INT,
+    "granularity": _POSITIVE_INT,
+    "accumulate": _POSITIVE_INT,
     "kv_heads": _POSITIVE_INT,
     "batch_size": _POSITIVE_INT,
     "sequence_length": _POSITIVE_INT,
@@ -182,6 +188,11 @@ def check(config: Config) -> None:
         value = getattr(config, name)
         if value is not None and not is_allowed(value):
             raise UserError(f"{flag(name)} must be {requirement}, not {value}")
+    if config.batch_size % config.accumulate:
+        raise UserError(
+            f"--accumulate {config.accumulate} does not divide --batch-size "
+            f"{config.batch_size}; choose a divisor"
+        )
     if config.resume and config.out is None:
         raise UserError("--resume needs --out, the directory of the run to continue")
 

@@ -36,9 +36,10 @@ def memory_by_kind(params: Any, opt_state: Any) -> dict[str, int]:
     """Returns the bytes of a training state by what they are, for arrays or shapes.
 
     Returns:
-        parameters; gradients (one per parameter, in its dtype); basis (projections of
-        the block matrices); block moments (whatever else the method keeps for them);
-        other moments (AdamW of embedding, head and norms, and counters).
+        parameters; gradients (one per parameter, in its dtype); accumulator (sums over
+        micro-batches); basis (projections of the block matrices); block moments
+        (whatever else the method keeps for them); other moments (AdamW of embedding,
+        head and norms, and counters).
     """
     blocks = block_state(opt_state)
     basis = sum(
@@ -47,12 +48,14 @@ def memory_by_kind(params: Any, opt_state: Any) -> dict[str, int]:
         for _, value in optax.tree.get_all_with_path(blocks, name)
     )
     block_bytes = optimizer_state_bytes(blocks)
+    sums = optimizer_state_bytes(getattr(opt_state, "sums", ()))
     return {
         "parameters": optimizer_state_bytes(params),
         "gradients": optimizer_state_bytes(params),
+        "accumulator": sums,
         "basis": basis,
         "block moments": block_bytes - basis,
-        "other moments": optimizer_state_bytes(opt_state) - block_bytes,
+        "other moments": optimizer_state_bytes(opt_state) - block_bytes - sums,
     }
 
 
@@ -62,6 +65,7 @@ def adamw_memory_by_kind(params: Any) -> dict[str, int]:
     return {
         "parameters": optimizer_state_bytes(params),
         "gradients": optimizer_state_bytes(params),
+        "accumulator": 0,
         "basis": 0,
         "block moments": blocks,
         "other moments": adamw_state_bytes(params) - blocks,

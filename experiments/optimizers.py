@@ -12,10 +12,8 @@ import optax
 import tyro
 
 import lowrank_optax
+from experiments.finite import skip_nonfinite
 from experiments.unstacked import unstacked
-
-# No update is worth a non-finite gradient: apply_if_finite would give in after these.
-_NEVER = 2**31 - 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +76,31 @@ def _optax_galore(
     return unstacked(galore)
 
 
+def _vlorp(
+    learning_rate, *, rank, granularity, update_proj_gap, b1, b2, eps, **options
+):
+    return lowrank_optax.vlorp(
+        learning_rate,
+        rank,
+        granularity,
+        optax.scale_by_adam(b1, b2, eps),
+        refresh=lowrank_optax.every(update_proj_gap),
+        **options,
+    )
+
+
+def _projfactor(learning_rate, *, rank, granularity, update_proj_gap, **options):
+    return lowrank_optax.projfactor(
+        learning_rate,
+        rank,
+        granularity,
+        refresh=lowrank_optax.every(update_proj_gap),
+        **options,
+    )
+
+
+_VARIOUS_GRAINED = {"rank": None, "granularity": 4, "update_proj_gap": 25}
+
 OPTIMIZERS: dict[str, Method] = {
     "adamw": Method(_adamw, 0.125),
     "adarankgrad": Method(
@@ -92,6 +115,8 @@ OPTIMIZERS: dict[str, Method] = {
         },
     ),
     "galore": Method(_galore, 0.5, {"rank": None, "update_proj_gap": 200}),
+    "vlorp": Method(_vlorp, 0.5, _VARIOUS_GRAINED),
+    "projfactor": Method(_projfactor, 0.5, _VARIOUS_GRAINED),
     "optax_galore": Method(_optax_galore, 0.5, {"rank": None, "update_proj_gap": 200}),
 }
 # Every option that some method has for itself.
@@ -128,8 +153,13 @@ class OptimizerOptions:
     #: Largest global norm of the gradient; above 0. None: no clipping.
     clip_norm: float | None = 1.0
     #: Rank of the projection, in columns; at least 1 (all but adamw). None: a quarter
-    #: of the hidden size. A matrix whose shorter side is not above it is not projected.
+    #: of the hidden size, over --granularity. A matrix whose shorter side is not above
+    #: it is not projected.
     rank: int | None = None
+    #: Pieces that each row of a gradient is cut into before it is projected; at least
+    #: 1. Moments take as much as for a rank of --rank times this. None: 4 of vlorp and
+    #: projfactor, the only ones that have it.
+    granularity: int | None = None
     #: Share of a gradient's squared norm that the rank may lose; in (0, 1). None: 0.01
     #: of adarankgrad, the only one that has it.
     threshold: float | None = None
@@ -143,7 +173,7 @@ class OptimizerOptions:
     #: None: 1000 of adarankgrad, the only one that has it.
     max_refresh_interval: int | None = None
     #: Steps between two refreshes of a basis; at least 1. None: 200 of galore and
-    #: optax_galore, the only ones that have it.
+    #: optax_galore, 25 of vlorp and projfactor, the only ones that have it.
     update_proj_gap: int | None = None
 
 
@@ -158,7 +188,8 @@ def with_defaults(
         hidden_size: Of the model; the default rank is a quarter of it.
     """
     method = OPTIMIZERS[options.optimizer]
-    rank = options.rank or max(1, hidden_size // 4)
+    granularity = options.granularity or method.own.get("granularity", 1)
+    rank = options.rank or max(1, hidden_size // 4 // granularity)
     defaults = {
         "warmup_steps": steps // 10,
         "block_scale": method.block_scale,
@@ -192,17 +223,23 @@ def make_schedule(options: OptimizerOptions, steps: int) -> optax.Schedule:
 
 
 def build_optimizer(
-    options: OptimizerOptions, schedule: optax.Schedule, seed: int = 0
+    options: OptimizerOptions,
+    schedule: optax.Schedule,
+    seed: int = 0,
+    accumulate: int = 1,
 ) -> optax.GradientTransformation:
     """Returns clipping, then the method for the block matrices and AdamW for the rest.
 
     A gradient that is not finite changes neither parameters nor state; the state's
-    ``notfinite_count`` and ``total_notfinite`` count them.
+    ``notfinite_count`` and ``total_notfinite`` count them. With micro-batches, the
+    norm that is clipped is that of their mean in the subspaces.
 
     Args:
         options: The flags, with :func:`with_defaults` filled in.
         schedule: Learning rate of the rest; the blocks' is ``block_scale`` times it.
         seed: Seed of what the method draws.
+        accumulate: Micro-batches per update; above 1 the result is a
+            ``lowrank_optax.Accumulation``.
     """
     method = OPTIMIZERS[options.optimizer]
     scale = method.block_scale if options.block_scale is None else options.block_scale
@@ -220,7 +257,8 @@ def build_optimizer(
     grouped = optax.partition(groups, parameter_groups)
     if options.clip_norm is not None:
         grouped = optax.chain(optax.clip_by_global_norm(options.clip_norm), grouped)
-    return optax.apply_if_finite(grouped, _NEVER)
+    tx = skip_nonfinite(grouped)
+    return lowrank_optax.accumulate(tx, accumulate) if accumulate > 1 else tx
 
 
 def parameter_groups(params: Any) -> Any:

@@ -18,17 +18,18 @@ ApplyFn = Callable[[Any, jax.Array], jax.Array]
 BATCH = {"inputs": np.int32, "targets": np.int32, "weights": np.float32}
 
 
-def data_mesh(batch_size: int) -> Mesh:
-    """Returns the local devices in a row; batches are cut over them.
+def data_mesh(batch_size: int, accumulate: int = 1) -> Mesh:
+    """Returns the local devices in a row; micro-batches are cut over them.
 
     Raises:
         UserError: If the sequences of a batch cannot be shared out evenly.
     """
     devices = jax.local_devices()
-    if batch_size % len(devices):
+    if batch_size % (len(devices) * accumulate):
+        times = f", times --accumulate {accumulate}" if accumulate > 1 else ""
         raise UserError(
             f"--batch-size {batch_size} is not a multiple of the {len(devices)} "
-            "devices of this machine; choose one that is"
+            f"devices of this machine{times}; choose one that is"
         )
     return Mesh(np.asarray(devices), ("data",), axis_types=(AxisType.Auto,))
 
@@ -50,11 +51,17 @@ def shard_batch(batch: Batch, mesh: Mesh) -> Batch:
     return jax.device_put(dict(batch), NamedSharding(mesh, PartitionSpec("data")))
 
 
-def make_train_step(apply_fn: ApplyFn, tx: optax.GradientTransformation, mesh: Mesh):
+def make_train_step(
+    apply_fn: ApplyFn,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    accumulate: int = 1,
+):
     """Returns the jitted (params, opt_state, batch) -> (params, opt_state, metrics).
 
     Parameters and state are donated. The metrics are scalars: ``loss``, nats per token
-    averaged by weight, and ``grad_norm``, before clipping, both float32; ``rejected``
+    averaged by weight, and ``grad_norm``, before clipping, both float32 (with
+    micro-batches the norm of the projected mean); ``rejected``
     and ``rejected_in_a_row``, int32, the updates left out so far because a gradient was
     not finite.
 
@@ -62,19 +69,46 @@ def make_train_step(apply_fn: ApplyFn, tx: optax.GradientTransformation, mesh: M
         apply_fn: The model.
         tx: From :func:`experiments.optimizers.build_optimizer`.
         mesh: From :func:`data_mesh`.
+        accumulate: Micro-batches of a batch; above 1 ``tx`` is a
+            ``lowrank_optax.Accumulation``.
     """
 
     def loss_fn(params, batch):
         summed, weight = _summed_loss(apply_fn, params, batch)
-        return summed / weight
+        # A micro-batch may be padding alone.
+        return summed / jnp.maximum(weight, 1), weight
+
+    gradient = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def whole_batch(params, opt_state, batch):
+        (loss, _), grads = gradient(params, batch)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return loss, optax.tree.norm(grads), updates, opt_state
+
+    def micro_batches(params, opt_state, batch):
+        def add(carry, micro_batch):
+            opt_state, nats, tokens = carry
+            (loss, weight), grads = gradient(params, micro_batch)
+            opt_state = tx.add(grads, opt_state, weight)
+            return (opt_state, nats + loss * weight, tokens + weight), None
+
+        # Every k-th sequence: each device cuts up its own share.
+        cut = jax.tree.map(
+            lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch
+        )
+        start = (opt_state, jnp.float32(0), jnp.float32(0))
+        (opt_state, nats, tokens), _ = jax.lax.scan(add, start, cut)
+        norm = optax.tree.norm(opt_state.sums) / tokens
+        updates, opt_state = tx.finish(opt_state, params)
+        return nats / tokens, norm, updates, opt_state
 
     def step(params, opt_state, batch):
-        loss, grads = jax.value_and_grad(loss_fn)(params, batch)
-        updates, opt_state = tx.update(grads, opt_state, params)
+        way = micro_batches if accumulate > 1 else whole_batch
+        loss, norm, updates, opt_state = way(params, opt_state, batch)
         params = optax.apply_updates(params, updates)
         metrics = {
             "loss": loss,
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": norm,
             "rejected": optax.tree.get(opt_state, "total_notfinite"),
             "rejected_in_a_row": optax.tree.get(opt_state, "notfinite_count"),
         }

@@ -147,7 +147,9 @@ class _Loop:
         apply_fn = functools.partial(apply, parts.model)
         shape = (parts.config.batch_size, parts.config.sequence_length)
         batch = {name: jax.ShapeDtypeStruct(shape, t) for name, t in BATCH.items()}
-        train_step = make_train_step(apply_fn, parts.tx, parts.mesh)
+        train_step = make_train_step(
+            apply_fn, parts.tx, parts.mesh, parts.config.accumulate
+        )
         eval_step = make_eval_step(apply_fn, parts.mesh)
         self.train_step = train_step.lower(self.params, self.opt_state, batch).compile()
         self.eval_step = eval_step.lower(self.params, batch).compile()

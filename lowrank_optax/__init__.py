@@ -1,44 +1,57 @@
 """Composable Optax transformations with low-rank optimizer state."""
 
-from lowrank_optax.bases import BasisRule, Factor, exact_svd, range_finder
+from lowrank_optax.accumulate import AccumulateState, Accumulation, accumulate
+from lowrank_optax.bases import BasisRule, exact_svd, range_finder
 from lowrank_optax.inspection import ranks, subspaces
-from lowrank_optax.low_rank import LowRankState, Subspace, scale_by_low_rank
+from lowrank_optax.low_rank import LowRankState, scale_by_low_rank
 from lowrank_optax.matrices import (
     LowRankDimensionNumbers,
     MatrixView,
     Side,
     dimension_numbers_by_shape,
 )
-from lowrank_optax.methods import adarankgrad, galore
+from lowrank_optax.methods import adarankgrad, galore, projfactor, vlorp
 from lowrank_optax.plan import LeafPlan, projections
+from lowrank_optax.projfactor import ProjFactorState, scale_by_projfactor
+from lowrank_optax.random_bases import gaussian, rademacher
 from lowrank_optax.ranks import RankRule, energy_rank
 from lowrank_optax.rebase import REBASE_RULES, RebaseRule, ldadam
 from lowrank_optax.refresh import RefreshRule, every, on_convergence
+from lowrank_optax.subspace import Projected, Subspace
 
 __all__ = [
     "REBASE_RULES",
+    "AccumulateState",
+    "Accumulation",
     "BasisRule",
-    "Factor",
     "LeafPlan",
     "LowRankDimensionNumbers",
     "LowRankState",
     "MatrixView",
+    "ProjFactorState",
+    "Projected",
     "RankRule",
     "RebaseRule",
     "RefreshRule",
     "Side",
     "Subspace",
+    "accumulate",
     "adarankgrad",
     "dimension_numbers_by_shape",
     "energy_rank",
     "every",
     "exact_svd",
     "galore",
+    "gaussian",
     "ldadam",
     "on_convergence",
     "projections",
+    "projfactor",
+    "rademacher",
     "range_finder",
     "ranks",
     "scale_by_low_rank",
+    "scale_by_projfactor",
     "subspaces",
+    "vlorp",
 ]

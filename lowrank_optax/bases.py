@@ -6,34 +6,16 @@ columns that span a subspace of the b-side.
 """
 
 import dataclasses
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.orthonormal import (
-    HIGHEST,
-    gram,
-    inverse_factor,
-    nearly_orthonormal,
-    orthonormalize,
-)
+from lowrank_optax.orthonormal import HIGHEST, gram, orthonormalize
 
-# How far Q^T Q may be from I where a (k, k) factor makes up for it.
+# How far Q Q^T may be from I between two products: what counts there is that no
+# direction is lost to rounding.
 NEARLY = 3e-2
-
-
-class Factor(NamedTuple):
-    """A basis and what it captures.
-
-    Attributes:
-        columns: Orthonormal basis P, most energetic column first; (*stack, b, r).
-        energies: Share of A's squared Frobenius norm that each column captures,
-            largest first; (*stack, r).
-    """
-
-    columns: jax.Array
-    energies: jax.Array
 
 
 class BasisRule(Protocol):
@@ -45,8 +27,10 @@ class BasisRule(Protocol):
         scale: jax.Array,
         previous: jax.Array,
         keys: jax.Array,
-    ) -> Factor:
-        """Returns the basis of r columns for A (*stack, a, b), finite whatever A is.
+    ) -> jax.Array:
+        """Returns P (*stack, b, r) for A (*stack, a, b), finite whatever A is.
+
+        Columns are orthonormal, the most energetic ones first.
 
         Args:
             matrix: A; (*stack, a, b), float32 or wider. The result for a matrix that is
@@ -66,7 +50,7 @@ class RangeFinder:
     """See :func:`range_finder`."""
 
     oversample: int
-    power_iterations: int
+    power_iterations: float
     warm_start: bool
 
     def compute(
@@ -75,52 +59,63 @@ class RangeFinder:
         scale: jax.Array,
         previous: jax.Array,
         keys: jax.Array,
-    ) -> Factor:
+    ) -> jax.Array:
         """Returns the basis; see :class:`BasisRule`."""
         rank = previous.shape[-1]
         width = min(rank + self.oversample, *matrix.shape[-2:])
-        start = gaussian(keys, (matrix.shape[-2], width), matrix.dtype)
+        products = 1 + round(2 * self.power_iterations)
         if self.warm_start:
-            in_use = jnp.any(previous != 0, axis=-2, keepdims=True)
-            image = _times(matrix, previous.astype(matrix.dtype), scale)
-            warm = jnp.where(in_use, image, start[..., :rank])
-            start = jnp.concatenate([warm, start[..., rank:]], axis=-1)
-        found, products = _subspace(matrix, start, scale)
-        for _ in range(self.power_iterations):
-            left = orthonormalize(_times(matrix, found, scale))
-            found, products = _subspace(matrix, left, scale)
-        return _ordered(matrix, found, products, rank, scale)
+            products += products % 2  # an even number starts on the projected side
+        length = matrix.shape[-2] if products % 2 else matrix.shape[-1]
+        rows = uniform(keys, (width, length), matrix.dtype)
+        if self.warm_start:
+            in_use = jnp.any(previous != 0, axis=-2)[..., None]
+            warm = jnp.swapaxes(previous, -1, -2).astype(rows.dtype)
+            warm = jnp.where(in_use, warm, rows[..., :rank, :])
+            rows = jnp.concatenate([warm, rows[..., rank:, :]], axis=-2)
+            rows = orthonormalize(rows, NEARLY)
+        for remaining in range(products, 0, -1):
+            if remaining < products:
+                rows = orthonormalize(rows, NEARLY)
+            rows = (_sketch if remaining % 2 else _image)(matrix, rows, scale)
+        return _leading(rows, rank)
 
 
 def range_finder(
-    oversample: int = 8, power_iterations: int = 0, warm_start: bool = False
+    oversample: int = 8, power_iterations: float = 0.5, warm_start: bool = False
 ) -> RangeFinder:
-    r"""Basis by a randomized range finder, ordered by the energy it captures.
+    r"""Basis by a randomized range finder, ordered by the energy in its sketch.
 
-    For an oriented gradient A (a, b), rank r and k = min(r + oversample, a, b):
+    For an oriented gradient A (a, b), rank r and k = min(r + oversample, a, b), the
+    basis is made of the r leading left singular vectors of a sketch Y:
 
     .. math::
-        \Omega \in R^{a \times k} \text{ Gaussian}, \quad
-        Q = \mathrm{orth}(A^\top \Omega), \quad
-        (A Q)^\top A Q = V \Lambda V^\top, \quad P = Q V
+        \Omega \in R^{a \times k} \text{ uniform on } (-1, 1), \quad
+        Y = A^\top \Omega, \quad P = U_r \text{ of } Y = U \Sigma V^\top
 
-    and the first r columns of P are the basis. Each power iteration replaces Q by
-    orth(A^T orth(A Q)). The energies are the leading entries of Lambda divided by the
-    squared Frobenius norm of A: exactly what each column captures.
+    Each power iteration replaces Y by A^T orth(A orth(Y)). With half of one,
 
-    Cost: 2 (1 + power_iterations) products with A, each a * b * k multiplications, and
-    one eigendecomposition k x k; a warm start costs one product more. Over a mesh at
-    most (a + b) k + O(k^2) numbers move for each two products; A itself never does.
+    .. math:: \Omega \in R^{b \times k}, \quad Y = A^\top \mathrm{orth}(A \Omega)
+
+    which is the randomized SVD of A with no power iteration. Without any, the order of
+    the columns and the choice of r among k follow a sketch that is noisy where singular
+    values lie close.
+
+    Cost: 1 + 2 power_iterations products with A, each a * b * k multiplications, and
+    one eigendecomposition k x k; a rank by energy costs one product more. Over a mesh a
+    product moves at most (a + b) k numbers, and k^2 each orthonormalisation; A itself
+    never moves.
 
     Args:
         oversample: Directions beyond the rank that are sketched, then dropped; >= 0.
-        power_iterations: Repetitions with the found subspace; >= 0. Each one sharpens
-            the subspace where singular values decay slowly.
-        warm_start: Start from A times the columns in use, filled up with Gaussian
-            ones, so that the basis follows the gradients of many steps and not of one.
+        power_iterations: Repetitions with the found subspace; a multiple of 0.5, >= 0.
+            Each one sharpens the subspace where singular values decay slowly.
+        warm_start: Omega is made of the columns in use, filled up with random ones, so
+            that the basis follows the gradients of many steps and not of one. Another
+            half of a power iteration is done where their number is whole.
 
     Raises:
-        ValueError: If a count is negative.
+        ValueError: If a count is out of its range.
 
     Example:
         A gradient of rank 2 is found exactly:
@@ -129,18 +124,20 @@ def range_finder(
         >>> keys = jax.random.key(1)
         >>> scale = jnp.max(jnp.abs(u @ v.T))
         >>> found = range_finder().compute(u @ v.T, scale, jnp.zeros((16, 4)), keys)
-        >>> residual = u @ v.T - u @ v.T @ found.columns @ found.columns.T
+        >>> residual = u @ v.T - u @ v.T @ found @ found.T
         >>> bool(jnp.linalg.norm(residual) < 1e-5 * jnp.linalg.norm(u @ v.T))
         True
 
     References:
         Halko, Martinsson, Tropp, `Finding structure with randomness
-        <https://arxiv.org/abs/0909.4061>`_, 2011, algorithms 4.1 and 4.4. AdaRankGrad's
-        Algorithm 1 (SSRF) is Q, without an order of its columns.
+        <https://arxiv.org/abs/0909.4061>`_, 2011, algorithms 4.1, 4.4 and 5.1. Their
+        Omega is Gaussian; independent entries of a bounded distribution do as well and
+        are drawn several times faster. AdaRankGrad's Algorithm 1 (SSRF) is orth(Y),
+        without an order of its columns.
     """
-    if oversample < 0 or power_iterations < 0:
+    if oversample < 0 or power_iterations < 0 or (2 * power_iterations) % 1:
         raise ValueError(
-            "oversample and power_iterations must be >= 0, got "
+            "oversample must be >= 0 and power_iterations a multiple of 0.5, >= 0, got "
             f"{oversample=}, {power_iterations=}."
         )
     return RangeFinder(oversample, power_iterations, warm_start)
@@ -156,15 +153,13 @@ class ExactSVD:
         scale: jax.Array,
         previous: jax.Array,
         keys: jax.Array,
-    ) -> Factor:
+    ) -> jax.Array:
         """Returns the basis; see :class:`BasisRule`."""
         del keys
         rank = previous.shape[-1]
         scaled = _finite(matrix / scale[..., None, None])
-        _, values, right = jnp.linalg.svd(scaled, full_matrices=False)
-        columns = jnp.swapaxes(right, -1, -2)[..., :rank]
-        total = _total(matrix, scale)[..., None]
-        return Factor(columns, values[..., :rank] ** 2 / total)
+        _, _, right = jnp.linalg.svd(scaled, full_matrices=False)
+        return jnp.swapaxes(right, -1, -2)[..., :rank]
 
 
 def exact_svd() -> ExactSVD:
@@ -177,57 +172,59 @@ def exact_svd() -> ExactSVD:
     return ExactSVD()
 
 
-def gaussian(keys: jax.Array, shape: tuple[int, int], dtype) -> jax.Array:
-    """Returns standard normal matrices, one per key; (*keys.shape, *shape)."""
-    flat = jax.vmap(lambda key: jax.random.normal(key, shape, dtype))(keys.reshape(-1))
-    return flat.reshape(*keys.shape, *shape)
+def uniform(keys: jax.Array, shape: tuple[int, int], dtype) -> jax.Array:
+    """Returns matrices uniform on (-1, 1), one per key; (*keys.shape, *shape).
+
+    Entries have 16 random bits: what a sketch needs, for a fraction of normal's time.
+    """
+    draw = jax.vmap(lambda key: jax.random.bits(key, shape, jnp.uint16))
+    odd = 2 * draw(keys.reshape(-1)).astype(jnp.int32) + 1
+    return (odd.astype(dtype) / 2**16 - 1).reshape(*keys.shape, *shape)
 
 
-def _times(matrix: jax.Array, columns: jax.Array, scale: jax.Array) -> jax.Array:
-    """Returns A columns / scale, (*stack, a, k), finite."""
-    image = jnp.einsum("...ab,...bk->...ak", matrix, columns, precision=HIGHEST)
+def captured_energies(
+    matrix: jax.Array, scale: jax.Array, basis: jax.Array
+) -> jax.Array:
+    """Returns the share of A's squared Frobenius norm in each column, (*stack, r).
+
+    Args:
+        matrix: A; (*stack, a, b).
+        scale: Largest |entry| of A, 1 where that is zero or not finite; (*stack,).
+        basis: Orthonormal columns P; (*stack, b, r).
+    """
+    image = _image(matrix, jnp.swapaxes(basis, -1, -2), scale)
+    squares = jnp.sum((matrix / scale[..., None, None]) ** 2, axis=(-1, -2))
+    # Never zero: it divides.
+    total = jnp.maximum(squares, jnp.finfo(matrix.dtype).tiny)
+    return jnp.sum(image**2, axis=-1) / total[..., None]
+
+
+# Bases are held as rows in here: see orthonormal. A stands last and in its own layout,
+# so that only small matrices are transposed.
+
+
+def _image(matrix: jax.Array, rows: jax.Array, scale: jax.Array) -> jax.Array:
+    """Returns (A rows^T)^T / scale, (*stack, k, a), finite, for rows (*stack, k, b)."""
+    image = jnp.einsum("...kb,...ab->...ka", rows, matrix, precision=HIGHEST)
     return _finite(image / scale[..., None, None])
 
 
-def _subspace(
-    matrix: jax.Array, start: jax.Array, scale: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Returns nearly orthonormal columns Q that span A^T start, and Q^T Q."""
-    # A stands last and in its own layout: only small matrices are transposed.
-    rows = jnp.einsum("...ak,...ab->...kb", start, matrix, precision=HIGHEST)
-    rows = _finite(rows / scale[..., None, None])
-    return nearly_orthonormal(jnp.swapaxes(rows, -1, -2), NEARLY)
+def _sketch(matrix: jax.Array, rows: jax.Array, scale: jax.Array) -> jax.Array:
+    """Returns rows A / scale, (*stack, k, b), finite, for rows (*stack, k, a)."""
+    sketch = jnp.einsum("...ka,...ab->...kb", rows, matrix, precision=HIGHEST)
+    return _finite(sketch / scale[..., None, None])
 
 
-def _ordered(
-    matrix: jax.Array,
-    found: jax.Array,
-    products: jax.Array,
-    rank: int,
-    scale: jax.Array,
-) -> Factor:
-    """Returns the r leading columns of the span of Q (*stack, b, k), and energies."""
-    # With Q^T Q = L L^T the columns of Q L^-T are orthonormal; applying L^-1 to the
-    # (k, k) products instead of the (b, k) columns is what makes nearly good enough.
-    factor = inverse_factor(products)
-    inside = gram(_times(matrix, found, scale))
-    inside = jnp.einsum(
-        "...ik,...kl,...jl->...ij", factor, inside, factor, precision=HIGHEST
-    )
-    values, vectors = jnp.linalg.eigh(inside)
-    # eigh sorts upward.
-    values, vectors = values[..., ::-1][..., :rank], vectors[..., ::-1][..., :rank]
-    rotation = jnp.einsum("...ki,...kr->...ir", factor, vectors, precision=HIGHEST)
-    columns = jnp.einsum("...bk,...kr->...br", found, rotation, precision=HIGHEST)
-    energies = jnp.maximum(values, 0) / _total(matrix, scale)[..., None]
-    return Factor(orthonormalize(columns), energies)
+def _leading(sketch: jax.Array, rank: int) -> jax.Array:
+    """Returns the r leading right singular vectors of Y^T (*stack, k, b), as columns.
 
-
-def _total(matrix: jax.Array, scale: jax.Array) -> jax.Array:
-    """Returns the squared Frobenius norm of A / scale, never zero: it divides."""
-    tiny = jnp.finfo(matrix.dtype).tiny
-    squares = (matrix / scale[..., None, None]) ** 2
-    return jnp.maximum(jnp.sum(squares, axis=(-1, -2)), tiny)
+    Squaring in the product blurs the order of singular values under 3e-4 of the
+    largest, float32's root of epsilon; orthonormalize brings their span back.
+    """
+    _, vectors = jnp.linalg.eigh(gram(sketch))
+    leading = vectors[..., ::-1][..., :rank]  # eigh sorts upward
+    rows = jnp.einsum("...kr,...kb->...rb", leading, sketch, precision=HIGHEST)
+    return jnp.swapaxes(orthonormalize(rows), -1, -2)
 
 
 def _finite(x: jax.Array) -> jax.Array:

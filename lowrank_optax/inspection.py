@@ -5,7 +5,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from lowrank_optax.low_rank import LowRankState, Subspace
+from lowrank_optax.low_rank import LowRankState
+from lowrank_optax.subspace import Subspace
 
 
 def subspaces(state: Any) -> dict[str, Subspace]:

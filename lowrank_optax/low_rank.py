@@ -2,60 +2,44 @@
 
 Every method of this library is a choice of five parts around an inner transformation:
 
-===========  =================  ==========  ======================  ====================
-method       basis              rank        refresh                 re-basing
-===========  =================  ==========  ======================  ====================
-GaLore       exact_svd          fixed       every(200)              keep
-AdaRankGrad  range_finder       by energy   on_convergence          a non-negative rule
-===========  =================  ==========  ======================  ====================
+===========  ====================  =========  ==============  ======================
+method       basis                 rank       refresh         re-basing
+===========  ====================  =========  ==============  ======================
+GaLore       exact_svd             fixed      every(200)      keep
+AdaRankGrad  range_finder          by energy  on_convergence  a non-negative rule
+VLoRP        random, granularity   fixed      every(25)       of the first moment
+ProjFactor   as VLoRP              fixed      as VLoRP        as VLoRP
+===========  ====================  =========  ==============  ======================
 
-with Adam inside. This module is the only place where the parts meet.
+with Adam in the subspace; ProjFactor has the first moment there and a factored second
+one at full size. This module is the only place where the parts meet.
 """
 
-import zlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from lowrank_optax.bases import BasisRule, range_finder
-from lowrank_optax.matrices import DimensionNumbers, MatrixView, Side
-from lowrank_optax.moments import Kind, Moment, locate_moments
-from lowrank_optax.plan import LeafPlan, announce, plan_leaves
-from lowrank_optax.ranks import RankRule, as_rank_rule
-from lowrank_optax.rebase import RebaseRule, as_rebase_rule, transfer
-from lowrank_optax.refresh import RefreshRule, Trend, every
-from lowrank_optax.sharding import (
-    basis_axes,
-    coordinate_axes,
-    stack_axes,
-    with_automatic_axes,
-    zeros_beside,
+from lowrank_optax.matrices import DimensionNumbers, Side
+from lowrank_optax.moments import Kind, locate_moments
+from lowrank_optax.plan import announce
+from lowrank_optax.random_bases import RandomBasis
+from lowrank_optax.ranks import FixedRank, RankRule, as_rank_rule
+from lowrank_optax.rebase import RebaseRule, as_rebase_rule
+from lowrank_optax.refresh import RefreshRule, every
+from lowrank_optax.sharding import coordinate_axes, with_automatic_axes, zeros_beside
+from lowrank_optax.subspace import (
+    Parts,
+    Projector,
+    Subspace,
+    initial_projectors,
+    is_projected,
+    projectors_of_state,
+    subspace_record,
 )
-
-
-class Subspace(NamedTuple):
-    """The subspace of one leaf: one basis per matrix of its stack.
-
-    Attributes:
-        basis: P, orthonormal columns, zero at and above the rank; (*stack, b,
-            capacity), float32 (float64 for float64 parameters). All zero before the
-            first usable gradient.
-        rank: Columns in use; (*stack,), int32.
-        demand: Columns asked for, smoothed by the rank rule; (*stack,), float32.
-        age: Updates since the refresh; (*stack,), int32.
-        refreshes: Refreshes so far; (*stack,), int32.
-        trend: State of the refresh rule; a pytree, () for most.
-    """
-
-    basis: jax.Array
-    rank: jax.Array
-    demand: jax.Array
-    age: jax.Array
-    refreshes: jax.Array
-    trend: Any
 
 
 class LowRankState(NamedTuple):
@@ -74,17 +58,63 @@ class LowRankState(NamedTuple):
     inner_state: Any
 
 
-class _Parts(NamedTuple):
+class Core(Protocol):
+    """What a low-rank transformation does with gradients that are projected."""
+
+    def init(
+        self, params: Any, coordinates: Any, projectors: Mapping[tuple, Projector]
+    ) -> Any:
+        """Returns its state.
+
+        Args:
+            params: Parameters, or their shapes; only those and shardings count.
+            coordinates: Tree like the parameters; a projected leaf has shape
+                (*stack, a*c, r).
+            projectors: Of the projected leaves.
+        """
+        ...
+
+    def update(
+        self,
+        coordinates: Any,
+        state: Any,
+        bases: Mapping[tuple, jax.Array],
+        projectors: Mapping[tuple, Projector],
+        count: jax.Array,
+        extra_args: Mapping[str, Any],
+    ) -> tuple[Any, Any]:
+        """Returns the updates, at full size for every leaf, and its new state."""
+        ...
+
+
+class InsideSubspace(NamedTuple):
+    """The core of :func:`scale_by_low_rank`: any transformation, then the lift."""
+
     inner: optax.GradientTransformationExtraArgs
-    rank: RankRule
-    basis: BasisRule
-    refresh: RefreshRule
-    rebase: RebaseRule
-    side: Side
-    dimension_numbers: DimensionNumbers | None
     scale: jax.typing.ArrayLike
-    moments: Mapping[str, Kind]
-    seed: jax.typing.ArrayLike
+
+    def init(self, params, coordinates, projectors):
+        """Returns the state of ``inner``; see :class:`Core`."""
+        del params, projectors
+        state = self.inner.init(coordinates)
+        if jax.tree.leaves(coordinates):
+            _check_needs_no_params(self.inner, coordinates, state)
+        return state
+
+    def update(self, coordinates, state, bases, projectors, count, extra_args):
+        """Returns scale N P^T; see :class:`Core`."""
+        del count
+        updates, state = self.inner.update(coordinates, state, None, **extra_args)
+
+        def lifted(path, update):
+            if path not in projectors:
+                return update
+            # The scale goes on the small factor.
+            dtype = projectors[path].dtype
+            scaled = update.astype(dtype) * jnp.asarray(self.scale, dtype)
+            return projectors[path].view.lift(scaled, bases[path])
+
+        return jax.tree_util.tree_map_with_path(lifted, updates), state
 
 
 def scale_by_low_rank(
@@ -95,6 +125,7 @@ def scale_by_low_rank(
     refresh: RefreshRule | None = None,
     rebase: str | RebaseRule = "square",
     side: Side = "short",
+    granularity: int = 1,
     dimension_numbers: DimensionNumbers | None = None,
     scale: jax.typing.ArrayLike = 1.0,
     moments: Mapping[str, Kind] | None = None,
@@ -127,12 +158,17 @@ def scale_by_low_rank(
         rank: Columns r of the bases, >= 1, or a rule such as
             :func:`lowrank_optax.energy_rank`.
         basis: :func:`lowrank_optax.range_finder` (None) or
-            :func:`lowrank_optax.exact_svd`.
+            :func:`lowrank_optax.exact_svd`, computed and stored;
+            :func:`lowrank_optax.gaussian` or :func:`lowrank_optax.rademacher`, drawn
+            and not stored, for a rank that is an int.
         refresh: :func:`lowrank_optax.every`, ``every(200)`` if None, or
             :func:`lowrank_optax.on_convergence`.
         rebase: Name of a rule in ``lowrank_optax.REBASE_RULES``, or a rule.
         side: Which side of each matrix is projected. "short", b = min(n, m), keeps more
             of a gradient's energy; "long" stores less, b r + 2 a r with a = min(n, m).
+        granularity: c, >= 1: each matrix is seen as (a*c, b/c) before it is projected;
+            where c does not divide b, at the nearest divisor below, which
+            ``lowrank_optax.projections`` lists. The moments then take a * (c r).
         dimension_numbers: Which axes of a leaf form its matrix: a tree like the
             parameters of ``LowRankDimensionNumbers`` (None: leave the leaf at full
             size), or a function from the parameters (or gradients: only their shapes
@@ -168,105 +204,120 @@ def scale_by_low_rank(
         (https://arxiv.org/abs/2410.17881). :func:`lowrank_optax.galore` and
         :func:`lowrank_optax.adarankgrad` say where they differ.
     """
-    if side not in ("short", "long"):
-        raise ValueError(f"side must be 'short' or 'long', got {side!r}.")
-    parts = _Parts(
-        inner=optax.with_extra_args_support(inner),
-        rank=as_rank_rule(rank),
+    parts = make_parts(
+        rank=rank,
         basis=range_finder() if basis is None else basis,
         refresh=every(200) if refresh is None else refresh,
+        rebase=rebase,
+        side=side,
+        granularity=granularity,
+        dimension_numbers=dimension_numbers,
+        moments=moments,
+        seed=seed,
+    )
+    inner = optax.with_extra_args_support(inner)
+    return low_rank_transformation(InsideSubspace(inner, scale), parts)
+
+
+def make_parts(
+    *,
+    rank: int | RankRule,
+    basis: BasisRule | RandomBasis,
+    refresh: RefreshRule,
+    rebase: str | RebaseRule,
+    side: Side,
+    granularity: int,
+    dimension_numbers: DimensionNumbers | None,
+    moments: Mapping[str, Kind] | None,
+    seed: jax.typing.ArrayLike,
+) -> Parts:
+    """Returns the parts, checked.
+
+    Raises:
+        TypeError: If ``rank`` is neither an int nor a rule.
+        ValueError: If a value is unknown or out of its range.
+    """
+    if side not in ("short", "long"):
+        raise ValueError(f"side must be 'short' or 'long', got {side!r}.")
+    is_int = isinstance(granularity, int) and not isinstance(granularity, bool)
+    if not is_int or granularity < 1:
+        raise ValueError(f"granularity must be an int >= 1, got {granularity!r}.")
+    rule = as_rank_rule(rank)
+    if isinstance(basis, RandomBasis) and not isinstance(rule, FixedRank):
+        raise ValueError(
+            "a random basis captures no energy that a rank rule could go by; give an "
+            f"int as rank, got {rank!r}."
+        )
+    return Parts(
+        rank=rule,
+        basis=basis,
+        refresh=refresh,
         rebase=as_rebase_rule(rebase),
         side=side,
+        granularity=granularity,
         dimension_numbers=dimension_numbers,
-        scale=scale,
         moments=moments or {},
         seed=seed,
     )
 
+
+def low_rank_transformation(
+    core: Core, parts: Parts
+) -> optax.GradientTransformationExtraArgs:
+    """Returns the transformation that projects, runs the core, and renews bases."""
+
     def init_fn(params):
-        return _init(params, parts)
+        return _init(params, core, parts)
 
     def update_fn(updates, state, params=None, **extra_args):
         del params
 
         def update(updates, state):
-            return _update(updates, state, parts, extra_args)
+            return _update(updates, state, core, parts, extra_args)
 
-        return with_automatic_axes(update, (updates, state), updates, state)
+        out_like = jax.tree.map(
+            lambda x: x.leaf if is_projected(x) else x, updates, is_leaf=is_projected
+        )
+        return with_automatic_axes(update, (out_like, state), updates, state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _plans(tree: Any, parts: _Parts, capacity: int) -> dict[tuple, LeafPlan]:
-    return plan_leaves(tree, capacity, parts.side, parts.dimension_numbers)
-
-
-def _init(params: Any, parts: _Parts) -> LowRankState:
-    plans = _plans(params, parts, parts.rank.capacity)
-    announce(plans)
+def _init(params: Any, core: Core, parts: Parts) -> LowRankState:
+    plans, projectors = initial_projectors(params, parts)
+    announce(plans, parts)
 
     def subspace(path, leaf):
-        view, capacity = plans[path].view, plans[path].capacity
-        if view is None or not plans[path].is_projected:
+        if path not in projectors:
             return optax.MaskedNode()
-        return _initial_subspace(leaf, view, capacity, parts.refresh)
+        return projectors[path].initial(leaf)
 
     def coordinates(path, leaf):
-        view, capacity = plans[path].view, plans[path].capacity
-        if view is None or not plans[path].is_projected:
+        if path not in projectors:
             return leaf
-        shape = (*view.stack, view.kept_size, capacity)
-        return zeros_beside(leaf, shape, _dtype(leaf), coordinate_axes(view))
+        projector = projectors[path]
+        axes = coordinate_axes(projector.view)
+        return zeros_beside(leaf, projector.shape, projector.dtype, axes)
 
     in_subspace = jax.tree_util.tree_map_with_path(coordinates, params)
-    inner_state = parts.inner.init(in_subspace)
-    if plans:
-        _check_inner(parts, in_subspace, inner_state, plans)
+    inner_state = core.init(params, in_subspace, projectors)
+    shapes = {path: projector.shape for path, projector in projectors.items()}
+    locate_moments(inner_state, shapes, plans.keys() - shapes.keys(), parts.moments)
     subspaces = jax.tree_util.tree_map_with_path(subspace, params)
     return LowRankState(jnp.zeros([], jnp.int32), subspaces, inner_state)
 
 
-def _dtype(leaf) -> jnp.dtype:
-    """Returns the dtype of the linear algebra for a leaf: float32 at least."""
-    return jnp.promote_types(leaf.dtype, jnp.float32)
-
-
-def _initial_subspace(leaf, view: MatrixView, capacity: int, refresh) -> Subspace:
-    stack = view.stack
-
-    def per_matrix(dtype):
-        return zeros_beside(leaf, stack, dtype, stack_axes(view))
-
-    shape = (*stack, view.projected_size, capacity)
-    return Subspace(
-        basis=zeros_beside(leaf, shape, _dtype(leaf), basis_axes(view)),
-        rank=per_matrix(jnp.int32) + capacity,
-        demand=per_matrix(jnp.float32) + capacity,
-        age=per_matrix(jnp.int32),
-        refreshes=per_matrix(jnp.int32),
-        trend=refresh.init(per_matrix),
-    )
-
-
-def _check_inner(parts: _Parts, in_subspace, inner_state, plans) -> None:
-    """Raises if ``inner`` needs parameters, or keeps what no rule can re-base."""
-    shapes = {
-        path: (*plan.view.stack, plan.view.kept_size, plan.capacity)
-        for path, plan in plans.items()
-        if plan.is_projected and plan.view is not None
-    }
-    others = {path for path, plan in plans.items() if not plan.is_projected}
-    locate_moments(inner_state, shapes, others, parts.moments)
-
+def _check_needs_no_params(inner, coordinates, state) -> None:
+    """Raises if ``inner`` needs parameters."""
     like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (in_subspace, inner_state)
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (coordinates, state)
     )
     try:
-        jax.eval_shape(lambda u, s: parts.inner.update(u, s, None), *like)
+        jax.eval_shape(lambda u, s: inner.update(u, s, None), *like)
     except Exception as error:
         # Only if parameters are what was missing: other faults surface in update.
         try:
-            jax.eval_shape(lambda u, s: parts.inner.update(u, s, u), *like)
+            jax.eval_shape(lambda u, s: inner.update(u, s, u), *like)
         except Exception:
             return
         raise ValueError(
@@ -277,200 +328,94 @@ def _check_inner(parts: _Parts, in_subspace, inner_state, plans) -> None:
         ) from error
 
 
-def _update(updates, state: LowRankState, parts: _Parts, extra_args):
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(updates)
-    paths = [path for path, _ in leaves]
-    nodes = treedef.flatten_up_to(state.subspaces)
-    subspaces = dict(zip(paths, map(_record, nodes), strict=True))
-    projected = [path for path in paths if isinstance(subspaces[path], Subspace)]
+def _update(updates, state: LowRankState, core: Core, parts: Parts, extra_args):
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(
+        updates, is_leaf=is_projected
+    )
     gradients = dict(leaves)
-    views = _views(updates, subspaces, projected, parts)
-    shapes = {
-        path: (
-            *views[path].stack,
-            views[path].kept_size,
-            subspaces[path].basis.shape[-1],
-        )
-        for path in projected
-    }
-    moments = locate_moments(
-        state.inner_state, shapes, set(paths) - set(projected), parts.moments
+    already = {path for path, gradient in leaves if is_projected(gradient)}
+    state, projectors = refreshed(updates, state, parts, True)
+    subspaces = dict(
+        zip(gradients, treedef.flatten_up_to(state.subspaces), strict=True)
     )
-
-    inner_leaves, inner_treedef = jax.tree.flatten(state.inner_state)
+    bases = {path: p.basis(subspaces[path]) for path, p in projectors.items()}
     coordinates = dict(gradients)
-    for position, path in enumerate(projected):
-        subspaces[path], rebased = _refresh(
-            gradients[path],
-            subspaces[path],
-            [inner_leaves[moment.index] for moment in moments[path]],
-            view=views[path],
-            kinds=moments[path],
-            key=_leaf_key(parts.seed, path),
-            fraction=position / len(projected),
-            count=state.count,
-            parts=parts,
-        )
-        for moment, array in zip(moments[path], rebased, strict=True):
-            inner_leaves[moment.index] = array
-        coordinates[path] = views[path].project(gradients[path], subspaces[path].basis)
-
-    inner_updates, inner_state = parts.inner.update(
-        treedef.unflatten([coordinates[path] for path in paths]),
-        inner_treedef.unflatten(inner_leaves),
-        None,
-        **extra_args,
+    for path, projector in projectors.items():
+        if path in already:
+            coordinates[path] = gradients[path].coordinates
+        else:
+            gradient = gradients[path]
+            coordinates[path] = projector.view.project(gradient, bases[path])
+    new_updates, inner_state = core.update(
+        treedef.unflatten(coordinates.values()),
+        state.inner_state,
+        bases,
+        projectors,
+        state.count,
+        extra_args,
     )
 
-    new_updates = dict(zip(paths, treedef.flatten_up_to(inner_updates), strict=True))
-    for path in projected:
-        subspace = subspaces[path]
-        new_updates[path] = _lifted(
-            new_updates[path], gradients[path], subspace.basis, views[path], parts.scale
-        )
-        subspaces[path] = _aged(subspace, coordinates[path], parts.refresh)
+    def in_own_dtype(path, update):
+        if path not in projectors:
+            return update
+        gradient = gradients[path]
+        leaf = gradient.leaf if path in already else gradient
+        return update.astype(leaf.dtype)
+
+    for path, projector in projectors.items():
+        subspaces[path] = projector.aged(subspaces[path], coordinates[path])
     new_state = LowRankState(
         jnp.asarray(optax.safe_increment(state.count)),
-        treedef.unflatten([subspaces[path] for path in paths]),
+        treedef.unflatten(subspaces.values()),
         inner_state,
     )
-    return treedef.unflatten([new_updates[path] for path in paths]), new_state
+    return jax.tree_util.tree_map_with_path(in_own_dtype, new_updates), new_state
 
 
-def _record(node: Any) -> Any:
-    """Returns a subspace again where ``flax.nnx.Optimizer`` has made it a mapping."""
-    if isinstance(node, Subspace) or not jax.tree.leaves(node):
-        return node
-    if not isinstance(node, Mapping):
-        raise ValueError(
-            "the state's subspaces must be Subspace or, for a leaf at full size, "
-            f"optax.MaskedNode(); got {type(node).__name__}."
-        )
-    fields = dict(node)
-    trend = fields.pop("trend", ())
-    trend = Trend(**trend) if isinstance(trend, Mapping) else trend
-    return Subspace(**fields, trend=trend)
+def refreshed(
+    gradients: Any,
+    state: LowRankState,
+    parts: Parts,
+    turn: jax.typing.ArrayLike,
+) -> tuple[LowRankState, dict[tuple, Projector]]:
+    """Returns the state with the bases renewed that are due, and all projectors.
 
-
-def _views(updates, subspaces, projected, parts: _Parts) -> dict[tuple, MatrixView]:
-    """Returns the view of each projected leaf; the state says which those are."""
-    # A capacity of 0 plans every leaf with a matrix; the state's own shapes decide.
-    plans = _plans(updates, parts, 0)
-    views = {}
-    for path in projected:
-        view, basis = plans[path].view, subspaces[path].basis
-        if view is None or basis.shape[:-1] != (*view.stack, view.projected_size):
-            raise ValueError(
-                f"{plans[path].path}: the gradient's shape {plans[path].shape} does "
-                f"not fit a basis of shape {basis.shape}; was the state made for other "
-                "parameters, side or dimension_numbers?"
-            )
-        views[path] = view
-    return views
-
-
-def _leaf_key(seed, path) -> jax.Array:
-    name = jax.tree_util.keystr(path)
-    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
-
-
-def _refresh(
-    gradient: jax.Array,
-    subspace: Subspace,
-    moments: list[jax.Array],
-    *,
-    view: MatrixView,
-    kinds: list[Moment],
-    key: jax.Array,
-    fraction: float,
-    count: jax.Array,
-    parts: _Parts,
-) -> tuple[Subspace, list[jax.Array]]:
-    """Returns the subspace and moments, renewed for the matrices that are due.
-
-    The condition is on the whole stack, outside any batching: a conditional inside
-    vmap would compute a basis at every step.
+    Args:
+        gradients: Tree like the parameters. A leaf whose gradient is projected already
+            keeps its basis.
+        state: Of the transformation.
+        parts: Of the transformation.
+        turn: Whether anything may be refreshed now; (), bool.
     """
-    is_first = subspace.refreshes == 0
-    is_due = is_first | parts.refresh.is_due(subspace.age, subspace.trend)
-
-    def renewed():
-        matrix = view.oriented(gradient).astype(subspace.basis.dtype)
-        peak = jnp.max(jnp.abs(matrix), axis=(-1, -2))
-        has_signal = jnp.isfinite(peak) & (peak > 0)
-        is_usable = is_due & has_signal
-        factor = parts.basis.compute(
-            matrix,
-            jnp.where(has_signal, peak, 1),
-            subspace.basis,
-            _refresh_keys(key, subspace.refreshes),
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(
+        gradients, is_leaf=is_projected
+    )
+    nodes = map(subspace_record, treedef.flatten_up_to(state.subspaces))
+    subspaces = dict(zip((path for path, _ in leaves), nodes, strict=True))
+    own = {path: x for path, x in subspaces.items() if isinstance(x, Subspace)}
+    projectors = projectors_of_state(gradients, own, parts)
+    shapes = {path: projector.shape for path, projector in projectors.items()}
+    others = subspaces.keys() - projectors.keys()
+    located = locate_moments(state.inner_state, shapes, others, parts.moments)
+    inner_leaves, inner_treedef = jax.tree.flatten(state.inner_state)
+    # One refresh waits for the one before: temporaries are those of one leaf, and
+    # jaxlib 0.10's batched LAPACK calls cannot block each other on a CPU of two cores.
+    for path, gradient in leaves:
+        if path not in projectors or is_projected(gradient):
+            continue
+        subspaces[path], rebased = projectors[path].refresh(
+            gradient,
+            subspaces[path],
+            [inner_leaves[moment.index] for moment in located[path]],
+            located[path],
+            state.count,
+            turn,
         )
-        rank, demand = parts.rank.select(factor.energies, subspace.demand)
-        columns = factor.columns
-        position = jax.lax.broadcasted_iota(jnp.int32, columns.shape, columns.ndim - 1)
-        columns = jnp.where(position < rank[..., None, None], columns, 0)
-        is_usable &= jnp.all(jnp.isfinite(columns), axis=(-1, -2))
-        first_age = jnp.where(is_first, parts.refresh.first_age(fraction), 0)
-        new = Subspace(
-            basis=columns.astype(subspace.basis.dtype),
-            rank=rank,
-            demand=demand,
-            age=first_age.astype(jnp.int32),
-            refreshes=subspace.refreshes + 1,
-            trend=subspace.trend,
-        )
-        new = _where(is_usable, new, subspace)
-        rebased = _rebased(moments, kinds, subspace.basis, new.basis, count, parts)
-        # Before the first basis there is nothing to follow: an initial value stays.
-        return new, _where(is_usable & ~is_first, rebased, moments)
-
-    return jax.lax.cond(jnp.any(is_due), renewed, lambda: (subspace, moments))
-
-
-def _refresh_keys(key: jax.Array, refreshes: jax.Array) -> jax.Array:
-    fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-    return fold(key, refreshes.reshape(-1)).reshape(refreshes.shape)
-
-
-def _where(condition: jax.Array, new: Any, old: Any) -> Any:
-    """Selects per matrix of the stack, leaf by leaf."""
-
-    def select(x, y):
-        axes = tuple(range(condition.ndim, y.ndim))
-        return jnp.where(jnp.expand_dims(condition, axes), x, y)
-
-    return jax.tree.map(select, new, old)
-
-
-def _rebased(moments, kinds, old_basis, new_basis, count, parts) -> list[jax.Array]:
-    r = transfer(old_basis, new_basis)
-    wide = [moment.astype(r.dtype) for moment in moments]
-    firsts = [
-        x for x, moment in zip(wide, kinds, strict=True) if moment.kind == "first"
-    ]
-
-    def follow(moment, kind):
-        if kind == "first":
-            return parts.rebase.first(moment, r)
-        mean = firsts[0] if firsts else jnp.zeros_like(moment)
-        return parts.rebase.second(moment, mean, r, count)
-
-    return [
-        follow(x, kind).astype(moment.dtype)
-        for x, (_, kind), moment in zip(wide, kinds, moments, strict=True)
-    ]
-
-
-def _lifted(inner_update, gradient, basis, view: MatrixView, scale) -> jax.Array:
-    # The scale goes on the small factor.
-    scaled = inner_update.astype(basis.dtype) * jnp.asarray(scale, basis.dtype)
-    return view.lift(scaled, basis).astype(gradient.dtype)
-
-
-def _aged(subspace: Subspace, coordinates: jax.Array, refresh: RefreshRule) -> Subspace:
-    # Before the first usable gradient there is no basis that could age.
-    has_basis = subspace.refreshes > 0
-    age = subspace.age + has_basis.astype(jnp.int32)
-    norm = jnp.linalg.norm(coordinates.astype(jnp.float32), axis=(-1, -2))
-    trend = refresh.observe(jnp.maximum(age, 1), subspace.trend, norm)
-    return subspace._replace(age=age, trend=trend)
+        turn &= jnp.any(subspaces[path].refreshes >= 0)
+        for moment, array in zip(located[path], rebased, strict=True):
+            inner_leaves[moment.index] = array
+    state = state._replace(
+        subspaces=treedef.unflatten(subspaces.values()),
+        inner_state=inner_treedef.unflatten(inner_leaves),
+    )
+    return state, projectors

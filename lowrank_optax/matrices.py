@@ -39,8 +39,9 @@ size), or a function that makes one from the parameters."""
 class MatrixView:
     """How one leaf is seen as a stack of matrices G (n, m) and oriented to (a, b).
 
-    b is the length of the projected side, a that of the other one. Everything here is
-    static: shapes and axes, never values.
+    b is the length of the projected side, a that of the other one. At granularity c the
+    oriented matrix (a, b) is seen as (a*c, b/c): each row becomes c rows, all projected
+    by one basis (b/c, r). Everything here is static: shapes and axes, never values.
 
     Attributes:
         shape: Shape of the leaf.
@@ -48,6 +49,7 @@ class MatrixView:
         row_axes: Axes whose product is n.
         column_axes: Axes whose product is m.
         projects_rows: Whether b = n; else b = m.
+        granularity: c, a divisor of b.
     """
 
     shape: tuple[int, ...]
@@ -55,6 +57,7 @@ class MatrixView:
     row_axes: tuple[int, ...]
     column_axes: tuple[int, ...]
     projects_rows: bool
+    granularity: int = 1
 
     @property
     def stack(self) -> tuple[int, ...]:
@@ -83,13 +86,18 @@ class MatrixView:
 
     @property
     def projected_size(self) -> int:
-        """Length b of the projected side."""
-        return self.rows if self.projects_rows else self.columns
+        """Length b/c of what a basis projects."""
+        return self._projected_side // self.granularity
 
     @property
     def kept_size(self) -> int:
-        """Length a of the other side."""
-        return self.columns if self.projects_rows else self.rows
+        """Number a*c of rows that a basis projects."""
+        side = self.columns if self.projects_rows else self.rows
+        return side * self.granularity
+
+    @property
+    def _projected_side(self) -> int:
+        return self.rows if self.projects_rows else self.columns
 
     def matrices(self, leaf: jax.Array) -> jax.Array:
         """Returns the leaf as (*stack, n, m)."""
@@ -105,22 +113,43 @@ class MatrixView:
         return permuted.transpose(inverse)
 
     def oriented(self, leaf: jax.Array) -> jax.Array:
-        """Returns the leaf as (*stack, a, b), the projected side last."""
+        """Returns the leaf as (*stack, a*c, b/c), the projected side last."""
         matrices = self.matrices(leaf)
-        return jnp.swapaxes(matrices, -1, -2) if self.projects_rows else matrices
+        if self.projects_rows:
+            matrices = jnp.swapaxes(matrices, -1, -2)
+        return matrices.reshape(*self.stack, self.kept_size, self.projected_size)
 
     def project(self, leaf: jax.Array, basis: jax.Array) -> jax.Array:
-        """Returns G P, (*stack, a, r), for a leaf G and a basis P (*stack, b, r)."""
+        """Returns G P (*stack, a*c, r) for a leaf G and a basis P (*stack, b/c, r)."""
         matrices = self.matrices(leaf).astype(basis.dtype)
+        shape = (*self.stack, self.kept_size, basis.shape[-1])
         if not self.projects_rows:
-            return jnp.einsum("...ab,...br->...ar", matrices, basis)
+            narrow = matrices.reshape(*self.stack, self.kept_size, self.projected_size)
+            return jnp.einsum("...ab,...br->...ar", narrow, basis)
         # G stands last and in its own layout: only small matrices are transposed.
-        return jnp.einsum("...br,...ba->...ra", basis, matrices).swapaxes(-1, -2)
+        if self.granularity == 1:
+            rows = jnp.einsum("...br,...ba->...ra", basis, matrices)
+            return jnp.swapaxes(rows, -1, -2)
+        blocks = matrices.reshape(self._blocks)
+        return jnp.einsum("...br,...cba->...acr", basis, blocks).reshape(shape)
 
     def lift(self, coordinates: jax.Array, basis: jax.Array) -> jax.Array:
-        """Returns N P^T in the leaf's shape, for coordinates N (*stack, a, r)."""
-        product = "...br,...ar->...ba" if self.projects_rows else "...br,...ar->...ab"
-        return self.leaf(jnp.einsum(product, basis, coordinates))
+        """Returns N P^T in the leaf's shape, for coordinates N (*stack, a*c, r)."""
+        if not self.projects_rows:
+            narrow = jnp.einsum("...br,...ar->...ab", basis, coordinates)
+            return self.leaf(narrow.reshape(*self.stack, self.rows, self.columns))
+        if self.granularity == 1:
+            return self.leaf(jnp.einsum("...br,...ar->...ba", basis, coordinates))
+        a = self.kept_size // self.granularity
+        wide = coordinates.reshape(*self.stack, a, self.granularity, basis.shape[-1])
+        blocks = jnp.einsum("...br,...acr->...cba", basis, wide)
+        return self.leaf(blocks.reshape(*self.stack, self.rows, self.columns))
+
+    @property
+    def _blocks(self) -> tuple[int, ...]:
+        """Shape of G (b, a) with its projected rows cut in c blocks."""
+        a = self.kept_size // self.granularity
+        return (*self.stack, self.granularity, self.projected_size, a)
 
 
 def dimension_numbers_by_shape(params: Any) -> Any:
@@ -151,9 +180,15 @@ def _by_shape(leaf) -> LowRankDimensionNumbers | None:
 
 
 def matrix_view(
-    shape: Sequence[int], numbers: LowRankDimensionNumbers, side: Side, name: str
+    shape: Sequence[int],
+    numbers: LowRankDimensionNumbers,
+    side: Side,
+    name: str,
+    granularity: int = 1,
 ) -> MatrixView:
     """Returns the view of a leaf of this shape; ``name`` is for error messages.
+
+    Its granularity is the largest divisor of b that is at most the one asked for.
 
     Raises:
         ValueError: If the axes do not exist, repeat, or leave a side without an axis.
@@ -172,7 +207,9 @@ def matrix_view(
     m = math.prod(shape[axis] for axis in columns)
     # A square matrix projects its columns for "short", as GaLore's code does.
     projects_rows = n < m if side == "short" else n >= m
-    return MatrixView(shape, stack, rows, columns, projects_rows)
+    b = n if projects_rows else m
+    divisor = next(c for c in range(min(granularity, b), 0, -1) if b % c == 0)
+    return MatrixView(shape, stack, rows, columns, projects_rows, divisor)
 
 
 def _axes(

@@ -6,9 +6,12 @@ from typing import Any
 import jax
 import optax
 
+from lowrank_optax.adam import checked_adam
 from lowrank_optax.bases import BasisRule, exact_svd, range_finder
 from lowrank_optax.low_rank import scale_by_low_rank
 from lowrank_optax.matrices import DimensionNumbers, Side
+from lowrank_optax.projfactor import scale_by_projfactor
+from lowrank_optax.random_bases import RandomBasis, gaussian
 from lowrank_optax.ranks import RankRule, energy_rank
 from lowrank_optax.rebase import RebaseRule
 from lowrank_optax.refresh import RefreshRule, every, on_convergence
@@ -104,7 +107,7 @@ def adarankgrad(
         refresh = on_convergence(fraction=(1 - threshold) ** 0.5)
     return _optimizer(
         scale_by_low_rank(
-            _adam(b1, b2, eps),
+            checked_adam(b1, b2, eps),
             energy_rank(rank, threshold) if isinstance(rank, int) else rank,
             basis=range_finder(power_iterations=1) if basis is None else basis,
             refresh=refresh,
@@ -177,7 +180,7 @@ def galore(
     """
     return _optimizer(
         scale_by_low_rank(
-            _adam(b1, b2, eps),
+            checked_adam(b1, b2, eps),
             rank,
             basis=exact_svd() if basis is None else basis,
             refresh=every(update_proj_gap, stagger=False),
@@ -193,13 +196,150 @@ def galore(
     )
 
 
-def _adam(b1, b2, eps) -> optax.GradientTransformation:
-    for name, value in (("b1", b1), ("b2", b2)):
-        if isinstance(value, (int, float)) and not 0 <= value < 1:
-            raise ValueError(f"{name} must be inside [0, 1), got {value}.")
-    if isinstance(eps, (int, float)) and eps <= 0:
-        raise ValueError(f"eps must be above 0, got {eps}.")
-    return optax.scale_by_adam(b1, b2, eps)
+def vlorp(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int = 8,
+    granularity: int = 16,
+    inner: optax.GradientTransformation | None = None,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Mask | None = None,
+    *,
+    basis: BasisRule | RandomBasis | None = None,
+    refresh: RefreshRule | None = None,
+    rebase: str | RebaseRule = "first",
+    side: Side = "short",
+    dimension_numbers: DimensionNumbers | None = None,
+    scale: jax.typing.ArrayLike = 1.0,
+    seed: jax.typing.ArrayLike = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """VLoRP: any transformation in a random subspace of various granularity.
+
+    The subspace scheme of the paper: ``scale_by_low_rank`` with a basis that is drawn
+    anew every 25 updates and not stored, at granularity c; then decoupled weight decay
+    and the learning rate. Equations, state and cost: :func:`scale_by_low_rank`.
+
+    Args:
+        learning_rate: Step size, or a schedule of it by update.
+        rank: Columns r of the bases, >= 1.
+        granularity: c, >= 1; the memory of a moment is a * (c r). c = 1 projects whole
+            rows, as Flora does; c r = b would be all of the gradient.
+        inner: Transformation in the subspace; None: ``optax.scale_by_adam()``.
+        weight_decay: Decoupled decay of the parameters, times the learning rate; >= 0.
+        mask: Which leaves decay: a tree of bools, or a function from the parameters to
+            one. None: all.
+        basis: ``gaussian()`` (None), ``rademacher()``, or a computed one.
+        refresh: Refresh rule; None: ``every(25)``; the paper has 20 to 30.
+        rebase: How moments follow a new basis; "keep" is the paper's code.
+        side: "short" or "long"; see :func:`scale_by_low_rank`.
+        dimension_numbers: See :func:`scale_by_low_rank`.
+        scale: Factor on the updates of projected leaves.
+        seed: Seed of the bases.
+
+    Returns:
+        An optimizer; its ``update`` needs ``params``, for the weight decay.
+
+    Raises:
+        ValueError: If a value is out of its range.
+
+    Example:
+        No basis in the state, and moments of 2 columns for each quarter of a row:
+
+        >>> import jax.numpy as jnp
+        >>> params = {"w": jnp.ones((64, 16))}
+        >>> state = vlorp(1e-3, rank=2, granularity=4).init(params)
+        >>> state[0].subspaces["w"].basis, state[0].inner_state.mu["w"].shape
+        ((), (256, 2))
+
+    References:
+        `VLoRP <https://arxiv.org/abs/2505.01744>`_, 2025, the scheme that it calls SS;
+        see :func:`projfactor` for the other one. The momentum follows a new basis here,
+        and the basis does not change between the micro-batches of one update.
+    """
+    return _optimizer(
+        scale_by_low_rank(
+            optax.scale_by_adam() if inner is None else inner,
+            rank,
+            basis=gaussian() if basis is None else basis,
+            refresh=every(25) if refresh is None else refresh,
+            rebase=rebase,
+            side=side,
+            granularity=granularity,
+            dimension_numbers=dimension_numbers,
+            scale=scale,
+            seed=seed,
+        ),
+        learning_rate,
+        weight_decay,
+        mask,
+    )
+
+
+def projfactor(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int = 8,
+    granularity: int = 16,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Mask | None = None,
+    *,
+    basis: BasisRule | RandomBasis | None = None,
+    refresh: RefreshRule | None = None,
+    rebase: str | RebaseRule = "first",
+    side: Side = "short",
+    dimension_numbers: DimensionNumbers | None = None,
+    seed: jax.typing.ArrayLike = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """ProjFactor: Adam with subspace momentum and a factored second moment.
+
+    :func:`scale_by_projfactor`, then decoupled weight decay and the learning rate.
+
+    Args:
+        learning_rate: Step size, or a schedule of it by update.
+        rank: Columns r of the bases, >= 1.
+        granularity: c, >= 1; see :func:`scale_by_projfactor`.
+        b1: Decay of the first moment, in [0, 1).
+        b2: Decay of the second moment, in [0, 1).
+        eps: Added to the root of the second moment, > 0.
+        weight_decay: Decoupled decay of the parameters, times the learning rate; >= 0.
+        mask: Which leaves decay: a tree of bools, or a function from the parameters to
+            one. None: all.
+        basis: See :func:`scale_by_projfactor`.
+        refresh: Refresh rule; None: ``every(25)``.
+        rebase: How the momentum follows a new basis.
+        side: "short" or "long"; see :func:`scale_by_low_rank`.
+        dimension_numbers: See :func:`scale_by_low_rank`.
+        seed: Seed of the bases.
+
+    Returns:
+        An optimizer; its ``update`` needs ``params``, for the weight decay.
+
+    Raises:
+        ValueError: If a value is out of its range.
+
+    References:
+        `VLoRP and ProjFactor <https://arxiv.org/abs/2505.01744>`_, 2025; differences
+        are listed in :func:`scale_by_projfactor`.
+    """
+    return _optimizer(
+        scale_by_projfactor(
+            rank,
+            granularity,
+            b1,
+            b2,
+            eps,
+            basis=basis,
+            refresh=refresh,
+            rebase=rebase,
+            side=side,
+            dimension_numbers=dimension_numbers,
+            seed=seed,
+        ),
+        learning_rate,
+        weight_decay,
+        mask,
+    )
 
 
 def _optimizer(

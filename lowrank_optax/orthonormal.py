@@ -1,46 +1,39 @@
-"""Orthonormal columns from any columns: Cholesky-QR, and QR where it is not safe."""
+"""Orthonormal rows from any rows: Cholesky-QR, and QR where it is not safe.
+
+Rows, not columns: the long axis stands last, where a product with a (k, k) factor on
+the left reads and writes it in its own layout.
+"""
 
 import jax
 import jax.numpy as jnp
 
 # Products that decide orthonormality; GPUs and TPUs would round float32 operands.
 HIGHEST = jax.lax.Precision.HIGHEST
-TOLERANCE = 1e-5  # largest entry of Q^T Q - I that counts as orthonormal
+TOLERANCE = 1e-5  # largest entry of Q Q^T - I that counts as orthonormal
 MAX_PASSES = 4
 
 
-def gram(columns: jax.Array) -> jax.Array:
-    """Returns X^T X, (*stack, k, k), for X (*stack, n, k)."""
-    return jnp.einsum("...nk,...nl->...kl", columns, columns, precision=HIGHEST)
+def gram(rows: jax.Array) -> jax.Array:
+    """Returns X X^T, (*stack, k, k), for X (*stack, k, n)."""
+    return jnp.einsum("...kn,...ln->...kl", rows, rows, precision=HIGHEST)
 
 
-def orthonormalize(columns: jax.Array) -> jax.Array:
-    """Returns Q (*stack, n, k), Q^T Q = I, whose leading columns span those of X.
+def orthonormalize(rows: jax.Array, tolerance: float = TOLERANCE) -> jax.Array:
+    r"""Returns Q (*stack, k, n), Q Q^T = I, whose leading rows span those of X.
 
-    See :func:`nearly_orthonormal`, to a tolerance of 1e-5.
-    """
-    return nearly_orthonormal(columns, TOLERANCE)[0]
-
-
-def nearly_orthonormal(
-    columns: jax.Array, tolerance: float
-) -> tuple[jax.Array, jax.Array]:
-    r"""Returns Q (*stack, n, k) and Q^T Q, Q's leading columns spanning those of X.
-
-    Shifted Cholesky-QR, repeated until the largest entry e of |Q^T Q - I| is at most
+    Shifted Cholesky-QR, repeated until the largest entry e of |Q Q^T - I| is at most
     ``tolerance``; the shift s fades with e:
 
     .. math::
-        L L^\top = X^\top X + s I, \quad X \leftarrow X L^{-\top}, \quad
-        s = 4 \epsilon \, \mathrm{tr}(X^\top X) \min(e, 1)
+        L L^\top = X X^\top + s I, \quad X \leftarrow L^{-1} X, \quad
+        s = 4 \epsilon \, \mathrm{tr}(X X^\top) \min(e, 1)
 
     Products with the (k, k) inverse factor are all that touches the long axis, so a
     mesh sharded along n exchanges k * k numbers a pass. Matrices of the stack that do
     not get there, rank-deficient ones above all, take Householder QR, which completes
-    them by directions of its own. Columns that are not finite stay so.
+    them by directions of its own. Rows that are not finite stay so.
 
-    Cost: 2 n k^2 multiplications a pass and n k^2 more; none, one or two passes as a
-    rule.
+    Cost: 2 n k^2 multiplications a pass and n k^2 more; one pass as a rule.
 
     References:
         Fukaya et al., `Shifted Cholesky QR for computing the QR factorization of
@@ -48,11 +41,13 @@ def nearly_orthonormal(
         shift is a bound for the worst case; the one here is a few units of rounding,
         with QR behind it.
     """
-    norms = jnp.linalg.norm(columns, axis=-2, keepdims=True)
-    columns = columns / jnp.where(norms > 0, norms, 1)
+    norms = jnp.linalg.norm(rows, axis=-1, keepdims=True)
+    rows = rows / jnp.where(norms > 0, norms, 1)
 
     def is_done(products):
-        return _error(products) <= tolerance
+        # Not by the largest entry: XLA's maximum may pass over NaN (jaxlib 0.10, CPU).
+        near = jnp.abs(products - _eye_like(products)) <= tolerance
+        return jnp.all(near, axis=(-1, -2))
 
     def needs_pass(carry):
         passes, _, products = carry
@@ -65,20 +60,22 @@ def nearly_orthonormal(
         q_next = jnp.where(done, q, _cholesky_pass(q, products))
         return passes + 1, q_next, gram(q_next)
 
-    start = (jnp.int32(0), columns, gram(columns))
-    _, q, products = jax.lax.while_loop(needs_pass, one_pass, start)
-    done = is_done(products)
+    once = _cholesky_pass(rows, gram(rows))
+    products = gram(once)
 
-    def with_fallback():
-        chosen = jnp.where(done[..., None, None], q, jnp.linalg.qr(columns)[0])
-        return chosen, gram(chosen)
+    def carefully():
+        start = (jnp.int32(1), once, products)
+        _, q, last = jax.lax.while_loop(needs_pass, one_pass, start)
+        done = is_done(last)
 
-    return jax.lax.cond(jnp.all(done), lambda: (q, products), with_fallback)
+        def with_fallback():
+            columns, _ = jnp.linalg.qr(jnp.swapaxes(rows, -1, -2))
+            return jnp.where(done[..., None, None], q, jnp.swapaxes(columns, -1, -2))
 
+        return jax.lax.cond(jnp.all(done), lambda: q, with_fallback)
 
-def _error(products: jax.Array) -> jax.Array:
-    """Returns the largest entry of |Q^T Q - I|, (*stack,)."""
-    return jnp.max(jnp.abs(products - _eye_like(products)), axis=(-1, -2))
+    # One pass is nearly always enough, and outside a loop it is not copied about.
+    return jax.lax.cond(jnp.all(is_done(products)), lambda: once, carefully)
 
 
 def _eye_like(products: jax.Array) -> jax.Array:
@@ -86,15 +83,11 @@ def _eye_like(products: jax.Array) -> jax.Array:
     return jnp.broadcast_to(eye, products.shape)
 
 
-def _cholesky_pass(columns: jax.Array, products: jax.Array) -> jax.Array:
+def _cholesky_pass(rows: jax.Array, products: jax.Array) -> jax.Array:
+    eye = _eye_like(products)
+    error = jnp.max(jnp.abs(products - eye), axis=(-1, -2))
     trace = jnp.trace(products, axis1=-2, axis2=-1)
-    shift = 4 * jnp.finfo(products.dtype).eps * trace * jnp.minimum(_error(products), 1)
-    shifted = products + shift[..., None, None] * _eye_like(products)
-    inverse = inverse_factor(shifted)
-    return jnp.einsum("...nk,...lk->...nl", columns, inverse, precision=HIGHEST)
-
-
-def inverse_factor(products: jax.Array) -> jax.Array:
-    """Returns L^-1 of the Cholesky factor L L^T, (*stack, k, k)."""
-    factor = jnp.linalg.cholesky(products)
-    return jax.scipy.linalg.solve_triangular(factor, _eye_like(factor), lower=True)
+    shift = 4 * jnp.finfo(products.dtype).eps * trace * jnp.minimum(error, 1)
+    factor = jnp.linalg.cholesky(products + shift[..., None, None] * eye)
+    inverse = jax.scipy.linalg.solve_triangular(factor, eye, lower=True)
+    return jnp.einsum("...kl,...ln->...kn", inverse, rows, precision=HIGHEST)

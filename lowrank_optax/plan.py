@@ -4,7 +4,7 @@ import contextlib
 import contextvars
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,8 @@ class LeafPlan:
         view: How it is seen as matrices; None, if it has none.
         capacity: Columns of its basis; 0 if it is not projected.
         reason: Why it stays at full size; empty if it is projected.
+        asked_granularity: Granularity that was asked for; the view has the nearest
+            divisor at or below it.
     """
 
     path: str
@@ -37,6 +39,7 @@ class LeafPlan:
     view: MatrixView | None
     capacity: int
     reason: str
+    asked_granularity: int = 1
 
     @property
     def is_projected(self) -> bool:
@@ -49,14 +52,25 @@ class LeafPlan:
             return f"{self.path} {shape}: full size, {self.reason}"
         stack = "".join(f"{length} x " for length in self.view.stack)
         side = "rows" if self.view.projects_rows else "columns"
-        return (
+        text = (
             f"{self.path} {shape}: {stack}({self.view.rows} x {self.view.columns}), "
             f"{side} projected, {self.view.projected_size} -> {self.capacity}"
         )
+        granularity = self.view.granularity
+        if granularity != 1:
+            text += f", granularity {granularity}"
+        if granularity != self.asked_granularity:
+            b = self.view.projected_size * granularity
+            text += f" ({self.asked_granularity} does not divide {b})"
+        return text
 
 
 def plan_leaves(
-    params: Any, capacity: int, side: Side, dimension_numbers: DimensionNumbers | None
+    params: Any,
+    capacity: int,
+    side: Side,
+    dimension_numbers: DimensionNumbers | None,
+    granularity: int = 1,
 ) -> dict[tuple, LeafPlan]:
     """Returns the plan of every leaf by its key path.
 
@@ -66,11 +80,12 @@ def plan_leaves(
     numbers = _numbers_by_path(dimension_numbers, params)
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     return {
-        path: _plan_leaf(path, leaf, capacity, side, numbers) for path, leaf in leaves
+        path: _plan_leaf(path, leaf, capacity, side, numbers, granularity)
+        for path, leaf in leaves
     }
 
 
-def _plan_leaf(path, leaf, capacity, side, numbers) -> LeafPlan:
+def _plan_leaf(path, leaf, capacity, side, numbers, granularity) -> LeafPlan:
     name = jax.tree_util.keystr(path) or "(the whole tree)"
     if path not in numbers:
         raise ValueError(f"dimension_numbers has no entry for {name}.")
@@ -83,11 +98,14 @@ def _plan_leaf(path, leaf, capacity, side, numbers) -> LeafPlan:
     if numbers[path] is None:
         is_small = leaf.ndim < 2
         return full_size("fewer than two axes" if is_small else "left alone by request")
-    view = matrix_view(leaf.shape, numbers[path], side, name)
-    short_side = min(view.rows, view.columns)
+    view = matrix_view(leaf.shape, numbers[path], side, name, granularity)
+    short_side = min(view.kept_size, view.projected_size)
     if short_side <= capacity:
-        return full_size(f"short side {short_side} is not above rank {capacity}", view)
-    return LeafPlan(name, tuple(leaf.shape), view, capacity, "")
+        what = "short side"
+        if view.granularity != 1:
+            what = f"at granularity {view.granularity} short side"
+        return full_size(f"{what} {short_side} is not above rank {capacity}", view)
+    return LeafPlan(name, tuple(leaf.shape), view, capacity, "", granularity)
 
 
 def _numbers_by_path(dimension_numbers: Any, params: Any) -> dict[tuple, Any]:
@@ -109,26 +127,49 @@ def _numbers_by_path(dimension_numbers: Any, params: Any) -> dict[tuple, Any]:
     return dict(leaves)
 
 
-_observers: contextvars.ContextVar[list[LeafPlan] | None] = contextvars.ContextVar(
+class Announcement(NamedTuple):
+    """What one low-rank transformation has decided in its ``init``.
+
+    Attributes:
+        plans: Key path -> plan, of every leaf that it was given.
+        parts: The choices that make its subspaces.
+    """
+
+    plans: dict[tuple, LeafPlan]
+    parts: Any
+
+
+_observers: contextvars.ContextVar[list[Announcement] | None] = contextvars.ContextVar(
     "lowrank_optax_plans", default=None
 )
 
 
-def announce(plans: dict[tuple, LeafPlan]) -> None:
-    """Tells :func:`projections`, if it is listening, what an ``init`` has decided."""
+def announce(plans: dict[tuple, LeafPlan], parts: Any) -> None:
+    """Tells who is listening, if anybody is, what an ``init`` has decided."""
     observed = _observers.get()
     if observed is not None:
-        observed.extend(plans.values())
+        observed.append(Announcement(plans, parts))
 
 
 @contextlib.contextmanager
-def _listening() -> Iterator[list[LeafPlan]]:
-    observed: list[LeafPlan] = []
+def listening() -> Iterator[list[Announcement]]:
+    """Yields the list in which each ``init`` inside the context announces itself."""
+    observed: list[Announcement] = []
     token = _observers.set(observed)
     try:
         yield observed
     finally:
         _observers.reset(token)
+
+
+def announcements(
+    optimizer: optax.GradientTransformation, params: Any
+) -> list[Announcement]:
+    """Returns what ``optimizer.init`` announces for parameters or shapes."""
+    with listening() as heard:
+        # A function of its own each time: eval_shape would remember init, and not call.
+        jax.eval_shape(lambda p: optimizer.init(p), params)
+    return heard
 
 
 def projections(
@@ -155,9 +196,8 @@ def projections(
         >>> print(plans["['b']"])
         ['b'] 32: full size, fewer than two axes
     """
-    with _listening() as observed:
-        jax.eval_shape(optimizer.init, params)
-    by_path = {plan.path: plan for plan in observed}
+    heard = announcements(optimizer, params)
+    by_path = {plan.path: plan for who in heard for plan in who.plans.values()}
 
     def plan_of(path, leaf):
         name = jax.tree_util.keystr(path) or "(the whole tree)"

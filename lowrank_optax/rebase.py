@@ -38,6 +38,16 @@ def transfer(old: jax.Array, new: jax.Array) -> jax.Array:
     return jnp.einsum("...br,...bs->...rs", old, new, precision=HIGHEST)
 
 
+def random_transfer(old: jax.Array, new: jax.Array) -> jax.Array:
+    r"""Returns R = (P_old^T P_old)^-1 P_old^T P_new, (*stack, r_old, r_new).
+
+    For bases that are not orthonormal: M (P_old^T P_old)^-1 P_old^T is the least
+    gradient whose projection is M, and M R its projection by the new basis.
+    """
+    products = jnp.einsum("...br,...bs->...rs", old, old, precision=HIGHEST)
+    return jnp.linalg.solve(products, transfer(old, new))
+
+
 def _exact(moment: jax.Array, r: jax.Array) -> jax.Array:
     return jnp.einsum("...ar,...rs->...as", moment, r, precision=HIGHEST)
 
@@ -79,6 +89,7 @@ REBASE_RULES: dict[str, RebaseRule] = {
     "abs": RebaseRule(_exact, lambda nu, mu, r, count: jnp.abs(_exact(nu, r))),
     "ldadam": ldadam(),
     "clamp": RebaseRule(_exact, lambda nu, mu, r, count: jnp.maximum(_exact(nu, r), 0)),
+    "first": RebaseRule(_exact, lambda nu, mu, r, count: nu),
     "keep": RebaseRule(_kept, lambda nu, mu, r, count: nu),
     "zero": RebaseRule(_zeros, lambda nu, mu, r, count: jnp.zeros_like(nu)),
 }
@@ -91,6 +102,7 @@ square    V (R o R): exact for uncorrelated coordinates; the default
 abs       | V R |: depends on the signs of the basis' columns, which are arbitrary
 ldadam    see :func:`ldadam`, with b2 = 0.999
 clamp     max(V R, 0): the paper's rule, kept from going negative; it starves columns
+first     V: the expectation, where bases are random; the default there
 keep      V, and M too: GaLore
 zero      0, and M too: the optimizer starts again in the new subspace
 ========  ==========================================================================

@@ -30,7 +30,7 @@ def with_automatic_axes(function: Callable, out_like: Any, *args: Any) -> Any:
     mesh = _explicit_mesh(args)
     if mesh is None:
         return function(*args)
-    out_sharding = jax.tree.map(lambda x: jax.typeof(x).sharding, out_like)
+    out_sharding = jax.tree.map(_explicit_sharding, out_like)
     automatic = jax.sharding.auto_axes(function, out_sharding=out_sharding)
     return automatic(*args)
 
@@ -41,6 +41,12 @@ def _explicit_mesh(tree: Any):
         if AxisType.Explicit in getattr(mesh, "axis_types", ()):
             return mesh
     return None
+
+
+def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Returns shape, dtype and, if it is known, the sharding over a mesh of a leaf."""
+    sharding = _named_sharding(leaf)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def zeros_beside(
@@ -66,6 +72,11 @@ def zeros_beside(
     return jnp.zeros(shape, dtype, device=sharding)
 
 
+def _explicit_sharding(leaf: Any) -> NamedSharding:
+    is_abstract = isinstance(leaf, jax.ShapeDtypeStruct)
+    return leaf.sharding if is_abstract else jax.typeof(leaf).sharding
+
+
 def _named_sharding(leaf: Any) -> NamedSharding | None:
     if isinstance(leaf, Tracer):
         # A tracer knows its sharding under explicit axis types only.
@@ -83,13 +94,17 @@ def _merged(spec: tuple, axes: tuple[int, ...]):
 
 
 def basis_axes(view: MatrixView) -> tuple[tuple[int, ...], ...]:
-    """Returns the leaf's axes behind each axis of a basis (*stack, b, r)."""
-    return (*((axis,) for axis in view.stack_axes), view.projected_axes, ())
+    """Returns the leaf's axes behind each axis of a basis (*stack, b/c, r).
+
+    Blocks of a sharded side lie on one device each: their length b/c is whole.
+    """
+    projected = view.projected_axes if view.granularity == 1 else ()
+    return (*stack_axes(view), projected, ())
 
 
 def coordinate_axes(view: MatrixView) -> tuple[tuple[int, ...], ...]:
-    """Returns the leaf's axes behind each axis of coordinates (*stack, a, r)."""
-    return (*((axis,) for axis in view.stack_axes), view.kept_axes, ())
+    """Returns the leaf's axes behind each axis of coordinates (*stack, a*c, r)."""
+    return (*stack_axes(view), view.kept_axes, ())
 
 
 def stack_axes(view: MatrixView) -> tuple[tuple[int, ...], ...]:

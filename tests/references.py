@@ -23,29 +23,37 @@ Rebase = Callable[..., tuple[np.ndarray, np.ndarray]]
 # --- bases -----------------------------------------------------------------------
 
 
+def captured(a: np.ndarray, basis: np.ndarray) -> np.ndarray:
+    """||A p_j||^2 / ||A||_F^2 of each column p_j of the basis (b, r)."""
+    return np.sum((a @ basis) ** 2, axis=0) / np.sum(a**2)
+
+
 def range_finder(
-    a: np.ndarray, omega: np.ndarray, rank: int, power_iterations: int = 0
+    a: np.ndarray, omega: np.ndarray, rank: int, power_iterations: float = 0.5
 ) -> tuple[np.ndarray, np.ndarray]:
-    """P (b, rank) and energies of A (a, b) from the test matrix Omega (a, k).
+    """P (b, rank) and energies of A (a, b) from the test matrix Omega, (a or b, k).
 
-    Halko, Martinsson, Tropp 2011: Q = orth(A^T Omega), algorithm 4.1; for each power
-    iteration Q <- orth(A^T orth(A Q)), algorithm 4.4; last, Q turned to the right
-    singular vectors of A Q. Energies: its squared singular values over ||A||_F^2.
+    Halko, Martinsson, Tropp 2011: Y = A^T Omega, algorithm 4.1, or A^T orth(A Omega);
+    for each power iteration Y <- A^T orth(A orth(Y)), algorithm 4.4; last, the leading
+    left singular vectors of Y, algorithm 5.1.
     """
-    found = np.linalg.qr(a.T @ omega)[0]
-    for _ in range(power_iterations):
-        found = np.linalg.qr(a.T @ np.linalg.qr(a @ found)[0])[0]
-    _, values, right = np.linalg.svd(a @ found, full_matrices=False)
-    return found @ right[:rank].T, values[:rank] ** 2 / np.sum(a**2)
+    whole = int(power_iterations)
+    if whole < power_iterations:
+        omega = np.linalg.qr(a @ omega)[0]
+    sketch = a.T @ omega
+    for _ in range(whole):
+        sketch = a.T @ np.linalg.qr(a @ np.linalg.qr(sketch)[0])[0]
+    basis = np.linalg.svd(sketch, full_matrices=False)[0][:, :rank]
+    return basis, captured(a, basis)
 
 
-def warm_start(a: np.ndarray, omega: np.ndarray, previous: np.ndarray) -> np.ndarray:
-    """Omega with its first columns replaced by A times the columns of P in use."""
+def warm_start(omega: np.ndarray, previous: np.ndarray) -> np.ndarray:
+    """orth of Omega (b, k) with its first columns replaced by those of P in use."""
     start = omega.copy()
     for j in range(previous.shape[1]):
         if np.any(previous[:, j]):
-            start[:, j] = a @ previous[:, j]
-    return start
+            start[:, j] = previous[:, j]
+    return np.linalg.qr(start)[0]
 
 
 def exact_svd(a: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
@@ -330,13 +338,15 @@ def adarankgrad(
 ) -> tuple[list[np.ndarray], list[Record]]:
     """AdaRankGrad, Algorithm 3, with the differences that its docstring lists.
 
-    ``omega``: (a, number of the refresh) -> the Gaussian test matrix (a, k).
+    ``omega``: (length of a side, number of the refresh) -> the test matrix.
     ``warm``: start from the basis in use.
     """
 
     def basis(a, p, i):
-        start = omega(a.shape[0], i)
-        start = warm_start(a, start, p) if warm else start
+        start = omega(a.shape[1] if warm else a.shape[0], i)
+        if warm:
+            # On the projected side, with the product more that brings it there.
+            return range_finder(a, warm_start(start, p), capacity, power_iterations=1.5)
         return range_finder(a, start, capacity, power_iterations=1)
 
     updates, records = low_rank(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import lowrank_optax
+from lowrank_optax.bases import captured_energies, uniform
 from tests import references
 
 ROWS, COLUMNS, RANK = 20, 14, 4
@@ -19,14 +20,14 @@ def _compiled(rule):
 
 
 def compute(rule, matrix, previous=None, seed=0):
-    """Runs a rule on one float32 matrix; columns and energies in float64."""
+    """Runs a rule on one float32 matrix; the basis in float64."""
     if previous is None:
         previous = np.zeros((matrix.shape[1], RANK))
     arrays = (jnp.asarray(x, jnp.float32) for x in (matrix, previous))
     matrix, previous = arrays
     scale = jnp.max(jnp.abs(matrix))
-    factor = _compiled(rule)(matrix, scale, previous, jax.random.key(seed))
-    return lowrank_optax.Factor(*(np.asarray(x, np.float64) for x in factor))
+    basis = _compiled(rule)(matrix, scale, previous, jax.random.key(seed))
+    return np.asarray(basis, np.float64)
 
 
 def gradient(values, seed=0, rows=ROWS, columns=COLUMNS):
@@ -43,9 +44,11 @@ def captured(matrix, basis):
 
 DECAYING = gradient(0.7 ** np.arange(10))
 FINDERS = {
+    "no power iteration": lowrank_optax.range_finder(2, power_iterations=0),
     "plain": lowrank_optax.range_finder(oversample=2),
     "two power iterations": lowrank_optax.range_finder(2, power_iterations=2),
     "warm": lowrank_optax.range_finder(2, warm_start=True),
+    "warm, whole": lowrank_optax.range_finder(2, power_iterations=1, warm_start=True),
 }
 every_finder = pytest.mark.parametrize("name", FINDERS)
 SVD = lowrank_optax.exact_svd()
@@ -55,36 +58,39 @@ every_rule = pytest.mark.parametrize("name", RULES)
 
 @every_finder
 def test_the_range_finder_is_its_equations(name):
-    omega = np.asarray(jax.random.normal(jax.random.key(5), (ROWS, RANK + 2)))
+    rule = FINDERS[name]
+    on_projected_side = rule.warm_start or rule.power_iterations % 1
+    length = COLUMNS if on_projected_side else ROWS
+    draw = uniform(jax.random.key(5), (RANK + 2, length), jnp.float32)
+    omega = np.asarray(draw, np.float64).T
     previous = np.linalg.qr(gradient(np.ones(RANK), 1)[:COLUMNS, :RANK])[0]
-    # A column out of use: the warm start fills up with a Gaussian one.
+    # A column out of use: the warm start fills up with a random one.
     previous[:, 3] = 0
-    found = compute(FINDERS[name], DECAYING, previous, seed=5)
-    start = (
-        references.warm_start(DECAYING, omega, previous) if name == "warm" else omega
-    )
-    columns, energies = references.range_finder(
-        DECAYING, start.astype(np.float64), RANK, 2 * (name == "two power iterations")
-    )
-    signs = np.sign(np.sum(columns * found.columns, axis=0))
+    iterations = rule.power_iterations
+    if rule.warm_start:
+        omega = references.warm_start(omega, previous)
+        iterations = np.floor(iterations) + 0.5
+    found = compute(rule, DECAYING, previous, seed=5)
+    columns, _ = references.range_finder(DECAYING, omega, RANK, iterations)
+    signs = np.sign(np.sum(columns * found, axis=0))
     # float32 over the smallest gap between the squared singular values, 0.7^8 of 0.5.
-    np.testing.assert_allclose(found.columns, columns * signs, atol=5e-5)
-    np.testing.assert_allclose(found.energies, energies, rtol=5e-5)
+    np.testing.assert_allclose(found, columns * signs, atol=5e-5)
 
 
 def test_the_svd_is_numpys():
     found = compute(SVD, DECAYING)
     columns, energies = references.exact_svd(DECAYING, RANK)
-    signs = np.sign(np.sum(columns * found.columns, axis=0))
+    signs = np.sign(np.sum(columns * found, axis=0))
     # Float32 rounding over the gaps between the singular values, 0.1.
-    np.testing.assert_allclose(found.columns, columns * signs, atol=1e-5)
-    np.testing.assert_allclose(found.energies, energies, rtol=1e-5)
+    np.testing.assert_allclose(found, columns * signs, atol=1e-5)
+    arrays = (jnp.asarray(x, jnp.float32) for x in (DECAYING, 3.0, found))
+    np.testing.assert_allclose(captured_energies(*arrays), energies, rtol=1e-5)
 
 
 @every_rule
 @pytest.mark.parametrize("rank", [1, 2, 10, COLUMNS])
 def test_columns_are_orthonormal_whatever_the_rank_of_the_gradient(name, rank):
-    basis = compute(RULES[name], gradient(0.7 ** np.arange(rank))).columns
+    basis = compute(RULES[name], gradient(0.7 ** np.arange(rank)))
     np.testing.assert_allclose(basis.T @ basis, np.eye(RANK), atol=2e-5)
 
 
@@ -92,64 +98,52 @@ def test_columns_are_orthonormal_whatever_the_rank_of_the_gradient(name, rank):
 @pytest.mark.parametrize("rank", [1, 2, RANK])
 def test_a_gradient_of_no_more_than_the_rank_is_reproduced(name, rank):
     matrix = gradient(0.5 ** np.arange(rank))
-    basis = compute(RULES[name], matrix).columns
+    basis = compute(RULES[name], matrix)
     # Float32 rounding of the columns, each of norm 1.
     np.testing.assert_allclose(matrix @ basis @ basis.T, matrix, atol=3e-6)
-
-
-@every_rule
-def test_energies_fall_and_say_what_each_column_captures(name):
-    found = compute(RULES[name], DECAYING)
-    assert np.all(np.diff(found.energies) < 0)
-    # Of S^T A, which has lost what the sketch does not span: never more than of A.
-    each = [captured(DECAYING, column) for column in found.columns.T]
-    assert np.all(found.energies <= np.asarray(each) * (1 + 5e-3))
-    assert np.all(found.energies >= 0.7 * np.asarray(each))
 
 
 @pytest.mark.parametrize("name", ["exact_svd", "plain"])
 def test_a_larger_rank_captures_no_less_energy(name):
     shares = [
-        captured(
-            DECAYING, compute(RULES[name], DECAYING, np.zeros((COLUMNS, rank))).columns
-        )
+        captured(DECAYING, compute(RULES[name], DECAYING, np.zeros((COLUMNS, rank))))
         for rank in (1, RANK, 7)
     ]
     assert np.all(np.diff(shares) > 0)
 
 
-def test_leading_columns_capture_more_than_any_other_choice_of_the_columns():
-    basis = compute(FINDERS["plain"], DECAYING).columns
-    shares = [captured(DECAYING, column) for column in basis.T]
-    assert shares == sorted(shares, reverse=True)
+@pytest.mark.parametrize("name", ["exact_svd", "two power iterations"])
+def test_leading_columns_capture_more_than_any_other_choice_of_the_columns(name):
+    shares = references.captured(DECAYING, compute(RULES[name], DECAYING))
+    assert np.all(np.diff(shares) < 0)
 
 
 def test_power_iterations_bring_the_energy_near_the_svd():
     flat = gradient(0.9 ** np.arange(COLUMNS))
-    best = captured(flat, compute(SVD, flat).columns)
-    plain = captured(flat, compute(FINDERS["plain"], flat).columns)
-    sharpened = captured(flat, compute(FINDERS["two power iterations"], flat).columns)
+    best = captured(flat, compute(SVD, flat))
+    plain = captured(flat, compute(FINDERS["plain"], flat))
+    sharpened = captured(flat, compute(FINDERS["two power iterations"], flat))
     assert plain < sharpened <= best * (1 + 1e-6)
     assert sharpened > 0.98 * best
 
 
 def test_a_warm_start_from_the_right_subspace_keeps_it():
-    right = compute(SVD, DECAYING).columns
-    kept = compute(FINDERS["warm"], DECAYING, right).columns
-    # Already singular vectors: the Gaussian columns beside them move them by 1e-2.
+    right = compute(SVD, DECAYING)
+    kept = compute(FINDERS["warm"], DECAYING, right)
+    # Already singular vectors: the random columns beside them move them by 1e-2.
     np.testing.assert_allclose(np.abs(np.sum(kept * right, axis=0)), 1, atol=1e-3)
 
 
 def test_oversampling_beyond_the_matrix_is_cut_and_exact():
     wide = lowrank_optax.range_finder(oversample=100)
-    found = captured(DECAYING, compute(wide, DECAYING).columns)
-    best = captured(DECAYING, compute(SVD, DECAYING).columns)
+    found = captured(DECAYING, compute(wide, DECAYING))
+    best = captured(DECAYING, compute(SVD, DECAYING))
     np.testing.assert_allclose(found, best, rtol=1e-4)
 
 
 def test_the_same_key_gives_the_same_bits_and_another_does_not():
-    first, again = (compute(FINDERS["plain"], DECAYING, seed=3).columns for _ in "ab")
-    other = compute(FINDERS["plain"], DECAYING, seed=4).columns
+    first, again = (compute(FINDERS["plain"], DECAYING, seed=3) for _ in "ab")
+    other = compute(FINDERS["plain"], DECAYING, seed=4)
     np.testing.assert_array_equal(first, again)
     assert np.any(first != other)
 
@@ -161,10 +155,10 @@ def test_each_matrix_of_a_stack_gets_the_basis_that_it_gets_alone(name):
     keys = jax.random.split(jax.random.key(0), 3)
     scales = np.max(np.abs(stack), axis=(1, 2))
     arrays = (jnp.asarray(x, jnp.float32) for x in (stack, scales, previous))
-    together = np.asarray(_compiled(RULES[name])(*arrays, keys).columns)
+    together = np.asarray(_compiled(RULES[name])(*arrays, keys))
     for matrix, scale, basis, key in zip(stack, scales, together, keys, strict=True):
         arrays = (jnp.asarray(x, jnp.float32) for x in (matrix, scale, previous[0]))
-        alone = np.asarray(_compiled(RULES[name])(*arrays, key).columns)
+        alone = np.asarray(_compiled(RULES[name])(*arrays, key))
         # Projections of the matrix are compared: what completes a gradient of rank one
         # is rounding. Batched products may add in another order.
         np.testing.assert_allclose(
@@ -177,9 +171,10 @@ def test_each_matrix_of_a_stack_gets_the_basis_that_it_gets_alone(name):
     [
         ({"oversample": -1}, "oversample=-1"),
         ({"power_iterations": -2}, "power_iterations=-2"),
+        ({"power_iterations": 0.3}, "power_iterations=0.3"),
     ],
 )
-def test_a_negative_count_raises(arguments, shown):
-    message = f"oversample and power_iterations must be >= 0, got .*{shown}"
+def test_a_count_out_of_its_range_raises(arguments, shown):
+    message = f"oversample must be >= 0 and power_iterations .* got .*{shown}"
     with pytest.raises(ValueError, match=message):
         lowrank_optax.range_finder(**arguments)

@@ -14,16 +14,21 @@ LIBRARY = ROOT / "lowrank_optax"
 
 # A module may import those above it.
 ORDER = [
+    "adam",
     "orthonormal",
     "matrices",
     "bases",
+    "random_bases",
     "ranks",
     "refresh",
     "rebase",
     "moments",
     "plan",
     "sharding",
+    "subspace",
     "low_rank",
+    "projfactor",
+    "accumulate",
     "inspection",
     "methods",
     "__init__",

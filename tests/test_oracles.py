@@ -13,6 +13,7 @@ import optax
 import pytest
 
 import lowrank_optax
+from lowrank_optax.bases import uniform
 from tests import references
 
 RANK = 4
@@ -83,11 +84,11 @@ def gradients() -> dict:
     return found
 
 
-def gaussian(path: str, seed: int, width: int, a: int, refresh: int) -> np.ndarray:
+def draw(path: str, seed: int, width: int, length: int, refresh: int) -> np.ndarray:
     """The documented draw: a function of seed, path and number of the refresh."""
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
-    draw = jax.random.normal(jax.random.fold_in(key, refresh), (a, width))
-    return np.asarray(draw, np.float64)
+    key = jax.random.fold_in(key, refresh)
+    return np.asarray(uniform(key, (width, length), jnp.float32), np.float64).T
 
 
 def galore(side):
@@ -117,7 +118,7 @@ def adarankgrad_reference(grads, path, side, like):
         grads,
         0.1,
         RANK,
-        functools.partial(gaussian, path, 3, RANK + 1),
+        functools.partial(draw, path, 3, RANK + 1),
         threshold=0.1,
         intervals=(3, 7),
         decay=0.5,
@@ -396,3 +397,19 @@ def test_a_gap_or_threshold_out_of_its_range_raises():
     rank = lowrank_optax.energy_rank(8)
     with pytest.raises(ValueError, match=r"threshold must be inside \(0, 1\), got 1.5"):
         lowrank_optax.adarankgrad(1e-3, rank=rank, threshold=1.5)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
+def test_no_large_gradient_without_a_signal_replaces_a_basis(value):
+    # 96 x 80: from 4,096 entries on, XLA's maximum on a CPU passes over NaN.
+    rng = np.random.default_rng(0)
+    good = jnp.asarray(rng.normal(size=(96, 80)), jnp.float32)
+    bad = good.at[3, 4].set(value) if value != 0 else jnp.zeros_like(good)
+    tx = lowrank_optax.scale_by_low_rank(
+        optax.sgd(0.1), RANK, refresh=lowrank_optax.every(1)
+    )
+    update = jax.jit(tx.update)
+    _, state = update(good, tx.init(good))
+    _, after = update(bad, state)
+    np.testing.assert_array_equal(after.subspaces.basis, state.subspaces.basis)
+    assert int(after.subspaces.refreshes) == 1

@@ -1,0 +1,297 @@
+"""Gradient accumulation inside the subspace: no full gradient outlives its micro-batch.
+
+Each micro-batch's gradient is projected at once and added in the subspace. With the
+basis frozen the sum of projections is the projection of the sum.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax.low_rank import LowRankState, refreshed
+from lowrank_optax.plan import Announcement, announcements, listening
+from lowrank_optax.sharding import (
+    abstract,
+    coordinate_axes,
+    with_automatic_axes,
+    zeros_beside,
+)
+from lowrank_optax.subspace import (
+    Parts,
+    Projected,
+    Projector,
+    Subspace,
+    projectors_of_state,
+)
+
+
+class AccumulateState(NamedTuple):
+    """State of :func:`accumulate`.
+
+    Attributes:
+        micro_step: Micro-batches added in the window under way; (), int32.
+        weight: Sum of their weights; (), float32.
+        sums: Weighted sums of their gradients, a tree like the parameters: (*stack,
+            a*c, r) for projected leaves, the leaf's shape for others; float32, or wider
+            for wider leaves.
+        inner_state: State of the optimizer.
+    """
+
+    micro_step: jax.Array
+    weight: jax.Array
+    sums: Any
+    inner_state: Any
+
+
+class Accumulation(optax.GradientTransformationExtraArgs):
+    """What :func:`accumulate` returns: a transformation, and the two halves of it.
+
+    Attributes:
+        init: params -> :class:`AccumulateState`.
+        update: (gradients, state, params, weight=1.0) -> (updates, state).
+    """
+
+    halves: tuple[Callable, Callable]
+
+    def add(
+        self, gradients: Any, state: AccumulateState, weight: Any = 1.0
+    ) -> AccumulateState:
+        """Returns the state with the gradient of one micro-batch added."""
+        return self.halves[0](gradients, state, weight)
+
+    def finish(
+        self, state: AccumulateState, params: Any, **extra_args: Any
+    ) -> tuple[Any, AccumulateState]:
+        """Returns the updates by the mean of what was added, and an empty window.
+
+        Args:
+            state: After any number of :meth:`add`; without one, gradients count as 0.
+            params: Parameters; the updates have their shapes and dtypes.
+            extra_args: For the optimizer.
+        """
+        return self.halves[1](state, params, extra_args)
+
+
+def accumulate(optimizer: optax.GradientTransformation, every_k: int) -> Accumulation:
+    r"""Updates once in k micro-batches, by the mean of their gradients.
+
+    As ``optax.MultiSteps``: ``update`` is called with the gradient of one micro-batch
+    after the other and returns zeros but for each k-th time. What lies between is
+    stored in the subspaces of the low-rank transformations inside ``optimizer``: for a
+    leaf with the basis P, micro-batch gradients G_i and weights w_i
+
+    .. math:: \frac{\sum_i w_i G_i P}{\sum_i w_i}
+
+    which is a c r numbers instead of a b, and equals the projection of the mean to
+    rounding. Leaves that are not projected, and optimizers without a low-rank
+    transformation, accumulate at full size.
+
+    A basis that is due is computed from the first micro-batch of a window, as it
+    comes; it does not change inside a window. Transformations in front of the low-rank
+    one, such as clipping by global norm, get the mean with projected leaves in their
+    subspace: the norm that is clipped is that of the *projected* mean gradient, at most
+    the full one for orthonormal bases, and equal to it in expectation (of squares) for
+    random ones.
+
+    In a compiled step that holds all k micro-batches, ``add`` in a scan and ``finish``
+    after it spare the k - 1 updates by zeros.
+
+    Args:
+        optimizer: Any Optax transformation, low-rank ones anywhere inside.
+        every_k: Micro-batches k of an update, >= 1.
+
+    Returns:
+        An :class:`Accumulation`. Its ``update`` takes ``weight``, the weight of the
+        micro-batch, such as its number of tokens where gradients are means over tokens;
+        1.0 by default, for plain means.
+
+    Raises:
+        ValueError: If ``every_k`` is below 1.
+
+    Example:
+        >>> import lowrank_optax
+        >>> params = {"w": jnp.ones((64, 16))}
+        >>> tx = accumulate(lowrank_optax.galore(1e-2, rank=2), every_k=4)
+        >>> tx.init(params).sums["w"].shape
+        (64, 2)
+    """
+    is_int = isinstance(every_k, int) and not isinstance(every_k, bool)
+    if not is_int or every_k < 1:
+        raise ValueError(f"every_k must be an int >= 1, got {every_k!r}.")
+    inner = optax.with_extra_args_support(optimizer)
+
+    def init(params):
+        with listening() as heard:
+            inner_state = inner.init(params)
+        projectors = {
+            path: projector
+            for node in _low_rank_states(inner_state)
+            for path, projector in _projectors(params, node, heard).items()
+        }
+
+        def zeros(path, leaf):
+            dtype = jnp.promote_types(leaf.dtype, jnp.float32)
+            if path not in projectors:
+                return zeros_beside(leaf, leaf.shape, dtype, _axes(leaf))
+            projector = projectors[path]
+            axes = coordinate_axes(projector.view)
+            return zeros_beside(leaf, projector.shape, dtype, axes)
+
+        return AccumulateState(
+            micro_step=jnp.zeros([], jnp.int32),
+            weight=jnp.zeros([], jnp.float32),
+            sums=jax.tree_util.tree_map_with_path(zeros, params),
+            inner_state=inner_state,
+        )
+
+    def add(grads, state, weight=1.0):
+        weight = jnp.asarray(weight, jnp.float32)
+
+        def added(grads, state):
+            return _add(inner, grads, state, weight)
+
+        return with_automatic_axes(added, state, grads, state)
+
+    def finish(state, params, extra_args):
+        return _finish(inner, params, state, params, extra_args)
+
+    def update(grads, state, params=None, *, weight=1.0, **extra_args):
+        state = add(grads, state, weight)
+
+        def finished():
+            return _finish(inner, grads, state, params, extra_args)
+
+        shapes = jax.eval_shape(finished)[0]
+
+        def unfinished():
+            return jax.tree.map(_zeros_like, grads, shapes), state
+
+        return jax.lax.cond(state.micro_step >= every_k, finished, unfinished)
+
+    accumulation = Accumulation(init, update)
+    accumulation.halves = add, finish
+    return accumulation
+
+
+def _axes(leaf) -> tuple[tuple[int, ...], ...]:
+    return tuple((axis,) for axis in range(leaf.ndim))
+
+
+def _zeros_like(leaf, update) -> jax.Array:
+    return zeros_beside(leaf, update.shape, update.dtype, _axes(leaf))
+
+
+def _add(inner, grads, state: AccumulateState, weight) -> AccumulateState:
+    is_first = state.micro_step == 0
+    heard = announcements(inner, jax.tree.map(abstract, grads))
+    projected: dict[tuple, jax.Array] = {}
+
+    def renewed(node):
+        """Renews what is due in one low-rank state, and projects its gradients."""
+        if not isinstance(node, LowRankState) or not _slots(node):
+            return node
+        own, parts = _own(grads, node, heard)
+        node, projectors = refreshed(own, node, parts, is_first)
+        subspaces = _slots(node)
+        gradients = dict(jax.tree_util.tree_flatten_with_path(own)[0])
+        for path, projector in projectors.items():
+            basis = projector.basis(subspaces[path])
+            projected[path] = projector.view.project(gradients[path], basis)
+        return node
+
+    inner_state = jax.tree.map(renewed, state.inner_state, is_leaf=_is_low_rank)
+
+    def add_leaf(path, gradient, total):
+        gradient = projected.get(path, gradient)
+        if gradient.shape != total.shape:
+            raise ValueError(
+                f"{jax.tree_util.keystr(path)}: a gradient of shape {gradient.shape} "
+                f"does not fit a sum of shape {total.shape}; was the state made for "
+                "other parameters?"
+            )
+        # A new window forgets the sum, whatever is in it.
+        start = jnp.where(is_first, 0, total)
+        return start + weight.astype(total.dtype) * gradient.astype(total.dtype)
+
+    return AccumulateState(
+        micro_step=state.micro_step + 1,
+        weight=jnp.where(is_first, 0, state.weight) + weight,
+        sums=jax.tree_util.tree_map_with_path(add_leaf, grads, state.sums),
+        inner_state=inner_state,
+    )
+
+
+def _finish(inner, like, state: AccumulateState, params, extra_args):
+    weight = jnp.where(state.weight > 0, state.weight, 1)
+    projected = {
+        path for node in _low_rank_states(state.inner_state) for path in _slots(node)
+    }
+
+    def mean(path, leaf, total):
+        average = total / weight.astype(total.dtype)
+        if path in projected:
+            return Projected(average, abstract(leaf))
+        return average.astype(leaf.dtype)
+
+    means = jax.tree_util.tree_map_with_path(mean, like, state.sums)
+    updates, inner_state = inner.update(means, state.inner_state, params, **extra_args)
+    return updates, AccumulateState(
+        micro_step=jnp.zeros_like(state.micro_step),
+        weight=jnp.zeros_like(state.weight),
+        sums=state.sums,
+        inner_state=inner_state,
+    )
+
+
+def _is_low_rank(node: Any) -> bool:
+    return isinstance(node, LowRankState)
+
+
+def _low_rank_states(state: Any) -> list[LowRankState]:
+    nodes = jax.tree.leaves(state, is_leaf=_is_low_rank)
+    return [node for node in nodes if _is_low_rank(node)]
+
+
+def _is_slot(node: Any) -> bool:
+    return isinstance(node, (Subspace, optax.MaskedNode))
+
+
+def _slots(node: LowRankState) -> dict[tuple, Subspace]:
+    """Returns the subspaces of a state by their leaves' paths."""
+    slots = jax.tree_util.tree_flatten_with_path(node.subspaces, is_leaf=_is_slot)[0]
+    return {path: slot for path, slot in slots if isinstance(slot, Subspace)}
+
+
+def _own(tree: Any, node: LowRankState, heard: list[Announcement]) -> tuple[Any, Parts]:
+    """Returns the part of a tree that a state's transformation sees, and its parts.
+
+    Raises:
+        ValueError: If two transformations project the same leaf.
+    """
+    paths = _slots(node).keys()
+    candidates = [who for who in heard if paths <= who.plans.keys()]
+    if len(candidates) != 1:
+        raise ValueError(
+            "accumulate cannot tell which low-rank transformation projects "
+            f"{', '.join(map(jax.tree_util.keystr, paths))}: there are "
+            f"{len(candidates)} that might."
+        )
+    plans, parts = candidates[0]
+    leaves = dict(jax.tree_util.tree_flatten_with_path(tree)[0])
+    own = jax.tree_util.tree_map_with_path(
+        lambda path, _: leaves[path] if path in plans else optax.MaskedNode(),
+        node.subspaces,
+        is_leaf=_is_slot,
+    )
+    return own, parts
+
+
+def _projectors(params, node: LowRankState, heard) -> dict[tuple, Projector]:
+    slots = _slots(node)
+    if not slots:
+        return {}
+    own, parts = _own(params, node, heard)
+    return projectors_of_state(own, slots, parts)

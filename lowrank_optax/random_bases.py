@@ -1,0 +1,66 @@
+"""Bases that are drawn, not computed: a function of a key, stored nowhere."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomBasis:
+    """See :func:`gaussian` and :func:`rademacher`.
+
+    Attributes:
+        distribution: "gaussian" or "rademacher".
+    """
+
+    distribution: str
+
+    def draw(self, keys: jax.Array, shape: tuple[int, int], dtype) -> jax.Array:
+        """Returns bases P (*keys.shape, b, r), the same ones for the same keys.
+
+        Args:
+            keys: One typed PRNG key per matrix; (*stack,).
+            shape: (b, r).
+            dtype: Of the result.
+        """
+        sampler = {"gaussian": jax.random.normal, "rademacher": _signs}
+        sample = sampler[self.distribution]
+        flat = jax.vmap(lambda key: sample(key, shape, dtype))(keys.reshape(-1))
+        scaled = flat / jnp.sqrt(jnp.asarray(shape[-1], dtype))
+        return scaled.reshape(*keys.shape, *shape)
+
+
+def gaussian() -> RandomBasis:
+    r"""Basis with independent entries N(0, 1/r), so that E[P P^T] = I.
+
+    The projected-back gradient G P P^T is an unbiased estimate of G, whose variance is
+    (b + 1) / r times the squared norm of G. A draw is a function of the seed, the
+    leaf's path and the number of the refresh: it is made anew where it is needed, and
+    the state holds no basis.
+
+    Cost: b * r normal numbers per matrix and update. On a refresh the gradient is not
+    looked at.
+
+    References:
+        VLoRP (https://arxiv.org/abs/2505.01744), with granularity c; Flora
+        (https://arxiv.org/abs/2402.03293).
+    """
+    return RandomBasis("gaussian")
+
+
+def rademacher() -> RandomBasis:
+    r"""Basis with independent entries +-1/sqrt(r), so that E[P P^T] = I.
+
+    As :func:`gaussian`, with a variance of (b - 1) / r times the squared norm
+    of G, and several times faster to draw.
+    """
+    return RandomBasis("rademacher")
+
+
+def _signs(key: jax.Array, shape: tuple[int, int], dtype) -> jax.Array:
+    """Returns +-1, one random bit each."""
+    count = shape[0] * shape[1]
+    words = jax.random.bits(key, (-(-count // 32),), jnp.uint32)
+    bits = (words[:, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    return (2 * bits.reshape(-1)[:count].astype(dtype) - 1).reshape(shape)

@@ -1,0 +1,358 @@
+"""The subspace of one leaf: its state, and how gradients go into it and come out.
+
+Project, lift, refresh and age are functions of their own, shared by ``update``, by
+accumulation, and by whatever computes gradients in the subspace.
+"""
+
+import dataclasses
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_optax.bases import BasisRule, captured_energies
+from lowrank_optax.matrices import DimensionNumbers, MatrixView, Side
+from lowrank_optax.moments import Kind, Moment
+from lowrank_optax.plan import LeafPlan, plan_leaves
+from lowrank_optax.random_bases import RandomBasis
+from lowrank_optax.ranks import RankRule
+from lowrank_optax.rebase import RebaseRule, random_transfer, transfer
+from lowrank_optax.refresh import RefreshRule, Trend
+from lowrank_optax.sharding import basis_axes, stack_axes, zeros_beside
+
+
+class Subspace(NamedTuple):
+    """The subspace of one leaf: one basis per matrix of its stack.
+
+    Attributes:
+        basis: P, orthonormal columns, zero at and above the rank; (*stack, b/c,
+            capacity), float32 (float64 for float64 parameters). All zero before the
+            first usable gradient. () for a random basis, which is not stored.
+        rank: Columns in use; (*stack,), int32.
+        demand: Columns asked for, smoothed by the rank rule; (*stack,), float32.
+        age: Updates since the refresh; (*stack,), int32.
+        refreshes: Refreshes so far; (*stack,), int32.
+        trend: State of the refresh rule; a pytree, () for most.
+    """
+
+    basis: Any
+    rank: jax.Array
+    demand: jax.Array
+    age: jax.Array
+    refreshes: jax.Array
+    trend: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Projected:
+    """A gradient that is already in its leaf's subspace.
+
+    ``update`` of any low-rank transformation takes it in the place of the leaf's full
+    gradient, and does not refresh the leaf's basis then. A pytree node: clipping and
+    other transformations before the low-rank one see its coordinates.
+
+    Attributes:
+        coordinates: G P; (*stack, a*c, capacity), float32 or wider.
+        leaf: Shape, dtype and sharding of the full gradient.
+    """
+
+    coordinates: jax.Array
+    leaf: jax.ShapeDtypeStruct = dataclasses.field(metadata={"static": True})
+
+
+def is_projected(node: Any) -> bool:
+    """Returns whether a node of a gradient tree is :class:`Projected`."""
+    return isinstance(node, Projected)
+
+
+class Parts(NamedTuple):
+    """The choices that make a subspace; see :func:`scale_by_low_rank`."""
+
+    rank: RankRule
+    basis: BasisRule | RandomBasis
+    refresh: RefreshRule
+    rebase: RebaseRule
+    side: Side
+    granularity: int
+    dimension_numbers: DimensionNumbers | None
+    moments: Mapping[str, Kind]
+    seed: jax.typing.ArrayLike
+
+    @property
+    def is_random(self) -> bool:
+        """Whether bases are drawn, and not stored."""
+        return isinstance(self.basis, RandomBasis)
+
+
+@dataclasses.dataclass(frozen=True)
+class Projector:
+    """How one leaf goes into its subspace, and how that is renewed.
+
+    Attributes:
+        parts: Of the transformation.
+        view: The leaf as matrices.
+        capacity: Columns of the bases, of coordinates and of moments.
+        path: Key path of the leaf.
+        fraction: Position of the leaf among the projected ones, in [0, 1).
+        dtype: Of the linear algebra: float32, or wider for a wider leaf.
+    """
+
+    parts: Parts
+    view: MatrixView
+    capacity: int
+    path: tuple
+    fraction: float
+    dtype: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape (*stack, a*c, r) of coordinates and moments."""
+        return (*self.view.stack, self.view.kept_size, self.capacity)
+
+    @property
+    def basis_shape(self) -> tuple[int, ...]:
+        """Shape (*stack, b/c, r) of the basis."""
+        return (*self.view.stack, self.view.projected_size, self.capacity)
+
+    def initial(self, leaf: Any) -> Subspace:
+        """Returns the subspace before the first gradient, sharded as the leaf is."""
+
+        def per_matrix(dtype):
+            return zeros_beside(leaf, self.view.stack, dtype, stack_axes(self.view))
+
+        basis = ()
+        if not self.parts.is_random:
+            axes = basis_axes(self.view)
+            basis = zeros_beside(leaf, self.basis_shape, self.dtype, axes)
+        return Subspace(
+            basis=basis,
+            rank=per_matrix(jnp.int32) + self.capacity,
+            demand=per_matrix(jnp.float32) + self.capacity,
+            age=per_matrix(jnp.int32),
+            refreshes=per_matrix(jnp.int32),
+            trend=self.parts.refresh.init(per_matrix),
+        )
+
+    def basis(self, subspace: Subspace) -> jax.Array:
+        """Returns P (*stack, b/c, r), drawn where it is not stored."""
+        if not self.parts.is_random:
+            return subspace.basis
+        return self._draw(subspace.refreshes - 1)
+
+    def refresh(
+        self,
+        gradient: jax.Array,
+        subspace: Subspace,
+        moments: list[jax.Array],
+        kinds: Sequence[Moment],
+        count: jax.Array,
+        turn: jax.typing.ArrayLike,
+    ) -> tuple[Subspace, list[jax.Array]]:
+        """Returns subspace and moments, renewed for the matrices that are due.
+
+        The condition is on the whole stack, outside any batching: a conditional inside
+        vmap would compute a basis at every step.
+
+        Args:
+            gradient: Of the leaf, at full size.
+            subspace: Its state.
+            moments: Its moments in the inner state.
+            kinds: What each of them is.
+            count: Updates done.
+            turn: Whether anything may be refreshed now; (), bool.
+        """
+        is_first = subspace.refreshes == 0
+        is_due = is_first | self.parts.refresh.is_due(subspace.age, subspace.trend)
+
+        def renewed():
+            first_age = self.parts.refresh.first_age(self.fraction)
+            new = subspace._replace(
+                age=jnp.where(is_first, first_age, 0).astype(jnp.int32),
+                refreshes=subspace.refreshes + 1,
+            )
+            if self.parts.is_random:
+                new = _where(is_due, new, subspace)
+                old_basis = self._draw(subspace.refreshes - 1)
+                r = random_transfer(old_basis, self.basis(new))
+                usable = is_due
+            else:
+                new, usable = self._computed(gradient, new, is_due)
+                new = _where(usable, new, subspace)
+                r = transfer(subspace.basis, new.basis)
+            rebased = _rebased(moments, kinds, r, count, self.parts.rebase)
+            # Before the first basis there is nothing to follow.
+            return new, _where(usable & ~is_first, rebased, moments)
+
+        any_due = turn & jnp.any(is_due)
+        return jax.lax.cond(any_due, renewed, lambda: (subspace, moments))
+
+    def _computed(self, gradient, subspace, is_due) -> tuple[Subspace, jax.Array]:
+        """Returns the subspace with a basis of the gradient, and where it is usable."""
+        parts, view = self.parts, self.view
+        # Of the leaf in its own layout: the oriented one would be written to memory.
+        matrices = view.matrices(gradient)
+        peak = jnp.max(jnp.abs(matrices), axis=(-1, -2)).astype(self.dtype)
+        # XLA's maximum may pass over NaN (jaxlib 0.10 and 0.11, CPU): asked for apart.
+        is_finite = jnp.all(jnp.isfinite(matrices), axis=(-1, -2))
+        has_signal = is_finite & (peak > 0)
+        peak = jnp.where(has_signal, peak, 1)
+        keys = self._keys(subspace.refreshes - 1)
+        matrix = view.oriented(gradient).astype(self.dtype)
+        columns = parts.basis.compute(matrix, peak, subspace.basis, keys)
+        # A product with the gradient, which the compiler drops for a fixed rank.
+        energies = captured_energies(matrix, peak, columns)
+        rank, demand = parts.rank.select(energies, subspace.demand)
+        position = jax.lax.broadcasted_iota(jnp.int32, columns.shape, columns.ndim - 1)
+        columns = jnp.where(position < rank[..., None, None], columns, 0)
+        usable = is_due & has_signal & jnp.all(jnp.isfinite(columns), axis=(-1, -2))
+        basis = columns.astype(self.dtype)
+        return subspace._replace(basis=basis, rank=rank, demand=demand), usable
+
+    def _draw(self, numbers: jax.Array) -> jax.Array:
+        """Returns the random bases with these numbers, (*stack, b/c, r)."""
+        return self.parts.basis.draw(
+            self._keys(numbers), self.basis_shape[-2:], self.dtype
+        )
+
+    def _keys(self, numbers: jax.Array) -> jax.Array:
+        """Returns the key of each basis: of the seed, the path and its number."""
+        name = jax.tree_util.keystr(self.path)
+        key = jax.random.key(self.parts.seed)
+        key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+        fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+        return fold(key, numbers.reshape(-1)).reshape(numbers.shape)
+
+    def aged(self, subspace: Subspace, coordinates: jax.Array) -> Subspace:
+        """Returns the subspace after an update with these coordinates."""
+        # Before the first usable gradient there is no basis that could age.
+        has_basis = subspace.refreshes > 0
+        age = subspace.age + has_basis.astype(jnp.int32)
+        norm = jnp.linalg.norm(coordinates.astype(jnp.float32), axis=(-1, -2))
+        observe = self.parts.refresh.observe
+        trend = observe(jnp.maximum(age, 1), subspace.trend, norm)
+        return subspace._replace(age=age, trend=trend)
+
+
+def initial_projectors(
+    params: Any, parts: Parts
+) -> tuple[dict[tuple, LeafPlan], dict[tuple, Projector]]:
+    """Returns the plan of every leaf and the projector of each projected one."""
+    plans = _plans(params, parts, parts.rank.capacity)
+    leaves = dict(jax.tree_util.tree_flatten_with_path(params)[0])
+    projected = [path for path, plan in plans.items() if plan.is_projected]
+    capacities = {path: plans[path].capacity for path in projected}
+    return plans, _projectors(leaves, plans, capacities, parts)
+
+
+def projectors_of_state(
+    gradients: Any, subspaces: Mapping[tuple, Subspace], parts: Parts
+) -> dict[tuple, Projector]:
+    """Returns the projector of each leaf that has a subspace in the state.
+
+    The capacity is that of the state's arrays, not the one that the rank rule would
+    allocate; random bases, which have none, take the rule's.
+
+    Raises:
+        ValueError: If a gradient does not fit its subspace.
+    """
+    full = jax.tree.map(
+        lambda x: x.leaf if is_projected(x) else x, gradients, is_leaf=is_projected
+    )
+    leaves = dict(jax.tree_util.tree_flatten_with_path(full)[0])
+    # A capacity of 0 plans every leaf with a matrix; the state's own shapes decide.
+    plans = _plans(full, parts, 0)
+    capacities = {
+        path: parts.rank.capacity if parts.is_random else subspace.basis.shape[-1]
+        for path, subspace in subspaces.items()
+    }
+    for path, subspace in subspaces.items():
+        view = plans[path].view
+        shape = subspace.rank.shape if parts.is_random else subspace.basis.shape[:-1]
+        side = () if parts.is_random or view is None else (view.projected_size,)
+        if view is None or shape != (*view.stack, *side):
+            raise ValueError(
+                f"{plans[path].path}: the gradient's shape {plans[path].shape} does "
+                f"not fit a basis of shape {shape}; was the state made for other "
+                "parameters, side, granularity or dimension_numbers?"
+            )
+    projectors = _projectors(leaves, plans, capacities, parts)
+    for path, node in jax.tree_util.tree_flatten_with_path(
+        gradients, is_leaf=is_projected
+    )[0]:
+        if is_projected(node) and path not in projectors:
+            raise ValueError(
+                f"{plans[path].path}: a projected gradient for a leaf at full size."
+            )
+        if is_projected(node) and node.coordinates.shape != projectors[path].shape:
+            raise ValueError(
+                f"{plans[path].path}: projected gradients of shape "
+                f"{node.coordinates.shape} do not fit the state's subspace, "
+                f"{projectors[path].shape}."
+            )
+    return projectors
+
+
+def _plans(tree: Any, parts: Parts, capacity: int) -> dict[tuple, LeafPlan]:
+    return plan_leaves(
+        tree, capacity, parts.side, parts.dimension_numbers, parts.granularity
+    )
+
+
+def _projectors(leaves, plans, capacities, parts: Parts) -> dict[tuple, Projector]:
+    return {
+        path: Projector(
+            parts=parts,
+            view=plans[path].view,
+            capacity=capacity,
+            path=path,
+            fraction=position / len(capacities),
+            dtype=jnp.promote_types(leaves[path].dtype, jnp.float32),
+        )
+        for position, (path, capacity) in enumerate(capacities.items())
+    }
+
+
+def subspace_record(node: Any) -> Any:
+    """Returns a subspace again where ``flax.nnx.Optimizer`` has made it a mapping."""
+    if isinstance(node, Subspace) or not jax.tree.leaves(node):
+        return node
+    if not isinstance(node, Mapping):
+        raise ValueError(
+            "the state's subspaces must be Subspace or, for a leaf at full size, "
+            f"optax.MaskedNode(); got {type(node).__name__}."
+        )
+    fields = {"basis": (), "trend": (), **node}
+    trend = fields.pop("trend")
+    trend = Trend(**trend) if isinstance(trend, Mapping) and trend else trend
+    return Subspace(**fields, trend=trend)
+
+
+def _where(condition: jax.Array, new: Any, old: Any) -> Any:
+    """Selects per matrix of the stack, leaf by leaf."""
+
+    def select(x, y):
+        axes = tuple(range(condition.ndim, y.ndim))
+        return jnp.where(jnp.expand_dims(condition, axes), x, y)
+
+    return jax.tree.map(select, new, old)
+
+
+def _rebased(moments, kinds, r, count, rebase: RebaseRule) -> list[jax.Array]:
+    wide = [moment.astype(r.dtype) for moment in moments]
+    firsts = [
+        x for x, moment in zip(wide, kinds, strict=True) if moment.kind == "first"
+    ]
+
+    def follow(moment, kind):
+        if kind == "first":
+            return rebase.first(moment, r)
+        mean = firsts[0] if firsts else jnp.zeros_like(moment)
+        return rebase.second(moment, mean, r, count)
+
+    return [
+        follow(x, kind).astype(moment.dtype)
+        for x, (_, kind), moment in zip(wide, kinds, moments, strict=True)
+    ]
