@@ -122,34 +122,37 @@ class MatrixView:
     def project(self, leaf: jax.Array, basis: jax.Array) -> jax.Array:
         """Returns G P (*stack, a*c, r) for a leaf G and a basis P (*stack, b/c, r)."""
         matrices = self.matrices(leaf).astype(basis.dtype)
-        shape = (*self.stack, self.kept_size, basis.shape[-1])
-        if not self.projects_rows:
-            narrow = matrices.reshape(*self.stack, self.kept_size, self.projected_size)
-            return jnp.einsum("...ab,...br->...ar", narrow, basis)
-        # G stands last and in its own layout: only small matrices are transposed.
+        if self.granularity == 1 and not self.projects_rows:
+            return jnp.einsum("...ab,...br->...ar", matrices, basis)
         if self.granularity == 1:
+            # G stands last and in its own layout: only small matrices are transposed.
             rows = jnp.einsum("...br,...ba->...ra", basis, matrices)
             return jnp.swapaxes(rows, -1, -2)
-        blocks = matrices.reshape(self._blocks)
-        return jnp.einsum("...br,...cba->...acr", basis, blocks).reshape(shape)
+        # Only small matrices have a and c merged: a sharded b can stay where it is.
+        product = (
+            "...cba,...br->...acr" if self.projects_rows else "...acb,...br->...acr"
+        )
+        narrow = jnp.einsum(product, matrices.reshape(self._blocks), basis)
+        return narrow.reshape(*self.stack, self.kept_size, basis.shape[-1])
 
     def lift(self, coordinates: jax.Array, basis: jax.Array) -> jax.Array:
         """Returns N P^T in the leaf's shape, for coordinates N (*stack, a*c, r)."""
-        if not self.projects_rows:
-            narrow = jnp.einsum("...br,...ar->...ab", basis, coordinates)
-            return self.leaf(narrow.reshape(*self.stack, self.rows, self.columns))
         if self.granularity == 1:
-            return self.leaf(jnp.einsum("...br,...ar->...ba", basis, coordinates))
+            sides = "ba" if self.projects_rows else "ab"
+            return self.leaf(jnp.einsum(f"...br,...ar->...{sides}", basis, coordinates))
         a = self.kept_size // self.granularity
-        wide = coordinates.reshape(*self.stack, a, self.granularity, basis.shape[-1])
-        blocks = jnp.einsum("...br,...acr->...cba", basis, wide)
+        narrow = coordinates.reshape(*self.stack, a, self.granularity, basis.shape[-1])
+        sides = "cba" if self.projects_rows else "acb"
+        blocks = jnp.einsum(f"...br,...acr->...{sides}", basis, narrow)
         return self.leaf(blocks.reshape(*self.stack, self.rows, self.columns))
 
     @property
     def _blocks(self) -> tuple[int, ...]:
-        """Shape of G (b, a) with its projected rows cut in c blocks."""
+        """Shape of G with its projected side cut in c blocks of b/c."""
         a = self.kept_size // self.granularity
-        return (*self.stack, self.granularity, self.projected_size, a)
+        cut = (self.granularity, self.projected_size)
+        matrix = (*cut, a) if self.projects_rows else (a, *cut)
+        return (*self.stack, *matrix)
 
 
 def dimension_numbers_by_shape(params: Any) -> Any:

@@ -62,5 +62,6 @@ def _signs(key: jax.Array, shape: tuple[int, int], dtype) -> jax.Array:
     """Returns +-1, one random bit each."""
     count = shape[0] * shape[1]
     words = jax.random.bits(key, (-(-count // 32),), jnp.uint32)
-    bits = (words[:, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    places = jnp.arange(32, dtype=jnp.uint32)[None, :]
+    bits = (words[:, None] >> places) & 1
     return (2 * bits.reshape(-1)[:count].astype(dtype) - 1).reshape(shape)

@@ -6,7 +6,7 @@ arrays; a stack is a list of them, one run each.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -185,6 +185,8 @@ def rebase(rule: str, b2: float = 0.999) -> Rebase:
 
     if rule == "keep":
         return lambda m, v, r, t: (m, v)
+    if rule == "first":
+        return lambda m, v, r, t: (m @ r, v)
     if rule == "zero":
         return lambda m, v, r, t: (np.zeros_like(m), np.zeros_like(v))
     return transported
@@ -362,6 +364,142 @@ def adarankgrad(
         like=like,
     )
     return [-learning_rate * update for update in updates], records
+
+
+# --- random bases of various granularity: VLoRP and ProjFactor ------------------------
+
+# R = G P, P, M, V, number of the update from 1 -> U (a c, b / c), M, V
+Step = Callable[..., tuple[np.ndarray, np.ndarray, Any]]
+
+
+class Moments(NamedTuple):
+    """What is known after one update; V of ProjFactor is (v_row, v_col)."""
+
+    basis: np.ndarray
+    first: np.ndarray
+    second: Any
+
+
+def projects_rows(shape: tuple[int, int], side: str) -> bool:
+    """Whether b is the number of rows: the smaller one for "short", not if square."""
+    n, m = shape
+    return n < m if side == "short" else n >= m
+
+
+def divisor(b: int, granularity: int) -> int:
+    """The largest c <= granularity that divides b."""
+    return max(c for c in range(1, granularity + 1) if b % c == 0)
+
+
+def cut(g: np.ndarray, c: int) -> np.ndarray:
+    """(a, b) -> (a c, b / c): each row's c pieces, one below the other."""
+    return np.array([piece for row in g for piece in np.split(row, c)])
+
+
+def paste(g: np.ndarray, c: int) -> np.ndarray:
+    """(a c, b / c) -> (a, b): undoes ``cut``."""
+    return np.array([np.concatenate(g[i : i + c]) for i in range(0, len(g), c)])
+
+
+def transfer(old: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """R = (P_old^T P_old)^-1 P_old^T P_new: P_old R is nearest to P_new."""
+    return np.linalg.lstsq(old, new, rcond=None)[0]
+
+
+def various_grained(
+    grads: Sequence[np.ndarray],
+    step: Step,
+    start: Any,
+    *,
+    draw: Callable[[int, int], np.ndarray],
+    gap: int,
+    granularity: int = 1,
+    side: str = "short",
+    rule: str = "first",
+    projected: Callable[[int, np.ndarray], np.ndarray] | None = None,
+) -> tuple[list[np.ndarray], list[Moments]]:
+    """VLoRP: G_t (a, b) seen as (a c, b / c) meets P (b / c, r), new every ``gap``.
+
+    ``draw``: (b / c, number of the refresh from 0) -> P. ``start``: V before the first
+    update. ``projected``: (t, P) -> what is taken for G_t P.
+    """
+    rows = projects_rows(grads[0].shape, side)
+    follow = rebase(rule)
+    m, v = 0.0, start
+    updates, records = [], []
+    for t, grad in enumerate(grads):
+        g = grad.T if rows else grad
+        c = divisor(g.shape[1], granularity)
+        g = cut(g, c)
+        if t % gap == 0:
+            new = draw(g.shape[1], t // gap)
+            if t > 0:
+                m, v = follow(m, v, transfer(p, new), t)
+            p = new
+        r = g @ p if projected is None else projected(t, p)
+        update, m, v = step(r, p, m, v, t + 1)
+        update = paste(update, c)
+        updates.append(update.T if rows else update)
+        records.append(Moments(p, m, v))
+    return updates, records
+
+
+def vlorp(
+    grads: Sequence[np.ndarray], learning_rate: float, **parts: Any
+) -> tuple[list[np.ndarray], list[Moments]]:
+    """VLoRP, the scheme SS: Adam on G_t P, lifted by P^T; ``parts``: see above."""
+    inner = adam()
+
+    def step(r, p, m, v, t):
+        n, m, v = inner(r, m, v, t)
+        return -learning_rate * n @ p.T, m, v
+
+    return various_grained(grads, step, 0.0, **parts)
+
+
+def projfactor(
+    grads: Sequence[np.ndarray],
+    learning_rate: float,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    **parts: Any,
+) -> tuple[list[np.ndarray], list[Moments]]:
+    """ProjFactor: G_s = G P, G_o = G_s P^T, m on G_s, rank-one v on G_o^2.
+
+    v = outer(v_row, v_col) / sum(v_row),
+    U = sqrt(1 - b2^t) / (1 - b1^t) m P^T / (sqrt(v) + eps).
+    """
+
+    def step(r, p, m, v, t):
+        back = r @ p.T
+        row, col = v
+        m = b1 * m + (1 - b1) * r
+        row = b2 * row + (1 - b2) * np.sum(back**2, axis=1)
+        col = b2 * col + (1 - b2) * np.sum(back**2, axis=0)
+        root = np.sqrt(np.outer(row, col) / np.sum(row))
+        correction = np.sqrt(1 - b2**t) / (1 - b1**t)
+        update = correction * (m @ p.T) / (root + eps)
+        return -learning_rate * update, m, (row, col)
+
+    return various_grained(grads, step, (0.0, 0.0), **parts)
+
+
+# --- accumulation ------------------------------------------------------------------
+
+
+def window_means(
+    grads: Sequence[np.ndarray], weights: Sequence[float], k: int
+) -> list[np.ndarray]:
+    """sum_i w_i G_i / sum_i w_i over each k micro-batches that follow each other."""
+    means = []
+    for start in range(0, len(grads), k):
+        total, weight = np.zeros_like(grads[0]), 0.0
+        for i in range(start, start + k):
+            total += weights[i] * grads[i]
+            weight += weights[i]
+        means.append(total / weight)
+    return means
 
 
 # --- gradients to run them on --------------------------------------------------------

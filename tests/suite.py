@@ -23,10 +23,14 @@ class Row:
         name: Id of its tests.
         build: (learning rate or schedule, seed) -> optimizer of rank ``RANK``.
         at_full_size: Learning rate -> the optimizer that leaves at full size get.
-        moments: Arrays of (a, r) that the inner transformation keeps per matrix.
+        moments: Arrays of (a*c, r) that the inner transformation keeps per matrix.
         trend: Floats that the refresh rule keeps per matrix.
         is_long: Whether it projects the long side of each matrix.
         is_random: Whether the basis depends on the seed.
+        rank: Rank of the bases.
+        granularity: c, where it divides the projected side.
+        has_basis: Whether the state holds the basis.
+        factored: Whether it keeps a*c + b/c numbers more per matrix.
         learning_rate: For the least-squares problem, annealed to 0 over ``STEPS``.
         loss: Least-squares loss that it must reach, as a share of the first one.
     """
@@ -40,6 +44,10 @@ class Row:
     is_random: bool
     learning_rate: float
     loss: float
+    rank: int = RANK
+    granularity: int = 1
+    has_basis: bool = True
+    factored: bool = False
 
 
 def _around(inner: optax.GradientTransformation, **parts) -> dict[str, Callable]:
@@ -64,6 +72,16 @@ def _adarankgrad(learning_rate, seed=0):
 
 def _galore(learning_rate, seed=0):
     return lowrank_optax.galore(learning_rate, RANK, update_proj_gap=3, seed=seed)
+
+
+def _vlorp(learning_rate, seed=0):
+    refresh = lowrank_optax.every(3)
+    return lowrank_optax.vlorp(learning_rate, 1, 2, refresh=refresh, seed=seed)
+
+
+def _projfactor(learning_rate, seed=0):
+    refresh = lowrank_optax.every(3)
+    return lowrank_optax.projfactor(learning_rate, 1, 2, refresh=refresh, seed=seed)
 
 
 ROWS = (
@@ -153,6 +171,74 @@ ROWS = (
         is_random=True,
         learning_rate=0.1,
         loss=1e-5,
+    ),
+    Row(
+        name="vlorp",
+        build=_vlorp,
+        at_full_size=lambda learning_rate: optax.adamw(learning_rate, weight_decay=0.0),
+        moments=2,
+        trend=0,
+        is_long=False,
+        is_random=True,
+        learning_rate=1.0,
+        loss=1e-5,
+        rank=1,
+        granularity=2,
+        has_basis=False,
+    ),
+    Row(
+        name="projfactor",
+        build=_projfactor,
+        at_full_size=lambda learning_rate: optax.adamw(learning_rate, weight_decay=0.0),
+        moments=1,
+        trend=0,
+        is_long=False,
+        is_random=True,
+        learning_rate=1.0,
+        loss=1e-5,
+        rank=1,
+        granularity=2,
+        has_basis=False,
+        factored=True,
+    ),
+    Row(
+        name="momentum-rademacher-long-side",
+        **_around(
+            optax.trace(0.9),
+            rank=1,
+            basis=lowrank_optax.rademacher(),
+            refresh=lowrank_optax.every(4),
+            rebase="first",
+            side="long",
+            granularity=2,
+        ),
+        moments=1,
+        trend=0,
+        is_long=True,
+        is_random=True,
+        learning_rate=0.1,
+        loss=1e-2,
+        rank=1,
+        granularity=2,
+        has_basis=False,
+    ),
+    Row(
+        name="adam-range-finder-fine",
+        **_around(
+            optax.scale_by_adam(),
+            rank=1,
+            basis=lowrank_optax.range_finder(1),
+            refresh=lowrank_optax.on_convergence(2, 4, decay=0.5),
+            granularity=2,
+        ),
+        moments=2,
+        trend=2,
+        is_long=False,
+        is_random=True,
+        learning_rate=0.1,
+        loss=1e-4,
+        rank=1,
+        granularity=2,
     ),
 )
 

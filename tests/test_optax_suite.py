@@ -28,6 +28,13 @@ CONTRIB_ROWS = {
     "adarankgrad": ("adarankgrad", {"learning_rate": 1e-2}),
     "galore-rank-1": ("galore", {"learning_rate": 1e-2, "rank": 1}),
     "galore": ("galore", {"learning_rate": 1e-2}),
+    "vlorp-rank-1": ("vlorp", {"learning_rate": 1e-2, "rank": 1, "granularity": 1}),
+    "vlorp": ("vlorp", {"learning_rate": 1e-2}),
+    "projfactor-rank-1": (
+        "projfactor",
+        {"learning_rate": 1e-2, "rank": 1, "granularity": 1},
+    ),
+    "projfactor": ("projfactor", {"learning_rate": 1e-2}),
 }
 # 2 wrap x extra args, 4 targets, hyperparameters, 2 + 2 + 4 dtypes, and the schedule:
 # optax 0.2.8. A newer optax may have more.
@@ -39,6 +46,10 @@ SHARDING_ROWS = {
     "adarankgrad": lambda: lowrank_optax.adarankgrad(1.0),
     "galore_rank_2": lambda: lowrank_optax.galore(1.0, rank=2),
     "galore": lambda: lowrank_optax.galore(1.0),
+    "vlorp_fine": lambda: lowrank_optax.vlorp(1.0, rank=1, granularity=2),
+    "vlorp": lambda: lowrank_optax.vlorp(1.0),
+    "projfactor_fine": lambda: lowrank_optax.projfactor(1.0, rank=1, granularity=2),
+    "projfactor": lambda: lowrank_optax.projfactor(1.0),
 }
 SHARDING_CASES = 3
 

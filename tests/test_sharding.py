@@ -26,6 +26,7 @@ pytestmark = [
 ]
 
 RANK, OVERSAMPLE, STEPS = 4, 8, 7
+GRANULARITY = 2  # of those that have one
 ROWS, COLUMNS = 64, 48  # far above RANK, so that a gathered gradient stands out
 
 
@@ -75,6 +76,20 @@ OPTIMIZERS = {
     "galore": lambda numbers: lowrank_optax.galore(
         0.1, RANK, update_proj_gap=3, dimension_numbers=numbers
     ),
+    "vlorp": lambda numbers: lowrank_optax.vlorp(
+        0.1,
+        RANK,
+        GRANULARITY,
+        refresh=lowrank_optax.every(3),
+        dimension_numbers=numbers,
+    ),
+    "projfactor": lambda numbers: lowrank_optax.projfactor(
+        0.1,
+        RANK,
+        GRANULARITY,
+        refresh=lowrank_optax.every(3),
+        dimension_numbers=numbers,
+    ),
 }
 
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)
@@ -118,8 +133,11 @@ def run(name: str, layout_name: str, mode: AxisType) -> Run:
     with jax.set_mesh(mesh):
         params = sharded(0, layout, mesh)
         first = state = optimizer.init(params)
-        # Compiled ahead of time: it refuses a state whose shardings have changed.
-        update = jax.jit(optimizer.update).lower(params, state, params).compile()
+        # Updates are sharded as the parameters that they are added to in a training
+        # step. Compiled ahead of time: it refuses a state whose shardings have changed.
+        shardings = jax.tree.map(lambda x: x.sharding, params)
+        jitted = jax.jit(optimizer.update, out_shardings=(shardings, None))
+        update = jitted.lower(params, state, params).compile()
         history = []
         for step in range(STEPS):
             updates, state = update(sharded(step, layout, mesh), state, params)
@@ -198,8 +216,14 @@ def test_init_shards_the_basis_as_the_projected_side_and_the_moments_as_the_othe
     mesh = mesh_for(layout, mode)
     with jax.set_mesh(mesh):
         state = optimizer_for(name, layout).init(sharded(0, layout, mesh))[0]
-    assert state.subspaces["w"].basis.sharding == NamedSharding(mesh, layout.basis)
-    for moment in (state.inner_state.mu["w"], state.inner_state.nu["w"]):
+    # A random basis is not stored.
+    for basis in jax.tree.leaves(state.subspaces["w"].basis):
+        assert basis.sharding == NamedSharding(mesh, layout.basis)
+    inner = state.inner_state
+    moments = (
+        [inner.mu["w"], inner.nu["w"]] if name != "projfactor" else [inner.mu["w"]]
+    )
+    for moment in moments:
         assert moment.sharding == NamedSharding(mesh, layout.moments)
 
 

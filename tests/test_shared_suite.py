@@ -165,7 +165,7 @@ def test_a_donated_step_is_the_step(row):
 @every_tree
 @every_row
 def test_state_bytes_are_those_of_the_docstring(row, shapes):
-    """(b r + moments a r) float32 per matrix, four scalars, the rule's and counters."""
+    """(b/c r + moments a c r) float32 per matrix, four scalars, the rule's, counters."""
     params = zeros(shapes)
     leaves = jax.tree.leaves(params)
     at_full_size = [x for x in leaves if x.ndim < 2]
@@ -180,8 +180,11 @@ def test_state_bytes_are_those_of_the_docstring(row, shapes):
 def _bytes_of_matrix(row: Row, n: int, m: int) -> int:
     short, long = sorted((n, m))
     b, a = (long, short) if row.is_long else (short, long)
-    scalars = 4 + row.trend
-    return FLOAT * (b * RANK + row.moments * a * RANK + scalars)
+    c = row.granularity if b % row.granularity == 0 else 1
+    numbers = row.moments * a * c * row.rank + 4 + row.trend
+    numbers += row.has_basis * (b // c) * row.rank
+    numbers += row.factored * (a * c + b // c)
+    return FLOAT * numbers
 
 
 def _bytes(tree) -> int:
@@ -207,8 +210,12 @@ def test_eager_is_jitted(row):
 def test_leaves_at_full_size_are_bitwise_those_of_the_inner_optimizer(row):
     # Eager, and beside a leaf of the coordinates' shape: optax corrects the bias of the
     # whole tree in one program, whose roundings depend on what else is in it.
-    coordinates = (2, 5, RANK) if row.is_long else (2, 7, RANK)
+    # (2, 7, 5): 7 and 5 are primes, and every granularity is 1.
+    coordinates = (2, 5, row.rank) if row.is_long else (2, 7, row.rank)
     inner, params = row.at_full_size(0.1), zeros({**SMALL, "layers": coordinates})
+    if row.factored:
+        # Its Adam has the leaves at full size to itself.
+        del params["layers"]
     state = inner.init(params)
     for step, actual in enumerate(_eager_updates(row)):
         bias = gradients(zeros(SMALL), step)["bias"]
