@@ -17,7 +17,7 @@ from lowrank_optax.random_bases import gaussian, rademacher
 from lowrank_optax.ranks import RankRule, energy_rank
 from lowrank_optax.rebase import REBASE_RULES, RebaseRule, ldadam
 from lowrank_optax.refresh import RefreshRule, every, on_convergence
-from lowrank_optax.subspace import Projected, Subspace
+from lowrank_optax.subspace import Subspace
 
 __all__ = [
     "REBASE_RULES",
@@ -29,7 +29,6 @@ __all__ = [
     "LowRankState",
     "MatrixView",
     "ProjFactorState",
-    "Projected",
     "RankRule",
     "RebaseRule",
     "RefreshRule",

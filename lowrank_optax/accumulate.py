@@ -21,7 +21,6 @@ from lowrank_optax.sharding import (
 )
 from lowrank_optax.subspace import (
     Parts,
-    Projected,
     Projector,
     Subspace,
     projectors_of_state,
@@ -104,9 +103,9 @@ def accumulate(optimizer: optax.GradientTransformation, every_k: int) -> Accumul
         every_k: Micro-batches k of an update, >= 1.
 
     Returns:
-        An :class:`Accumulation`. Its ``update`` takes ``weight``, the weight of the
-        micro-batch, such as its number of tokens where gradients are means over tokens;
-        1.0 by default, for plain means.
+        An :class:`Accumulation`. Its ``update`` needs ``params``, and takes ``weight``:
+        the weight of the micro-batch, such as its number of tokens where gradients are
+        means over tokens; 1.0 by default, for plain means.
 
     Raises:
         ValueError: If ``every_k`` is below 1.
@@ -156,13 +155,18 @@ def accumulate(optimizer: optax.GradientTransformation, every_k: int) -> Accumul
         return with_automatic_axes(added, state, grads, state)
 
     def finish(state, params, extra_args):
-        return _finish(inner, params, state, params, extra_args)
+        return _finish(inner, state, params, extra_args)
 
     def update(grads, state, params=None, *, weight=1.0, **extra_args):
+        if params is None:
+            raise ValueError(
+                "accumulate needs params in update: gradients in the subspace do not "
+                "say what shape they had."
+            )
         state = add(grads, state, weight)
 
         def finished():
-            return _finish(inner, grads, state, params, extra_args)
+            return _finish(inner, state, params, extra_args)
 
         shapes = jax.eval_shape(finished)[0]
 
@@ -194,7 +198,7 @@ def _add(inner, grads, state: AccumulateState, weight) -> AccumulateState:
         if not isinstance(node, LowRankState) or not _slots(node):
             return node
         own, parts = _own(grads, node, heard)
-        node, projectors = refreshed(own, node, parts, is_first)
+        node, projectors = refreshed(own, node, own, parts, is_first)
         subspaces = _slots(node)
         gradients = dict(jax.tree_util.tree_flatten_with_path(own)[0])
         for path, projector in projectors.items():
@@ -224,19 +228,14 @@ def _add(inner, grads, state: AccumulateState, weight) -> AccumulateState:
     )
 
 
-def _finish(inner, like, state: AccumulateState, params, extra_args):
+def _finish(inner, state: AccumulateState, params, extra_args):
     weight = jnp.where(state.weight > 0, state.weight, 1)
-    projected = {
-        path for node in _low_rank_states(state.inner_state) for path in _slots(node)
-    }
 
-    def mean(path, leaf, total):
+    def mean(leaf, total):
         average = total / weight.astype(total.dtype)
-        if path in projected:
-            return Projected(average, abstract(leaf))
-        return average.astype(leaf.dtype)
+        return average if average.shape != leaf.shape else average.astype(leaf.dtype)
 
-    means = jax.tree_util.tree_map_with_path(mean, like, state.sums)
+    means = jax.tree.map(mean, params, state.sums)
     updates, inner_state = inner.update(means, state.inner_state, params, **extra_args)
     return updates, AccumulateState(
         micro_step=jnp.zeros_like(state.micro_step),
@@ -294,4 +293,5 @@ def _projectors(params, node: LowRankState, heard) -> dict[tuple, Projector]:
     if not slots:
         return {}
     own, parts = _own(params, node, heard)
-    return projectors_of_state(own, slots, parts)
+    leaves = dict(jax.tree_util.tree_flatten_with_path(own)[0])
+    return projectors_of_state(leaves, own, slots, parts)

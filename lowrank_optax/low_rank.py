@@ -30,13 +30,17 @@ from lowrank_optax.random_bases import RandomBasis
 from lowrank_optax.ranks import FixedRank, RankRule, as_rank_rule
 from lowrank_optax.rebase import RebaseRule, as_rebase_rule
 from lowrank_optax.refresh import RefreshRule, every
-from lowrank_optax.sharding import coordinate_axes, with_automatic_axes, zeros_beside
+from lowrank_optax.sharding import (
+    abstract,
+    coordinate_axes,
+    with_automatic_axes,
+    zeros_beside,
+)
 from lowrank_optax.subspace import (
     Parts,
     Projector,
     Subspace,
     initial_projectors,
-    is_projected,
     projectors_of_state,
     subspace_record,
 )
@@ -182,7 +186,10 @@ def scale_by_low_rank(
 
     Returns:
         A transformation whose updates have the gradients' shapes and, for projected
-        leaves, their dtypes. Its ``update`` ignores ``params``.
+        leaves, their dtypes. Its ``update`` also takes gradients that are in their
+        subspace already, (*stack, a*c, r), for any of the projected leaves; it does not
+        refresh those, and needs ``params`` for their shapes. Else it ignores
+        ``params``.
 
     Raises:
         TypeError: If ``rank`` is neither an int nor a rule.
@@ -270,15 +277,12 @@ def low_rank_transformation(
         return _init(params, core, parts)
 
     def update_fn(updates, state, params=None, **extra_args):
-        del params
+        like = full_size(updates, params)
 
         def update(updates, state):
-            return _update(updates, state, core, parts, extra_args)
+            return _update(updates, state, like, core, parts, extra_args)
 
-        out_like = jax.tree.map(
-            lambda x: x.leaf if is_projected(x) else x, updates, is_leaf=is_projected
-        )
-        return with_automatic_axes(update, (out_like, state), updates, state)
+        return with_automatic_axes(update, (like, state), updates, state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -328,24 +332,38 @@ def _check_needs_no_params(inner, coordinates, state) -> None:
         ) from error
 
 
-def _update(updates, state: LowRankState, core: Core, parts: Parts, extra_args):
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(
-        updates, is_leaf=is_projected
-    )
+def full_size(updates: Any, params: Any) -> Any:
+    """Returns the tree of the updates with the shapes that they have at full size.
+
+    Args:
+        updates: Gradients; those that are projected already have another shape than
+            their parameter.
+        params: Parameters, or None: no gradient is projected.
+    """
+    if params is None:
+        return updates
+
+    def at_full_size(update, param):
+        shape = getattr(param, "shape", update.shape)
+        if update.shape == shape:
+            return update
+        return abstract(param)
+
+    return jax.tree.map(at_full_size, updates, params)
+
+
+def _update(updates, state: LowRankState, like, core: Core, parts: Parts, extra_args):
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(updates)
     gradients = dict(leaves)
-    already = {path for path, gradient in leaves if is_projected(gradient)}
-    state, projectors = refreshed(updates, state, parts, True)
+    state, projectors = refreshed(updates, state, like, parts, True)
     subspaces = dict(
         zip(gradients, treedef.flatten_up_to(state.subspaces), strict=True)
     )
     bases = {path: p.basis(subspaces[path]) for path, p in projectors.items()}
     coordinates = dict(gradients)
     for path, projector in projectors.items():
-        if path in already:
-            coordinates[path] = gradients[path].coordinates
-        else:
-            gradient = gradients[path]
-            coordinates[path] = projector.view.project(gradient, bases[path])
+        if gradients[path].shape == projector.view.shape:
+            coordinates[path] = projector.view.project(gradients[path], bases[path])
     new_updates, inner_state = core.update(
         treedef.unflatten(coordinates.values()),
         state.inner_state,
@@ -355,12 +373,8 @@ def _update(updates, state: LowRankState, core: Core, parts: Parts, extra_args):
         extra_args,
     )
 
-    def in_own_dtype(path, update):
-        if path not in projectors:
-            return update
-        gradient = gradients[path]
-        leaf = gradient.leaf if path in already else gradient
-        return update.astype(leaf.dtype)
+    def in_own_dtype(path, update, leaf):
+        return update.astype(leaf.dtype) if path in projectors else update
 
     for path, projector in projectors.items():
         subspaces[path] = projector.aged(subspaces[path], coordinates[path])
@@ -369,12 +383,13 @@ def _update(updates, state: LowRankState, core: Core, parts: Parts, extra_args):
         treedef.unflatten(subspaces.values()),
         inner_state,
     )
-    return jax.tree_util.tree_map_with_path(in_own_dtype, new_updates), new_state
+    return jax.tree_util.tree_map_with_path(in_own_dtype, new_updates, like), new_state
 
 
 def refreshed(
     gradients: Any,
     state: LowRankState,
+    like: Any,
     parts: Parts,
     turn: jax.typing.ArrayLike,
 ) -> tuple[LowRankState, dict[tuple, Projector]]:
@@ -384,16 +399,19 @@ def refreshed(
         gradients: Tree like the parameters. A leaf whose gradient is projected already
             keeps its basis.
         state: Of the transformation.
+        like: Tree of the same with the shapes at full size.
         parts: Of the transformation.
         turn: Whether anything may be refreshed now; (), bool.
+
+    Raises:
+        ValueError: If a gradient fits neither its leaf nor its subspace.
     """
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(
-        gradients, is_leaf=is_projected
-    )
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(gradients)
     nodes = map(subspace_record, treedef.flatten_up_to(state.subspaces))
     subspaces = dict(zip((path for path, _ in leaves), nodes, strict=True))
     own = {path: x for path, x in subspaces.items() if isinstance(x, Subspace)}
-    projectors = projectors_of_state(gradients, own, parts)
+    at_full_size = dict(jax.tree_util.tree_flatten_with_path(like)[0])
+    projectors = projectors_of_state(at_full_size, like, own, parts)
     shapes = {path: projector.shape for path, projector in projectors.items()}
     others = subspaces.keys() - projectors.keys()
     located = locate_moments(state.inner_state, shapes, others, parts.moments)
@@ -401,7 +419,10 @@ def refreshed(
     # One refresh waits for the one before: temporaries are those of one leaf, and
     # jaxlib 0.10's batched LAPACK calls cannot block each other on a CPU of two cores.
     for path, gradient in leaves:
-        if path not in projectors or is_projected(gradient):
+        if gradient.shape != at_full_size[path].shape:
+            _check_is_projected(path, gradient, at_full_size[path], shapes)
+            continue
+        if path not in projectors:
             continue
         subspaces[path], rebased = projectors[path].refresh(
             gradient,
@@ -419,3 +440,12 @@ def refreshed(
         inner_state=inner_treedef.unflatten(inner_leaves),
     )
     return state, projectors
+
+
+def _check_is_projected(path, gradient, leaf, shapes) -> None:
+    if gradient.shape != shapes.get(path):
+        raise ValueError(
+            f"{jax.tree_util.keystr(path)}: a gradient of shape {gradient.shape} fits "
+            f"neither its parameter, {leaf.shape}, nor its subspace, "
+            f"{shapes.get(path, 'which it does not have')}."
+        )

@@ -45,29 +45,6 @@ class Subspace(NamedTuple):
     trend: Any
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Projected:
-    """A gradient that is already in its leaf's subspace.
-
-    ``update`` of any low-rank transformation takes it in the place of the leaf's full
-    gradient, and does not refresh the leaf's basis then. A pytree node: clipping and
-    other transformations before the low-rank one see its coordinates.
-
-    Attributes:
-        coordinates: G P; (*stack, a*c, capacity), float32 or wider.
-        leaf: Shape, dtype and sharding of the full gradient.
-    """
-
-    coordinates: jax.Array
-    leaf: jax.ShapeDtypeStruct = dataclasses.field(metadata={"static": True})
-
-
-def is_projected(node: Any) -> bool:
-    """Returns whether a node of a gradient tree is :class:`Projected`."""
-    return isinstance(node, Projected)
-
-
 class Parts(NamedTuple):
     """The choices that make a subspace; see :func:`scale_by_low_rank`."""
 
@@ -248,51 +225,46 @@ def initial_projectors(
 
 
 def projectors_of_state(
-    gradients: Any, subspaces: Mapping[tuple, Subspace], parts: Parts
+    leaves: Mapping[tuple, Any],
+    tree: Any,
+    subspaces: Mapping[tuple, Subspace],
+    parts: Parts,
 ) -> dict[tuple, Projector]:
     """Returns the projector of each leaf that has a subspace in the state.
 
     The capacity is that of the state's arrays, not the one that the rank rule would
     allocate; random bases, which have none, take the rule's.
 
+    Args:
+        leaves: Key path -> leaf at full size, or its shape, of all leaves.
+        tree: The same as a tree.
+        subspaces: Key path -> subspace, of the projected leaves.
+        parts: Of the transformation.
+
     Raises:
-        ValueError: If a gradient does not fit its subspace.
+        ValueError: If a leaf does not fit its subspace.
     """
-    full = jax.tree.map(
-        lambda x: x.leaf if is_projected(x) else x, gradients, is_leaf=is_projected
-    )
-    leaves = dict(jax.tree_util.tree_flatten_with_path(full)[0])
     # A capacity of 0 plans every leaf with a matrix; the state's own shapes decide.
-    plans = _plans(full, parts, 0)
-    capacities = {
-        path: parts.rank.capacity if parts.is_random else subspace.basis.shape[-1]
-        for path, subspace in subspaces.items()
-    }
+    plans = _plans(tree, parts, 0)
+    capacities = {}
     for path, subspace in subspaces.items():
         view = plans[path].view
-        shape = subspace.rank.shape if parts.is_random else subspace.basis.shape[:-1]
-        side = () if parts.is_random or view is None else (view.projected_size,)
-        if view is None or shape != (*view.stack, *side):
+        if parts.is_random:
+            fits = view is not None and subspace.rank.shape == view.stack
+            shape = subspace.rank.shape
+            capacities[path] = parts.rank.capacity
+        else:
+            shape = subspace.basis.shape
+            side = () if view is None else (*view.stack, view.projected_size)
+            fits = view is not None and shape[:-1] == side
+            capacities[path] = shape[-1]
+        if not fits:
             raise ValueError(
                 f"{plans[path].path}: the gradient's shape {plans[path].shape} does "
                 f"not fit a basis of shape {shape}; was the state made for other "
                 "parameters, side, granularity or dimension_numbers?"
             )
-    projectors = _projectors(leaves, plans, capacities, parts)
-    for path, node in jax.tree_util.tree_flatten_with_path(
-        gradients, is_leaf=is_projected
-    )[0]:
-        if is_projected(node) and path not in projectors:
-            raise ValueError(
-                f"{plans[path].path}: a projected gradient for a leaf at full size."
-            )
-        if is_projected(node) and node.coordinates.shape != projectors[path].shape:
-            raise ValueError(
-                f"{plans[path].path}: projected gradients of shape "
-                f"{node.coordinates.shape} do not fit the state's subspace, "
-                f"{projectors[path].shape}."
-            )
-    return projectors
+    return _projectors(leaves, plans, capacities, parts)
 
 
 def _plans(tree: Any, parts: Parts, capacity: int) -> dict[tuple, LeafPlan]:

@@ -425,7 +425,7 @@ def various_grained(
     """
     rows = projects_rows(grads[0].shape, side)
     follow = rebase(rule)
-    m, v = 0.0, start
+    m, v, p = 0.0, start, np.empty((0, 0))
     updates, records = [], []
     for t, grad in enumerate(grads):
         g = grad.T if rows else grad

@@ -26,7 +26,8 @@ def views(draw) -> MatrixView:
     rows = draw(st.integers(1, len(shape) - 1))
     columns = draw(st.integers(1, len(shape) - rows))
     numbers = LowRankDimensionNumbers(axes[:rows], axes[rows : rows + columns])
-    return matrix_view(shape, numbers, draw(st.sampled_from(["short", "long"])), "w")
+    side = draw(st.sampled_from(["short", "long"]))
+    return matrix_view(shape, numbers, side, "w", draw(st.integers(1, 5)))
 
 
 def _leaf(view: MatrixView) -> np.ndarray:
@@ -55,6 +56,32 @@ def test_each_entry_is_where_its_axes_say(view, data):
     stack = tuple(index[axis] for axis in view.stack_axes)
     entry = (*stack, position(view.row_axes), position(view.column_axes))
     assert view.matrices(_leaf(view))[entry] == _leaf(view)[index]
+
+
+@examples
+@given(views(), st.integers(1, 7))
+def test_the_granularity_is_the_nearest_divisor_at_or_below(view, asked):
+    numbers = LowRankDimensionNumbers(view.row_axes, view.column_axes)
+    found = matrix_view(view.shape, numbers, "short", "w", asked)
+    b = min(view.rows, view.columns)
+    assert found.granularity == max(c for c in range(1, asked + 1) if b % c == 0)
+    assert found.projected_size * found.kept_size == view.rows * view.columns
+
+
+@settings(examples, max_examples=12)
+@given(views())
+def test_projecting_is_a_product_with_the_oriented_matrix(view):
+    rng = np.random.default_rng(0)
+    leaf = rng.integers(-4, 5, size=view.shape)
+    basis = rng.integers(-4, 5, size=(*view.stack, view.projected_size, 2))
+    matrices = np.asarray(view.matrices(leaf))
+    if view.projects_rows:
+        matrices = np.swapaxes(matrices, -1, -2)
+    # The definition: each row of the oriented matrix cut in c pieces, in their order.
+    oriented = matrices.reshape(*view.stack, view.kept_size, view.projected_size)
+    g, p = jnp.asarray(leaf, jnp.float32), jnp.asarray(basis, jnp.float32)
+    np.testing.assert_array_equal(view.oriented(g), oriented)
+    np.testing.assert_array_equal(view.project(g, p), oriented @ basis)
 
 
 @settings(examples, max_examples=8)

@@ -210,3 +210,41 @@ def test_a_gradient_of_half_precision_gets_the_update_of_its_float32_value():
             rtol=float(jnp.finfo(dtype).eps),
             atol=1e-5,
         )
+
+
+def test_projections_answers_the_same_question_twice():
+    # jax.eval_shape remembers the functions that it has traced.
+    optimizer = _low_rank()
+    first = lowrank_optax.projections(optimizer, PARAMS)
+    assert lowrank_optax.projections(optimizer, PARAMS) == first
+
+
+GRANULARITIES = {
+    1: "['w'] 20x12: (20 x 12), columns projected, 12 -> 2",
+    4: "['w'] 20x12: (20 x 12), columns projected, 3 -> 2, granularity 4",
+    5: (
+        "['w'] 20x12: (20 x 12), columns projected, 3 -> 2, granularity 4 "
+        "(5 does not divide 12)"
+    ),
+    6: "['w'] 20x12: full size, at granularity 6 short side 2 is not above rank 2",
+    100: "['w'] 20x12: full size, at granularity 12 short side 1 is not above rank 2",
+}
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_projections_says_which_granularity_is_used(granularity):
+    tx = lowrank_optax.vlorp(0.1, rank=2, granularity=granularity)
+    plan = lowrank_optax.projections(tx, {"w": jnp.ones((20, 12))})["['w']"]
+    assert str(plan) == GRANULARITIES[granularity]
+
+
+@pytest.mark.parametrize("granularity", [0, -1, 1.5, True])
+@pytest.mark.parametrize("method", [lowrank_optax.vlorp, lowrank_optax.projfactor])
+def test_a_granularity_below_one_is_refused(method, granularity):
+    with pytest.raises(ValueError, match="granularity must be an int >= 1, got"):
+        method(0.1, rank=2, granularity=granularity)
+
+
+def test_a_random_basis_cannot_have_its_rank_by_energy():
+    with pytest.raises(ValueError, match="a random basis captures no energy"):
+        lowrank_optax.vlorp(0.1, rank=lowrank_optax.energy_rank(4))

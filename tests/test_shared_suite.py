@@ -165,7 +165,7 @@ def test_a_donated_step_is_the_step(row):
 @every_tree
 @every_row
 def test_state_bytes_are_those_of_the_docstring(row, shapes):
-    """(b/c r + moments a c r) float32 per matrix, four scalars, the rule's, counters."""
+    """b r/c + moments a c r floats per matrix, four scalars, the rule's, counters."""
     params = zeros(shapes)
     leaves = jax.tree.leaves(params)
     at_full_size = [x for x in leaves if x.ndim < 2]

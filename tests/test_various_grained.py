@@ -1,7 +1,9 @@
 """Random bases, granularity, ProjFactor and accumulation against float64 NumPy."""
 
 import functools
+import itertools
 import zlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,12 +16,12 @@ import lowrank_optax
 from tests import references
 
 RANK = 3
-GAP = 3  # updates between two draws
-STEPS = 11  # the first draw, three redraws and two updates after the last one
+GAP = 2  # updates between two draws
+STEPS = 7  # the first draw and three redraws
 SEED = 4
 SIGMAS = 5.0  # one entry in two million lies farther out by chance
-# Sides of which 5 divides some, and no b / c below 4.
-LEAVES = {"square": (24, 24), "stack": (2, 19, 24), "tall": (28, 20), "wide": (22, 27)}
+# 5 divides one side only, the short one of the tall leaf; no b / c is below 5.
+LEAVES = {"squares": (2, 24, 24), "tall": (28, 25), "wide": (22, 27)}
 BASES = {
     "gaussian": lowrank_optax.gaussian(),
     "rademacher": lowrank_optax.rademacher(),
@@ -28,9 +30,10 @@ BASES = {
 FACTORS = {"b1": 0.8, "b2": 0.9, "eps": 0.01}
 
 # Float32 against float64, in units of the largest entry: 6e-8, times the square of the
-# condition of the bases (``test_bases_of_the_oracles_are_well_conditioned``), 100, for
-# re-basing through P^T P, times 8 for three of these and division by a root.
-ROUNDING = 5e-5
+# condition of the bases, 16, for re-basing through P^T P, times 3 for three of these.
+ROUNDING = 3e-6
+# Adam divides by the root of 1 - 0.999^t: 6e-8 / 1e-3 / 2 at the first update.
+CORRECTION = 5e-5
 
 # Most of the time goes into compiling.
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -49,10 +52,15 @@ def draw(
     distribution: str, leaf: str, length: int, refresh: int, seed=SEED, rank=RANK
 ) -> np.ndarray:
     """The documented draw: a function of seed, path and number of the refresh."""
-    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(f"['{leaf}']".encode()))
-    key = jax.random.fold_in(key, refresh)
-    drawn = BASES[distribution].draw(key, (length, rank), jnp.float32)
+    path = zlib.crc32(f"['{leaf}']".encode())
+    drawn = _draw(distribution, (length, rank), seed, np.uint32(path), refresh)
     return np.asarray(drawn, np.float64)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _draw(distribution, shape, seed, path, refresh):
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), path), refresh)
+    return BASES[distribution].draw(key, shape, jnp.float32)
 
 
 # --- against the references --------------------------------------------------------
@@ -67,26 +75,26 @@ class Case(NamedTuple):
     distribution: str
     rebase: str = "first"
 
-    def optimizer(self, gap=GAP) -> optax.GradientTransformationExtraArgs:
+    def optimizer(self) -> optax.GradientTransformationExtraArgs:
         build = {"vlorp": lowrank_optax.vlorp, "projfactor": lowrank_optax.projfactor}
         return build[self.method](
             0.1,
             RANK,
             self.granularity,
             basis=BASES[self.distribution],
-            refresh=lowrank_optax.every(gap, stagger=False),
+            refresh=lowrank_optax.every(GAP, stagger=False),
             rebase=self.rebase,
             side=self.side,
             seed=SEED,
             **self.factors(),
         )
 
-    def reference(self, grads, leaf, gap=GAP, projected=None) -> tuple[list, list]:
+    def reference(self, grads, leaf, projected=None) -> tuple[list, list]:
         return getattr(references, self.method)(
             grads,
             0.1,
             draw=functools.partial(draw, self.distribution, leaf),
-            gap=gap,
+            gap=GAP,
             granularity=self.granularity,
             side=self.side,
             rule=self.rebase,
@@ -97,21 +105,25 @@ class Case(NamedTuple):
     def factors(self) -> dict:
         return FACTORS if self.method == "projfactor" else {}
 
+    @property
+    def tolerance(self) -> float:
+        """Of updates; projfactor's have a correction by 1 - 0.9^t."""
+        return CORRECTION if self.method == "vlorp" else ROUNDING
+
 
 # Every side with every granularity, distribution and rule, not all with all of them.
 SETTINGS = (
     ("short", 1, "gaussian", "first"),
-    ("short", 2, "rademacher", "first"),
-    ("short", 5, "gaussian", "keep"),
     ("short", 5, "rademacher", "first"),
     ("long", 1, "rademacher", "keep"),
-    ("long", 2, "gaussian", "first"),
+    ("long", 2, "rademacher", "first"),
     ("long", 5, "gaussian", "first"),
-    ("long", 5, "rademacher", "keep"),
 )
 CASES = [
-    *(Case(method, *s) for method in ("vlorp", "projfactor") for s in SETTINGS),
+    *(Case("vlorp", *setting) for setting in SETTINGS),
     Case("vlorp", "short", 2, "gaussian", "square"),
+    *(Case("projfactor", *setting) for setting in SETTINGS),
+    Case("projfactor", "short", 2, "gaussian", "keep"),
 ]
 every_case = pytest.mark.parametrize(
     "case", CASES, ids=lambda case: "-".join(map(str, case))
@@ -133,21 +145,30 @@ def in_float32(tree: Any) -> Any:
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
 
 
-def run(optimizer: optax.GradientTransformation, grads: dict) -> tuple[dict, Any]:
-    """Updates, and states of the low-rank transformation, of all steps in one scan."""
-    params = jax.tree.map(lambda g: jnp.ones(g.shape[1:], jnp.float32), grads)
+def scan_of(optimizer: optax.GradientTransformation) -> Callable:
+    """Gradients of all steps -> updates, and states of the low-rank transformation."""
 
-    def step(state, gradients):
-        updates, state = optimizer.update(gradients, state, params)
-        return state, (updates, state[0])
+    @jax.jit
+    def scan(grads):
+        params = jax.tree.map(lambda g: jnp.ones_like(g[0]), grads)
 
-    scan = jax.jit(lambda g: jax.lax.scan(step, optimizer.init(params), g)[1])
-    return jax.device_get(scan(in_float32(grads)))
+        def step(state, gradients):
+            updates, state = optimizer.update(gradients, state, params)
+            return state, (updates, state[0])
+
+        return jax.lax.scan(step, optimizer.init(params), grads)[1]
+
+    return lambda grads: jax.device_get(scan(in_float32(grads)))
+
+
+@functools.cache
+def compiled(case: Case) -> Callable:
+    return scan_of(case.optimizer())
 
 
 @functools.cache
 def found(case: Case) -> tuple[dict, Any]:
-    return run(case.optimizer(), gradients(STEPS))
+    return compiled(case)(gradients(STEPS))
 
 
 class Matrix(NamedTuple):
@@ -164,13 +185,13 @@ def expected(case: Case) -> list[Matrix]:
     return expected_of(case, gradients(STEPS))
 
 
-def expected_of(case: Case, grads: dict, **parts) -> list[Matrix]:
+def expected_of(case: Case, grads: dict) -> list[Matrix]:
     """Runs the reference on every matrix of every leaf."""
     matrices = []
-    for leaf, shape in LEAVES.items():
-        for layer in np.ndindex(*shape[:-2]):
+    for leaf in LEAVES.keys() & grads.keys():
+        for layer in np.ndindex(*LEAVES[leaf][:-2]):
             index = (slice(None), *layer)
-            made = case.reference(list(grads[leaf][index]), leaf, **parts)
+            made = case.reference(list(grads[leaf][index]), leaf)
             matrices.append(Matrix(leaf, index, *made))
     return matrices
 
@@ -179,7 +200,8 @@ def expected_of(case: Case, grads: dict, **parts) -> list[Matrix]:
 def test_updates_are_those_of_the_reference(case):
     updates, _ = found(case)
     for matrix in expected(case):
-        assert_close(updates[matrix.leaf][matrix.index], matrix.updates, matrix.leaf)
+        actual = updates[matrix.leaf][matrix.index]
+        assert_close(actual, matrix.updates, matrix.leaf, case.tolerance)
 
 
 @every_case
@@ -220,20 +242,20 @@ def test_bases_of_the_oracles_are_well_conditioned():
     for case in CASES:
         for matrix in expected(case):
             for record in matrix.records:
-                # The Gram matrix of the tolerance has the square of this.
-                assert np.linalg.cond(record.basis) <= 10.0
+                # The tolerance counts with the square of it.
+                assert np.linalg.cond(record.basis) <= 4.0
 
 
-@pytest.mark.parametrize("granularity", [1, 2, 5])
+@pytest.mark.parametrize("granularity", [1, 2])
 @pytest.mark.parametrize("method", ["vlorp", "projfactor"])
 def test_vectors_and_matrices_too_small_at_their_granularity_have_adam(
     method, granularity
 ):
     rng = np.random.default_rng(1)
-    # b / c is 6, 3 and 2 at granularity 1, 2 and 5: at most the rank from 2 on.
+    # b / c is 6 at granularity 1, and 3, which is not above the rank, at 2.
     grads = {"bias": rng.normal(size=(3, 5)), "small": rng.normal(size=(3, 9, 6))}
     case = Case(method, "short", granularity, "gaussian")
-    updates, _ = run(case.optimizer(), grads)
+    updates, _ = scan_of(case.optimizer())(grads)
     factors = case.factors() or {"eps": 1e-8}
     for name, gradient in grads.items():
         m = v = np.zeros(gradient.shape[1:])
@@ -262,7 +284,7 @@ def test_momentum_of_a_singular_rademacher_basis_follows_to_the_nearest_one(meth
     build = getattr(lowrank_optax, method)
     refresh = lowrank_optax.every(1, stagger=False)
     tx = build(0.1, RANK, 1, basis=BASES["rademacher"], refresh=refresh, seed=seed)
-    updates, state = run(tx, grads)
+    updates, state = scan_of(tx)(grads)
     _, records = getattr(references, method)(
         list(grads["w"]),
         0.1,
@@ -276,7 +298,7 @@ def test_momentum_of_a_singular_rademacher_basis_follows_to_the_nearest_one(meth
     assert_close(actual, [record.first for record in records], "mu", tolerance=1e-2)
 
 
-# --- draws ---------------------------------------------------------------------------
+# --- draws -------------------------------------------------------------------------
 
 DRAWS = 4000
 
@@ -364,7 +386,7 @@ def test_draws_depend_on_seed_leaf_and_refresh_and_on_nothing_else(distribution)
     np.testing.assert_array_equal(updates["stack"][:, 0], updates["stack"][:, 1])
 
 
-# --- what projecting and lifting costs -------------------------------------------------
+# --- what projecting and lifting costs ---------------------------------------------
 
 SAMPLES = 20_000
 LONG = 32  # b
@@ -455,14 +477,12 @@ def test_finer_is_worse_for_normal_entries_and_better_for_signs_at_a_fixed_budge
         assert np.all(steps > SIGMAS * deviations), (distribution, means)
 
 
-# --- accumulation ----------------------------------------------------------------------
+# --- accumulation ------------------------------------------------------------------
 
-MICRO = 3  # micro-batches of a window
-WINDOWS = 7
-WINDOW_GAP = 2  # windows between two draws: three redraws
+MICRO = 3  # micro-batches of a window, which is a step
 ACCUMULATED = (
-    Case("vlorp", "long", 5, "rademacher"),
-    Case("projfactor", "short", 2, "gaussian"),
+    Case("vlorp", "long", 5, "gaussian"),
+    Case("projfactor", "short", 5, "rademacher"),
 )
 accumulated_cases = pytest.mark.parametrize(
     "case", ACCUMULATED, ids=lambda case: case.method
@@ -471,41 +491,45 @@ accumulated_cases = pytest.mark.parametrize(
 
 @functools.cache
 def weights() -> np.ndarray:
-    return np.random.default_rng(6).uniform(0.2, 3.0, size=WINDOWS * MICRO)
+    return np.random.default_rng(6).uniform(0.2, 3.0, size=STEPS * MICRO)
+
+
+@functools.cache
+def micro_gradients() -> dict:
+    """(STEPS * MICRO, *shape); two leaves and a vector compile faster than all."""
+    grads = gradients(STEPS * MICRO)
+    return {leaf: grads[leaf] for leaf in ("bias", "squares", "wide")}
 
 
 @functools.cache
 def means() -> dict:
-    """The weighted mean gradient of each window, (WINDOWS, *shape)."""
-    grads = gradients(WINDOWS * MICRO)
+    """The weighted mean gradient of each window, (STEPS, *shape)."""
     return {
-        leaf: np.asarray(references.window_means(g, weights(), MICRO))
-        for leaf, g in grads.items()
+        leaf: np.asarray(references.window_means(grads, weights(), MICRO))
+        for leaf, grads in micro_gradients().items()
     }
 
 
 @functools.cache
 def accumulated(case: Case) -> dict:
-    """Updates of all micro-batches, (WINDOWS, MICRO, *shape)."""
-    acc = lowrank_optax.accumulate(case.optimizer(WINDOW_GAP), MICRO)
-    params = jax.tree.map(lambda g: jnp.ones(g.shape[1:]), in_float32(means()))
+    """Updates of all micro-batches, (STEPS, MICRO, *shape)."""
+    acc = lowrank_optax.accumulate(case.optimizer(), MICRO)
+    params = jax.tree.map(lambda g: jnp.ones(g.shape[1:]), means())
 
     def step(state, micro):
         updates, state = acc.update(micro[0], state, params, weight=micro[1])
         return state, updates
 
     scan = jax.jit(lambda micros: jax.lax.scan(step, acc.init(params), micros)[1])
-    updates = scan(in_float32((gradients(WINDOWS * MICRO), weights())))
-    return jax.tree.map(
-        lambda x: np.asarray(x).reshape(WINDOWS, MICRO, *x.shape[1:]), updates
-    )
+    updates = jax.device_get(scan(in_float32((micro_gradients(), weights()))))
+    return jax.tree.map(lambda x: x.reshape(STEPS, MICRO, *x.shape[1:]), updates)
 
 
 @functools.cache
 def added(case: Case) -> tuple[dict, dict]:
     """Updates and sums of each window, by ``add`` and ``finish``."""
-    acc = lowrank_optax.accumulate(case.optimizer(WINDOW_GAP), MICRO)
-    params = jax.tree.map(lambda g: jnp.ones(g.shape[1:]), in_float32(means()))
+    acc = lowrank_optax.accumulate(case.optimizer(), MICRO)
+    params = jax.tree.map(lambda g: jnp.ones(g.shape[1:]), means())
 
     def add(state, micro):
         return acc.add(micro[0], state, weight=micro[1]), None
@@ -516,8 +540,8 @@ def added(case: Case) -> tuple[dict, dict]:
         return after, (updates, state.sums)
 
     windows = jax.tree.map(
-        lambda x: x.reshape(WINDOWS, MICRO, *x.shape[1:]),
-        in_float32((gradients(WINDOWS * MICRO), weights())),
+        lambda x: x.reshape(STEPS, MICRO, *x.shape[1:]),
+        in_float32((micro_gradients(), weights())),
     )
     scan = jax.jit(lambda micros: jax.lax.scan(window, acc.init(params), micros)[1])
     return jax.device_get(scan(windows))
@@ -532,14 +556,15 @@ def test_only_the_last_micro_batch_of_a_window_updates(case):
 
 @accumulated_cases
 def test_accumulated_updates_are_those_of_the_reference_with_the_mean(case):
-    for matrix in expected_of(case, means(), gap=WINDOW_GAP):
+    for matrix in expected_of(case, means()):
         actual = accumulated(case)[matrix.leaf][:, -1][matrix.index]
-        assert_close(actual, matrix.updates, matrix.leaf)
+        assert_close(actual, matrix.updates, matrix.leaf, case.tolerance)
 
 
 @accumulated_cases
 def test_accumulated_updates_are_those_with_the_mean_gradient(case):
-    plain, _ = run(case.optimizer(WINDOW_GAP), means())
+    # Other leaves change nothing in these: the run is that of the oracles, compiled.
+    plain, _ = compiled(case)(gradients(STEPS) | means())
     for leaf, updates in accumulated(case).items():
         assert_close(updates[:, -1], plain[leaf], leaf)
 
@@ -554,8 +579,8 @@ def test_adding_and_finishing_is_updating(case):
 @accumulated_cases
 def test_sums_of_a_window_are_its_projected_weighted_sum(case):
     _, sums = added(case)
-    total = np.sum(weights().reshape(WINDOWS, MICRO), axis=1)
-    for matrix in expected_of(case, means(), gap=WINDOW_GAP):
+    total = np.sum(weights().reshape(STEPS, MICRO), axis=1)
+    for matrix in expected_of(case, means()):
         mean = means()[matrix.leaf][matrix.index]
         rows = references.projects_rows(mean.shape[1:], case.side)
         expected = []
@@ -563,42 +588,36 @@ def test_sums_of_a_window_are_its_projected_weighted_sum(case):
             oriented = gradient.T if rows else gradient
             c = references.divisor(oriented.shape[1], case.granularity)
             expected.append(weight * references.cut(oriented, c) @ record.basis)
-        # Three float32 sums of at most 24 products.
-        actual = sums[matrix.leaf][matrix.index]
-        assert_close(actual, expected, matrix.leaf, tolerance=2e-6)
+        assert_close(sums[matrix.leaf][matrix.index], expected, matrix.leaf)
 
 
 @accumulated_cases
 def test_a_new_seed_for_every_micro_batch_is_something_else(case):
     """The authors' code on a refresh step: projections of different bases, added."""
-    grads, w = gradients(WINDOWS * MICRO), weights()
-    for leaf in ("tall", "wide"):
-        rows = references.projects_rows(LEAVES[leaf], case.side)
+    grads, w = micro_gradients()["wide"], weights()
+    rows = references.projects_rows(LEAVES["wide"], case.side)
 
-        def projected(t, p, leaf=leaf, rows=rows):
-            total = 0.0
-            for i in range(t * MICRO, (t + 1) * MICRO):
-                g = grads[leaf][i].T if rows else grads[leaf][i]
-                g = references.cut(g, references.divisor(g.shape[1], case.granularity))
-                is_last = (i + 1) % MICRO == 0
-                # Micro-batches before the last one of a refresh step had other draws.
-                due = t % WINDOW_GAP == 0 and not is_last
-                basis = draw(case.distribution, leaf, len(p), 100 + i) if due else p
-                total = total + w[i] * g @ basis
-            return total / np.sum(w[t * MICRO : (t + 1) * MICRO])
+    def projected(t, p):
+        total, first = 0.0, t * MICRO
+        for i in range(first, first + MICRO):
+            # All but the last draw of a refresh step are gone when it is lifted.
+            gone = t % GAP == 0 and i < first + MICRO - 1
+            basis = draw(case.distribution, "wide", len(p), 100 + i) if gone else p
+            g = grads[i].T if rows else grads[i]
+            c = references.divisor(g.shape[1], case.granularity)
+            total = total + w[i] * references.cut(g, c) @ basis
+        return total / np.sum(w[first : first + MICRO])
 
-        mean = list(means()[leaf])
-        faulty, _ = case.reference(mean, leaf, WINDOW_GAP, projected)
-        actual = accumulated(case)[leaf][:, -1]
-        with pytest.raises(AssertionError, match=leaf):
-            assert_close(actual, faulty, leaf)
-        # By as much as the updates themselves, not by a rounding that grew.
-        difference = np.linalg.norm(actual - faulty) / np.linalg.norm(actual)
-        assert difference > 0.3
+    faulty, _ = case.reference(list(means()["wide"]), "wide", projected)
+    actual = accumulated(case)["wide"][:, -1]
+    with pytest.raises(AssertionError, match="wide"):
+        assert_close(actual, faulty, "wide", case.tolerance)
+    # By as much as the updates themselves, not by a rounding that grew.
+    assert np.linalg.norm(actual - faulty) > 0.3 * np.linalg.norm(actual)
 
 
 class Window(NamedTuple):
-    """GaLore, accumulated: gradients, updates and bases, (WINDOWS, MICRO, ...)."""
+    """GaLore, accumulated: gradients, updates and bases, (STEPS, MICRO, ...)."""
 
     grads: np.ndarray
     updates: np.ndarray
@@ -607,10 +626,10 @@ class Window(NamedTuple):
 
 @functools.cache
 def galore_windows() -> Window:
-    tx = lowrank_optax.galore(0.1, RANK, update_proj_gap=WINDOW_GAP)
+    tx = lowrank_optax.galore(0.1, RANK, update_proj_gap=GAP)
     acc = lowrank_optax.accumulate(tx, MICRO)
     rng = np.random.default_rng(8)
-    grads = references.drifting_gradients(rng, WINDOWS * MICRO, (12, 8))
+    grads = references.drifting_gradients(rng, STEPS * MICRO, (12, 8))
     params = {"w": jnp.ones((12, 8))}
 
     def step(state, micro):
@@ -621,7 +640,7 @@ def galore_windows() -> Window:
 
     scan = jax.jit(lambda micros: jax.lax.scan(step, acc.init(params), micros)[1])
     updates, bases = jax.device_get(scan(in_float32((grads, weights()))))
-    shape = (WINDOWS, MICRO)
+    shape = (STEPS, MICRO)
     return Window(
         grads.reshape(*shape, 12, 8),
         updates.reshape(*shape, 12, 8),
@@ -632,7 +651,7 @@ def galore_windows() -> Window:
 def test_a_computed_basis_is_that_of_the_first_micro_batch_of_a_window():
     windows = galore_windows()
     for t, bases in enumerate(windows.bases):
-        due = t - t % WINDOW_GAP
+        due = t - t % GAP
         basis, _ = references.exact_svd(windows.grads[due, 0], RANK)
         # Singular vectors have no sign: P P^T has none either.
         assert_close(bases[0] @ bases[0].T, basis @ basis.T, f"window {t}")
@@ -643,30 +662,28 @@ def test_a_computed_basis_does_not_change_inside_a_window():
     for micro in range(1, MICRO):
         np.testing.assert_array_equal(bases[:, micro], bases[:, 0])
     # It does change between windows, each time that it is due.
-    changed = [np.any(b != a) for a, b in zip(bases, bases[1:], strict=False)]
-    assert changed == [(t + 1) % WINDOW_GAP == 0 for t in range(WINDOWS - 1)]
+    changed = [np.any(b != a) for a, b in itertools.pairwise(bases)]
+    assert changed == [(t + 1) % GAP == 0 for t in range(STEPS - 1)]
 
 
 def test_accumulated_galore_is_the_reference_in_the_bases_of_first_micro_batches():
     windows = galore_windows()
-    flat = windows.grads.reshape(WINDOWS * MICRO, 12, 8)
+    flat = windows.grads.reshape(STEPS * MICRO, 12, 8)
     updates, _ = references.low_rank(
         references.window_means(flat, weights(), MICRO),
         capacity=RANK,
         inner=references.adam(),
-        basis=lambda a, p, i: references.exact_svd(
-            windows.grads[i * WINDOW_GAP, 0], RANK
-        ),
+        basis=lambda a, p, i: references.exact_svd(windows.grads[i * GAP, 0], RANK),
         rank=references.fixed_rank(RANK),
-        schedule=references.Every(WINDOW_GAP),
+        schedule=references.Every(GAP),
         rebase=references.rebase("keep"),
         scale=0.25,
         like=list(windows.bases[:, 0]),
     )
-    assert_close(windows.updates[:, -1], -0.1 * np.asarray(updates), "w")
+    assert_close(windows.updates[:, -1], -0.1 * np.asarray(updates), "w", CORRECTION)
 
 
-# --- the sums of ProjFactor ------------------------------------------------------------
+# --- the sums of ProjFactor --------------------------------------------------------
 
 
 @functools.cache
@@ -681,7 +698,7 @@ def first_update(rank: int, c: int) -> Any:
     return jax.jit(jax.vmap(of_one))
 
 
-@pytest.mark.parametrize(("rank", "c"), [(1, 1), (3, 1), (3, 5), (7, 2)])
+@pytest.mark.parametrize(("rank", "c"), [(1, 1), (3, 5), (7, 2)])
 def test_sums_are_those_of_the_squared_lifted_gradient(rank, c):
     gradient = np.random.default_rng(9).normal(size=(30, 20))
     seeds = range(8)
@@ -691,10 +708,9 @@ def test_sums_are_those_of_the_squared_lifted_gradient(rank, c):
     for seed in seeds:
         p = draw("gaussian", "w", fine.shape[1], 0, seed, rank)
         squares = (fine @ p @ p.T) ** 2
-        # The quadratic forms cancel at most the condition of P^T P, below 100 here on
-        # average over a sum, of 6e-8.
-        assert_close(state.v_row["w"][seed], squares.sum(axis=1), "rows", 1e-5)
-        assert_close(state.v_col["w"][seed], squares.sum(axis=0), "columns", 1e-5)
+        # Of float32 quadratic forms with at most 49 terms, none negative in sum.
+        assert_close(state.v_row["w"][seed], squares.sum(axis=1), "rows")
+        assert_close(state.v_col["w"][seed], squares.sum(axis=0), "columns")
 
 
 def orthogonal_to_a_lifted_column(p: np.ndarray) -> np.ndarray:

@@ -91,7 +91,9 @@ def test_the_options_of_the_chosen_optimizer_are_filled_in_and_no_others(optimiz
     own = OPTIMIZERS[optimizer].own
     assert config.warmup_steps == config.steps // 10
     assert config.block_scale == OPTIMIZERS[optimizer].block_scale
-    assert config.rank == (16 if "rank" in own else None)
+    budget = 16 // own.get("granularity", 1)
+    assert config.rank == (budget if "rank" in own else None)
+    assert config.granularity == own.get("granularity")
     for name in ("threshold", "min_rank", "update_proj_gap"):
         assert (getattr(config, name) is None) == (name not in own)
 

@@ -103,6 +103,51 @@ def test_eight_devices_train_like_one(monkeypatch):
     np.testing.assert_allclose(eight["embedding"], one["embedding"], atol=1e-5)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "projfactor"])
+def test_micro_batches_train_like_the_whole_batch(optimizer):
+    mesh = data_mesh(16, 2)
+    options = OptimizerOptions(
+        optimizer=optimizer, rank=1, granularity=1, update_proj_gap=2
+    )
+    found = {}
+    for accumulate in (1, 2):
+        tx = build_optimizer(options, lambda _: 0.1, accumulate=accumulate)
+        step = make_train_step(next_token_logits, tx, mesh, accumulate)
+        params = replicate(random_params(), mesh)
+        params["blocks"] = {"unused": replicate(jnp.zeros((2, 4, 3)), mesh)}
+        state = initial_state(tx, params, mesh)
+        for seed in (1, 2, 3):
+            batch = random_batch(seed, batch_size=16)
+            # Micro-batches with unequal numbers of tokens.
+            batch["weights"][::2, 1:] = 0
+            params, state, metrics = step(params, state, shard_batch(batch, mesh))
+        found[accumulate] = (params["embedding"], metrics)
+    # Sums of float32 in another order, through Adam's division.
+    np.testing.assert_allclose(found[1][0], found[2][0], atol=1e-5)
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose(found[1][1][name], found[2][1][name], rtol=1e-5)
+
+
+def test_a_non_finite_micro_batch_changes_nothing_and_is_counted():
+    mesh = data_mesh(16, 2)
+    options = OptimizerOptions(optimizer="adamw")
+    tx = build_optimizer(options, lambda _: 0.1, accumulate=2)
+    step = make_train_step(next_token_logits, tx, mesh, 2)
+    params = replicate(random_params(), mesh)
+    state = initial_state(tx, params, mesh)
+    broken = random_batch(1, batch_size=16)
+    broken["weights"][0, 0] = np.inf
+    before = jax.device_get(params)
+    params, state, metrics = step(params, state, shard_batch(broken, mesh))
+    assert (int(metrics["rejected"]), int(metrics["rejected_in_a_row"])) == (1, 1)
+    np.testing.assert_array_equal(params["embedding"], before["embedding"])
+    good = shard_batch(random_batch(2, batch_size=16), mesh)
+    params, state, metrics = step(params, state, good)
+    assert (int(metrics["rejected"]), int(metrics["rejected_in_a_row"])) == (1, 0)
+    assert np.isfinite(params["embedding"]).all()
+    assert not np.array_equal(params["embedding"], before["embedding"])
+
+
 def test_a_non_finite_gradient_changes_nothing_and_is_counted():
     mesh = data_mesh(8)
     tx = build_optimizer(OptimizerOptions(optimizer="adamw"), lambda _: 0.1)
@@ -127,3 +172,5 @@ def test_a_non_finite_gradient_changes_nothing_and_is_counted():
 def test_a_batch_that_devices_cannot_share_is_refused():
     with pytest.raises(UserError, match=r"--batch-size 12 is not a multiple of the 8"):
         data_mesh(12)
+    with pytest.raises(UserError, match=r"devices of this machine, times --accum"):
+        data_mesh(24, 2)
