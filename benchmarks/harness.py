@@ -78,12 +78,17 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
 
 
-def write(name: str, measurements: dict[str, Any]) -> None:
-    """Writes ``results/<name>-<platform>.json`` and prints the ratios."""
+def save(name: str, measurements: dict[str, Any]) -> None:
+    """Writes ``results/<name>-<platform>.json``."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}-{jax.devices()[0].platform}.json"
     record = {"environment": environment(), "measurements": measurements}
     path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def write(name: str, measurements: dict[str, Any]) -> None:
+    """Saves pairs and prints their ratios."""
+    save(name, measurements)
     for label, result in measurements.items():
         print(f"{name} {label}: {_summary(result)}")
 

@@ -53,7 +53,7 @@ def shard_batch(batch: Batch, mesh: Mesh) -> Batch:
 
 def make_train_step(
     apply_fn: ApplyFn,
-    tx: optax.GradientTransformation,
+    tx: Any,
     mesh: Mesh,
     accumulate: int = 1,
 ):

@@ -157,7 +157,8 @@ def accumulate(optimizer: optax.GradientTransformation, every_k: int) -> Accumul
     def finish(state, params, extra_args):
         return _finish(inner, state, params, extra_args)
 
-    def update(grads, state, params=None, *, weight=1.0, **extra_args):
+    def update(grads, state, params=None, **extra_args):
+        weight = extra_args.pop("weight", 1.0)
         if params is None:
             raise ValueError(
                 "accumulate needs params in update: gradients in the subspace do not "
@@ -209,7 +210,7 @@ def _add(inner, grads, state: AccumulateState, weight) -> AccumulateState:
     inner_state = jax.tree.map(renewed, state.inner_state, is_leaf=_is_low_rank)
 
     def add_leaf(path, gradient, total):
-        gradient = projected.get(path, gradient)
+        gradient = projected[path] if path in projected else gradient
         if gradient.shape != total.shape:
             raise ValueError(
                 f"{jax.tree_util.keystr(path)}: a gradient of shape {gradient.shape} "

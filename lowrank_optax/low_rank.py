@@ -125,7 +125,7 @@ def scale_by_low_rank(
     inner: optax.GradientTransformation,
     rank: int | RankRule = 128,
     *,
-    basis: BasisRule | None = None,
+    basis: BasisRule | RandomBasis | None = None,
     refresh: RefreshRule | None = None,
     rebase: str | RebaseRule = "square",
     side: Side = "short",

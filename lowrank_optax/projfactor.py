@@ -32,7 +32,7 @@ class ProjFactorState(NamedTuple):
     mu: Any
     v_row: Any
     v_col: Any
-    rest: optax.ScaleByAdamState
+    rest: optax.OptState
 
 
 class FactoredAtFullSize(NamedTuple):
@@ -88,8 +88,9 @@ class FactoredAtFullSize(NamedTuple):
             updates[index] = step
             for moment, new in zip(moments, (mu, v_row, v_col), strict=True):
                 moment[index] = new.astype(moment[index].dtype)
-        trees = map(treedef.unflatten, moments)
-        return treedef.unflatten(updates), ProjFactorState(*trees, rest_state)
+        mu, v_row, v_col = map(treedef.unflatten, moments)
+        new_state = ProjFactorState(mu, v_row, v_col, rest_state)
+        return treedef.unflatten(updates), new_state
 
     def _step(self, mean, v_row, v_col, basis, projector: Projector) -> jax.Array:
         """Returns M P^T / (sqrt(outer(v_row, v_col) / sum(v_row)) + eps)."""

@@ -115,9 +115,10 @@ class Projector:
 
     def basis(self, subspace: Subspace) -> jax.Array:
         """Returns P (*stack, b/c, r), drawn where it is not stored."""
-        if not self.parts.is_random:
+        rule = self.parts.basis
+        if not isinstance(rule, RandomBasis):
             return subspace.basis
-        return self._draw(subspace.refreshes - 1)
+        return self._drawn(rule, subspace.refreshes - 1)
 
     def refresh(
         self,
@@ -150,13 +151,13 @@ class Projector:
                 age=jnp.where(is_first, first_age, 0).astype(jnp.int32),
                 refreshes=subspace.refreshes + 1,
             )
-            if self.parts.is_random:
-                new = _where(is_due, new, subspace)
-                old_basis = self._draw(subspace.refreshes - 1)
-                r = random_transfer(old_basis, self.basis(new))
+            rule = self.parts.basis
+            if isinstance(rule, RandomBasis):
                 usable = is_due
+                new = _where(is_due, new, subspace)
+                r = random_transfer(self.basis(subspace), self.basis(new))
             else:
-                new, usable = self._computed(gradient, new, is_due)
+                new, usable = self._computed(rule, gradient, new, is_due)
                 new = _where(usable, new, subspace)
                 r = transfer(subspace.basis, new.basis)
             rebased = _rebased(moments, kinds, r, count, self.parts.rebase)
@@ -166,9 +167,11 @@ class Projector:
         any_due = turn & jnp.any(is_due)
         return jax.lax.cond(any_due, renewed, lambda: (subspace, moments))
 
-    def _computed(self, gradient, subspace, is_due) -> tuple[Subspace, jax.Array]:
+    def _computed(
+        self, rule: BasisRule, gradient, subspace, is_due
+    ) -> tuple[Subspace, jax.Array]:
         """Returns the subspace with a basis of the gradient, and where it is usable."""
-        parts, view = self.parts, self.view
+        view = self.view
         # Of the leaf in its own layout: the oriented one would be written to memory.
         matrices = view.matrices(gradient)
         peak = jnp.max(jnp.abs(matrices), axis=(-1, -2)).astype(self.dtype)
@@ -178,21 +181,20 @@ class Projector:
         peak = jnp.where(has_signal, peak, 1)
         keys = self._keys(subspace.refreshes - 1)
         matrix = view.oriented(gradient).astype(self.dtype)
-        columns = parts.basis.compute(matrix, peak, subspace.basis, keys)
+        columns = rule.compute(matrix, peak, subspace.basis, keys)
         # A product with the gradient, which the compiler drops for a fixed rank.
         energies = captured_energies(matrix, peak, columns)
-        rank, demand = parts.rank.select(energies, subspace.demand)
+        rank, demand = self.parts.rank.select(energies, subspace.demand)
         position = jax.lax.broadcasted_iota(jnp.int32, columns.shape, columns.ndim - 1)
         columns = jnp.where(position < rank[..., None, None], columns, 0)
         usable = is_due & has_signal & jnp.all(jnp.isfinite(columns), axis=(-1, -2))
         basis = columns.astype(self.dtype)
         return subspace._replace(basis=basis, rank=rank, demand=demand), usable
 
-    def _draw(self, numbers: jax.Array) -> jax.Array:
+    def _drawn(self, rule: RandomBasis, numbers: jax.Array) -> jax.Array:
         """Returns the random bases with these numbers, (*stack, b/c, r)."""
-        return self.parts.basis.draw(
-            self._keys(numbers), self.basis_shape[-2:], self.dtype
-        )
+        shape = (self.view.projected_size, self.capacity)
+        return rule.draw(self._keys(numbers), shape, self.dtype)
 
     def _keys(self, numbers: jax.Array) -> jax.Array:
         """Returns the key of each basis: of the seed, the path and its number."""

@@ -21,7 +21,7 @@ STEPS = 7  # the first draw and three redraws
 SEED = 4
 SIGMAS = 5.0  # one entry in two million lies farther out by chance
 # 5 divides one side only, the short one of the tall leaf; no b / c is below 5.
-LEAVES = {"squares": (2, 24, 24), "tall": (28, 25), "wide": (22, 27)}
+LEAVES = {"squares": (2, 24, 24), "tall": (28, 25), "wide": (22, 27), "bias": (5,)}
 BASES = {
     "gaussian": lowrank_optax.gaussian(),
     "rademacher": lowrank_optax.rademacher(),
@@ -106,6 +106,11 @@ class Case(NamedTuple):
         return FACTORS if self.method == "projfactor" else {}
 
     @property
+    def leaves(self) -> tuple[str, str]:
+        """The matrices that it is run on: all three would take half as long again."""
+        return ("tall" if self.granularity == 5 else "squares", "wide")
+
+    @property
     def tolerance(self) -> float:
         """Of updates; projfactor's have a correction by 1 - 0.9^t."""
         return CORRECTION if self.method == "vlorp" else ROUNDING
@@ -131,14 +136,14 @@ every_case = pytest.mark.parametrize(
 
 
 @functools.cache
-def gradients(steps: int) -> dict:
+def gradients(case: Case, steps: int) -> dict:
     """Gradients with a mean and noise, (steps, *shape), float64; a vector as well."""
     rng = np.random.default_rng(0)
-    shapes = LEAVES | {"bias": (5,)}
-    return {
+    drawn = {
         leaf: rng.normal(size=shape) + rng.normal(size=(steps, *shape))
-        for leaf, shape in shapes.items()
+        for leaf, shape in LEAVES.items()
     }
+    return {leaf: drawn[leaf] for leaf in (*case.leaves, "bias")}
 
 
 def in_float32(tree: Any) -> Any:
@@ -168,7 +173,7 @@ def compiled(case: Case) -> Callable:
 
 @functools.cache
 def found(case: Case) -> tuple[dict, Any]:
-    return compiled(case)(gradients(STEPS))
+    return compiled(case)(gradients(case, STEPS))
 
 
 class Matrix(NamedTuple):
@@ -182,13 +187,13 @@ class Matrix(NamedTuple):
 
 @functools.cache
 def expected(case: Case) -> list[Matrix]:
-    return expected_of(case, gradients(STEPS))
+    return expected_of(case, gradients(case, STEPS))
 
 
 def expected_of(case: Case, grads: dict) -> list[Matrix]:
     """Runs the reference on every matrix of every leaf."""
     matrices = []
-    for leaf in LEAVES.keys() & grads.keys():
+    for leaf in case.leaves:
         for layer in np.ndindex(*LEAVES[leaf][:-2]):
             index = (slice(None), *layer)
             made = case.reference(list(grads[leaf][index]), leaf)
@@ -229,13 +234,13 @@ def test_second_moments_are_those_of_the_reference(case):
 @every_case
 def test_random_bases_are_drawn_when_due_and_not_stored(case):
     _, state = found(case)
-    for leaf, shape in LEAVES.items():
-        subspace = state.subspaces[leaf]
+    for leaf in case.leaves:
+        subspace, shape = state.subspaces[leaf], LEAVES[leaf]
         assert not jax.tree.leaves(subspace.basis)
-        draws = np.arange(STEPS) // GAP + 1
+        due = np.arange(STEPS) // GAP + 1
         layers = np.prod(shape[:-2], dtype=int)
         actual = np.reshape(subspace.refreshes, (STEPS, layers))
-        np.testing.assert_array_equal(actual, np.stack([draws] * layers, axis=1))
+        np.testing.assert_array_equal(actual, np.stack([due] * layers, axis=1))
 
 
 def test_bases_of_the_oracles_are_well_conditioned():
@@ -246,25 +251,24 @@ def test_bases_of_the_oracles_are_well_conditioned():
                 assert np.linalg.cond(record.basis) <= 4.0
 
 
-@pytest.mark.parametrize("granularity", [1, 2])
 @pytest.mark.parametrize("method", ["vlorp", "projfactor"])
-def test_vectors_and_matrices_too_small_at_their_granularity_have_adam(
-    method, granularity
-):
+def test_vectors_and_matrices_too_small_at_their_granularity_have_adam(method):
     rng = np.random.default_rng(1)
     # b / c is 6 at granularity 1, and 3, which is not above the rank, at 2.
     grads = {"bias": rng.normal(size=(3, 5)), "small": rng.normal(size=(3, 9, 6))}
-    case = Case(method, "short", granularity, "gaussian")
-    updates, _ = scan_of(case.optimizer())(grads)
-    factors = case.factors() or {"eps": 1e-8}
+    coarse, fine = (Case(method, "short", c, "gaussian") for c in (1, 2))
+    params = {"bias": jnp.ones(5), "small": jnp.ones((9, 6))}
+    subspaces = lowrank_optax.subspaces(coarse.optimizer().init(params))
+    assert list(subspaces) == ["['small']"]
+    updates, _ = scan_of(fine.optimizer())(grads)
+    step = references.adam(**fine.factors())
     for name, gradient in grads.items():
         m = v = np.zeros(gradient.shape[1:])
         plain = []
         for t, g in enumerate(gradient, start=1):
-            n, m, v = references.adam(**factors)(g, m, v, t)
+            n, m, v = step(g, m, v, t)
             plain.append(-0.1 * n)
-        same = np.allclose(updates[name], plain, rtol=1e-4, atol=0)
-        assert same == (name == "bias" or granularity > 1), name
+        assert_close(updates[name], plain, name, CORRECTION)
 
 
 def test_cutting_puts_pieces_of_a_row_below_each_other():
@@ -481,8 +485,8 @@ def test_finer_is_worse_for_normal_entries_and_better_for_signs_at_a_fixed_budge
 
 MICRO = 3  # micro-batches of a window, which is a step
 ACCUMULATED = (
-    Case("vlorp", "long", 5, "gaussian"),
-    Case("projfactor", "short", 5, "rademacher"),
+    Case("vlorp", "long", 2, "rademacher"),
+    Case("projfactor", "short", 1, "gaussian"),
 )
 accumulated_cases = pytest.mark.parametrize(
     "case", ACCUMULATED, ids=lambda case: case.method
@@ -495,18 +499,11 @@ def weights() -> np.ndarray:
 
 
 @functools.cache
-def micro_gradients() -> dict:
-    """(STEPS * MICRO, *shape); two leaves and a vector compile faster than all."""
-    grads = gradients(STEPS * MICRO)
-    return {leaf: grads[leaf] for leaf in ("bias", "squares", "wide")}
-
-
-@functools.cache
-def means() -> dict:
+def means(case: Case) -> dict:
     """The weighted mean gradient of each window, (STEPS, *shape)."""
     return {
         leaf: np.asarray(references.window_means(grads, weights(), MICRO))
-        for leaf, grads in micro_gradients().items()
+        for leaf, grads in gradients(case, STEPS * MICRO).items()
     }
 
 
@@ -514,14 +511,16 @@ def means() -> dict:
 def accumulated(case: Case) -> dict:
     """Updates of all micro-batches, (STEPS, MICRO, *shape)."""
     acc = lowrank_optax.accumulate(case.optimizer(), MICRO)
-    params = jax.tree.map(lambda g: jnp.ones(g.shape[1:]), means())
+    params = jax.tree.map(lambda g: jnp.ones(g.shape[1:]), means(case))
 
     def step(state, micro):
         updates, state = acc.update(micro[0], state, params, weight=micro[1])
         return state, updates
 
     scan = jax.jit(lambda micros: jax.lax.scan(step, acc.init(params), micros)[1])
-    updates = jax.device_get(scan(in_float32((micro_gradients(), weights()))))
+    updates = jax.device_get(
+        scan(in_float32((gradients(case, STEPS * MICRO), weights())))
+    )
     return jax.tree.map(lambda x: x.reshape(STEPS, MICRO, *x.shape[1:]), updates)
 
 
@@ -529,7 +528,7 @@ def accumulated(case: Case) -> dict:
 def added(case: Case) -> tuple[dict, dict]:
     """Updates and sums of each window, by ``add`` and ``finish``."""
     acc = lowrank_optax.accumulate(case.optimizer(), MICRO)
-    params = jax.tree.map(lambda g: jnp.ones(g.shape[1:]), means())
+    params = jax.tree.map(lambda g: jnp.ones(g.shape[1:]), means(case))
 
     def add(state, micro):
         return acc.add(micro[0], state, weight=micro[1]), None
@@ -541,7 +540,7 @@ def added(case: Case) -> tuple[dict, dict]:
 
     windows = jax.tree.map(
         lambda x: x.reshape(STEPS, MICRO, *x.shape[1:]),
-        in_float32((micro_gradients(), weights())),
+        in_float32((gradients(case, STEPS * MICRO), weights())),
     )
     scan = jax.jit(lambda micros: jax.lax.scan(window, acc.init(params), micros)[1])
     return jax.device_get(scan(windows))
@@ -556,15 +555,14 @@ def test_only_the_last_micro_batch_of_a_window_updates(case):
 
 @accumulated_cases
 def test_accumulated_updates_are_those_of_the_reference_with_the_mean(case):
-    for matrix in expected_of(case, means()):
+    for matrix in expected_of(case, means(case)):
         actual = accumulated(case)[matrix.leaf][:, -1][matrix.index]
         assert_close(actual, matrix.updates, matrix.leaf, case.tolerance)
 
 
 @accumulated_cases
 def test_accumulated_updates_are_those_with_the_mean_gradient(case):
-    # Other leaves change nothing in these: the run is that of the oracles, compiled.
-    plain, _ = compiled(case)(gradients(STEPS) | means())
+    plain, _ = compiled(case)(means(case))
     for leaf, updates in accumulated(case).items():
         assert_close(updates[:, -1], plain[leaf], leaf)
 
@@ -580,21 +578,21 @@ def test_adding_and_finishing_is_updating(case):
 def test_sums_of_a_window_are_its_projected_weighted_sum(case):
     _, sums = added(case)
     total = np.sum(weights().reshape(STEPS, MICRO), axis=1)
-    for matrix in expected_of(case, means()):
-        mean = means()[matrix.leaf][matrix.index]
+    for matrix in expected_of(case, means(case)):
+        mean = means(case)[matrix.leaf][matrix.index]
         rows = references.projects_rows(mean.shape[1:], case.side)
-        expected = []
+        exact = []
         for weight, gradient, record in zip(total, mean, matrix.records, strict=True):
             oriented = gradient.T if rows else gradient
             c = references.divisor(oriented.shape[1], case.granularity)
-            expected.append(weight * references.cut(oriented, c) @ record.basis)
-        assert_close(sums[matrix.leaf][matrix.index], expected, matrix.leaf)
+            exact.append(weight * references.cut(oriented, c) @ record.basis)
+        assert_close(sums[matrix.leaf][matrix.index], exact, matrix.leaf)
 
 
 @accumulated_cases
 def test_a_new_seed_for_every_micro_batch_is_something_else(case):
     """The authors' code on a refresh step: projections of different bases, added."""
-    grads, w = micro_gradients()["wide"], weights()
+    grads, w = gradients(case, STEPS * MICRO)["wide"], weights()
     rows = references.projects_rows(LEAVES["wide"], case.side)
 
     def projected(t, p):
@@ -608,7 +606,7 @@ def test_a_new_seed_for_every_micro_batch_is_something_else(case):
             total = total + w[i] * references.cut(g, c) @ basis
         return total / np.sum(w[first : first + MICRO])
 
-    faulty, _ = case.reference(list(means()["wide"]), "wide", projected)
+    faulty, _ = case.reference(list(means(case)["wide"]), "wide", projected)
     actual = accumulated(case)["wide"][:, -1]
     with pytest.raises(AssertionError, match="wide"):
         assert_close(actual, faulty, "wide", case.tolerance)
@@ -653,8 +651,10 @@ def test_a_computed_basis_is_that_of_the_first_micro_batch_of_a_window():
     for t, bases in enumerate(windows.bases):
         due = t - t % GAP
         basis, _ = references.exact_svd(windows.grads[due, 0], RANK)
-        # Singular vectors have no sign: P P^T has none either.
-        assert_close(bases[0] @ bases[0].T, basis @ basis.T, f"window {t}")
+        # Singular vectors have no sign: P P^T has none either. They lose the gap, 0.03
+        # of the largest singular value: 6e-8 / 0.03, and some roundings.
+        actual, expected = bases[0] @ bases[0].T, basis @ basis.T
+        assert_close(actual, expected, f"window {t}", tolerance=2e-5)
 
 
 def test_a_computed_basis_does_not_change_inside_a_window():
@@ -698,7 +698,7 @@ def first_update(rank: int, c: int) -> Any:
     return jax.jit(jax.vmap(of_one))
 
 
-@pytest.mark.parametrize(("rank", "c"), [(1, 1), (3, 5), (7, 2)])
+@pytest.mark.parametrize(("rank", "c"), [(3, 5), (7, 2)])
 def test_sums_are_those_of_the_squared_lifted_gradient(rank, c):
     gradient = np.random.default_rng(9).normal(size=(30, 20))
     seeds = range(8)
