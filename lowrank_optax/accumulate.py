@@ -210,7 +210,8 @@ def _add(inner, grads, state: AccumulateState, weight) -> AccumulateState:
     inner_state = jax.tree.map(renewed, state.inner_state, is_leaf=_is_low_rank)
 
     def add_leaf(path, gradient, total):
-        gradient = projected[path] if path in projected else gradient
+        if path in projected:
+            gradient = projected[path]
         if gradient.shape != total.shape:
             raise ValueError(
                 f"{jax.tree_util.keystr(path)}: a gradient of shape {gradient.shape} "

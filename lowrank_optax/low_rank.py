@@ -78,6 +78,10 @@ class Core(Protocol):
         """
         ...
 
+    def check(self, coordinates: Any, state: Any) -> None:
+        """Raises ValueError if something else is wrong with the state."""
+        ...
+
     def update(
         self,
         coordinates: Any,
@@ -100,10 +104,12 @@ class InsideSubspace(NamedTuple):
     def init(self, params, coordinates, projectors):
         """Returns the state of ``inner``; see :class:`Core`."""
         del params, projectors
-        state = self.inner.init(coordinates)
+        return self.inner.init(coordinates)
+
+    def check(self, coordinates, state):
+        """Raises if ``inner`` needs parameters; see :class:`Core`."""
         if jax.tree.leaves(coordinates):
             _check_needs_no_params(self.inner, coordinates, state)
-        return state
 
     def update(self, coordinates, state, bases, projectors, count, extra_args):
         """Returns scale N P^T; see :class:`Core`."""
@@ -307,6 +313,7 @@ def _init(params: Any, core: Core, parts: Parts) -> LowRankState:
     inner_state = core.init(params, in_subspace, projectors)
     shapes = {path: projector.shape for path, projector in projectors.items()}
     locate_moments(inner_state, shapes, plans.keys() - shapes.keys(), parts.moments)
+    core.check(in_subspace, inner_state)
     subspaces = jax.tree_util.tree_map_with_path(subspace, params)
     return LowRankState(jnp.zeros([], jnp.int32), subspaces, inner_state)
 

@@ -65,6 +65,9 @@ class FactoredAtFullSize(NamedTuple):
             rest=self._adam.init(_unprojected(coordinates, projectors)),
         )
 
+    def check(self, coordinates, state):
+        """Does nothing; see :class:`lowrank_optax.low_rank.Core`."""
+
     def update(self, coordinates, state, bases, projectors, count, extra_args):
         """Returns the updates; see :class:`lowrank_optax.low_rank.Core`."""
         del extra_args
@@ -178,8 +181,10 @@ def scale_by_projfactor(
         eps: Added to the root of the second moment, > 0.
         basis: ``gaussian()`` (None), ``rademacher()``, or a computed one.
         refresh: Refresh rule; None: ``every(25)``.
-        rebase: How the momentum follows a new basis; "keep" reproduces the authors'
-            code, which leaves it in the old one.
+        rebase: How the momentum follows a new basis: "first", by the least gradient
+            that has its projection; "zero" drops it; "keep" leaves it in the old basis,
+            as the authors' code does. Measured (README, c = 4, r = 8): 1.993, 1.983 and
+            2.019 nats per byte, one seed.
         side: "short" or "long"; see :func:`scale_by_low_rank`.
         dimension_numbers: See :func:`scale_by_low_rank`.
         seed: Seed of the bases.

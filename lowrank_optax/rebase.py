@@ -42,10 +42,14 @@ def random_transfer(old: jax.Array, new: jax.Array) -> jax.Array:
     r"""Returns R = (P_old^T P_old)^-1 P_old^T P_new, (*stack, r_old, r_new).
 
     For bases that are not orthonormal: M (P_old^T P_old)^-1 P_old^T is the least
-    gradient whose projection is M, and M R its projection by the new basis.
+    gradient whose projection is M, and M R its projection by the new basis. Columns of
+    a small basis may coincide: 1e-6 of the mean diagonal is added to it.
     """
     products = jnp.einsum("...br,...bs->...rs", old, old, precision=HIGHEST)
-    return jnp.linalg.solve(products, transfer(old, new))
+    mean = jnp.trace(products, axis1=-2, axis2=-1) / products.shape[-1]
+    eye = jnp.broadcast_to(jnp.eye(products.shape[-1], dtype=old.dtype), products.shape)
+    ridge = 1e-6 * mean[..., None, None] * eye
+    return jnp.linalg.solve(products + ridge, transfer(old, new))
 
 
 def _exact(moment: jax.Array, r: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import pytest
 
 import lowrank_optax
 from lowrank_optax import REBASE_RULES
-from lowrank_optax.rebase import transfer
+from lowrank_optax.rebase import random_transfer, transfer
 from tests import references
 
 STEPS, ROWS, COLUMNS, RANK = 51, 9, 6, 3
@@ -176,3 +176,14 @@ def test_an_unknown_rule_raises_and_names_the_known_ones():
         ValueError, match=r"rebase must be one of \['abs', .*got 'none'"
     ):
         _low_rank("none")
+
+
+def test_a_random_basis_with_equal_columns_hands_on_a_finite_momentum():
+    # Signs of three rows: two columns coincide once in four draws.
+    old = jnp.asarray([[1.0, 1.0], [1.0, 1.0], [-1.0, -1.0]])
+    new = jnp.asarray([[1.0, 1.0], [-1.0, 1.0], [1.0, 1.0]])
+    gradient = jnp.asarray([[3.0, 1.0, 2.0], [0.5, -1.0, 4.0]])
+    r = random_transfer(old, new)
+    expected = gradient @ old @ np.linalg.pinv(old) @ new
+    # The ridge, 1e-6, and float32 rounding over it.
+    np.testing.assert_allclose(gradient @ old @ r, expected, rtol=1e-3)

@@ -29,9 +29,10 @@ BASES = {
 # Not the defaults: an epsilon that counts shows where it stands.
 FACTORS = {"b1": 0.8, "b2": 0.9, "eps": 0.01}
 
-# Float32 against float64, in units of the largest entry: 6e-8, times the square of the
-# condition of the bases, 16, for re-basing through P^T P, times 3 for three of these.
-ROUNDING = 3e-6
+# Float32 against float64, in units of the largest entry: 6e-8, for a few tens of them.
+ROUNDING = 2e-6
+# Re-basing adds 1e-6 of its mean diagonal to P^T P, whose condition is up to 16 here.
+REBASED = 2e-5
 # Adam divides by the root of 1 - 0.999^t: 6e-8 / 1e-3 / 2 at the first update.
 CORRECTION = 5e-5
 
@@ -113,7 +114,7 @@ class Case(NamedTuple):
     @property
     def tolerance(self) -> float:
         """Of updates; projfactor's have a correction by 1 - 0.9^t."""
-        return CORRECTION if self.method == "vlorp" else ROUNDING
+        return CORRECTION if self.method == "vlorp" else REBASED
 
 
 # Every side with every granularity, distribution and rule, not all with all of them.
@@ -214,7 +215,8 @@ def test_first_moments_are_those_of_the_reference(case):
     _, state = found(case)
     for matrix in expected(case):
         actual = state.inner_state.mu[matrix.leaf][matrix.index]
-        assert_close(actual, [record.first for record in matrix.records], matrix.leaf)
+        firsts = [record.first for record in matrix.records]
+        assert_close(actual, firsts, matrix.leaf, REBASED)
 
 
 @every_case
@@ -224,7 +226,9 @@ def test_second_moments_are_those_of_the_reference(case):
     for matrix in expected(case):
         seconds = [record.second for record in matrix.records]
         if case.method == "vlorp":
-            assert_close(inner.nu[matrix.leaf][matrix.index], seconds, matrix.leaf)
+            actual = inner.nu[matrix.leaf][matrix.index]
+            tolerance = REBASED if case.rebase == "square" else ROUNDING
+            assert_close(actual, seconds, matrix.leaf, tolerance)
             continue
         rows, columns = zip(*seconds, strict=True)
         assert_close(inner.v_row[matrix.leaf][matrix.index], rows, matrix.leaf)
@@ -296,10 +300,10 @@ def test_momentum_of_a_singular_rademacher_basis_follows_to_the_nearest_one(meth
         gap=1,
     )
     assert np.all(np.isfinite(updates["w"]))
-    # The least of all solutions is the limit of P^T P + delta I; a delta of about
-    # 1e-3 of its diagonal would still pass.
+    # M lies in the span of the rows of P, where what is added to P^T P, 1e-6, is small;
+    # rounding turns 6e-8 of it out, which 6e-8 / 1e-6 does not make large.
     actual = state.inner_state.mu["w"]
-    assert_close(actual, [record.first for record in records], "mu", tolerance=1e-2)
+    assert_close(actual, [record.first for record in records], "mu", tolerance=1e-4)
 
 
 # --- draws -------------------------------------------------------------------------
