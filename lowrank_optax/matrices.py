@@ -121,30 +121,41 @@ class MatrixView:
 
     def project(self, leaf: jax.Array, basis: jax.Array) -> jax.Array:
         """Returns G P (*stack, a*c, r) for a leaf G and a basis P (*stack, b/c, r)."""
-        matrices = self.matrices(leaf).astype(basis.dtype)
-        if self.granularity == 1 and not self.projects_rows:
-            return jnp.einsum("...ab,...br->...ar", matrices, basis)
-        if self.granularity == 1:
-            # G stands last and in its own layout: only small matrices are transposed.
-            rows = jnp.einsum("...br,...ba->...ra", basis, matrices)
-            return jnp.swapaxes(rows, -1, -2)
-        # Only small matrices have a and c merged: a sharded b can stay where it is.
-        product = (
-            "...cba,...br->...acr" if self.projects_rows else "...acb,...br->...acr"
-        )
-        narrow = jnp.einsum(product, matrices.reshape(self._blocks), basis)
+        # G keeps its own layout: only small matrices are transposed or have a and c
+        # merged, so that a sharded b can stay where it is.
+        blocks = self.matrices(leaf).astype(basis.dtype).reshape(self._blocks)
+        if self.projects_rows:
+            rows = jnp.einsum("...cbr,...cba->...cra", self._each(basis), blocks)
+            narrow = jnp.moveaxis(rows, -1, -3)
+        else:
+            narrow = jnp.einsum("...acb,...br->...acr", blocks, basis)
         return narrow.reshape(*self.stack, self.kept_size, basis.shape[-1])
 
     def lift(self, coordinates: jax.Array, basis: jax.Array) -> jax.Array:
         """Returns N P^T in the leaf's shape, for coordinates N (*stack, a*c, r)."""
-        if self.granularity == 1:
-            sides = "ba" if self.projects_rows else "ab"
-            return self.leaf(jnp.einsum(f"...br,...ar->...{sides}", basis, coordinates))
+        return self.unblocked(self.lift_blocks(coordinates, basis))
+
+    def lift_blocks(self, coordinates: jax.Array, basis: jax.Array) -> jax.Array:
+        """Returns N P^T as (*stack, a, c, b/c), or (*stack, c, b/c, a) for rows.
+
+        What is done to the entries is done to this: :meth:`unblocked` then costs
+        nothing, and the compiler writes over the product.
+        """
         a = self.kept_size // self.granularity
         narrow = coordinates.reshape(*self.stack, a, self.granularity, basis.shape[-1])
-        sides = "cba" if self.projects_rows else "acb"
-        blocks = jnp.einsum(f"...br,...acr->...{sides}", basis, narrow)
+        if self.projects_rows:
+            rows = jnp.moveaxis(narrow, -3, -1)
+            return jnp.einsum("...cbr,...cra->...cba", self._each(basis), rows)
+        return jnp.einsum("...br,...acr->...acb", basis, narrow)
+
+    def unblocked(self, blocks: jax.Array) -> jax.Array:
+        """Returns what :meth:`lift_blocks` returns in the leaf's shape."""
         return self.leaf(blocks.reshape(*self.stack, self.rows, self.columns))
+
+    def _each(self, basis: jax.Array) -> jax.Array:
+        """Returns P for each block, (*stack, c, b/c, r): products batched over c."""
+        shape = (*self.stack, self.granularity, *basis.shape[-2:])
+        return jnp.broadcast_to(jnp.expand_dims(basis, -3), shape)
 
     @property
     def _blocks(self) -> tuple[int, ...]:

@@ -99,10 +99,10 @@ class FactoredAtFullSize(NamedTuple):
         """Returns M P^T / (sqrt(outer(v_row, v_col) / sum(v_row)) + eps)."""
         total = jnp.sum(v_row, axis=-1, keepdims=True)
         row = jnp.sqrt(v_row / jnp.where(total > 0, total, 1))
-        lift = projector.view.lift
+        view = projector.view
         # An outer product is a lift too, of rank one.
-        root = lift(row[..., None], jnp.sqrt(v_col)[..., None])
-        return lift(mean, basis) / (root + self.eps)
+        root = view.lift_blocks(row[..., None], jnp.sqrt(v_col)[..., None])
+        return view.unblocked(view.lift_blocks(mean, basis) / (root + self.eps))
 
 
 def squared_sums(
