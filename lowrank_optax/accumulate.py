@@ -157,14 +157,14 @@ def accumulate(optimizer: optax.GradientTransformation, every_k: int) -> Accumul
     def finish(state, params, extra_args):
         return _finish(inner, state, params, extra_args)
 
-    def update(grads, state, params=None, **extra_args):
+    def update(updates, state, params=None, **extra_args):
         weight = extra_args.pop("weight", 1.0)
         if params is None:
             raise ValueError(
                 "accumulate needs params in update: gradients in the subspace do not "
                 "say what shape they had."
             )
-        state = add(grads, state, weight)
+        state = add(updates, state, weight)
 
         def finished():
             return _finish(inner, state, params, extra_args)
@@ -172,7 +172,7 @@ def accumulate(optimizer: optax.GradientTransformation, every_k: int) -> Accumul
         shapes = jax.eval_shape(finished)[0]
 
         def unfinished():
-            return jax.tree.map(_zeros_like, grads, shapes), state
+            return jax.tree.map(_zeros_like, updates, shapes), state
 
         return jax.lax.cond(state.micro_step >= every_k, finished, unfinished)
 
