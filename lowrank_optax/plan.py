@@ -153,13 +153,19 @@ def announce(plans: dict[tuple, LeafPlan], parts: Any) -> None:
 
 @contextlib.contextmanager
 def listening() -> Iterator[list[Announcement]]:
-    """Yields the list in which each ``init`` inside the context announces itself."""
+    """Yields the list in which each ``init`` inside the context announces itself.
+
+    Who listened before hears it too, when the context ends.
+    """
     observed: list[Announcement] = []
+    before = _observers.get()
     token = _observers.set(observed)
     try:
         yield observed
     finally:
         _observers.reset(token)
+        if before is not None:
+            before.extend(observed)
 
 
 def announcements(

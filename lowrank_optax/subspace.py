@@ -155,7 +155,9 @@ class Projector:
             if isinstance(rule, RandomBasis):
                 usable = is_due
                 new = _where(is_due, new, subspace)
-                r = random_transfer(self.basis(subspace), self.basis(new))
+                # Drawn together: half the program to compile.
+                numbers = jnp.stack([subspace.refreshes, new.refreshes]) - 1
+                r = random_transfer(*self._drawn(rule, numbers))
             else:
                 new, usable = self._computed(rule, gradient, new, is_due)
                 new = _where(usable, new, subspace)
@@ -192,7 +194,7 @@ class Projector:
         return subspace._replace(basis=basis, rank=rank, demand=demand), usable
 
     def _drawn(self, rule: RandomBasis, numbers: jax.Array) -> jax.Array:
-        """Returns the random bases with these numbers, (*stack, b/c, r)."""
+        """Returns the random bases with these numbers, (*numbers.shape, b/c, r)."""
         shape = (self.view.projected_size, self.capacity)
         return rule.draw(self._keys(numbers), shape, self.dtype)
 

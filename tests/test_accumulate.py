@@ -293,3 +293,11 @@ def test_on_a_mesh_values_are_those_of_one_device(name, mode, spec):
                 updates["w"], expected[step]["w"], rtol=1e-3, atol=1e-5
             )
         assert types(state) == types(first)
+
+
+def test_projections_looks_through_an_accumulation():
+    tx = lowrank_optax.galore(0.1, 2)
+    params = zeros(SMALL)
+    expected = lowrank_optax.projections(tx, params)
+    assert expected["['layers']"].is_projected
+    assert lowrank_optax.projections(accumulate(tx, K), params) == expected

@@ -116,6 +116,12 @@ def test_a_run_writes_all_its_results_and_ends_with_a_table_and_a_sample(
         (["--initial-weights", "nowhere"], "nowhere"),
         (["--tokenizer", "nowhere.model"], "nowhere.model"),
         (["--resume"], "no complete checkpoint"),
+        (["--accumulate", "3"], "--accumulate 3 does not divide --batch-size 8"),
+        (["--accumulate", "2"], "8 devices of this machine, times --accumulate 2"),
+        (
+            ["--optimizer", "projfactor", "--rank", "4", "--granularity", "4"],
+            "--rank 4 at granularity 4 leaves every block matrix at full size",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_status_2_and_makes_nothing(

@@ -21,6 +21,11 @@ REFRESH = {
     "optax_galore": ["--update-proj-gap", 2],
     "galore": ["--update-proj-gap", 2],
     "adarankgrad": ["--min-refresh-interval", 2, "--max-refresh-interval", 2],
+    "vlorp": ["--update-proj-gap", 2, "--granularity", 2, "--rank", 2],
+    "projfactor": [
+        *("--update-proj-gap", 2, "--granularity", 2, "--rank", 2),
+        *("--accumulate", 2),
+    ],
 }
 
 
