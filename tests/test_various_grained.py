@@ -626,12 +626,18 @@ class Window(NamedTuple):
     bases: np.ndarray
 
 
+both_gaps = pytest.mark.parametrize("gap", [1, 2])
+
+
 @functools.cache
-def galore_windows() -> Window:
-    tx = lowrank_optax.galore(0.1, RANK, update_proj_gap=GAP)
+def galore_windows(gap: int, silent: int | None = None) -> Window:
+    """The first micro-batch of the window ``silent`` has a gradient of zeros."""
+    tx = lowrank_optax.galore(0.1, RANK, update_proj_gap=gap)
     acc = lowrank_optax.accumulate(tx, MICRO)
     rng = np.random.default_rng(8)
     grads = references.drifting_gradients(rng, STEPS * MICRO, (12, 8))
+    if silent is not None:
+        grads[silent * MICRO] = 0.0
     params = {"w": jnp.ones((12, 8))}
 
     def step(state, micro):
@@ -650,10 +656,11 @@ def galore_windows() -> Window:
     )
 
 
-def test_a_computed_basis_is_that_of_the_first_micro_batch_of_a_window():
-    windows = galore_windows()
+@both_gaps
+def test_a_computed_basis_is_that_of_the_first_micro_batch_of_a_window(gap):
+    windows = galore_windows(gap)
     for t, bases in enumerate(windows.bases):
-        due = t - t % GAP
+        due = t - t % gap
         basis, _ = references.exact_svd(windows.grads[due, 0], RANK)
         # Singular vectors have no sign: P P^T has none either. They lose the gap, 0.03
         # of the largest singular value: 6e-8 / 0.03, and some roundings.
@@ -661,25 +668,36 @@ def test_a_computed_basis_is_that_of_the_first_micro_batch_of_a_window():
         assert_close(actual, expected, f"window {t}", tolerance=2e-5)
 
 
-def test_a_computed_basis_does_not_change_inside_a_window():
-    bases = galore_windows().bases
+@both_gaps
+def test_a_computed_basis_does_not_change_inside_a_window(gap):
+    bases = galore_windows(gap).bases
     for micro in range(1, MICRO):
         np.testing.assert_array_equal(bases[:, micro], bases[:, 0])
     # It does change between windows, each time that it is due.
     changed = [np.any(b != a) for a, b in itertools.pairwise(bases)]
-    assert changed == [(t + 1) % GAP == 0 for t in range(STEPS - 1)]
+    assert changed == [(t + 1) % gap == 0 for t in range(STEPS - 1)]
 
 
-def test_accumulated_galore_is_the_reference_in_the_bases_of_first_micro_batches():
-    windows = galore_windows()
+def test_a_first_micro_batch_without_a_signal_leaves_its_whole_window_the_old_basis():
+    # Due at windows 0, 2 and 4; window 3 makes good what 2 has missed.
+    bases = galore_windows(2, silent=2).bases
+    changed = [np.any(b != a, axis=(1, 2)) for a, b in itertools.pairwise(bases)]
+    windows = [t for t, micros in enumerate(changed, start=1) if np.any(micros)]
+    assert windows == [3, 5]
+    np.testing.assert_array_equal(bases[2], bases[1])
+
+
+@both_gaps
+def test_accumulated_galore_is_the_reference_in_bases_of_first_micro_batches(gap):
+    windows = galore_windows(gap)
     flat = windows.grads.reshape(STEPS * MICRO, 12, 8)
     updates, _ = references.low_rank(
         references.window_means(flat, weights(), MICRO),
         capacity=RANK,
         inner=references.adam(),
-        basis=lambda a, p, i: references.exact_svd(windows.grads[i * GAP, 0], RANK),
+        basis=lambda a, p, i: references.exact_svd(windows.grads[i * gap, 0], RANK),
         rank=references.fixed_rank(RANK),
-        schedule=references.Every(GAP),
+        schedule=references.Every(gap),
         rebase=references.rebase("keep"),
         scale=0.25,
         like=list(windows.bases[:, 0]),
