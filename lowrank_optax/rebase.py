@@ -1,7 +1,8 @@
 """Moments of the old basis, expressed in the new one: a rule per moment.
 
 With the transfer R = P_old^T P_new (r, r), moments M, V (a, r) have their columns in
-the subspace, so R M of the paper is M R here.
+the subspace, so R M of the paper is M R here. Random bases are not orthonormal: theirs
+is :func:`random_transfer`.
 """
 
 import dataclasses

@@ -271,8 +271,8 @@ def low_rank(
     linear in V under an absolute value, depend on the signs. ``like``: the library's
     basis at each step, whose columns' signs (nothing else) are taken over.
     """
-    projects_rows = (grads[0].shape[0] < grads[0].shape[1]) == (side == "short")
-    oriented = [grad.T if projects_rows else grad for grad in grads]
+    rows = projects_rows(grads[0].shape, side)
+    oriented = [grad.T if rows else grad for grad in grads]
     kept, projected = oriented[0].shape
     p = np.zeros((projected, capacity))
     m, v = np.zeros((kept, capacity)), np.zeros((kept, capacity))
@@ -296,7 +296,7 @@ def low_rank(
         schedule.observe(float(np.linalg.norm(r)))
         n, m, v = inner(r, m, v, t + 1)
         update = scale * n @ p.T
-        updates.append(update.T if projects_rows else update)
+        updates.append(update.T if rows else update)
         records.append(Record(refreshed, p, in_use, demand, m, v))
     return updates, records
 
