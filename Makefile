@@ -29,6 +29,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.refresh_time --size 60m
 	$(BIN)/python -m benchmarks.refresh_time --size 1b-one-layer --rounds 1
 	$(BIN)/python -m benchmarks.update_time
+	$(BIN)/python -m benchmarks.memory
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -84,9 +84,9 @@ def accumulate(optimizer: optax.GradientTransformation, every_k: int) -> Accumul
 
     .. math:: \frac{\sum_i w_i G_i P}{\sum_i w_i}
 
-    which is a c r numbers instead of a b, and equals the projection of the mean to
-    rounding. Leaves that are not projected, and optimizers without a low-rank
-    transformation, accumulate at full size.
+    which is a c r numbers instead of a b at granularity c, and equals the projection of
+    the mean to rounding. Leaves that are not projected, and optimizers without a
+    low-rank transformation, accumulate at full size.
 
     A basis that is due is computed from the first micro-batch of a window, as it
     comes; it does not change inside a window. Transformations in front of the low-rank

@@ -54,7 +54,7 @@ class LowRankState(NamedTuple):
         subspaces: Tree like the parameters with a :class:`Subspace` for each projected
             leaf, ``optax.MaskedNode()`` for each other one.
         inner_state: State of the inner transformation for a tree like the parameters in
-            which a projected leaf has shape (*stack, a, capacity).
+            which a projected leaf has shape (*stack, a*c, capacity).
     """
 
     count: jax.Array
@@ -150,21 +150,23 @@ def scale_by_low_rank(
         R_t = G_t P, \quad N_t = \mathrm{inner}(R_t), \quad
         U_t = \mathrm{scale} \cdot N_t P^\top
 
-    On a refresh P becomes a basis of the current gradient, and the moments inside
-    ``inner`` follow by P_old^T P_new under the ``rebase`` rule, before R_t is computed.
+    On a refresh P becomes a basis of the current gradient, or the next random one, and
+    the moments inside ``inner`` follow under the ``rebase`` rule, before R_t is
+    computed: by P_old^T P_new, for random bases by (P_old^T P_old)^-1 P_old^T P_new.
     Stacked leaves (scanned layers, experts) are treated matrix by matrix: each gets the
     update that it would get alone. Leaves without a matrix whose short side is above
     the rank pass to ``inner`` at full size, and come out as ``inner`` makes them.
 
-    Stored per projected matrix: b * r numbers (the basis) and a * r for each moment of
-    ``inner``, in float32, and a few scalars. An update costs 4 a b r flops beside what
-    ``inner`` does to an (a, r) matrix; a refresh costs what the basis rule says.
+    Stored per projected matrix at granularity c: (b / c) r numbers (the basis; none if
+    it is random) and a c r for each moment of ``inner``, in float32, and a few scalars.
+    An update costs 4 a b r flops beside what ``inner`` does to an (a c, r) matrix; a
+    refresh costs what the basis rule says.
 
     Args:
         inner: Transformation of gradients that needs no parameters, such as
             ``optax.scale_by_adam()``, ``optax.trace(0.9)``, ``optax.scale_by_lion()``,
             ``optax.scale_by_rms()``, ``optax.contrib.scale_by_muon(...)`` (whose own
-            ``weight_dimension_numbers`` must fit (*stack, a, r)).
+            ``weight_dimension_numbers`` must fit (*stack, a*c, r)).
         rank: Columns r of the bases, >= 1, or a rule such as
             :func:`lowrank_optax.energy_rank`.
         basis: :func:`lowrank_optax.range_finder` (None) or
@@ -199,7 +201,8 @@ def scale_by_low_rank(
 
     Raises:
         TypeError: If ``rank`` is neither an int nor a rule.
-        ValueError: If a rank, side or rule is unknown; in ``init``, if ``inner`` needs
+        ValueError: If a rank, granularity, side or rule is unknown, or a random basis
+            has a rank by energy; in ``init``, if ``inner`` needs
             parameters, has a state that no re-basing rule knows, or dimension numbers
             do not fit a leaf; in ``update``, if a gradient does not fit the state.
 

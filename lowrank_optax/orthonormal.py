@@ -45,7 +45,7 @@ def orthonormalize(rows: jax.Array, tolerance: float = TOLERANCE) -> jax.Array:
     rows = rows / jnp.where(norms > 0, norms, 1)
 
     def is_done(products):
-        # Not by the largest entry: XLA's maximum may pass over NaN (jaxlib 0.10, CPU).
+        # Not by the largest entry: XLA's maximum may pass over NaN (see subspace.py).
         near = jnp.abs(products - _eye_like(products)) <= tolerance
         return jnp.all(near, axis=(-1, -2))
 

@@ -35,9 +35,10 @@ def gaussian() -> RandomBasis:
     r"""Basis with independent entries N(0, 1/r), so that E[P P^T] = I.
 
     The projected-back gradient G P P^T is an unbiased estimate of G, whose variance is
-    (b + 1) / r times the squared norm of G. A draw is a function of the seed, the
-    leaf's path and the number of the refresh: it is made anew where it is needed, and
-    the state holds no basis.
+    (b + 1) / r times the squared norm of G, b / c in the place of b at granularity c:
+    at a fixed c r it grows with c, contrary to the paper's claim. A draw is a function
+    of the seed, the leaf's path and the number of the refresh: it is made anew where it
+    is needed, and the state holds no basis.
 
     Cost: b * r normal numbers per matrix and update. On a refresh the gradient is not
     looked at.
@@ -52,8 +53,8 @@ def gaussian() -> RandomBasis:
 def rademacher() -> RandomBasis:
     r"""Basis with independent entries +-1/sqrt(r), so that E[P P^T] = I.
 
-    As :func:`gaussian`, with a variance of (b - 1) / r times the squared norm
-    of G, and several times faster to draw.
+    As :func:`gaussian`, with a variance of (b - 1) / r times the squared norm of G,
+    which falls with c at a fixed c r, and several times faster to draw.
     """
     return RandomBasis("rademacher")
 

@@ -113,12 +113,6 @@ def test_at_full_size_it_is_multi_steps(name):
     )
 
 
-def _sum_of(count, weights):
-    """Micro-batch gradients that are means over unequal numbers of tokens."""
-    params = zeros(SMALL)
-    return [(gradients(params, i), weights[i]) for i in range(count)]
-
-
 def test_weights_are_numbers_of_tokens():
     params = zeros(SMALL)
     optimizer = lowrank_optax.vlorp(0.1, 1, refresh=lowrank_optax.every(2))
@@ -126,11 +120,12 @@ def test_weights_are_numbers_of_tokens():
     accumulation = accumulate(optimizer, K)
     state = accumulation.init(params)
     update = jax.jit(accumulation.update)
-    for grads, weight in _sum_of(K, weights):
+    micro_batches = [gradients(params, i) for i in range(K)]
+    for grads, weight in zip(micro_batches, weights, strict=True):
         updates, state = update(grads, state, params, weight=weight)
     mean = jax.tree.map(
         lambda *x: sum(w * g for w, g in zip(weights, x, strict=True)) / sum(weights),
-        *(grads for grads, _ in _sum_of(K, weights)),
+        *micro_batches,
     )
     expected, _ = jax.jit(optimizer.update)(mean, optimizer.init(params), params)
     # Projections of the sum and sums of projections: float32 rounding, through Adam.

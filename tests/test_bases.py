@@ -112,7 +112,18 @@ def test_a_larger_rank_captures_no_less_energy(name):
     assert np.all(np.diff(shares) > 0)
 
 
-@pytest.mark.parametrize("name", ["exact_svd", "two power iterations"])
+@every_rule
+def test_energies_say_what_each_column_captures(name):
+    basis = compute(RULES[name], DECAYING)
+    arrays = (jnp.asarray(x, jnp.float32) for x in (DECAYING, 3.0, basis))
+    expected = references.captured(DECAYING, basis)
+    # Sums of squares in float32.
+    np.testing.assert_allclose(captured_energies(*arrays), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["exact_svd", "plain", "two power iterations", "warm", "warm, whole"]
+)
 def test_leading_columns_capture_more_than_any_other_choice_of_the_columns(name):
     shares = references.captured(DECAYING, compute(RULES[name], DECAYING))
     assert np.all(np.diff(shares) < 0)
