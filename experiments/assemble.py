@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -139,6 +140,8 @@ def _new_directory(config):
 
 def _model(config, tokenizer, weights):
     numerics = {"compute_dtype": config.compute_dtype, "remat": config.remat}
+    if config.param_dtype is not None:
+        numerics["param_dtype"] = config.param_dtype
     if not weights:
         if config.kv_heads is not None:
             numerics["num_kv_heads"] = config.kv_heads
@@ -160,7 +163,8 @@ def _model(config, tokenizer, weights):
 
 def _initial_params(model, seed, weights, mesh):
     if weights:
-        return replicate(weights[1], mesh)
+        dtype = jnp.dtype(model.param_dtype)
+        return replicate(jax.tree.map(lambda x: x.astype(dtype), weights[1]), mesh)
     whole = NamedSharding(mesh, PartitionSpec())
     draw = jax.jit(functools.partial(init_params, model), out_shardings=whole)
     return draw(jax.random.key(seed))

@@ -40,8 +40,11 @@ class Config(OptimizerOptions):
     tied_embeddings: bool = False
     #: Recompute each layer in the backward pass: less memory, about a third slower.
     remat: bool = False
-    #: Type of activations and matrix products; parameters are float32.
+    #: Type of activations and matrix products.
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    #: Type of parameters and gradients; the optimizer's state is float32. None: that of
+    #: --initial-weights, else float32.
+    param_dtype: Literal["float32", "bfloat16"] | None = None
     #: Text to train on: embedded (Python's standard library), c4 (streamed from Hugging
     #: Face), or a path or glob of .json.gz, .jsonl, .txt or .txt.xz files.
     data: str = "embedded"

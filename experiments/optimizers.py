@@ -5,7 +5,7 @@ Adding one is one entry of :data:`OPTIMIZERS`.
 
 import dataclasses
 from collections.abc import Callable, Hashable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 import optax
@@ -127,11 +127,23 @@ OWN_OPTIONS = frozenset(name for method in OPTIMIZERS.values() for name in metho
 class OptimizerOptions:
     """The flags of the optimizer; where None, the chosen optimizer has its own."""
 
-    #: Method of the block matrices (attention and MLP kernels). Embedding, head and
-    #: norms always have AdamW.
+    #: Method of the block matrices (attention and MLP kernels). Norms always have
+    #: AdamW; embedding and head what --vocabulary says.
     optimizer: Annotated[
         str, tyro.conf.arg(metavar="{" + ",".join(OPTIMIZERS) + "}")
     ] = "adarankgrad"
+    #: Optimizer of embedding and head: adamw; low_bit (AdamW with its moments in 8
+    #: bits); projected (the method of the block matrices); factored (Adafactor: a
+    #: factored second moment, no first one).
+    vocabulary: Literal["adamw", "low_bit", "projected", "factored"] = "adamw"
+    #: Bits of the moments of the block matrices' method: 8, in blocks of 256 values
+    #: (arrays of fewer than 4,096 values stay in float32). None: float32.
+    moment_bits: Literal[8] | None = None
+    #: Bits of the projections of the block matrices: 8 or 4. None: float32.
+    basis_bits: Literal[8, 4] | None = None
+    #: Rounding of updated bfloat16 parameters (--param-dtype): stochastic, which is
+    #: right on average, or nearest, which drops small updates.
+    rounding: Literal["stochastic", "nearest"] = "stochastic"
     #: Peak learning rate of embedding, head and norms; above 0.
     learning_rate: float = 8e-3
     #: Learning rate of the block matrices, as a multiple of --learning-rate; above 0.
@@ -246,19 +258,42 @@ def build_optimizer(
     own = {name: getattr(options, name) for name in method.own}
     adam: dict[str, Any] = {"b1": options.b1, "b2": options.b2, "eps": options.eps}
     decay: dict[str, Any] = {"weight_decay": options.weight_decay}
-    blocks = method.make(
-        lambda count: scale * schedule(count), seed=seed, **adam, **decay, **own
-    )
+
+    def of_method(rate):
+        made = method.make(rate, seed=seed, **adam, **decay, **own)
+        if options.moment_bits is None and options.basis_bits is None:
+            return made
+        return lowrank_optax.low_bit(made, options.moment_bits, options.basis_bits)
+
+    adamw = optax.adamw(schedule, **adam, **decay)
+    vocabulary: dict[str, Callable[[], optax.GradientTransformation]] = {
+        "adamw": lambda: adamw,
+        "low_bit": lambda: lowrank_optax.low_bit(adamw),
+        "projected": lambda: of_method(schedule),
+        "factored": lambda: _adafactor(schedule, options.weight_decay),
+    }
     groups: dict[Hashable, optax.GradientTransformation] = {
-        "blocks": blocks,
-        "rest": optax.adamw(schedule, **adam, **decay),
+        "blocks": of_method(lambda count: scale * schedule(count)),
+        "rest": vocabulary[options.vocabulary](),
         "norms": optax.adamw(schedule, **adam, weight_decay=0.0),
     }
     grouped = optax.partition(groups, parameter_groups)
+    if options.rounding == "stochastic":
+        grouped = optax.chain(grouped, lowrank_optax.stochastic_rounding(seed))
     if options.clip_norm is not None:
         grouped = optax.chain(optax.clip_by_global_norm(options.clip_norm), grouped)
     tx = skip_nonfinite(grouped)
     return lowrank_optax.accumulate(tx, accumulate) if accumulate > 1 else tx
+
+
+def _adafactor(learning_rate, weight_decay) -> optax.GradientTransformation:
+    """Returns Adafactor without relative step sizes, with decoupled weight decay."""
+    return optax.chain(
+        optax.scale_by_factored_rms(),
+        optax.clip_by_block_rms(1.0),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(learning_rate),
+    )
 
 
 def parameter_groups(params: Any) -> Any:

@@ -1,8 +1,21 @@
 """Composable Optax transformations with low-rank optimizer state."""
 
 from lowrank_optax.accumulate import AccumulateState, Accumulation, accumulate
+from lowrank_optax.allocation import energies, reallocate
 from lowrank_optax.bases import BasisRule, exact_svd, range_finder
+from lowrank_optax.budget import Budget, budget
+from lowrank_optax.capacity import (
+    Columns,
+    capacities,
+    columns,
+    compact,
+    like_saved,
+    resize,
+    wanted_columns,
+)
+from lowrank_optax.coded import Coded, decode
 from lowrank_optax.inspection import ranks, subspaces
+from lowrank_optax.low_bit import low_bit
 from lowrank_optax.low_rank import LowRankState, scale_by_low_rank
 from lowrank_optax.matrices import (
     LowRankDimensionNumbers,
@@ -17,6 +30,7 @@ from lowrank_optax.random_bases import gaussian, rademacher
 from lowrank_optax.ranks import RankRule, energy_rank
 from lowrank_optax.rebase import REBASE_RULES, RebaseRule, ldadam
 from lowrank_optax.refresh import RefreshRule, every, on_convergence
+from lowrank_optax.rounding import StochasticRoundingState, stochastic_rounding
 from lowrank_optax.subspace import Subspace
 
 __all__ = [
@@ -24,6 +38,9 @@ __all__ = [
     "AccumulateState",
     "Accumulation",
     "BasisRule",
+    "Budget",
+    "Coded",
+    "Columns",
     "LeafPlan",
     "LowRankDimensionNumbers",
     "LowRankState",
@@ -33,24 +50,37 @@ __all__ = [
     "RebaseRule",
     "RefreshRule",
     "Side",
+    "StochasticRoundingState",
     "Subspace",
     "accumulate",
     "adarankgrad",
+    "budget",
+    "capacities",
+    "columns",
+    "compact",
+    "decode",
     "dimension_numbers_by_shape",
+    "energies",
     "energy_rank",
     "every",
     "exact_svd",
     "galore",
     "gaussian",
     "ldadam",
+    "like_saved",
+    "low_bit",
     "on_convergence",
     "projections",
     "projfactor",
     "rademacher",
     "range_finder",
     "ranks",
+    "reallocate",
+    "resize",
     "scale_by_low_rank",
     "scale_by_projfactor",
+    "stochastic_rounding",
     "subspaces",
     "vlorp",
+    "wanted_columns",
 ]

@@ -23,9 +23,11 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.bases import BasisRule, range_finder
+from lowrank_optax.budget import Budget, as_stored, largest_fitting
+from lowrank_optax.coded import bytes_of, decoded_tree, encoded_tree, is_coded
 from lowrank_optax.matrices import DimensionNumbers, Side
 from lowrank_optax.moments import Kind, locate_moments
-from lowrank_optax.plan import announce
+from lowrank_optax.plan import announce, listening
 from lowrank_optax.random_bases import RandomBasis
 from lowrank_optax.ranks import FixedRank, RankRule, as_rank_rule
 from lowrank_optax.rebase import RebaseRule, as_rebase_rule
@@ -168,7 +170,7 @@ def scale_by_low_rank(
             ``optax.scale_by_rms()``, ``optax.contrib.scale_by_muon(...)`` (whose own
             ``weight_dimension_numbers`` must fit (*stack, a*c, r)).
         rank: Columns r of the bases, >= 1, or a rule such as
-            :func:`lowrank_optax.energy_rank`.
+            :func:`lowrank_optax.energy_rank`, or a :func:`lowrank_optax.budget`.
         basis: :func:`lowrank_optax.range_finder` (None) or
             :func:`lowrank_optax.exact_svd`, computed and stored;
             :func:`lowrank_optax.gaussian` or :func:`lowrank_optax.rademacher`, drawn
@@ -283,7 +285,7 @@ def low_rank_transformation(
     """Returns the transformation that projects, runs the core, and renews bases."""
 
     def init_fn(params):
-        return _init(params, core, parts)
+        return _init(params, core, _with_rank_of_budget(params, core, parts))
 
     def update_fn(updates, state, params=None, **extra_args):
         like = full_size(updates, params)
@@ -294,6 +296,31 @@ def low_rank_transformation(
         return with_automatic_axes(update, (like, state), updates, state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _with_rank_of_budget(params: Any, core: Core, parts: Parts) -> Parts:
+    """Returns the parts with the rank that a budget of bytes comes to."""
+    if not isinstance(parts.rank, Budget):
+        return parts
+
+    def of_rank(rank: int) -> Parts:
+        return parts._replace(rank=FixedRank(rank))
+
+    def bytes_at(rank: int) -> int:
+        def init(params):
+            return as_stored(_init(params, core, of_rank(rank)), params)
+
+        with listening(heard_outside=False):
+            return bytes_of(jax.eval_shape(init, params))
+
+    return of_rank(largest_fitting(bytes_at, parts.rank.limit, _most(params, parts)))
+
+
+def _most(params: Any, parts: Parts) -> int:
+    """Returns the largest rank at which some leaf is projected."""
+    plans, _ = initial_projectors(params, parts._replace(rank=FixedRank(1)))
+    views = [plan.view for plan in plans.values() if plan.view is not None]
+    return max((min(v.kept_size, v.projected_size) - 1 for v in views), default=1)
 
 
 def _init(params: Any, core: Core, parts: Parts) -> LowRankState:
@@ -376,7 +403,7 @@ def _update(updates, state: LowRankState, like, core: Core, parts: Parts, extra_
             coordinates[path] = projector.view.project(gradients[path], bases[path])
     new_updates, inner_state = core.update(
         treedef.unflatten(coordinates.values()),
-        state.inner_state,
+        decoded_tree(state.inner_state),
         bases,
         projectors,
         state.count,
@@ -391,7 +418,7 @@ def _update(updates, state: LowRankState, like, core: Core, parts: Parts, extra_
     new_state = LowRankState(
         jnp.asarray(optax.safe_increment(state.count)),
         treedef.unflatten(subspaces.values()),
-        inner_state,
+        encoded_tree(inner_state, state.inner_state),
     )
     return jax.tree_util.tree_map_with_path(in_own_dtype, new_updates, like), new_state
 
@@ -425,7 +452,7 @@ def refreshed(
     shapes = {path: projector.shape for path, projector in projectors.items()}
     others = subspaces.keys() - projectors.keys()
     located = locate_moments(state.inner_state, shapes, others, parts.moments)
-    inner_leaves, inner_treedef = jax.tree.flatten(state.inner_state)
+    inner_leaves, inner_treedef = jax.tree.flatten(state.inner_state, is_leaf=is_coded)
     # One refresh waits for the one before: temporaries are those of one leaf, and
     # jaxlib 0.10's batched LAPACK calls cannot block each other on a CPU of two cores.
     for path, gradient in leaves:

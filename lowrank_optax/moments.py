@@ -1,9 +1,11 @@
 """Where the moments lie inside any inner transformation's state, and of what kind."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any, Literal, NamedTuple
 
 import jax
+
+from lowrank_optax.coded import is_coded, shape_of
 
 Kind = Literal["first", "second", "constant"]
 
@@ -22,7 +24,8 @@ class Moment(NamedTuple):
     """One array of the inner state that lives in a subspace.
 
     Attributes:
-        index: Its position among the leaves of the inner state.
+        index: Its position among the leaves of the inner state; an array in few bits
+            counts as one.
         kind: "first" or "second".
     """
 
@@ -56,33 +59,40 @@ def locate_moments(
     if not shapes:
         return {}
     found: dict[tuple, list[Moment]] = {path: [] for path in shapes}
-    leaves = jax.tree_util.tree_flatten_with_path(inner_state)[0]
+    leaves = jax.tree_util.tree_flatten_with_path(inner_state, is_leaf=is_coded)[0]
     for index, (path, leaf) in enumerate(leaves):
-        if not getattr(leaf, "shape", ()):
+        shape = shape_of(leaf) if hasattr(leaf, "shape") or is_coded(leaf) else ()
+        if not shape:
             continue
-        owner, field = _owner_and_field(path, shapes, other_paths)
+        owner, field = owner_and_field(path, shapes.keys() | other_paths)
         if owner in other_paths:
             continue
         kind = kinds.get(field)
         if kind == "constant":
             continue
         if kind is None or owner is None:
-            raise ValueError(_unknown(path, field, leaf.shape))
-        if leaf.shape != shapes[owner]:
+            raise ValueError(_unknown(path, field, shape))
+        if shape != shapes[owner]:
             raise ValueError(
                 f"{jax.tree_util.keystr(owner)}: projected gradients of shape "
-                f"{shapes[owner]} do not fit {field!r} of shape {tuple(leaf.shape)}; "
+                f"{shapes[owner]} do not fit {field!r} of shape {shape}; "
                 "was the state made for other parameters, side or dimension_numbers?"
             )
         found[owner].append(Moment(index, kind))
     return found
 
 
-def _owner_and_field(path, shapes, other_paths) -> tuple[tuple | None, str]:
-    """Returns the parameter that an inner array belongs to, and its field's name."""
+def owner_and_field(path: tuple, owners: Set[tuple]) -> tuple[tuple | None, str]:
+    """Returns the parameter that an array of a state belongs to, and its field's name.
+
+    Args:
+        path: Key path of the array.
+        owners: Key paths of the parameters; the longest one that ``path`` ends with is
+            the answer, None if it ends with none.
+    """
     for start in range(len(path) + 1):
         suffix = tuple(path[start:])
-        if suffix in shapes or suffix in other_paths:
+        if suffix in owners:
             return suffix, _field(path[:start])
     return None, _field(path)
 

@@ -152,10 +152,11 @@ def announce(plans: dict[tuple, LeafPlan], parts: Any) -> None:
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[list[Announcement]]:
+def listening(heard_outside: bool = True) -> Iterator[list[Announcement]]:
     """Yields the list in which each ``init`` inside the context announces itself.
 
-    Who listened before hears it too, when the context ends.
+    Args:
+        heard_outside: Whether who listened before hears it too, when the context ends.
     """
     observed: list[Announcement] = []
     before = _observers.get()
@@ -164,7 +165,7 @@ def listening() -> Iterator[list[Announcement]]:
         yield observed
     finally:
         _observers.reset(token)
-        if before is not None:
+        if before is not None and heard_outside:
             before.extend(observed)
 
 

@@ -4,6 +4,7 @@ Both of JAX's sharding modes reach the same code: under explicit axis types it r
 region whose axes are automatic, and comes out with the shardings that went in.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -59,13 +60,20 @@ def zeros_beside(
         shape: Shape of the result.
         dtype: Its dtype.
         axes: For each axis of the result, the axes of ``leaf`` merged in it; () for one
-            that is never sharded, such as the rank.
+            that is never sharded, such as the rank. An axis that the mesh does not
+            divide is not sharded either.
     """
     sharding = _named_sharding(leaf)
     if sharding is None:
         return jnp.zeros(shape, dtype)
     spec = tuple(sharding.spec) + (None,) * (leaf.ndim - len(sharding.spec))
-    merged = PartitionSpec(*(_merged(spec, group) for group in axes))
+    parts = [_merged(spec, group) for group in axes]
+    merged = PartitionSpec(
+        *(
+            part if length % _shards(sharding.mesh, part) == 0 else None
+            for length, part in zip(shape, parts, strict=True)
+        )
+    )
     sharding = NamedSharding(sharding.mesh, merged)
     if isinstance(leaf, Tracer):
         return jnp.zeros(shape, dtype, out_sharding=sharding)
@@ -91,6 +99,11 @@ def _merged(spec: tuple, axes: tuple[int, ...]):
     """Returns the partition of merged axes: the outermost one's, if no other has."""
     parts = [spec[axis] for axis in axes]
     return parts[0] if parts and not any(parts[1:]) else None
+
+
+def _shards(mesh: Any, part: Any) -> int:
+    names = part if isinstance(part, tuple) else (part,)
+    return math.prod(mesh.shape[name] for name in names if name is not None)
 
 
 def basis_axes(view: MatrixView) -> tuple[tuple[int, ...], ...]:

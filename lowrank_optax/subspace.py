@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax.bases import BasisRule, captured_energies
+from lowrank_optax.coded import coded_record, decode, encode, shape_of
 from lowrank_optax.matrices import DimensionNumbers, MatrixView, Side
 from lowrank_optax.moments import Kind, Moment
 from lowrank_optax.plan import LeafPlan, plan_leaves
@@ -29,7 +30,8 @@ class Subspace(NamedTuple):
     Attributes:
         basis: P, orthonormal columns, zero at and above the rank; (*stack, b/c,
             capacity), float32 (float64 for float64 parameters). All zero before the
-            first usable gradient. () for a random basis, which is not stored.
+            first usable gradient. () for a random basis, which is not stored; a
+            :class:`Coded` one in few bits.
         rank: Columns in use; (*stack,), int32.
         demand: Columns asked for, smoothed by the rank rule; (*stack,), float32.
         age: Updates since the refresh; (*stack,), int32.
@@ -117,18 +119,18 @@ class Projector:
         """Returns P (*stack, b/c, r), drawn where it is not stored."""
         rule = self.parts.basis
         if not isinstance(rule, RandomBasis):
-            return subspace.basis
+            return decode(subspace.basis)
         return self._drawn(rule, subspace.refreshes - 1)
 
     def refresh(
         self,
         gradient: jax.Array,
         subspace: Subspace,
-        moments: list[jax.Array],
+        moments: list[Any],
         kinds: Sequence[Moment],
         count: jax.Array,
         turn: jax.typing.ArrayLike,
-    ) -> tuple[Subspace, list[jax.Array]]:
+    ) -> tuple[Subspace, list[Any]]:
         """Returns subspace and moments, renewed for the matrices that are due.
 
         The condition is on the whole stack, outside any batching: a conditional inside
@@ -137,7 +139,7 @@ class Projector:
         Args:
             gradient: Of the leaf, at full size.
             subspace: Its state.
-            moments: Its moments in the inner state.
+            moments: Its moments in the inner state, in few bits or not.
             kinds: What each of them is.
             count: Updates done.
             turn: Whether anything may be refreshed now; (), bool.
@@ -161,8 +163,10 @@ class Projector:
             else:
                 new, usable = self._computed(rule, gradient, new, is_due)
                 new = _where(usable, new, subspace)
-                r = transfer(subspace.basis, new.basis)
-            rebased = _rebased(moments, kinds, r, count, self.parts.rebase)
+                r = transfer(decode(subspace.basis), decode(new.basis))
+            wide = [decode(moment) for moment in moments]
+            rebased = _rebased(wide, kinds, r, count, self.parts.rebase)
+            rebased = [encode(x, old) for x, old in zip(rebased, moments, strict=True)]
             # Before the first basis there is nothing to follow.
             return new, _where(usable & ~is_first, rebased, moments)
 
@@ -183,14 +187,14 @@ class Projector:
         peak = jnp.where(has_signal, peak, 1)
         keys = self._keys(subspace.refreshes - 1)
         matrix = view.oriented(gradient).astype(self.dtype)
-        columns = rule.compute(matrix, peak, subspace.basis, keys)
+        columns = rule.compute(matrix, peak, decode(subspace.basis), keys)
         # A product with the gradient, which the compiler drops for a fixed rank.
         energies = captured_energies(matrix, peak, columns)
         rank, demand = self.parts.rank.select(energies, subspace.demand)
         position = jax.lax.broadcasted_iota(jnp.int32, columns.shape, columns.ndim - 1)
         columns = jnp.where(position < rank[..., None, None], columns, 0)
         usable = is_due & has_signal & jnp.all(jnp.isfinite(columns), axis=(-1, -2))
-        basis = columns.astype(self.dtype)
+        basis = encode(columns.astype(self.dtype), subspace.basis)
         return subspace._replace(basis=basis, rank=rank, demand=demand), usable
 
     def _drawn(self, rule: RandomBasis, numbers: jax.Array) -> jax.Array:
@@ -258,7 +262,7 @@ def projectors_of_state(
             shape = subspace.rank.shape
             capacities[path] = parts.rank.capacity
         else:
-            shape = subspace.basis.shape
+            shape = shape_of(subspace.basis)
             side = () if view is None else (*view.stack, view.projected_size)
             fits = view is not None and shape[:-1] == side
             capacities[path] = shape[-1]
@@ -301,9 +305,9 @@ def subspace_record(node: Any) -> Any:
             f"optax.MaskedNode(); got {type(node).__name__}."
         )
     fields = {"basis": (), "trend": (), **node}
-    trend = fields.pop("trend")
+    trend, basis = fields.pop("trend"), coded_record(fields.pop("basis"))
     trend = Trend(**trend) if isinstance(trend, Mapping) and trend else trend
-    return Subspace(**fields, trend=trend)
+    return Subspace(basis=basis, **fields, trend=trend)
 
 
 def _where(condition: jax.Array, new: Any, old: Any) -> Any:

@@ -1,0 +1,242 @@
+"""One array of the state in few bits: integer codes, and a scale per block of them.
+
+Formats, told apart by dtype and shape, so that an array needs nothing but itself to be
+decoded; s is the scale of the block:
+
+========  ==========================================  =====================
+format    codes q                                     value
+========  ==========================================  =====================
+signed    int8 in [-127, 127]; -128 is not a number   q / 127 s
+root      uint8 in [0, 254]; 255 is not a number      (q / 254 s)^2
+packed    uint8, two of [-7, 7] each, along columns   q / 7 s
+========  ==========================================  =====================
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Format = Literal["signed", "root", "packed"]
+
+_LARGEST = {"signed": 127, "root": 254, "packed": 7}
+_NAN = {"signed": -128, "root": 255}
+# Below it the inverse of a scale is not finite: such blocks are zero.
+_LEAST_SCALE = 1e-35
+
+
+class Coded(NamedTuple):
+    """An array in few bits, in the place of a float32 one.
+
+    Blocks are tiles of ceil(rows / A) x ceil(columns / C) values, of the last two axes.
+
+    Attributes:
+        codes: (*stack, rows, columns), int8 or uint8; (*stack, rows, ceil(columns / 2))
+            where packed; (n,) for a vector, which counts as one row.
+        absmax: Largest magnitude in each block, of the roots for the root format;
+            (*stack, A, C), float32; (C,) for a vector.
+    """
+
+    codes: jax.Array
+    absmax: jax.Array
+
+
+def is_coded(node: Any) -> bool:
+    """Returns whether a node of a state stands for one array in few bits."""
+    is_record = isinstance(node, Mapping) and set(node) == {"codes", "absmax"}
+    return isinstance(node, Coded) or is_record
+
+
+def coded_record(node: Any) -> Any:
+    """Returns a coded array again where ``flax.nnx.Optimizer`` made it a mapping."""
+    return Coded(**node) if isinstance(node, Mapping) and is_coded(node) else node
+
+
+def format_of(coded: Coded) -> Format:
+    """Returns the format, from dtype and shapes."""
+    if coded.codes.dtype == jnp.int8:
+        return "signed"
+    # Packed arrays have a scale per column: more of them than of codes.
+    is_packed = coded.absmax.shape[-1] > coded.codes.shape[-1]
+    return "packed" if is_packed else "root"
+
+
+def shape_of(node: Any) -> tuple[int, ...]:
+    """Returns the shape of an array, coded or not."""
+    if not is_coded(node):
+        return tuple(node.shape)
+    coded = coded_record(node)
+    if format_of(coded) == "packed":
+        return (*coded.codes.shape[:-1], coded.absmax.shape[-1])
+    return tuple(coded.codes.shape)
+
+
+def coded_like(
+    shape: tuple[int, ...], tile: tuple[int, int], kind: Format
+) -> Coded | None:
+    """Returns the shapes of an array in few bits; None, if it cannot have the format.
+
+    Args:
+        shape: Of the array, at least one axis.
+        tile: Rows and columns of a block, at most.
+        kind: The format.
+    """
+    rows, columns = _rows_and_columns(shape)
+    counts = (-(-rows // tile[0]), -(-columns // tile[1]))
+    dtype, codes = (jnp.int8 if kind == "signed" else jnp.uint8), shape
+    if kind == "packed":
+        if tile[1] != 1 or columns < 2 or len(shape) < 2:
+            return None
+        codes = (*shape[:-1], -(-columns // 2))
+    absmax = counts[1:] if len(shape) == 1 else (*shape[:-2], *counts)
+    return Coded(
+        jax.ShapeDtypeStruct(codes, dtype), jax.ShapeDtypeStruct(absmax, jnp.float32)
+    )
+
+
+def decode(node: Any) -> Any:
+    """Returns the float32 array that is coded; anything else as it is."""
+    if not is_coded(node):
+        return node
+    coded = coded_record(node)
+    kind, shape = format_of(coded), shape_of(coded)
+    codes = _unpacked(coded.codes, shape[-1]) if kind == "packed" else coded.codes
+    values = _spread(coded.absmax, shape) * (codes / jnp.float32(_LARGEST[kind]))
+    if kind == "root":
+        values = values**2
+    if kind in _NAN:
+        values = jnp.where(codes == _NAN[kind], jnp.nan, values)
+    return values
+
+
+def encode(array: jax.Array, like: Any) -> Any:
+    """Returns an array in the format of ``like``; unchanged, if that is not coded.
+
+    Codes are rounded to nearest. A value that is not finite is coded as not a number
+    and does not touch its block; the packed format makes it 0. In the root format a
+    value above 0 never becomes 0, because it divides.
+
+    Args:
+        array: Values; not negative for the root format.
+        like: Coded array, or its shapes, of the same shape.
+    """
+    if not is_coded(like):
+        return array
+    like = coded_record(like)
+    kind = format_of(like)
+    values = array.astype(jnp.float32)
+    is_finite = jnp.isfinite(values)
+    values = jnp.where(is_finite, values, 0)
+    if kind == "root":
+        values = jnp.sqrt(jnp.maximum(values, 0))
+    absmax = _block_maxima(jnp.abs(values), like.absmax.shape)
+    usable = absmax >= _LEAST_SCALE
+    inverse = jnp.where(usable, _LARGEST[kind] / jnp.where(usable, absmax, 1), 0)
+    scaled = values * _spread(inverse, values.shape)
+    # Rounding of the inverse may pass the largest code by one unit in the last place.
+    codes = jnp.minimum(jnp.round(scaled), _LARGEST[kind])
+    if kind == "root":
+        codes = jnp.maximum(codes, jnp.where(scaled > 0, 1, 0))
+    if kind in _NAN:
+        codes = jnp.where(is_finite, codes, _NAN[kind])
+    if kind == "packed":
+        return Coded(_packed(codes.astype(jnp.int8)), absmax)
+    return Coded(codes.astype(like.codes.dtype), absmax)
+
+
+def decoded_tree(tree: Any) -> Any:
+    """Returns a tree with each coded array decoded."""
+    return jax.tree.map(decode, tree, is_leaf=is_coded)
+
+
+def encoded_tree(tree: Any, like: Any) -> Any:
+    """Returns a tree with the arrays encoded that are coded in ``like``."""
+    return jax.tree.map(lambda old, new: encode(new, old), like, tree, is_leaf=is_coded)
+
+
+def with_columns(node: Any, columns: int) -> Any:
+    """Returns an array, coded or not, with its last axis cut, or grown by zeros.
+
+    What remains is the same to the bit where a block is one column wide, and always for
+    arrays that are not coded.
+
+    Args:
+        node: Array or :class:`Coded`.
+        columns: Of the result, >= 1.
+    """
+    if not is_coded(node):
+        return _fitted(node, columns)
+    coded = coded_record(node)
+    if format_of(coded) == "packed":
+        codes = _packed(_fitted(_unpacked(coded.codes, shape_of(coded)[-1]), columns))
+        return Coded(codes, _fitted(coded.absmax, columns))
+    tile = -(-coded.codes.shape[-1] // coded.absmax.shape[-1])
+    absmax = _fitted(coded.absmax, -(-columns // tile))
+    return Coded(_fitted(coded.codes, columns), absmax)
+
+
+def _fitted(array, columns: int):
+    if isinstance(array, jax.ShapeDtypeStruct):
+        shape = (*array.shape[:-1], columns)
+        return jax.ShapeDtypeStruct(shape, array.dtype, sharding=array.sharding)
+    missing = columns - array.shape[-1]
+    if missing <= 0:
+        return array[..., :columns]
+    return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, missing)])
+
+
+def _rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:
+    return (1, shape[0]) if len(shape) == 1 else (shape[-2], shape[-1])
+
+
+def _counts(absmax_shape: tuple[int, ...]) -> tuple[int, int]:
+    return _rows_and_columns(absmax_shape)
+
+
+def _block_maxima(values: jax.Array, absmax_shape: tuple[int, ...]) -> jax.Array:
+    """Returns the largest value of each block, shaped like the scales."""
+    rows, columns = _rows_and_columns(values.shape)
+    stack = values.shape[:-2]
+    a, c = _counts(absmax_shape)
+    g, w = -(-rows // a), -(-columns // c)
+    matrices = values.reshape(*stack, rows, columns)
+    padding = [(0, 0)] * len(stack) + [(0, a * g - rows), (0, c * w - columns)]
+    if any(end for _, end in padding):
+        matrices = jnp.pad(matrices, padding)
+    blocks = matrices.reshape(*stack, a, g, c, w)
+    return jnp.max(blocks, axis=(-3, -1)).reshape(absmax_shape)
+
+
+def _spread(absmax: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Returns each block's number at each of its values."""
+    rows, columns = _rows_and_columns(shape)
+    stack = shape[:-2]
+    a, c = _counts(absmax.shape)
+    g, w = -(-rows // a), -(-columns // c)
+    spread = absmax.reshape(*stack, a, 1, c, 1)
+    spread = jnp.broadcast_to(spread, (*stack, a, g, c, w))
+    spread = spread.reshape(*stack, a * g, c * w)[..., :rows, :columns]
+    return spread.reshape(shape)
+
+
+def _packed(codes: jax.Array) -> jax.Array:
+    """Returns two codes of four bits in each byte, (..., ceil(columns / 2)), uint8."""
+    codes = _fitted(codes, 2 * -(-codes.shape[-1] // 2))
+    nibbles = codes.astype(jnp.uint8) & 0xF
+    return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
+
+
+def _unpacked(packed: jax.Array, columns: int) -> jax.Array:
+    """Returns the codes, (..., columns), int8."""
+    nibbles = jnp.stack([packed & 0xF, packed >> 4], axis=-1)
+    flat = nibbles.reshape(*packed.shape[:-1], 2 * packed.shape[-1])[..., :columns]
+    signed = flat.astype(jnp.int8)
+    return jnp.where(signed > 7, signed - 16, signed)
+
+
+def bytes_of(tree: Any) -> int:
+    """Returns the bytes of all arrays of a tree, or of their shapes."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in leaves)
