@@ -123,7 +123,14 @@ def _check_projects(config, model, tx):
     if config.optimizer in ("adamw", "optax_galore"):
         return
     params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    plans = lowrank_optax.projections(tx, params).values()
+    try:
+        plans = lowrank_optax.projections(tx, params).values()
+    except ValueError as error:
+        if config.block_state_bytes is None:
+            raise
+        raise UserError(
+            f"--block-state-bytes {config.block_state_bytes}: {error}"
+        ) from error
     if not any(plan.is_projected for plan in plans):
         granularity = config.granularity or 1
         raise UserError(

@@ -4,12 +4,14 @@ import contextlib
 import dataclasses
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
+import lowrank_optax
 from experiments.errors import UserError
 
 
@@ -116,19 +118,32 @@ class Checkpoints:
         """
         like = {"params": params, "opt_state": opt_state}
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        # A compacted state is smaller than the optimizer's first one.
+        target = self._read(lambda: lowrank_optax.like_saved(target, self._shapes()))
         restored = self._restore(state=ocp.args.StandardRestore(target))["state"]
         return restored["params"], restored["opt_state"]
 
+    def _shapes(self) -> Any:
+        """Returns the tree of what is saved, each leaf with its shape."""
+        path = self.directory / str(self.latest_step) / "state"
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.metadata(path).item_metadata.tree
+
     def _restore(self, **items) -> Any:
+        return self._read(
+            lambda: self._manager.restore(
+                self.latest_step, args=ocp.args.Composite(**items)
+            )
+        )
+
+    def _read(self, read: Callable[[], Any]) -> Any:
         # At the first array that it cannot read, Orbax closes its event loop; the reads
         # of the others end on threads, some of them later, and each complains in pages.
         # They are kept quiet as long as the process lives, which is not long then.
         hook = sys.unraisablehook
         sys.unraisablehook = lambda unraisable: None
         try:
-            restored = self._manager.restore(
-                self.latest_step, args=ocp.args.Composite(**items)
-            )
+            restored = read()
         # Orbax and tensorstore raise nearly anything on a damaged checkpoint.
         except Exception as error:
             raise UserError(

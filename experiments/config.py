@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+import lowrank_optax
 from experiments.errors import UserError
 from experiments.model import MODELS
 from experiments.optimizers import OPTIMIZERS, OptimizerOptions, with_defaults
@@ -71,6 +72,12 @@ class Config(OptimizerOptions):
     #: Continue the run in --out from its last complete checkpoint, bit for bit; the
     #: other flags must be those it was started with.
     resume: bool = False
+    #: Free columns of the optimizer's state that have not been wanted for four looks,
+    #: or, with --block-state-bytes, spread them over the matrices by captured energy.
+    #: The step is compiled again then.
+    compact: bool = False
+    #: Steps between two looks of --compact; at least 1.
+    compact_every: int = 50
     #: Steps between two lines of metrics.jsonl; at least 1.
     log_every: int = 10
     #: Steps between two validations; at least 1. There is one before the first step and
@@ -140,6 +147,7 @@ _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "sequence_length": _POSITIVE_INT,
     "steps": _POSITIVE_INT,
     "seed": (lambda value: 0 <= value < 2**31, "0 or more and below 2**31"),
+    "compact_every": _POSITIVE_INT,
     "log_every": _POSITIVE_INT,
     "eval_every": _POSITIVE_INT,
     "eval_tokens": _POSITIVE_INT,
@@ -191,6 +199,10 @@ def check(config: Config) -> None:
         value = getattr(config, name)
         if value is not None and not is_allowed(value):
             raise UserError(f"{flag(name)} must be {requirement}, not {value}")
+    if config.block_state_bytes is not None:
+        _check_budget(config)
+    if config.basis_bits and "rank" not in OPTIMIZERS[config.optimizer].own:
+        raise UserError(f"{config.optimizer} has no projections for --basis-bits")
     if config.batch_size % config.accumulate:
         raise UserError(
             f"--accumulate {config.accumulate} does not divide --batch-size "
@@ -198,6 +210,18 @@ def check(config: Config) -> None:
         )
     if config.resume and config.out is None:
         raise UserError("--resume needs --out, the directory of the run to continue")
+
+
+def _check_budget(config: Config) -> None:
+    if config.optimizer not in ("galore", "adarankgrad"):
+        raise UserError(
+            f"--block-state-bytes does not work with {config.optimizer}; choose galore "
+            "or adarankgrad, or give --rank"
+        )
+    try:
+        lowrank_optax.budget(config.block_state_bytes or "")
+    except ValueError as error:
+        raise UserError(f"--block-state-bytes: {error}") from error
 
 
 def complete(config: Config, hidden_size: int) -> Config:

@@ -48,9 +48,11 @@ def _adarankgrad(
     max_refresh_interval,
     **adam,
 ):
+    if isinstance(rank, int):
+        rank = lowrank_optax.energy_rank(rank, threshold, min_rank)
     return lowrank_optax.adarankgrad(
         learning_rate,
-        rank=lowrank_optax.energy_rank(rank, threshold, min_rank),
+        rank=rank,
         refresh=lowrank_optax.on_convergence(
             min_refresh_interval, max_refresh_interval, (1 - threshold) ** 0.5
         ),
@@ -168,6 +170,10 @@ class OptimizerOptions:
     #: of the hidden size, over --granularity. A matrix whose shorter side is not above
     #: it is not projected.
     rank: int | None = None
+    #: Bytes of the state of the block matrices, like 600MB, in the place of --rank: the
+    #: largest rank that fits, of galore and adarankgrad (which then has no --threshold,
+    #: but for its refreshes). None: --rank decides.
+    block_state_bytes: str | None = None
     #: Pieces that each row of a gradient is cut into before it is projected; at least
     #: 1. Moments take as much as for a rank of --rank times this. None: 4 of vlorp and
     #: projfactor, the only ones that have it.
@@ -256,6 +262,8 @@ def build_optimizer(
     method = OPTIMIZERS[options.optimizer]
     scale = method.block_scale if options.block_scale is None else options.block_scale
     own = {name: getattr(options, name) for name in method.own}
+    if options.block_state_bytes is not None:
+        own["rank"] = lowrank_optax.budget(options.block_state_bytes)
     adam: dict[str, Any] = {"b1": options.b1, "b2": options.b2, "eps": options.eps}
     decay: dict[str, Any] = {"weight_decay": options.weight_decay}
 

@@ -54,6 +54,8 @@ def summarize(
         "tokens_per_second": tokens / progress.seconds,
         "training_seconds": progress.seconds,
         "compile_seconds": trained.compile_seconds,
+        "compilations": trained.compilations,
+        "compactions": progress.compaction.done,
         "optimizer_state_bytes": optimizer_state_bytes(trained.opt_state),
         "adamw_state_bytes": adamw_state_bytes(params),
         "block_state_bytes": optimizer_state_bytes(block_state(trained.opt_state)),
@@ -134,7 +136,8 @@ def _rows(summary):
         "tokens per second": (
             f"{summary['tokens_per_second']:,.0f} "
             f"({summary['training_seconds']:.1f} s of training; "
-            f"compilation {summary['compile_seconds']:.1f} s)"
+            f"compilation {summary['compile_seconds']:.1f} s, "
+            f"{summary['compilations']} x the step)"
         ),
         "optimizer state": f"{ours:,} bytes, {ours / adamw:.2f} of AdamW's {adamw:,}",
         "of block matrices": (

@@ -16,6 +16,7 @@ import lowrank_optax
 from experiments.assemble import Parts
 from experiments.checkpoint import Checkpoints, RunRecord
 from experiments.clock import Clock
+from experiments.compaction import Compaction
 from experiments.config import to_json
 from experiments.errors import UserError
 from experiments.interrupts import StopRequest
@@ -34,6 +35,7 @@ from experiments.step import (
     initial_state,
     make_eval_step,
     make_train_step,
+    replicate,
     shard_batch,
     validation_loss,
 )
@@ -54,12 +56,14 @@ class Progress:
             and checkpoints left out.
         initial_validation_loss: Nats per token before the first update.
         validation_loss: The newest one.
+        compaction: Of --compact.
     """
 
     step: int = 0
     seconds: float = 0.0
     initial_validation_loss: float = float("nan")
     validation_loss: float = float("nan")
+    compaction: Compaction = dataclasses.field(default_factory=Compaction)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +75,7 @@ class Trained:
         opt_state: Optimizer state.
         progress: How far it came.
         compile_seconds: For the steps of training and validation, in this process.
+        compilations: Of the training step, in this process.
         stopped_by: The signal that stopped it; None: all steps are done.
     """
 
@@ -78,6 +83,7 @@ class Trained:
     opt_state: Any
     progress: Progress
     compile_seconds: float
+    compilations: int
     stopped_by: signal.Signals | None
 
 
@@ -116,6 +122,7 @@ def train(parts: Parts, console: Console) -> Trained:
         opt_state=loop.opt_state,
         progress=loop.progress,
         compile_seconds=loop.compile_seconds,
+        compilations=loop.compilations,
         stopped_by=stop.signal,
     )
 
@@ -132,7 +139,9 @@ class _Loop:
             self.params = parts.initial_params()
             self.opt_state = initial_state(parts.tx, self.params, parts.mesh)
         else:
-            self.progress = Progress(**parts.resumed.progress)
+            saved = dict(parts.resumed.progress)
+            compaction = Compaction(**saved.pop("compaction"))
+            self.progress = Progress(**saved, compaction=compaction)
             self.params, self.opt_state = checkpoints.restore_state(
                 *parts.abstract_state()
             )
@@ -140,20 +149,29 @@ class _Loop:
         self.clock = Clock(self.progress.seconds)
         self.in_flight = collections.deque()
         self.logged = dataclasses.replace(self.progress)
-        self._compile()
+        self.compile_seconds, self.compilations = 0.0, 0
+        self._compile_train_step()
+        started = time.monotonic()
+        eval_step = make_eval_step(functools.partial(apply, parts.model), parts.mesh)
+        batch = self._abstract_batch()
+        self.eval_step = eval_step.lower(self.params, batch).compile()
+        self.compile_seconds += time.monotonic() - started
 
-    def _compile(self) -> None:
+    def _abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        config = self.parts.config
+        shape = (config.batch_size, config.sequence_length)
+        return {name: jax.ShapeDtypeStruct(shape, t) for name, t in BATCH.items()}
+
+    def _compile_train_step(self) -> None:
         parts, started = self.parts, time.monotonic()
         apply_fn = functools.partial(apply, parts.model)
-        shape = (parts.config.batch_size, parts.config.sequence_length)
-        batch = {name: jax.ShapeDtypeStruct(shape, t) for name, t in BATCH.items()}
+        batch = self._abstract_batch()
         train_step = make_train_step(
             apply_fn, parts.tx, parts.mesh, parts.config.accumulate
         )
-        eval_step = make_eval_step(apply_fn, parts.mesh)
         self.train_step = train_step.lower(self.params, self.opt_state, batch).compile()
-        self.eval_step = eval_step.lower(self.params, batch).compile()
-        self.compile_seconds = time.monotonic() - started
+        self.compile_seconds += time.monotonic() - started
+        self.compilations += 1
 
     def run(self, log: MetricsLog, shown: TrainingProgress, stop: StopRequest) -> None:
         """Trains to the last step or to a signal, and saves."""
@@ -172,6 +190,8 @@ class _Loop:
             save = is_last or progress.step % config.checkpoint_every == 0
             if validate or progress.step == 1 or progress.step % config.log_every == 0:
                 self._log(metrics, log, shown, validate)
+            if config.compact and progress.step % config.compact_every == 0:
+                self._compact(shown)
             if save:
                 self._save()
         self._save()
@@ -193,6 +213,27 @@ class _Loop:
         if len(self.in_flight) > _STEPS_IN_FLIGHT:
             self._check(self.in_flight.popleft())
         return metrics
+
+    def _compact(self, shown: TrainingProgress) -> None:
+        """Looks at the state, and may cut its arrays and compile the step anew."""
+        progress, old = self.progress, self.opt_state
+        has_budget = self.parts.config.block_state_bytes is not None
+        progress.seconds = self.clock.stop(self.params)
+        self.opt_state = progress.compaction.look(old, has_budget)
+        if self.opt_state is old:
+            self.clock.start()
+            return
+        before, after = map(optimizer_state_bytes, (old, self.opt_state))
+        self.opt_state = replicate(self.opt_state, self.parts.mesh)
+        del old
+        self._compile_train_step()
+        entry = {"step": progress.step, "bytes_before": before, "bytes_after": after}
+        progress.compaction.done.append(entry)
+        shown.say(
+            f"optimizer state {before:,} -> {after:,} bytes at step {progress.step}: "
+            f"{_capacities_line(self.opt_state)}; compilation {self.compilations}"
+        )
+        self.clock.start()
 
     def _check(self, metrics: dict[str, jax.Array]) -> None:
         """Waits for a step, and gives up where nothing has been learned for long."""
@@ -258,10 +299,17 @@ class _Loop:
         )
 
 
+def _capacities_line(opt_state: Any) -> str:
+    """Returns the columns of each leaf in words."""
+    found = lowrank_optax.capacities(opt_state)
+    return ", ".join(f"{_name(path)} {count}" for path, count in found.items())
+
+
+def _name(path: str) -> str:
+    return path.strip("[']").replace("']['", "/")
+
+
 def ranks_by_name(opt_state: Any) -> dict[str, Any]:
     """Returns the rank in use per projected leaf: an int, or a list of a stack's."""
     ranks = lowrank_optax.ranks(opt_state)
-    return {
-        path.strip("[']").replace("']['", "/"): np.asarray(rank).tolist()
-        for path, rank in ranks.items()
-    }
+    return {_name(path): np.asarray(rank).tolist() for path, rank in ranks.items()}

@@ -39,8 +39,8 @@ class Coded(NamedTuple):
             (*stack, A, C), float32; (C,) for a vector.
     """
 
-    codes: jax.Array
-    absmax: jax.Array
+    codes: Any
+    absmax: Any
 
 
 def is_coded(node: Any) -> bool:
@@ -170,14 +170,17 @@ def with_columns(node: Any, columns: int) -> Any:
         return _fitted(node, columns)
     coded = coded_record(node)
     if format_of(coded) == "packed":
-        codes = _packed(_fitted(_unpacked(coded.codes, shape_of(coded)[-1]), columns))
+        codes = _fitted(coded.codes, -(-columns // 2))
+        if isinstance(codes, jax.Array) and columns % 2:
+            # The last byte may hold a column that is cut off.
+            codes = _packed(_unpacked(codes, columns))
         return Coded(codes, _fitted(coded.absmax, columns))
     tile = -(-coded.codes.shape[-1] // coded.absmax.shape[-1])
     absmax = _fitted(coded.absmax, -(-columns // tile))
     return Coded(_fitted(coded.codes, columns), absmax)
 
 
-def _fitted(array, columns: int):
+def _fitted(array: Any, columns: int) -> Any:
     if isinstance(array, jax.ShapeDtypeStruct):
         shape = (*array.shape[:-1], columns)
         return jax.ShapeDtypeStruct(shape, array.dtype, sharding=array.sharding)
