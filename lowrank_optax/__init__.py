@@ -3,7 +3,7 @@
 from lowrank_optax.accumulate import AccumulateState, Accumulation, accumulate
 from lowrank_optax.allocation import energies, reallocate
 from lowrank_optax.bases import BasisRule, exact_svd, range_finder
-from lowrank_optax.budget import Budget, budget
+from lowrank_optax.budget import Budget, budget, parse_bytes
 from lowrank_optax.capacity import (
     Columns,
     capacities,
@@ -23,6 +23,7 @@ from lowrank_optax.matrices import (
     Side,
     dimension_numbers_by_shape,
 )
+from lowrank_optax.memory import Bytes, LeafMemory, MemoryPlan, memory_plan
 from lowrank_optax.methods import adarankgrad, galore, projfactor, vlorp
 from lowrank_optax.plan import LeafPlan, projections
 from lowrank_optax.projfactor import ProjFactorState, scale_by_projfactor
@@ -39,12 +40,15 @@ __all__ = [
     "Accumulation",
     "BasisRule",
     "Budget",
+    "Bytes",
     "Coded",
     "Columns",
+    "LeafMemory",
     "LeafPlan",
     "LowRankDimensionNumbers",
     "LowRankState",
     "MatrixView",
+    "MemoryPlan",
     "ProjFactorState",
     "RankRule",
     "RebaseRule",
@@ -69,7 +73,9 @@ __all__ = [
     "ldadam",
     "like_saved",
     "low_bit",
+    "memory_plan",
     "on_convergence",
+    "parse_bytes",
     "projections",
     "projfactor",
     "rademacher",

@@ -29,6 +29,7 @@ from lowrank_optax.subspace import Subspace
 
 _MOMENTS: dict[str, Format] = {"first": "signed", "second": "root"}
 _BASES: dict[int, Format] = {8: "signed", 4: "packed"}
+_CODED_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 def low_bit(
@@ -67,6 +68,7 @@ def low_bit(
     columns differ most and may be cut off; those of an array at full size are pieces of
     a row: of a token, in an embedding. A value takes 1 + 4 / block bytes. What is coded
     depends on an array's global shape, not on how it is sharded.
+    Moments that ``optimizer`` would keep in half precision come to it as float32.
 
     Args:
         optimizer: Any Optax transformation, low-rank ones anywhere inside.
@@ -238,8 +240,8 @@ class _Rule:
 
     def _array(self, path, node, kind: Format | None, by_column: bool) -> _Array:
         shape = shape_of(node)
-        is_float32 = is_coded(node) or node.dtype == jnp.float32
-        is_large = math.prod(shape) >= self.min_size and is_float32
+        is_wide = not is_coded(node) and node.dtype not in _CODED_DTYPES
+        is_large = math.prod(shape) >= self.min_size and not is_wide
         tile = (self.block, 1) if by_column else (1, self.block)
         like = coded_like(shape, tile, kind) if kind and shape and is_large else None
         return _Array(path, node, kind, like)
