@@ -1,6 +1,6 @@
 """One array of the state in few bits: integer codes, and a scale per block of them.
 
-Formats, told apart by dtype and shape, so that an array needs nothing but itself to be
+Formats, told apart by the codes' dtype, so that an array needs nothing but itself to be
 decoded; s is the scale of the block:
 
 ========  ==========================================  =====================
@@ -8,7 +8,7 @@ format    codes q                                     value
 ========  ==========================================  =====================
 signed    int8 in [-127, 127]; -128 is not a number   q / 127 s
 root      uint8 in [0, 254]; 255 is not a number      (q / 254 s)^2
-packed    uint8, two of [-7, 7] each, along columns   q / 7 s
+packed    uint16, four of [-7, 7] along a row each    q / 7 s
 ========  ==========================================  =====================
 """
 
@@ -23,6 +23,15 @@ Format = Literal["signed", "root", "packed"]
 
 _LARGEST = {"signed": 127, "root": 254, "packed": 7}
 _NAN = {"signed": -128, "root": 255}
+_DTYPES: dict[Format, Any] = {
+    "signed": jnp.int8,
+    "root": jnp.uint8,
+    "packed": jnp.uint16,
+}
+_FORMATS: dict[Any, Format] = {
+    jnp.dtype(dtype): kind for kind, dtype in _DTYPES.items()
+}
+_PER_CODE = 4  # values in each code of the packed format
 # Below it the inverse of a scale is not finite: such blocks are zero.
 _LEAST_SCALE = 1e-35
 
@@ -33,10 +42,10 @@ class Coded(NamedTuple):
     Blocks are tiles of ceil(rows / A) x ceil(columns / C) values, of the last two axes.
 
     Attributes:
-        codes: (*stack, rows, columns), int8 or uint8; (*stack, rows, ceil(columns / 2))
-            where packed; (n,) for a vector, which counts as one row.
+        codes: (*stack, rows, columns), int8 or uint8; where packed (*stack, rows,
+            ceil(columns / 4)), uint16; (n,) for a vector, which counts as one row.
         absmax: Largest magnitude in each block, of the roots for the root format;
-            (*stack, A, C), float32; (C,) for a vector.
+            (*stack, A, C), float32, C = columns where packed; (C,) for a vector.
     """
 
     codes: Any
@@ -55,12 +64,8 @@ def coded_record(node: Any) -> Any:
 
 
 def format_of(coded: Coded) -> Format:
-    """Returns the format, from dtype and shapes."""
-    if coded.codes.dtype == jnp.int8:
-        return "signed"
-    # Packed arrays have a scale per column: more of them than of codes.
-    is_packed = coded.absmax.shape[-1] > coded.codes.shape[-1]
-    return "packed" if is_packed else "root"
+    """Returns the format, from the dtype of the codes."""
+    return _FORMATS[jnp.dtype(coded.codes.dtype)]
 
 
 def shape_of(node: Any) -> tuple[int, ...]:
@@ -73,26 +78,26 @@ def shape_of(node: Any) -> tuple[int, ...]:
     return tuple(coded.codes.shape)
 
 
-def coded_like(
-    shape: tuple[int, ...], tile: tuple[int, int], kind: Format
-) -> Coded | None:
-    """Returns the shapes of an array in few bits; None, if it cannot have the format.
+def coded_like(shape: tuple[int, ...], tile: tuple[int, int], kind: Format) -> Coded:
+    """Returns the shapes of an array in few bits.
 
     Args:
         shape: Of the array, at least one axis.
-        tile: Rows and columns of a block, at most.
+        tile: Rows and columns of a block, at most; one column for the packed format.
         kind: The format.
     """
     rows, columns = _rows_and_columns(shape)
     counts = (-(-rows // tile[0]), -(-columns // tile[1]))
-    dtype, codes = (jnp.int8 if kind == "signed" else jnp.uint8), shape
+    codes = shape
     if kind == "packed":
-        if tile[1] != 1 or columns < 2 or len(shape) < 2:
-            return None
-        codes = (*shape[:-1], -(-columns // 2))
+        # The scales say how many columns there are.
+        assert tile[1] == 1
+        assert len(shape) > 1
+        codes = (*shape[:-1], -(-columns // _PER_CODE))
     absmax = counts[1:] if len(shape) == 1 else (*shape[:-2], *counts)
     return Coded(
-        jax.ShapeDtypeStruct(codes, dtype), jax.ShapeDtypeStruct(absmax, jnp.float32)
+        jax.ShapeDtypeStruct(codes, _DTYPES[kind]),
+        jax.ShapeDtypeStruct(absmax, jnp.float32),
     )
 
 
@@ -170,9 +175,9 @@ def with_columns(node: Any, columns: int) -> Any:
         return _fitted(node, columns)
     coded = coded_record(node)
     if format_of(coded) == "packed":
-        codes = _fitted(coded.codes, -(-columns // 2))
-        if isinstance(codes, jax.Array) and columns % 2:
-            # The last byte may hold a column that is cut off.
+        codes = _fitted(coded.codes, -(-columns // _PER_CODE))
+        if isinstance(codes, jax.Array):
+            # The last code may hold columns that are cut off.
             codes = _packed(_unpacked(codes, columns))
         return Coded(codes, _fitted(coded.absmax, columns))
     tile = -(-coded.codes.shape[-1] // coded.absmax.shape[-1])
@@ -225,18 +230,24 @@ def _spread(absmax: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _packed(codes: jax.Array) -> jax.Array:
-    """Returns two codes of four bits in each byte, (..., ceil(columns / 2)), uint8."""
-    codes = _fitted(codes, 2 * -(-codes.shape[-1] // 2))
-    nibbles = codes.astype(jnp.uint8) & 0xF
-    return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
+    """Returns four codes in each number, (..., ceil(columns / 4)), uint16."""
+    count = -(-codes.shape[-1] // _PER_CODE)
+    nibbles = _fitted(codes, _PER_CODE * count).astype(jnp.uint16) & 0xF
+    nibbles = nibbles.reshape(*codes.shape[:-1], count, _PER_CODE)
+    return jnp.sum(nibbles << _shifts(nibbles.ndim), axis=-1, dtype=jnp.uint16)
 
 
 def _unpacked(packed: jax.Array, columns: int) -> jax.Array:
     """Returns the codes, (..., columns), int8."""
-    nibbles = jnp.stack([packed & 0xF, packed >> 4], axis=-1)
-    flat = nibbles.reshape(*packed.shape[:-1], 2 * packed.shape[-1])[..., :columns]
-    signed = flat.astype(jnp.int8)
-    return jnp.where(signed > 7, signed - 16, signed)
+    nibbles = packed[..., None] >> _shifts(packed.ndim + 1) & 0xF
+    flat = nibbles.reshape(*packed.shape[:-1], -1)[..., :columns].astype(jnp.int8)
+    return jnp.where(flat > 7, flat - 16, flat)
+
+
+def _shifts(ndim: int) -> jax.Array:
+    """Returns the place of each code, (1, ..., 1, 4): nothing is broadcast unasked."""
+    places = 4 * jnp.arange(_PER_CODE, dtype=jnp.uint16)
+    return places.reshape((1,) * (ndim - 1) + (_PER_CODE,))
 
 
 def bytes_of(tree: Any) -> int:

@@ -225,7 +225,8 @@ class _Rule:
             in_subspace = {path for path, _ in _flat(node.subspaces, _is_subspace)}
             for path, leaf in _flat(node, is_coded):
                 if path[0] == _SUBSPACES:
-                    is_basis = path[-1] == _BASIS
+                    # A NamedTuple's field, or a mapping's inside flax.nnx.Optimizer.
+                    is_basis = jax.tree_util.keystr(path[-1:], simple=True) == "basis"
                     kind = _BASES.get(self.basis_bits or 0) if is_basis else None
                     yield self._array((*prefix, *path), leaf, kind, True)
                 else:
@@ -247,7 +248,7 @@ class _Rule:
         return _Array(path, node, kind, like)
 
 
-_SUBSPACES, _BASIS = map(jax.tree_util.GetAttrKey, ("subspaces", "basis"))
+_SUBSPACES = jax.tree_util.GetAttrKey("subspaces")
 
 
 def _flat(tree: Any, is_leaf) -> list[tuple[tuple, Any]]:

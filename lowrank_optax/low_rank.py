@@ -24,7 +24,13 @@ import optax
 
 from lowrank_optax.bases import BasisRule, range_finder
 from lowrank_optax.budget import Budget, as_stored, largest_fitting
-from lowrank_optax.coded import bytes_of, decoded_tree, encoded_tree, is_coded
+from lowrank_optax.coded import (
+    bytes_of,
+    coded_record,
+    decoded_tree,
+    encoded_tree,
+    is_coded,
+)
 from lowrank_optax.matrices import DimensionNumbers, Side
 from lowrank_optax.moments import Kind, locate_moments
 from lowrank_optax.plan import announce, listening
@@ -453,6 +459,7 @@ def refreshed(
     others = subspaces.keys() - projectors.keys()
     located = locate_moments(state.inner_state, shapes, others, parts.moments)
     inner_leaves, inner_treedef = jax.tree.flatten(state.inner_state, is_leaf=is_coded)
+    inner_leaves = list(map(coded_record, inner_leaves))
     # One refresh waits for the one before: temporaries are those of one leaf, and
     # jaxlib 0.10's batched LAPACK calls cannot block each other on a CPU of two cores.
     for path, gradient in leaves:

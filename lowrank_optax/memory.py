@@ -145,7 +145,9 @@ class MemoryPlan:
         return {**totals, **dataclasses.asdict(self)}
 
     def __str__(self) -> str:
-        rows = [("leaf", "parameters", "gradients", "state", "full rank", "of it")]
+        rows: list[tuple[str, ...]] = [
+            ("leaf", "parameters", "gradients", "state", "full rank", "of it")
+        ]
         for leaf in self.leaves:
             of_it = ", ".join(f"{k} {_text(v)}" for k, v in leaf.bytes.state.items())
             rows.append(
