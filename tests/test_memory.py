@@ -1,0 +1,206 @@
+"""``memory_plan``: equal to the byte to real states, and to XLA's own count."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import lowrank_optax
+from experiments.model import apply, init_params, preset
+from experiments.optimizers import (
+    OPTIMIZERS,
+    OptimizerOptions,
+    build_optimizer,
+    with_defaults,
+)
+from lowrank_optax import memory_plan
+from lowrank_optax.coded import bytes_of
+from tests.suite import ROWS
+
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
+SCANNED = {"blocks": (3, 64, 48), "embedding": (50, 64), "norm": (64,), "scale": ()}
+UNSCANNED = {"0": {"w": (64, 48)}, "1": {"w": (64, 48)}, "norm": (64,)}
+TREES = {"scanned": SCANNED, "unscanned": UNSCANNED}
+
+
+def arrays(shapes, dtype):
+    return jax.tree.map(
+        lambda shape: jnp.zeros(shape, dtype),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+MORE = {
+    "adamw": optax.adamw(0.1),
+    "adafactor": optax.adafactor(0.1),
+    "optax galore": optax.contrib.galore(0.1, rank=8),
+    "8 bits": lowrank_optax.low_bit(
+        lowrank_optax.adarankgrad(0.1, 8), 8, 4, min_size=1
+    ),
+    "accumulate": lowrank_optax.accumulate(lowrank_optax.projfactor(0.1, 4, 4), 2),
+    "MultiSteps": optax.MultiSteps(optax.adamw(0.1), 2).gradient_transformation(),
+    "budget": lowrank_optax.galore(0.1, lowrank_optax.budget("30kB")),
+    "partition": optax.partition(
+        {"a": lowrank_optax.galore(0.1, 8), "b": optax.sgd(0.1, 0.9)},
+        lambda params: jax.tree.map(lambda x: "a" if x.ndim > 1 else "b", params),
+    ),
+}
+METHODS = {**{row.name: row.build(0.1) for row in ROWS}, **MORE}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("name", METHODS)
+def test_the_plan_is_the_state_to_the_byte(name, tree, dtype):
+    params = arrays(TREES[tree], dtype)
+    plan = memory_plan(METHODS[name], params)
+    assert plan.optimizer_bytes == bytes_of(METHODS[name].init(params))
+    assert plan.parameter_bytes == plan.gradient_bytes == bytes_of(params)
+    assert sum(plan.state_bytes.values()) == plan.optimizer_bytes
+    shapes = jax.eval_shape(lambda: params)
+    assert memory_plan(METHODS[name], shapes) == plan
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("vocabulary", ["adamw", "low_bit", "projected", "factored"])
+def test_the_plan_is_the_state_of_the_experiments(name, vocabulary):
+    model = preset("tiny", 257)
+    params = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+    options = OptimizerOptions(optimizer=name, vocabulary=vocabulary)
+    options = OptimizerOptions(
+        **{
+            **vars(options),
+            **with_defaults(options, steps=10, hidden_size=model.hidden_size),
+        }
+    )
+    tx = build_optimizer(options, optax.constant_schedule(1e-3))
+    state = jax.eval_shape(tx.init, params)
+    assert memory_plan(tx, params).optimizer_bytes == bytes_of(state)
+
+
+def test_each_leaf_says_what_it_takes_and_why():
+    params = arrays({**SCANNED, "small": (6, 6)}, jnp.float32)
+    plan = memory_plan(lowrank_optax.galore(0.1, 8), params)
+    leaves = {leaf.path: leaf for leaf in plan.leaves}
+    blocks = leaves["['blocks']"]
+    assert blocks.is_projected
+    assert dict(blocks.bytes.state) == {
+        "basis": 4 * 3 * 48 * 8,
+        "mu": 4 * 3 * 64 * 8,
+        "nu": 4 * 3 * 64 * 8,
+        "scalars": 4 * 3 * 4,
+    }
+    assert blocks.full_rank_bytes == 2 * 4 * 3 * 64 * 48
+    small = leaves["['small']"]
+    assert not small.is_projected
+    assert "not above rank 8" in small.projection
+    assert dict(small.bytes.state) == {"mu": 144, "nu": 144}
+    # LowRankState's and Adam's.
+    assert plan.other_bytes == 8
+    whole = memory_plan(optax.adam(0.1), params)
+    assert plan.full_rank_bytes == whole.optimizer_bytes + 4
+
+
+def test_the_accumulator_is_listed():
+    params = arrays(SCANNED, jnp.float32)
+    tx = lowrank_optax.accumulate(lowrank_optax.galore(0.1, 8), 2)
+    assert memory_plan(tx, params).state_bytes["sums"] == bytes_of(tx.init(params).sums)
+
+
+def test_low_bits_are_counted_in_their_moment():
+    params = {"w": jax.ShapeDtypeStruct((1024, 512), jnp.float32)}
+    plan = memory_plan(
+        lowrank_optax.low_bit(lowrank_optax.galore(0.1, 64), 8, 4), params
+    )
+    assert plan.state_bytes["mu"] == 1024 * 64 + 4 * 4 * 64
+    assert plan.state_bytes["basis"] == 512 * 64 // 2 + 4 * 2 * 64
+    assert plan.full_rank_bytes - plan.other_bytes == 2 * 4 * 1024 * 512
+
+
+def test_it_prints_a_table_and_converts_to_json():
+    params = arrays(SCANNED, jnp.float32)
+    plan = memory_plan(lowrank_optax.galore(0.1, 8), params)
+    lines = str(plan).splitlines()
+    assert len(lines) == 2 + len(plan.leaves)
+    assert "rows projected" in lines[2]
+    assert lines[-1].startswith("in all")
+    found = json.loads(json.dumps(plan.to_dict()))
+    assert found["optimizer_bytes"] == plan.optimizer_bytes
+    assert found["leaves"][0]["bytes"]["state"]["basis"] > 0
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 simulated devices")
+@pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("name", ["adarankgrad", "projfactor", "8 bits", "adamw"])
+def test_a_device_holds_what_the_plan_says(name, mode):
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(mode, mode))
+    specs = {
+        "blocks": P(None, "x", "y"),
+        "embedding": P(None, "x"),
+        "norm": P("x"),
+        "scale": P(),
+    }
+    params = arrays(SCANNED, jnp.float32)
+    with jax.set_mesh(mesh):
+        sharded = {
+            name: jax.device_put(x, NamedSharding(mesh, specs[name]))
+            for name, x in params.items()
+        }
+        plan = memory_plan(METHODS[name], sharded)
+        state = METHODS[name].init(sharded)
+    assert plan.optimizer_bytes == bytes_of(state)
+
+    def on_first_device(tree):
+        return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
+
+    assert plan.per_device is not None
+    assert plan.per_device.optimizer == on_first_device(state)
+    assert plan.per_device.parameters == on_first_device(sharded)
+    assert "on each device" in str(plan)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["adamw", "galore", "8 bits", "projfactor"])
+def test_xla_counts_the_same_arguments(name, dtype):
+    model = preset("tiny", 257, param_dtype=dtype)
+    params = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+    tx, tokens = METHODS[name], jax.ShapeDtypeStruct((4, 33), jnp.int32)
+
+    def step(params, state, tokens):
+        def loss(params):
+            logits = apply(model, params, tokens[:, :-1])
+            return jnp.mean(
+                optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+            )
+
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = jax.eval_shape(tx.init, params)
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, tokens)
+    plan = memory_plan(tx, params, compiled.compile())
+    assert plan.compiled is not None
+    expected = plan.parameter_bytes + plan.optimizer_bytes + bytes_of(tokens)
+    assert plan.compiled["arguments"] == pytest.approx(expected, rel=0.02)
+    # Donated: outputs take the place of arguments.
+    assert plan.compiled["aliased"] == pytest.approx(expected, rel=0.02)
+    assert plan.compiled["peak"] >= expected + plan.compiled["temporaries"]
+    assert "compiled step: arguments" in str(plan)
+
+
+def test_seven_billion_parameters_are_planned_from_shapes():
+    model = preset("7b", 32_000, param_dtype="bfloat16")
+    params = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+    plan = memory_plan(lowrank_optax.galore(1e-2, rank=1024), params)
+    assert plan.parameter_bytes == 2 * sum(
+        np.prod(x.shape) for x in jax.tree.leaves(params)
+    )
+    assert 13.4e9 < plan.parameter_bytes < 13.5e9
