@@ -44,6 +44,16 @@ MISTAKES = [
     ("--keep-checkpoints 0", "--keep-checkpoints must be at least 1"),
     ("--final-learning-rate-fraction 2", "must be from 0 to 1, not 2"),
     ("--resume", "--resume needs --out"),
+    ("--compact-every 0", "--compact-every must be at least 1"),
+    ("--moment-bits 4", "--moment-bits"),
+    ("--basis-bits 3", "--basis-bits"),
+    ("--vocabulary none", "--vocabulary"),
+    ("--optimizer adamw --basis-bits 4", "adamw has no projections for --basis-bits"),
+    ("--block-state-bytes 12XB", "'12XB' is not a number of bytes"),
+    (
+        "--optimizer vlorp --block-state-bytes 1MB",
+        "--block-state-bytes does not work with vlorp; choose galore or adarankgrad",
+    ),
 ]
 
 

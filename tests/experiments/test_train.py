@@ -6,10 +6,12 @@ import signal
 import numpy as np
 import pytest
 
+from experiments import compaction
 from experiments.checkpoint import Checkpoints
 from experiments.progress import TrainingProgress
 from tests.experiments.small_runs import (
     assert_same_run,
+    read_lines,
     read_state,
     run,
     write_inputs,
@@ -58,6 +60,59 @@ def test_two_steps_and_two_resumed_equal_four(optimizer, inputs, tmp_path, stop_
 
     assert_same_run(whole, halves, 4)
     assert any(not np.array_equal(*pair) for pair in _parameters(halves, 2, 4))
+
+
+MEMORY = {
+    "low bits": [
+        *("--optimizer", "galore", "--update-proj-gap", 2, "--param-dtype", "bfloat16"),
+        *("--moment-bits", 8, "--basis-bits", 4, "--vocabulary", "low_bit"),
+    ],
+    "factored": ["--optimizer", "adamw", "--vocabulary", "factored"],
+    "compaction": [
+        *("--min-refresh-interval", 2, "--max-refresh-interval", 2),
+        *("--threshold", 0.9, "--min-rank", 1, "--vocabulary", "projected"),
+        *("--compact", "--compact-every", 1),
+    ],
+    "budget": [
+        *("--optimizer", "galore", "--block-state-bytes", "9kB"),
+        *("--update-proj-gap", 2, "--compact", "--compact-every", 1),
+    ],
+}
+
+
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize("name", list(MEMORY))
+def test_memory_is_resumed_bit_for_bit(name, inputs, tmp_path, stop_at, monkeypatch):
+    for constant, value in (("BUCKET", 1), ("LOOKS", 1), ("MIN_SAVING", 0.0)):
+        monkeypatch.setattr(compaction, constant, value)
+    flags = [*inputs, *MEMORY[name]]
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert run(*flags, "--out", whole) == 0
+    stop_at(2)
+    assert run(*flags, "--out", halves) == 0
+    stop_at(None)
+    assert run(*flags, "--out", halves, "--resume") == 0
+    assert_same_run(whole, halves, 4)
+
+    summary = json.loads((whole / "summary.json").read_text())
+    sizes = [line["optimizer_state_bytes"] for line in read_lines(whole)]
+    changes = [entry["step"] for entry in summary["compactions"]]
+    assert summary["compilations"] == 1 + len(changes)
+    if name == "compaction":
+        # A step is logged before the look at the state that follows it.
+        assert changes == [1, 3]
+        assert sizes[0] > sizes[1] == sizes[2] > sizes[3]
+        entry = summary["compactions"][0]
+        assert (entry["bytes_before"], entry["bytes_after"]) == (sizes[0], sizes[1])
+        resumed = json.loads((halves / "summary.json").read_text())
+        assert resumed["compactions"] == summary["compactions"]
+        assert resumed["compilations"] == 2
+    elif name == "budget":
+        assert summary["block_state_bytes"] <= 9000
+        assert changes
+    else:
+        assert changes == []
+        assert len(set(sizes)) == 1
 
 
 def _parameters(directory, *steps):
