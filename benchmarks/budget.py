@@ -1,8 +1,8 @@
 """Energy captured by columns spread over the leaves, against a uniform rank.
 
 Trains the tiny LLaMA for a while with GaLore at a uniform rank, spreads the same bytes
-by ``lowrank_optax.reallocate``, and asks how much of the gradients of other batches lies
-in the leading singular subspaces, of each leaf's rank, of one batch's gradients.
+by ``lowrank_optax.reallocate``, and asks how much of the gradients of other batches
+lies in the leading singular subspaces, of each leaf's rank, of one batch's gradients.
 """
 
 import argparse

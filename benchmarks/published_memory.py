@@ -5,6 +5,7 @@ and Table 3 (7B in 8 bits); "G" there is not said to be 10^9 or 2^30. Nothing is
 """
 
 import functools
+from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -34,8 +35,12 @@ def model_shapes(size: str) -> Any:
 def on_blocks(blocks: optax.GradientTransformation) -> optax.GradientTransformation:
     """Returns an optimizer with AdamW for all but the blocks, as in the papers."""
     rest = optax.adamw(1e-3)
-    groups = {"blocks": blocks, "rest": rest, "norms": rest}
-    return optax.partition(dict(groups), parameter_groups)
+    groups: dict[Hashable, optax.GradientTransformation] = {
+        "blocks": blocks,
+        "rest": rest,
+        "norms": rest,
+    }
+    return optax.partition(groups, parameter_groups)
 
 
 def numbers(plan: lowrank_optax.MemoryPlan) -> int:

@@ -17,7 +17,11 @@ _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """See :func:`budget`."""
+    """See :func:`budget`.
+
+    Attributes:
+        limit: Bytes of the state, at most.
+    """
 
     limit: int
 
@@ -64,6 +68,10 @@ def budget(limit: int | str) -> Budget:
 
 def parse_bytes(text: int | str) -> int:
     """Returns a number of bytes from "600MB", "1.5 GiB" or an int.
+
+    Args:
+        text: An int, or a number with a unit: kB, MB, GB (10^3, ...), KiB, MiB, GiB
+            (2^10, ...), in any case.
 
     Raises:
         ValueError: If it cannot be read or is below 1.

@@ -148,7 +148,12 @@ def compact(
 
 
 def wanted_columns(leaf: Columns, bucket: int) -> int:
-    """Returns the columns that a leaf needs now: whole buckets, up to its capacity."""
+    """Returns the columns that a leaf needs now: whole buckets, up to its capacity.
+
+    Args:
+        leaf: From :func:`columns`.
+        bucket: Columns; >= 1.
+    """
     needed = max(leaf.rank, int(np.ceil(leaf.demand)), 1)
     return min(leaf.capacity, -(-needed // bucket) * bucket)
 

@@ -102,7 +102,12 @@ def coded_like(shape: tuple[int, ...], tile: tuple[int, int], kind: Format) -> C
 
 
 def decode(node: Any) -> Any:
-    """Returns the float32 array that is coded; anything else as it is."""
+    """Returns the float32 array that is coded; anything else as it is.
+
+    Args:
+        node: :class:`Coded`, from a state under :func:`lowrank_optax.low_bit`, or any
+            array.
+    """
     if not is_coded(node):
         return node
     coded = coded_record(node)

@@ -47,7 +47,7 @@ def adarankgrad(
     Args:
         learning_rate: Step size, or a schedule of it by update.
         rank: Capacity, the largest rank, >= 1; or a rank rule, which then replaces
-            ``threshold`` too.
+            ``threshold`` too, such as a :func:`lowrank_optax.budget` of bytes.
         threshold: Share of a gradient's squared norm that its subspace may lose; in
             (0, 1). Of ``energy_rank`` and, as sqrt(1 - threshold), of
             ``on_convergence``.
@@ -125,7 +125,7 @@ def adarankgrad(
 
 def galore(
     learning_rate: optax.ScalarOrSchedule,
-    rank: int = 128,
+    rank: int | RankRule = 128,
     update_proj_gap: int = 200,
     scale: jax.typing.ArrayLike = 0.25,
     b1: jax.typing.ArrayLike = 0.9,
@@ -148,7 +148,7 @@ def galore(
 
     Args:
         learning_rate: Step size, or a schedule of it by update.
-        rank: Columns of the bases, >= 1.
+        rank: Columns of the bases, >= 1; or a :func:`lowrank_optax.budget` of bytes.
         update_proj_gap: Updates between two SVDs, >= 1.
         scale: Factor on the updates of projected leaves.
         b1: Decay of the first moment, in [0, 1).
