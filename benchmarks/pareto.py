@@ -1,0 +1,150 @@
+"""Validation loss against bytes of optimizer state, of finished runs of the experiment.
+
+    python -m benchmarks.pareto NAME runs/a runs/b ...
+
+Writes the rows as JSON, and a figure with the Pareto front, to benchmarks/results/.
+Runs that differ in their seed alone are one row.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from benchmarks import harness
+
+# What the label of a row is made of, and how it is said.
+_OPTIONS = {
+    "rank": "r={}",
+    "granularity": "c={}",
+    "moment_bits": "{} bits",
+    "basis_bits": "basis {}",
+    "vocabulary": "vocabulary {}",
+    "param_dtype": "{}",
+    "rounding": "{}",
+}
+_DEFAULTS = {"vocabulary": "adamw", "rounding": "stochastic", "param_dtype": "float32"}
+
+
+def label(config: dict[str, Any]) -> str:
+    """Returns what makes a run's state, in words."""
+    words = [config["optimizer"]]
+    for name, text in _OPTIONS.items():
+        value = config.get(name)
+        is_plain = name == "rounding" and config.get("param_dtype") != "bfloat16"
+        if value is not None and value != _DEFAULTS.get(name) and not is_plain:
+            words.append(text.format(value))
+    return ", ".join(words)
+
+
+def read(directories: list[Path]) -> list[dict[str, Any]]:
+    """Returns a row for each label and model."""
+    groups: dict[tuple, list[tuple[dict, dict]]] = {}
+    for directory in directories:
+        config = json.loads((directory / "config.json").read_text())
+        summary = json.loads((directory / "summary.json").read_text())
+        rate = config["learning_rate"], config["block_scale"]
+        key = (summary["model"], config["steps"], label(config), *rate)
+        groups.setdefault(key, []).append((config, summary))
+    rows = []
+    for (model, steps, name, rate, scale), runs in groups.items():
+        losses = [summary["validation_loss"] for _, summary in runs]
+        summary = runs[0][1]
+        rows.append(
+            {
+                "model": model,
+                "optimizer": name,
+                "steps": steps,
+                "learning_rate": rate,
+                "block_scale": scale,
+                "seeds": [config["seed"] for config, _ in runs],
+                "validation_losses": losses,
+                "mean_loss": statistics.mean(losses),
+                "optimizer_state_bytes": summary["optimizer_state_bytes"],
+                "of_adamw": summary["optimizer_state_bytes"]
+                / _adamw_bytes(summary["parameter_count"]),
+            }
+        )
+    return sorted(rows, key=lambda row: (row["model"], row["optimizer_state_bytes"]))
+
+
+def _adamw_bytes(parameters: int) -> int:
+    """Returns the bytes of AdamW's state for float32 parameters."""
+    return 8 * parameters
+
+
+def front(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the rows, by rising bytes, that no other beats in bytes and in loss."""
+    best, found = float("inf"), []
+    for row in sorted(rows, key=lambda r: (r["optimizer_state_bytes"], r["mean_loss"])):
+        if row["mean_loss"] < best:
+            best = row["mean_loss"]
+            found.append(row)
+    return found
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draws one panel per model."""
+    models = sorted({row["model"] for row in rows})
+    figure = Figure(figsize=(7 * len(models), 5), layout="constrained")
+    for axes, model in zip(
+        figure.subplots(1, len(models), squeeze=False)[0], models, strict=True
+    ):
+        mine = [row for row in rows if row["model"] == model]
+        for row in mine:
+            x = row["of_adamw"]
+            axes.plot(
+                [x] * len(row["validation_losses"]),
+                row["validation_losses"],
+                ".",
+                color="0.6",
+            )
+            axes.plot(x, row["mean_loss"], "o", color="C0")
+        ahead = front(mine)
+        axes.step(
+            [row["of_adamw"] for row in ahead],
+            [row["mean_loss"] for row in ahead],
+            where="post",
+            color="C1",
+            label="Pareto front",
+        )
+        for row in ahead:
+            axes.annotate(
+                row["optimizer"],
+                (row["of_adamw"], row["mean_loss"]),
+                xytext=(5, -9),
+                textcoords="offset points",
+                fontsize=7,
+            )
+        axes.set_xscale("log")
+        axes.set_xlabel("optimizer state, share of AdamW's bytes")
+        axes.set_ylabel("validation loss, nats per token")
+        axes.set_title(f"{model}, {mine[0]['steps']} steps")
+        axes.legend()
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", help="of the files in benchmarks/results/")
+    parser.add_argument("runs", nargs="+", type=Path, help="--out of finished runs")
+    arguments = parser.parse_args()
+    rows = read(arguments.runs)
+    for row in rows:
+        losses = " ".join(f"{x:.4f}" for x in row["validation_losses"])
+        is_ahead = row in front([r for r in rows if r["model"] == row["model"]])
+        size, rate = row["optimizer_state_bytes"], row["learning_rate"]
+        print(
+            f"| {row['model']} | {row['optimizer']} | {rate:g} x {row['block_scale']:g} "
+            f"| {size:,} | {row['of_adamw']:.3f} | {row['mean_loss']:.4f} | {losses} | "
+            f"{'front' if is_ahead else ''} |"
+        )
+    harness.save(arguments.name, {"rows": rows})
+    draw(rows, harness.RESULTS / f"{arguments.name}.svg")
+
+
+if __name__ == "__main__":
+    main()
