@@ -138,8 +138,8 @@ def main() -> None:
         is_ahead = row in front([r for r in rows if r["model"] == row["model"]])
         size, rate = row["optimizer_state_bytes"], row["learning_rate"]
         print(
-            f"| {row['model']} | {row['optimizer']} | {rate:g} x {row['block_scale']:g} "
-            f"| {size:,} | {row['of_adamw']:.3f} | {row['mean_loss']:.4f} | {losses} | "
+            f"| {row['model']} | {row['optimizer']} | {rate:g} x "
+            f"{row['block_scale']:g} | {size:,} | {row['of_adamw']:.3f} | {row['mean_loss']:.4f} | {losses} | "
             f"{'front' if is_ahead else ''} |"
         )
     harness.save(arguments.name, {"rows": rows})
