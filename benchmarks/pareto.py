@@ -139,8 +139,8 @@ def main() -> None:
         size, rate = row["optimizer_state_bytes"], row["learning_rate"]
         print(
             f"| {row['model']} | {row['optimizer']} | {rate:g} x "
-            f"{row['block_scale']:g} | {size:,} | {row['of_adamw']:.3f} | {row['mean_loss']:.4f} | {losses} | "
-            f"{'front' if is_ahead else ''} |"
+            f"{row['block_scale']:g} | {size:,} | {row['of_adamw']:.3f} | "
+            f"{row['mean_loss']:.4f} | {losses} | {'front' if is_ahead else ''} |"
         )
     harness.save(arguments.name, {"rows": rows})
     draw(rows, harness.RESULTS / f"{arguments.name}.svg")
