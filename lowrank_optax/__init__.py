@@ -33,6 +33,7 @@ from lowrank_optax.rebase import REBASE_RULES, RebaseRule, ldadam
 from lowrank_optax.refresh import RefreshRule, every, on_convergence
 from lowrank_optax.rounding import StochasticRoundingState, stochastic_rounding
 from lowrank_optax.subspace import Subspace
+from lowrank_optax.subspace_grad import SubspaceValueAndGrad, subspace_value_and_grad
 
 __all__ = [
     "REBASE_RULES",
@@ -56,6 +57,7 @@ __all__ = [
     "Side",
     "StochasticRoundingState",
     "Subspace",
+    "SubspaceValueAndGrad",
     "accumulate",
     "adarankgrad",
     "budget",
@@ -86,6 +88,7 @@ __all__ = [
     "scale_by_low_rank",
     "scale_by_projfactor",
     "stochastic_rounding",
+    "subspace_value_and_grad",
     "subspaces",
     "vlorp",
     "wanted_columns",

@@ -127,7 +127,7 @@ def accumulate(optimizer: optax.GradientTransformation, every_k: int) -> Accumul
             inner_state = inner.init(params)
         projectors = {
             path: projector
-            for node in _low_rank_states(inner_state)
+            for node in low_rank_states(inner_state)
             for path, projector in _projectors(params, node, heard).items()
         }
 
@@ -196,18 +196,18 @@ def _add(inner, grads, state: AccumulateState, weight) -> AccumulateState:
 
     def renewed(node):
         """Renews what is due in one low-rank state, and projects its gradients."""
-        if not isinstance(node, LowRankState) or not _slots(node):
+        if not isinstance(node, LowRankState) or not slots_of(node):
             return node
-        own, parts = _own(grads, node, heard)
+        own, parts = own_parts(grads, node, heard)
         node, projectors = refreshed(own, node, own, parts, is_first)
-        subspaces = _slots(node)
+        subspaces = slots_of(node)
         gradients = dict(jax.tree_util.tree_flatten_with_path(own)[0])
         for path, projector in projectors.items():
             basis = projector.basis(subspaces[path])
             projected[path] = projector.view.project(gradients[path], basis)
         return node
 
-    inner_state = jax.tree.map(renewed, state.inner_state, is_leaf=_is_low_rank)
+    inner_state = jax.tree.map(renewed, state.inner_state, is_leaf=is_low_rank)
 
     def add_leaf(path, gradient, total):
         if path in projected:
@@ -247,32 +247,36 @@ def _finish(inner, state: AccumulateState, params, extra_args):
     )
 
 
-def _is_low_rank(node: Any) -> bool:
+def is_low_rank(node: Any) -> bool:
+    """Returns whether a node is the state of a low-rank transformation."""
     return isinstance(node, LowRankState)
 
 
-def _low_rank_states(state: Any) -> list[LowRankState]:
-    nodes = jax.tree.leaves(state, is_leaf=_is_low_rank)
-    return [node for node in nodes if _is_low_rank(node)]
+def low_rank_states(state: Any) -> list[LowRankState]:
+    """Returns the states of all low-rank transformations in a state."""
+    nodes = jax.tree.leaves(state, is_leaf=is_low_rank)
+    return [node for node in nodes if is_low_rank(node)]
 
 
 def _is_slot(node: Any) -> bool:
     return isinstance(node, (Subspace, optax.MaskedNode))
 
 
-def _slots(node: LowRankState) -> dict[tuple, Subspace]:
+def slots_of(node: LowRankState) -> dict[tuple, Subspace]:
     """Returns the subspaces of a state by their leaves' paths."""
     slots = jax.tree_util.tree_flatten_with_path(node.subspaces, is_leaf=_is_slot)[0]
     return {path: slot for path, slot in slots if isinstance(slot, Subspace)}
 
 
-def _own(tree: Any, node: LowRankState, heard: list[Announcement]) -> tuple[Any, Parts]:
+def own_parts(
+    tree: Any, node: LowRankState, heard: list[Announcement]
+) -> tuple[Any, Parts]:
     """Returns the part of a tree that a state's transformation sees, and its parts.
 
     Raises:
         ValueError: If two transformations project the same leaf.
     """
-    paths = _slots(node).keys()
+    paths = slots_of(node).keys()
     candidates = [who for who in heard if paths <= who.plans.keys()]
     if len(candidates) != 1:
         raise ValueError(
@@ -291,9 +295,9 @@ def _own(tree: Any, node: LowRankState, heard: list[Announcement]) -> tuple[Any,
 
 
 def _projectors(params, node: LowRankState, heard) -> dict[tuple, Projector]:
-    slots = _slots(node)
+    slots = slots_of(node)
     if not slots:
         return {}
-    own, parts = _own(params, node, heard)
+    own, parts = own_parts(params, node, heard)
     leaves = dict(jax.tree_util.tree_flatten_with_path(own)[0])
     return projectors_of_state(leaves, own, slots, parts)

@@ -1,0 +1,214 @@
+"""A product with a parameter whose reverse rule gives the projected gradient.
+
+For y = x W and a basis P of the rows of W, P^T G = (x P)^T dy; for one of the columns,
+G P = x^T (dy P). G = x^T dy is not formed: T r (n + m) multiplications instead of
+T n m, and x P (T, r) is what the backward pass keeps, not x (T, n).
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_optax.matrices import MatrixView
+
+
+@dataclasses.dataclass(frozen=True)
+class Atom:
+    """A piece of one axis of a parameter: all its indices, or a digit of them.
+
+    Attributes:
+        axis: Axis of the parameter.
+        size: Values of the digit.
+        stride: Indices that one step of it skips.
+    """
+
+    axis: int
+    size: int
+    stride: int = 1
+
+
+# What each dimension of an array made of a parameter consists of, outermost first.
+Dims = tuple[tuple[Atom, ...], ...]
+
+
+def dims_of(shape: tuple[int, ...]) -> Dims:
+    """Returns the dimensions of a parameter itself."""
+    return tuple(
+        (Atom(axis, size),) if size > 1 else () for axis, size in enumerate(shape)
+    )
+
+
+def reshaped(dims: Dims, shape: tuple[int, ...]) -> Dims | None:
+    """Returns the dimensions after a reshape; None, if digits would be mixed."""
+    atoms = [atom for dim in dims for atom in dim]
+    found = []
+    for size in shape:
+        needed, dim = size, []
+        while needed > 1:
+            if not atoms:
+                return None
+            atom = atoms.pop(0)
+            if needed % atom.size == 0:
+                dim.append(atom)
+                needed //= atom.size
+            elif atom.size % needed == 0:
+                rest = atom.size // needed
+                dim.append(Atom(atom.axis, needed, atom.stride * rest))
+                atoms.insert(0, Atom(atom.axis, rest, atom.stride))
+                needed = 1
+            else:
+                return None
+        found.append(tuple(dim))
+    return tuple(found)
+
+
+def in_order(
+    dims: Dims, chosen: tuple[int, ...], axes: tuple[int, ...], shape: tuple[int, ...]
+) -> tuple[int, ...] | None:
+    """Returns the chosen dimensions in the order that spells the axes; None: none does.
+
+    Args:
+        dims: Of the array.
+        chosen: Positions of some dimensions.
+        axes: Axes of the parameter.
+        shape: Of the parameter.
+    """
+    rank = {axis: place for place, axis in enumerate(axes)}
+    if any(atom.axis not in rank for i in chosen for atom in dims[i]):
+        return None
+
+    def place(i: int):
+        return (rank[dims[i][0].axis], -dims[i][0].stride) if dims[i] else (-1, 0)
+
+    order = tuple(sorted(chosen, key=place))
+    spelled = [atom for i in order for atom in dims[i]]
+    for axis in axes:
+        stride = shape[axis]
+        while stride > 1:
+            if not spelled or spelled[0].axis != axis:
+                return None
+            atom = spelled.pop(0)
+            if atom.stride * atom.size != stride:
+                return None
+            stride = atom.stride
+    return None if spelled else order
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """One product of an array x with what has become of a parameter.
+
+    Attributes:
+        contracting: Dimensions of x that are summed over, in the order that spells the
+            sides of the parameter's matrix that they belong to.
+        batch: Dimensions of x that run with the parameter's stack.
+        y_batch: Dimensions of the result that do.
+        y_free: Dimensions of the result that the parameter has and x has not, in the
+            order that spells the other side.
+        contracts_projected: Whether the projected side is summed over.
+        view: Of the parameter.
+        numbers: Remaining arguments of ``dot_general``, with the parameter second.
+    """
+
+    contracting: tuple[int, ...]
+    batch: tuple[int, ...]
+    y_batch: tuple[int, ...]
+    y_free: tuple[int, ...]
+    contracts_projected: bool
+    view: MatrixView
+    numbers: tuple[tuple[str, Any], ...]
+
+    def dot(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """Returns the product."""
+        return jax.lax.dot_general(x, kernel, **dict(self.numbers))
+
+    def narrow(self, x: jax.Array, basis: jax.Array) -> jax.Array:
+        """Returns what the backward pass needs: (*batch, T, c, r) or (*batch, T, a)."""
+        flat = _flat(x, self.batch, self.contracting)
+        if not self.contracts_projected:
+            return flat
+        return self._projected(flat, basis)
+
+    def coordinates(
+        self, narrow: jax.Array, dy: jax.Array, basis: jax.Array
+    ) -> jax.Array:
+        """Returns the projected gradient, (*batch, a*c, r), float32 or wider."""
+        flat = _flat(dy, self.y_batch, self.y_free)
+        if self.contracts_projected:
+            kept, cut = flat, narrow
+        else:
+            kept, cut = narrow, self._projected(flat, basis)
+        found = jnp.einsum(
+            "...ta,...tcr->...acr",
+            kept,
+            cut,
+            preferred_element_type=jnp.promote_types(kept.dtype, jnp.float32),
+        )
+        a, c, r = found.shape[-3:]
+        return found.reshape(*found.shape[:-3], a * c, r)
+
+    def _projected(self, flat: jax.Array, basis: jax.Array) -> jax.Array:
+        """Returns (*batch, T, c, r) from (*batch, T, b)."""
+        c, side = self.view.granularity, self.view.projected_size
+        cut = flat.reshape(*flat.shape[:-1], c, side)
+        return jnp.einsum("...tcb,...br->...tcr", cut, basis.astype(flat.dtype))
+
+
+def _flat(array: jax.Array, batch: tuple[int, ...], last: tuple[int, ...]) -> jax.Array:
+    """Returns an array as (*batch, everything else, last), the last ones merged."""
+    others = [i for i in range(array.ndim) if i not in batch + last]
+    moved = array.transpose(*batch, *others, *last)
+    lengths = [array.shape[i] for i in batch]
+    size = math.prod(array.shape[i] for i in last)
+    rest = math.prod(array.shape[i] for i in others)
+    return moved.reshape(*lengths, rest, size)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def product(
+    spec: Product,
+    x: jax.Array,
+    kernel: jax.Array,
+    coordinates: jax.Array,
+    basis: jax.Array,
+) -> jax.Array:
+    """Returns x times the kernel; the gradient goes to the coordinates.
+
+    Args:
+        spec: Which dimensions meet.
+        x: Any array.
+        kernel: What has become of the parameter; its own gradient is none.
+        coordinates: (*batch, a*c, r); only its gradient counts.
+        basis: (*batch, b/c, r).
+    """
+    del coordinates, basis
+    return spec.dot(x, kernel)
+
+
+def _forward(spec, x, kernel, coordinates, basis):
+    del coordinates
+    narrow = spec.narrow(x, basis)
+    # Of x, shape and dtype alone go on.
+    return spec.dot(x, kernel), (narrow, kernel, basis, _Shape(x.shape, x.dtype))
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Shape:
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+def _backward(spec, residuals, dy):
+    narrow, kernel, basis, x = residuals
+    like = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    (dx,) = jax.linear_transpose(lambda x: spec.dot(x, kernel), like)(dy)
+    gradient = spec.coordinates(narrow, dy, basis).astype(basis.dtype)
+    return dx, None, gradient, None
+
+
+product.defvjp(_forward, _backward)

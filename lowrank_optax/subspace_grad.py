@@ -1,0 +1,230 @@
+"""Gradients inside the subspaces: no full gradient of a projected leaf exists."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax.accumulate import is_low_rank, low_rank_states, own_parts, slots_of
+from lowrank_optax.low_rank import LowRankState, refreshed
+from lowrank_optax.plan import announcements
+from lowrank_optax.sharding import abstract, coordinate_axes, zeros_beside
+from lowrank_optax.subspace import Projector, projectors_of_state
+from lowrank_optax.traced import evaluate, follow
+
+
+class SubspaceValueAndGrad:
+    """What :func:`subspace_value_and_grad` returns: a function, and more about it."""
+
+    def __init__(self, function, optimizer, has_aux, full_gradients):
+        self._function = function
+        self._optimizer = optimizer
+        self._has_aux = has_aux
+        self._full_gradients = tuple(full_gradients)
+
+    def __call__(self, params: Any, state: Any, *args: Any, **kwargs: Any):
+        """Returns value, gradients and state; see :func:`subspace_value_and_grad`."""
+        state, followed = self._prepared(params, state)
+        leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+        missing = set(self._full_gradients) - {
+            jax.tree_util.keystr(p) for p, _ in leaves
+        }
+        if missing:
+            raise ValueError(
+                f"full_gradients has no leaf of the parameters: {', '.join(missing)}."
+            )
+        program, shapes = jax.make_jaxpr(self._function, return_shape=True)(
+            params, *args, **kwargs
+        )
+        value = shapes[0] if self._has_aux else shapes
+        if not hasattr(value, "shape") or value.shape != ():
+            raise TypeError(
+                f"the function must return a scalar, not {jax.tree.map(str, value)}."
+            )
+        others = jax.tree.leaves((args, kwargs))
+        plain = {path: leaf for path, leaf in leaves if path not in followed}
+
+        def of(coordinates, plain):
+            arguments = []
+            for path, leaf in leaves:
+                if path not in followed:
+                    arguments.append(plain[path])
+                    continue
+                projector, basis = followed[path]
+                name = jax.tree_util.keystr(path)
+                c = coordinates[path]
+                arguments.append(follow(name, projector.view, leaf, c, basis))
+            results = evaluate(program, [*arguments, *others])
+            found = jax.tree.unflatten(jax.tree.structure(shapes), results)
+            return found if self._has_aux else (found, None)
+
+        coordinates = {
+            path: _zeros(params_leaf, followed[path][0])
+            for path, params_leaf in leaves
+            if path in followed
+        }
+        (value, aux), (inside, outside) = _value_and_grad(of, coordinates, plain)
+        gradients = treedef.unflatten(
+            [inside[path] if path in followed else outside[path] for path, _ in leaves]
+        )
+        return ((value, aux) if self._has_aux else value), gradients, state
+
+    def full(self, params: Any, state: Any, *args: Any, **kwargs: Any):
+        """Returns the same with full gradients: for updates on which a basis is due."""
+        gradient = jax.value_and_grad(self._function, has_aux=self._has_aux)
+        value, gradients = gradient(params, *args, **kwargs)
+        return value, gradients, state
+
+    def refresh_due(self, params: Any, state: Any, ahead: int = 0) -> jax.Array:
+        """Returns whether the next update needs full gradients to renew a basis.
+
+        Args:
+            params: Parameters, or their shapes.
+            state: Of the optimizer.
+            ahead: Updates between this state and the one that is asked about. Exact for
+                ``every``; ``on_convergence`` looks at the norms so far.
+
+        Returns:
+            bool, (). Never for random bases, which need no gradient.
+        """
+        heard = announcements(self._optimizer, jax.tree.map(abstract, params))
+        due = jnp.zeros([], bool)
+        for node in low_rank_states(state):
+            if not slots_of(node):
+                continue
+            _, parts = own_parts(params, node, heard)
+            if parts.is_random:
+                continue
+            for slot in slots_of(node).values():
+                is_due = parts.refresh.is_due(slot.age + ahead, slot.trend)
+                due |= jnp.any(is_due | (slot.refreshes == 0))
+        return due
+
+    def _prepared(self, params, state):
+        """Returns the state with due random bases drawn, and projectors and bases."""
+        heard = announcements(self._optimizer, jax.tree.map(abstract, params))
+        followed: dict[tuple, tuple[Projector, jax.Array]] = {}
+
+        def renewed(node):
+            if not isinstance(node, LowRankState) or not slots_of(node):
+                return node
+            own, parts = own_parts(params, node, heard)
+            if parts.is_random:
+                # A draw looks at no gradient.
+                node, projectors = refreshed(own, node, own, parts, True)
+            else:
+                leaves = dict(jax.tree_util.tree_flatten_with_path(own)[0])
+                projectors = projectors_of_state(leaves, own, slots_of(node), parts)
+            for path, projector in projectors.items():
+                if jax.tree_util.keystr(path) not in self._full_gradients:
+                    basis = projector.basis(slots_of(node)[path])
+                    followed[path] = (projector, basis)
+            return node
+
+        state = jax.tree.map(renewed, state, is_leaf=is_low_rank)
+        if not followed:
+            raise ValueError(
+                "no leaf of these parameters is projected by the optimizer; "
+                "use jax.value_and_grad."
+            )
+        return state, followed
+
+
+def subspace_value_and_grad(
+    function: Callable[..., Any],
+    optimizer: optax.GradientTransformation,
+    has_aux: bool = False,
+    full_gradients: tuple[str, ...] = (),
+) -> SubspaceValueAndGrad:
+    r"""As ``jax.value_and_grad``, but projected leaves get gradients in their subspace.
+
+    For y = x W and a basis P of the columns of W, G P = x^T (dy P); for one of the rows
+    P^T G = (x P)^T dy. G = x^T dy is not formed, in the program or in memory:
+    T r (n + m) multiplications instead of T n m, x P is kept for the backward pass in
+    the place of x, and over data-parallel devices (a + b) r numbers are reduced at
+    most. ``optimizer.update`` takes the gradients as they are.
+
+    The function is traced, and its program evaluated with other products: the model
+    stays as it is. Parameters are followed through casts, transposes, reshapes, scans
+    over their stack, indices into it, checkpoints, conditionals and jitted functions to
+    dot products, and to lookups of an embedding whose columns are projected. A
+    parameter that is used several times, or tied, gets the sum.
+
+    A basis is renewed from a full gradient: where :meth:`refresh_due` says so, call
+    ``.full`` instead, which returns the same three things, in a step of its own. Random
+    bases are renewed without one. An update with gradients in the subspace never renews
+    a computed basis; being late by some updates does no harm::
+
+        gradient = subspace_value_and_grad(loss_fn, optimizer)
+
+        @jax.jit
+        def step(params, state, batch):
+            loss, grads, state = gradient(params, state, batch)
+            updates, state = optimizer.update(grads, state, params)
+            return optax.apply_updates(params, updates), state, loss
+
+        # the same with gradient.full(params, state, batch): refresh_step
+        due = jax.jit(gradient.refresh_due)
+        for batch in batches:
+            run = refresh_step if due(params, state) else step
+            params, state, loss = run(params, state, batch)
+
+    Norms, and clipping by them, see the projected gradients: at most the full ones for
+    orthonormal bases. Sums over the batch are in float32 at least; P is rounded to the
+    dtype of what it multiplies. Reverse mode only.
+
+    Args:
+        function: (params, \*args, \*\*kwargs) -> scalar, or (scalar, aux).
+        optimizer: Any Optax transformation with low-rank ones inside.
+        has_aux: Whether the function returns aux too.
+        full_gradients: Key paths, as ``jax.tree_util.keystr`` writes them, of projected
+            leaves that get full gradients: those used elsewhere than in products.
+
+    Returns:
+        (params, state, \*args, \*\*kwargs) -> (value, gradients, state). Value is
+        (scalar, aux) with ``has_aux``; gradients are a tree like the parameters with
+        (*stack, a*c, r) for projected leaves; state has the random bases drawn anew
+        that were due, and is the one to update.
+
+    Raises:
+        ValueError: When called: if nothing is projected, the state was made for other
+            parameters, or a projected parameter is used where its gradient cannot be
+            computed in the subspace: the message names the leaf and the operation.
+
+    Example:
+        >>> import lowrank_optax
+        >>> params = {"w": jnp.ones((64, 16)), "b": jnp.ones(16)}
+        >>> optimizer = lowrank_optax.galore(1e-2, rank=2)
+        >>> gradient = subspace_value_and_grad(
+        ...     lambda p, x: jnp.mean((x @ p["w"] + p["b"]) ** 2), optimizer
+        ... )
+        >>> _, grads, _ = gradient(params, optimizer.init(params), jnp.ones((8, 64)))
+        >>> grads["w"].shape, grads["b"].shape
+        ((64, 2), (16,))
+    """
+    return SubspaceValueAndGrad(function, optimizer, has_aux, full_gradients)
+
+
+def _value_and_grad(function, coordinates, plain):
+    # Key paths cannot be sorted, as dicts of JAX are: lists instead.
+    keys = list(coordinates), list(plain)
+
+    def of_lists(inside, outside):
+        return function(
+            dict(zip(keys[0], inside, strict=True)),
+            dict(zip(keys[1], outside, strict=True)),
+        )
+
+    gradient = jax.value_and_grad(of_lists, argnums=(0, 1), has_aux=True)
+    value, (inside, outside) = gradient(
+        list(coordinates.values()), list(plain.values())
+    )
+    inside = dict(zip(keys[0], inside, strict=True))
+    return value, (inside, dict(zip(keys[1], outside, strict=True)))
+
+
+def _zeros(leaf: Any, projector: Projector) -> jax.Array:
+    axes = coordinate_axes(projector.view)
+    return zeros_beside(leaf, projector.shape, projector.dtype, axes)
