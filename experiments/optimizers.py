@@ -138,6 +138,10 @@ class OptimizerOptions:
     #: bits); projected (the method of the block matrices); factored (Adafactor: a
     #: factored second moment, no first one).
     vocabulary: Literal["adamw", "low_bit", "projected", "factored"] = "adamw"
+    #: Gradients of projected matrices: subspace, computed inside their subspaces, but
+    #: for steps that renew a basis (norms, and clipping by them, then see the projected
+    #: gradients); or full. adamw and optax_galore have full ones in any case.
+    gradients: Literal["subspace", "full"] = "subspace"
     #: Bits of the moments of the block matrices' method: 8, in blocks of 256 values
     #: (arrays of fewer than 4,096 values stay in float32). None: float32.
     moment_bits: Literal[8] | None = None

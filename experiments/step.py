@@ -9,6 +9,7 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+import lowrank_optax
 from experiments.errors import UserError
 
 Batch = Mapping[str, Any]
@@ -56,14 +57,16 @@ def make_train_step(
     tx: Any,
     mesh: Mesh,
     accumulate: int = 1,
+    *,
+    in_subspace: bool = False,
 ):
     """Returns the jitted (params, opt_state, batch) -> (params, opt_state, metrics).
 
     Parameters and state are donated. The metrics are scalars: ``loss``, nats per token
     averaged by weight, and ``grad_norm``, before clipping, both float32 (with
-    micro-batches the norm of the projected mean); ``rejected``
-    and ``rejected_in_a_row``, int32, the updates left out so far because a gradient was
-    not finite.
+    micro-batches or inside subspaces the norm of what is projected); ``rejected`` and
+    ``rejected_in_a_row``, int32, the updates left out so far because a gradient was not
+    finite; ``refresh_due``, bool, whether the next step needs full gradients.
 
     Args:
         apply_fn: The model.
@@ -71,6 +74,8 @@ def make_train_step(
         mesh: From :func:`data_mesh`.
         accumulate: Micro-batches of a batch; above 1 ``tx`` is a
             ``lowrank_optax.Accumulation``.
+        in_subspace: Whether gradients of projected leaves are computed in their
+            subspaces; a basis that is due is not renewed then.
     """
 
     def loss_fn(params, batch):
@@ -78,18 +83,19 @@ def make_train_step(
         # A micro-batch may be padding alone.
         return summed / jnp.maximum(weight, 1), weight
 
-    gradient = jax.value_and_grad(loss_fn, has_aux=True)
+    subspace = lowrank_optax.subspace_value_and_grad(loss_fn, tx, has_aux=True)
+    gradient = subspace if in_subspace else subspace.full
 
     def whole_batch(params, opt_state, batch):
-        (loss, _), grads = gradient(params, batch)
+        (loss, _), grads, opt_state = gradient(params, opt_state, batch)
         updates, opt_state = tx.update(grads, opt_state, params)
         return loss, optax.tree.norm(grads), updates, opt_state
 
     def micro_batches(params, opt_state, batch):
         def add(carry, micro_batch):
             opt_state, nats, tokens = carry
-            (loss, weight), grads = gradient(params, micro_batch)
-            opt_state = tx.add(grads, opt_state, weight)
+            (loss, weight), grads, opt_state = gradient(params, opt_state, micro_batch)
+            opt_state = tx.add(grads, opt_state, weight, params)
             return (opt_state, nats + loss * weight, tokens + weight), None
 
         # Every k-th sequence: each device cuts up its own share.
@@ -111,6 +117,7 @@ def make_train_step(
             "grad_norm": norm,
             "rejected": optax.tree.get(opt_state, "total_notfinite"),
             "rejected_in_a_row": optax.tree.get(opt_state, "notfinite_count"),
+            "refresh_due": subspace.refresh_due(params, opt_state),
         }
         return params, opt_state, metrics
 

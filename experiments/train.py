@@ -149,6 +149,10 @@ class _Loop:
         self.clock = Clock(self.progress.seconds)
         self.in_flight = collections.deque()
         self.logged = dataclasses.replace(self.progress)
+        config = parts.config
+        has_subspaces = bool(lowrank_optax.subspaces(self.opt_state))
+        self.in_subspace = config.gradients == "subspace" and has_subspaces
+        self.refresh_due = self._is_refresh_due()
         self.compile_seconds, self.compilations = 0.0, 0
         self._compile_train_step()
         started = time.monotonic()
@@ -157,21 +161,35 @@ class _Loop:
         self.eval_step = eval_step.lower(self.params, batch).compile()
         self.compile_seconds += time.monotonic() - started
 
+    def _is_refresh_due(self) -> jax.Array:
+        gradient = lowrank_optax.subspace_value_and_grad(lambda: None, self.parts.tx)
+        return jax.jit(gradient.refresh_due)(self.params, self.opt_state)
+
     def _abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         config = self.parts.config
         shape = (config.batch_size, config.sequence_length)
         return {name: jax.ShapeDtypeStruct(shape, t) for name, t in BATCH.items()}
 
     def _compile_train_step(self) -> None:
-        parts, started = self.parts, time.monotonic()
+        """Compiles the step; with gradients in subspaces, that of a refresh too."""
+        started = time.monotonic()
+        kinds = [False, True] if self.in_subspace else [False]
+        self.train_steps = {kind: self._compiled_step(kind) for kind in kinds}
+        self.compile_seconds += time.monotonic() - started
+        self.compilations += 1
+
+    def _compiled_step(self, in_subspace: bool):
+        parts = self.parts
         apply_fn = functools.partial(apply, parts.model)
         batch = self._abstract_batch()
         train_step = make_train_step(
-            apply_fn, parts.tx, parts.mesh, parts.config.accumulate
+            apply_fn,
+            parts.tx,
+            parts.mesh,
+            parts.config.accumulate,
+            in_subspace=in_subspace,
         )
-        self.train_step = train_step.lower(self.params, self.opt_state, batch).compile()
-        self.compile_seconds += time.monotonic() - started
-        self.compilations += 1
+        return train_step.lower(self.params, self.opt_state, batch).compile()
 
     def run(self, log: MetricsLog, shown: TrainingProgress, stop: StopRequest) -> None:
         """Trains to the last step or to a signal, and saves."""
@@ -205,9 +223,13 @@ class _Loop:
                 f"--data {self.parts.config.data} ended at step {self.progress.step}; "
                 "give more text or fewer --steps"
             ) from None
-        self.params, self.opt_state, metrics = self.train_step(
+        # Waits for the step before, which says whether a basis is due now.
+        in_subspace = self.in_subspace and not bool(self.refresh_due)
+        train_step = self.train_steps[in_subspace]
+        self.params, self.opt_state, metrics = train_step(
             self.params, self.opt_state, shard_batch(batch, self.parts.mesh)
         )
+        self.refresh_due = metrics["refresh_due"]
         self.progress.step += 1
         self.in_flight.append(metrics)
         if len(self.in_flight) > _STEPS_IN_FLIGHT:

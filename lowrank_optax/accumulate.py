@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.low_rank import LowRankState, refreshed
+from lowrank_optax.low_rank import LowRankState, full_size, refreshed
 from lowrank_optax.plan import Announcement, announcements, listening
 from lowrank_optax.sharding import (
     abstract,
@@ -56,10 +56,22 @@ class Accumulation(optax.GradientTransformationExtraArgs):
     halves: tuple[Callable, Callable]
 
     def add(
-        self, gradients: Any, state: AccumulateState, weight: Any = 1.0
+        self,
+        gradients: Any,
+        state: AccumulateState,
+        weight: Any = 1.0,
+        params: Any = None,
     ) -> AccumulateState:
-        """Returns the state with the gradient of one micro-batch added."""
-        return self.halves[0](gradients, state, weight)
+        """Returns the state with the gradient of one micro-batch added.
+
+        Args:
+            gradients: Of the micro-batch; projected leaves in their subspace or not.
+            state: Before.
+            weight: Of the micro-batch.
+            params: Parameters, or their shapes; needed where leaves are in their
+                subspace.
+        """
+        return self.halves[0](gradients, state, weight, params)
 
     def finish(
         self, state: AccumulateState, params: Any, **extra_args: Any
@@ -146,11 +158,12 @@ def accumulate(optimizer: optax.GradientTransformation, every_k: int) -> Accumul
             inner_state=inner_state,
         )
 
-    def add(grads, state, weight=1.0):
+    def add(grads, state, weight=1.0, params=None):
         weight = jnp.asarray(weight, jnp.float32)
+        like = full_size(grads, params)
 
         def added(grads, state):
-            return _add(inner, grads, state, weight)
+            return _add(inner, grads, state, weight, like)
 
         return with_automatic_axes(added, state, grads, state)
 
@@ -164,7 +177,7 @@ def accumulate(optimizer: optax.GradientTransformation, every_k: int) -> Accumul
                 "accumulate needs params in update: gradients in the subspace do not "
                 "say what shape they had."
             )
-        state = add(updates, state, weight)
+        state = add(updates, state, weight, params)
 
         def finished():
             return _finish(inner, state, params, extra_args)
@@ -189,9 +202,9 @@ def _zeros_like(leaf, update) -> jax.Array:
     return zeros_beside(leaf, update.shape, update.dtype, _axes(leaf))
 
 
-def _add(inner, grads, state: AccumulateState, weight) -> AccumulateState:
+def _add(inner, grads, state: AccumulateState, weight, like) -> AccumulateState:
     is_first = state.micro_step == 0
-    heard = announcements(inner, jax.tree.map(abstract, grads))
+    heard = announcements(inner, jax.tree.map(abstract, like))
     projected: dict[tuple, jax.Array] = {}
 
     def renewed(node):
@@ -199,12 +212,14 @@ def _add(inner, grads, state: AccumulateState, weight) -> AccumulateState:
         if not isinstance(node, LowRankState) or not slots_of(node):
             return node
         own, parts = own_parts(grads, node, heard)
-        node, projectors = refreshed(own, node, own, parts, is_first)
+        own_like, _ = own_parts(like, node, heard)
+        node, projectors = refreshed(own, node, own_like, parts, is_first)
         subspaces = slots_of(node)
         gradients = dict(jax.tree_util.tree_flatten_with_path(own)[0])
         for path, projector in projectors.items():
-            basis = projector.basis(subspaces[path])
-            projected[path] = projector.view.project(gradients[path], basis)
+            if gradients[path].shape == projector.view.shape:
+                basis = projector.basis(subspaces[path])
+                projected[path] = projector.view.project(gradients[path], basis)
         return node
 
     inner_state = jax.tree.map(renewed, state.inner_state, is_leaf=is_low_rank)

@@ -183,8 +183,9 @@ def _slice(equation, inputs) -> list[Any]:
     (value,) = _bound(equation, [followed.value, *others])
     starts = equation.params.get("start_indices", others)
     cut = [i for i, n in enumerate(value.shape) if n != followed.value.shape[i]]
-    stack = [_stack_place(followed, i) for i in cut]
-    if None in stack or equation.params.get("strides"):
+    places = [_stack_place(followed, i) for i in cut]
+    stack = [place for place in places if place is not None]
+    if len(stack) < len(cut) or equation.params.get("strides"):
         raise _unsupported(equation, inputs, "cutting its matrix")
     coordinates, basis, dims = followed.coordinates, followed.basis, list(followed.dims)
     for i, place in zip(cut, stack, strict=True):
