@@ -1,0 +1,590 @@
+"""Gradients inside subspaces: equal to projected full ones, or a clear refusal."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import lowrank_optax
+from lowrank_optax import LowRankDimensionNumbers, subspace_value_and_grad
+from lowrank_optax.matrices import matrix_view
+from lowrank_optax.products import Atom, dims_of, in_order, reshaped
+
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
+RANK, TOKENS = 3, 10
+# Sums in another order, float32.
+ROUNDING = 1e-5
+
+
+def low_rank(rank=RANK, **options):
+    """Momentum in a subspace of every matrix of the tree."""
+    return lowrank_optax.scale_by_low_rank(optax.trace(0.9), rank, **options)
+
+
+def random_like(shapes, seed=0):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda shape: jnp.asarray(rng.normal(size=shape) / 3, jnp.float32),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+def assert_projected(optimizer, function, params, *args, rounding=ROUNDING):
+    """Asserts value and gradients; returns the latter."""
+    grads = jax.grad(function)(params, *args)
+    _, state = optimizer.update(grads, optimizer.init(params), params)
+    gradient = subspace_value_and_grad(function, optimizer)
+    value, actual, state = jax.jit(gradient)(params, state, *args)
+    np.testing.assert_allclose(value, function(params, *args), rtol=rounding)
+    plans = lowrank_optax.projections(optimizer, params)
+    subspaces = lowrank_optax.subspaces(state)
+    paths = jax.tree_util.tree_flatten_with_path(grads)[0]
+    for (path, full), found in zip(paths, jax.tree.leaves(actual), strict=True):
+        name, expected = jax.tree_util.keystr(path), full
+        if plans[name].is_projected:
+            slot = subspaces[name]
+            basis = lowrank_optax.decode(slot.basis)
+            expected = plans[name].view.project(full, basis)
+        assert found.shape == expected.shape, name
+        error = jnp.linalg.norm(found - expected)
+        assert error <= rounding * jnp.linalg.norm(expected), name
+    assert any(plan.is_projected for plan in plans.values())
+    # The optimizer takes them as they are.
+    jax.eval_shape(optimizer.update, actual, state, params)
+    return actual
+
+
+def squares(y):
+    return jnp.sum(jnp.sin(y) ** 2)
+
+
+def chain(params, x):
+    return squares(jnp.tanh(x @ params["up"]) @ params["down"])
+
+
+CHAIN = {"up": (8, 20), "down": (20, 6)}
+
+
+@pytest.mark.parametrize("side", ["short", "long"])
+@pytest.mark.parametrize("granularity", [1, 2])
+def test_products_of_tall_and_wide_matrices(side, granularity):
+    optimizer = low_rank(2, side=side, granularity=granularity)
+    assert_projected(optimizer, chain, random_like(CHAIN), jnp.ones((TOKENS, 8)) / 2)
+
+
+def _thrice(x):
+    return jnp.stack([x, 2 * x, -x])
+
+
+# (shapes, dimension numbers or None, function of params and x)
+HEADS = LowRankDimensionNumbers(reduction_axis=0, output_axis=(1, 2))
+OUT = LowRankDimensionNumbers(reduction_axis=(0, 1), output_axis=2)
+PROGRAMS = {
+    "square": ({"w": (8, 8)}, None, lambda p, x: squares(x @ p["w"])),
+    "batched tokens": (
+        {"w": (8, 12)},
+        None,
+        lambda p, x: squares(x.reshape(2, 5, 8) @ p["w"]),
+    ),
+    "transposed": ({"w": (12, 8)}, None, lambda p, x: squares(x @ p["w"].T)),
+    "parameter first": ({"w": (12, 8)}, None, lambda p, x: squares(p["w"] @ x.T)),
+    "heads": (
+        {"w": (8, 3, 4)},
+        {"w": HEADS},
+        lambda p, x: squares(jnp.einsum("td,dhk->thk", x, p["w"])),
+    ),
+    "heads, other order": (
+        {"w": (8, 3, 4)},
+        {"w": HEADS},
+        lambda p, x: squares(jnp.einsum("dhk,td->kth", p["w"], x)),
+    ),
+    "heads summed": (
+        {"w": (2, 4, 12)},
+        {"w": OUT},
+        lambda p, x: squares(jnp.einsum("thk,hkd->td", x.reshape(-1, 2, 4), p["w"])),
+    ),
+    "heads by reshaping": (
+        {"w": (8, 12)},
+        None,
+        lambda p, x: squares(jnp.einsum("td,dhk->htk", x, p["w"].reshape(8, 3, 4))),
+    ),
+    "experts": (
+        {"w": (3, 8, 12)},
+        None,
+        lambda p, x: squares(jnp.einsum("etd,edf->etf", _thrice(x), p["w"])),
+    ),
+    "experts last": (
+        {"w": (8, 12, 3)},
+        {"w": LowRankDimensionNumbers(0, 1)},
+        lambda p, x: squares(jnp.einsum("etd,dfe->tfe", _thrice(x), p["w"])),
+    ),
+    "layers by index": (
+        {"w": (2, 8, 8)},
+        None,
+        lambda p, x: squares(jnp.tanh(x @ p["w"][0]) @ p["w"][1]),
+    ),
+    "layer by traced index": (
+        {"w": (2, 8, 8)},
+        None,
+        lambda p, x: squares(
+            x @ jax.lax.dynamic_index_in_dim(p["w"], jnp.int32(x[0, 0] > 9), 0, False)
+        ),
+    ),
+    "used twice": (
+        {"w": (8, 8)},
+        None,
+        lambda p, x: squares(jnp.tanh(x @ p["w"]) @ p["w"]) + squares(x @ p["w"].T),
+    ),
+    "jitted": (
+        {"w": (8, 12)},
+        None,
+        lambda p, x: squares(jax.jit(lambda w: jnp.tanh(x @ w))(p["w"])),
+    ),
+    "checkpointed": (
+        {"w": (8, 12), "b": (12,)},
+        None,
+        lambda p, x: squares(
+            jax.checkpoint(lambda p: jnp.tanh(x @ p["w"] + p["b"]))(p)
+        ),
+    ),
+    "conditional": (
+        {"w": (8, 8)},
+        None,
+        lambda p, x: squares(
+            jax.lax.cond(x[0, 0] > 9, lambda w: x @ w, lambda w: x @ w.T, p["w"])
+        ),
+    ),
+    "vmapped": (
+        {"w": (8, 12)},
+        None,
+        lambda p, x: squares(jax.vmap(lambda row: jnp.tanh(row @ p["w"]))(x)),
+    ),
+    "embedding, tied": (
+        {"w": (30, 8)},
+        None,
+        lambda p, x: squares(
+            jnp.tanh(p["w"][jnp.array([[3, 7], [3, 29]])] + x[:4].reshape(2, 2, 8))
+            @ p["w"].T
+        ),
+    ),
+    "low precision": (
+        {"w": (8, 12)},
+        None,
+        lambda p, x: squares(
+            jax.lax.dot(
+                x.astype(jnp.bfloat16),
+                p["w"].astype(jnp.bfloat16),
+                preferred_element_type=jnp.float32,
+            )
+        ),
+    ),
+    "a stack of one": (
+        {"w": (1, 8, 12)},
+        None,
+        lambda p, x: squares(x @ p["w"][0]) + squares(x[None] @ p["w"]),
+    ),
+}
+
+
+@pytest.mark.parametrize("side", ["short", "long"])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_programs(name, side):
+    shapes, numbers, function = PROGRAMS[name]
+    optimizer = low_rank(side=side, dimension_numbers=numbers)
+    x = random_like({"x": (TOKENS, 8)}, seed=1)["x"]
+    # P and the sums are bfloat16 there, 8 bits of precision.
+    rounding = 2e-2 if name == "low precision" else ROUNDING
+    if name == "embedding, tied" and side == "long":
+        with pytest.raises(ValueError, match=r"\['w'\] is used by gather"):
+            assert_projected(optimizer, function, random_like(shapes), x)
+        return
+    assert_projected(optimizer, function, random_like(shapes), x, rounding=rounding)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("granularity", [1, 2])
+@pytest.mark.parametrize("basis", ["computed", "random"])
+def test_scanned_layers(remat, granularity, basis):
+    def layer(x, params):
+        return x + jnp.tanh(x @ params["up"] + params["bias"]) @ params["down"], None
+
+    def function(params, x):
+        body = jax.checkpoint(layer) if remat else layer
+        x, _ = jax.lax.scan(body, x, params["layers"], reverse=True)
+        return squares(x @ params["head"])
+
+    layers = {"up": (3, 8, 14), "down": (3, 14, 8), "bias": (3, 14)}
+    params = random_like({"layers": layers, "head": (8, 12)})
+    x = random_like({"x": (TOKENS, 8)}, seed=1)["x"]
+    # By its shape alone the stack of biases is a matrix.
+    stack = LowRankDimensionNumbers(1, 2)
+    numbers = {
+        "head": LowRankDimensionNumbers(0, 1),
+        "layers": {"up": stack, "down": stack, "bias": None},
+    }
+    options = {"granularity": granularity, "dimension_numbers": numbers}
+    if basis == "computed":
+        assert_projected(low_rank(2, **options), function, params, x)
+        return
+    gaussian = lowrank_optax.gaussian()
+    optimizer = low_rank(2, basis=gaussian, rebase="first", **options)
+    gradient = subspace_value_and_grad(function, optimizer)
+    assert not gradient.refresh_due(params, optimizer.init(params))
+    _, actual, state = jax.jit(gradient)(params, optimizer.init(params), x)
+    # The first basis has been drawn, without a gradient.
+    refreshes = [slot.refreshes for slot in lowrank_optax.subspaces(state).values()]
+    assert all(np.all(count == 1) for count in refreshes)
+    # Updating by the projected gradients is updating by the full ones.
+    full = jax.grad(function)(params, x)
+    expected, after = optimizer.update(full, optimizer.init(params), params)
+    updates, state = optimizer.update(actual, state, params)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
+        (updates, state),
+        (expected, after),
+    )
+
+
+def test_fifty_updates_are_those_of_full_gradients():
+    """Refreshes fall on the same updates, decided from the state beforehand."""
+    optimizer = optax.chain(
+        lowrank_optax.adarankgrad(
+            0.02,
+            RANK,
+            refresh=lowrank_optax.every(7),
+            basis=lowrank_optax.range_finder(power_iterations=1),
+        ),
+    )
+    params = random_like(CHAIN)
+    x = random_like({"x": (50, TOKENS, 8)}, seed=1)["x"]
+    gradient = subspace_value_and_grad(chain, optimizer)
+
+    def step(which):
+        def run(params, state, x):
+            value, grads, state = which(params, state, x)
+            updates, state = optimizer.update(grads, state, params)
+            return optax.apply_updates(params, updates), state, value
+
+        return jax.jit(run)
+
+    subspace_step, full_step = step(gradient), step(gradient.full)
+    is_due = jax.jit(gradient.refresh_due)
+    histories, dues = [], []
+    for is_subspace in (True, False):
+        trained, state, values = params, optimizer.init(params), []
+        for batch in x:
+            due = bool(is_due(trained, state))
+            run = subspace_step if is_subspace and not due else full_step
+            trained, state, value = run(trained, state, batch)
+            values.append(value)
+            dues.append(due)
+        histories.append(values)
+    np.testing.assert_allclose(*histories, rtol=2e-4)
+    assert dues[:50] == dues[50:]
+    assert 8 <= sum(dues[:50]) <= 16
+
+
+def test_refreshes_are_known_ahead():
+    optimizer = low_rank(refresh=lowrank_optax.every(5, stagger=False))
+    params = random_like(CHAIN)
+    gradient = subspace_value_and_grad(chain, optimizer)
+    state = optimizer.init(params)
+    assert gradient.refresh_due(params, state)
+    _, state = optimizer.update(params, state, params)
+    found = [bool(gradient.refresh_due(params, state, ahead)) for ahead in range(6)]
+    assert found == [False] * 4 + [True] * 2
+
+
+def test_being_late_does_no_harm():
+    optimizer = low_rank(refresh=lowrank_optax.every(1))
+    params, x = random_like(CHAIN), jnp.ones((TOKENS, 8)) / 2
+    gradient = subspace_value_and_grad(chain, optimizer)
+    _, state = optimizer.update(params, optimizer.init(params), params)
+    for _ in range(3):
+        _, grads, state = gradient(params, state, x)
+        _, state = optimizer.update(grads, state, params)
+    ages = [slot.age for slot in lowrank_optax.subspaces(state).values()]
+    assert all(age == 4 for age in ages)
+
+
+def test_aux_keyword_arguments_and_other_leaves():
+    def function(params, x, *, scale):
+        y = x @ params["w"] * params["gain"]
+        return scale * squares(y), {"y": y}
+
+    params = random_like({"w": (8, 12), "gain": (12,)})
+    x = random_like({"x": (TOKENS, 8)}, seed=1)["x"]
+    optimizer = low_rank()
+    _, state = optimizer.update(params, optimizer.init(params), params)
+    gradient = subspace_value_and_grad(function, optimizer, has_aux=True)
+    (value, aux), grads, _ = jax.jit(gradient)(params, state, x, scale=2.0)
+    (expected, _), full = jax.value_and_grad(function, has_aux=True)(
+        params, x, scale=2.0
+    )
+    np.testing.assert_allclose(value, expected, rtol=ROUNDING)
+    np.testing.assert_allclose(grads["gain"], full["gain"], rtol=1e-4)
+    assert aux["y"].shape == (TOKENS, 12)
+    (_, _), whole, same = gradient.full(params, state, x, scale=2.0)
+    assert whole["w"].shape == (8, 12)
+    assert same is state
+
+
+def test_frameworks_need_no_change():
+    x = random_like({"x": (TOKENS, 8)}, seed=1)["x"]
+    model = nn.Sequential([nn.Dense(12), nn.relu, nn.Dense(9, use_bias=False)])
+    params = model.init(jax.random.key(0), x)
+    assert_projected(low_rank(), lambda p, x: squares(model.apply(p, x)), params, x)
+
+    graph, params = nnx.split(
+        nnx.MultiHeadAttention(2, 8, 8, decode=False, rngs=nnx.Rngs(0)), nnx.Param
+    )
+    numbers = jax.tree.map(
+        lambda leaf: (
+            None if leaf.ndim < 3 else (OUT if leaf.shape == (2, 4, 8) else HEADS)
+        ),
+        nnx.to_pure_dict(params),
+    )
+
+    def attend(p, x):
+        module = nnx.merge(graph, p)
+        return squares(module(x[None]))
+
+    assert_projected(
+        low_rank(dimension_numbers=numbers), attend, nnx.to_pure_dict(params), x
+    )
+
+
+UNSUPPORTED = {
+    "entry by entry": (
+        lambda p, x: squares(x @ (p["w"] * 2)),
+        r"\['w'\] is used by mul, where",
+    ),
+    "a norm": (
+        lambda p, x: squares(x @ p["w"]) + jnp.sum(p["w"] ** 2),
+        r"\['w'\] is used by (square|integer_pow|mul)",
+    ),
+    "with itself": (
+        lambda p, x: squares(p["w"].T @ p["w"]),
+        r"\['w'\] is used by dot_general, with another projected parameter",
+    ),
+    "half of its columns": (
+        lambda p, x: squares(x @ p["w"][:, :6]),
+        r"\['w'\] is used by slice, cutting its matrix",
+    ),
+    "mixed by a reshape": (
+        lambda p, x: squares(x @ p["w"].reshape(12, 8).T),
+        r"\['w'\] is used by (dot_general|reshape)",
+    ),
+    "carried by a scan": (
+        lambda p, x: squares(
+            x @ jax.lax.scan(lambda w, _: (-w, None), p["w"], length=2)[0]
+        ),
+        r"\['w'\] is used by scan, as a value that is carried on",
+    ),
+    "in a custom rule": (
+        lambda p, x: squares(_with_rule(x, p["w"])),
+        r"\['w'\] is used by custom_vjp_call",
+    ),
+    "a loop": (
+        lambda p, x: squares(
+            jax.lax.while_loop(
+                lambda c: c[0] < 2, lambda c: (c[0] + 1, x @ p["w"]), (0, x @ p["w"])
+            )[1]
+        ),
+        r"\['w'\] is used by while",
+    ),
+}
+
+
+@jax.custom_vjp
+def _with_rule(x, w):
+    return x @ w
+
+
+_with_rule.defvjp(
+    lambda x, w: (x @ w, (x, w)), lambda res, dy: (dy @ res[1].T, res[0].T @ dy)
+)
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_what_cannot_be_followed_is_refused_by_name(name):
+    function, message = UNSUPPORTED[name]
+    params, x = random_like({"w": (8, 12)}), jnp.ones((TOKENS, 8))
+    optimizer = low_rank()
+    gradient = subspace_value_and_grad(function, optimizer)
+    with pytest.raises(ValueError, match=message) as caught:
+        gradient(params, optimizer.init(params), x)
+    assert "full_gradients=" in str(caught.value)
+
+
+def test_a_leaf_may_be_left_out():
+    def function(params, x):
+        return squares(jnp.tanh(x @ (2 * params["w"])) @ params["v"])
+
+    params = random_like({"w": (8, 12), "v": (12, 9)})
+    x = jnp.ones((TOKENS, 8)) / 3
+    optimizer = low_rank()
+    state = optimizer.init(params)
+    gradient = subspace_value_and_grad(function, optimizer, full_gradients=("['w']",))
+    _, grads, state = gradient(params, state, x)
+    assert (grads["w"].shape, grads["v"].shape) == ((8, 12), (12, RANK))
+    np.testing.assert_allclose(
+        grads["w"], jax.grad(function)(params, x)["w"], rtol=1e-4, atol=1e-6
+    )
+    optimizer.update(grads, state, params)
+    wrong = subspace_value_and_grad(function, optimizer, full_gradients=("['u']",))
+    with pytest.raises(ValueError, match=r"full_gradients has no leaf .* \['u'\]"):
+        wrong(params, state, x)
+
+
+def test_bad_calls_are_refused():
+    params, x = random_like(CHAIN), jnp.ones((TOKENS, 8))
+    optimizer = low_rank()
+    plain = optax.adam(0.1)
+    with pytest.raises(ValueError, match="no leaf of these parameters is projected"):
+        subspace_value_and_grad(chain, plain)(params, plain.init(params), x)
+    with pytest.raises(TypeError, match="must return a scalar"):
+        subspace_value_and_grad(lambda p, x: x @ p["up"], optimizer)(
+            params, optimizer.init(params), x
+        )
+    other = optimizer.init(random_like({"up": (9, 20), "down": (20, 6)}))
+    with pytest.raises(ValueError, match=r"\['up'\].*does not fit"):
+        subspace_value_and_grad(chain, optimizer)(params, other, x)
+
+
+@pytest.mark.parametrize("wrap", ["low bits", "accumulate"])
+def test_other_states(wrap):
+    params = random_like(CHAIN)
+    x = random_like({"x": (TOKENS, 8)}, seed=1)["x"]
+    inner = lowrank_optax.galore(0.1, RANK)
+    if wrap == "low bits":
+        optimizer = lowrank_optax.low_bit(inner, 8, 4, min_size=1, block=8)
+        grads = assert_projected(optimizer, chain, params, x)
+        assert grads["up"].dtype == jnp.float32
+        return
+    optimizer = lowrank_optax.accumulate(inner, 2)
+    gradient = subspace_value_and_grad(chain, optimizer)
+    state = optimizer.init(params)
+    for which in (gradient.full, gradient.full):
+        _, grads, state = which(params, state, x)
+        _, state = optimizer.update(grads, state, params)
+    subspace, full = state, state
+    for scale in (1.0, 3.0):
+        _, grads, subspace = gradient(params, subspace, scale * x)
+        subspace = optimizer.add(grads, subspace, scale, params)
+        _, grads, full = gradient.full(params, full, scale * x)
+        full = optimizer.add(grads, full, scale)
+    expected, _ = optimizer.finish(full, params)
+    actual, _ = optimizer.finish(subspace, params)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5),
+        actual,
+        expected,
+    )
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 simulated devices")
+def test_data_parallel_training_reduces_the_projected_gradients_only():
+    shapes = {"up": (64, 96), "down": (96, 64)}
+    params = random_like(shapes)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    whole, cut = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+    optimizer = low_rank(4)
+    x = jnp.ones((16, 64))
+    gradient = subspace_value_and_grad(chain, optimizer)
+    state = optimizer.init(params)
+
+    def moved(function):
+        compiled = jax.jit(
+            function, in_shardings=(whole, whole, cut), out_shardings=whole
+        )
+        text = compiled.lower(params, state, x).compile().as_text()
+        found = re.findall(r"= (.*?) (?:all-reduce|all-gather)(?:-start)?\(", text)
+        return sum(
+            math.prod(int(n) for n in dims.split(",") if n)
+            for line in found
+            for dims in re.findall(r"f32\[([0-9,]*)\]", line)
+        )
+
+    full = moved(lambda p, s, x: gradient.full(p, s, x)[:2])
+    ours = moved(lambda p, s, x: gradient(p, s, x)[:2])
+    assert full >= 2 * 64 * 96
+    # r of b columns, and the value.
+    assert ours <= full * 4 / 64 + 2
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 simulated devices")
+@pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("spec", [P("x", None), P(None, "x")])
+def test_sharded_parameters(spec, mode):
+    shapes = {"up": (64, 96), "down": (96, 64)}
+    params, x = random_like(shapes), random_like({"x": (16, 64)}, 1)["x"]
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(mode,))
+    optimizer = low_rank(4)
+    grads = jax.grad(chain)(params, x)
+    _, state = optimizer.update(grads, optimizer.init(params), params)
+    gradient = subspace_value_and_grad(chain, optimizer)
+    _, expected, _ = gradient(params, state, x)
+    with jax.set_mesh(mesh):
+        sharded = {
+            name: jax.device_put(leaf, NamedSharding(mesh, spec))
+            for name, leaf in params.items()
+        }
+        placed = {
+            name: jax.device_put(leaf, NamedSharding(mesh, spec))
+            for name, leaf in grads.items()
+        }
+        _, state = jax.jit(optimizer.update)(placed, optimizer.init(sharded), sharded)
+        if mode == AxisType.Explicit:
+            pytest.skip(
+                "products of a model under explicit axes need its own shardings"
+            )
+        _, actual, _ = jax.jit(gradient)(sharded, state, x)
+    for name in shapes:
+        # Another basis, by the order of sums: the energy inside it is the same.
+        np.testing.assert_allclose(
+            np.linalg.norm(actual[name]), np.linalg.norm(expected[name]), rtol=1e-3
+        )
+
+
+def test_reshapes_are_followed_digit_by_digit():
+    dims = dims_of((6, 4))
+    assert reshaped(dims, (24,)) == ((Atom(0, 6), Atom(1, 4)),)
+    assert reshaped(dims, (2, 3, 4)) == ((Atom(0, 2, 3),), (Atom(0, 3),), (Atom(1, 4),))
+    assert reshaped(dims, (3, 8)) == ((Atom(0, 3, 2),), (Atom(0, 2), Atom(1, 4)))
+    assert reshaped(dims, (8, 3)) is None
+    split = reshaped(dims, (2, 3, 4))
+    assert in_order(split, (1, 0), (0,), (6, 4)) == (0, 1)
+    assert in_order(split, (0,), (0,), (6, 4)) is None
+    assert in_order(split, (0, 2), (0,), (6, 4)) is None
+    assert in_order(split, (2,), (1,), (6, 4)) == (2,)
+
+
+def test_views_agree_with_the_products():
+    """A basis of the rows and one of the columns, by the plain formulas."""
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(5, 6)), rng.normal(size=(6, 4))
+    dy = 2 * np.sin(x @ w) * np.cos(x @ w)
+    view = matrix_view((6, 4), LowRankDimensionNumbers(0, 1), "long", "w")
+    assert view.projects_rows
+    params = {"w": jnp.asarray(w, jnp.float32)}
+    optimizer = low_rank(2, side="long")
+    grads = {"w": jnp.asarray(x.T @ dy, jnp.float32)}
+    _, state = optimizer.update(grads, optimizer.init(params), params)
+    basis = np.asarray(state.subspaces["w"].basis, np.float64)
+    gradient = subspace_value_and_grad(lambda p, x: squares(x @ p["w"]), optimizer)
+    _, actual, _ = gradient(params, state, jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(
+        actual["w"], ((x @ basis).T @ dy).T, rtol=1e-4, atol=1e-5
+    )
