@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax.matrices import MatrixView
+from lowrank_optax.sharding import abstract, with_automatic_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,25 +191,29 @@ def product(
 
 
 def _forward(spec, x, kernel, coordinates, basis):
-    del coordinates
     narrow = spec.narrow(x, basis)
-    # Of x, shape and dtype alone go on.
-    return spec.dot(x, kernel), (narrow, kernel, basis, _Shape(x.shape, x.dtype))
+    # Of x and of the coordinates, types alone go on.
+    types = _Type(abstract(x)), _Type(abstract(coordinates))
+    return spec.dot(x, kernel), (narrow, kernel, basis, *types)
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class _Shape:
-    shape: tuple[int, ...]
-    dtype: Any
+class _Type:
+    """Shape, dtype and sharding, which are no arrays."""
+
+    like: jax.ShapeDtypeStruct
 
 
 def _backward(spec, residuals, dy):
-    narrow, kernel, basis, x = residuals
-    like = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    (dx,) = jax.linear_transpose(lambda x: spec.dot(x, kernel), like)(dy)
-    gradient = spec.coordinates(narrow, dy, basis).astype(basis.dtype)
-    return dx, None, gradient, None
+    narrow, kernel, basis, x, coordinates = residuals
+    (dx,) = jax.linear_transpose(lambda x: spec.dot(x, kernel), x.like)(dy)
+
+    def gradient(narrow, dy, basis):
+        return spec.coordinates(narrow, dy, basis).astype(coordinates.like.dtype)
+
+    found = with_automatic_axes(gradient, coordinates.like, narrow, dy, basis)
+    return dx, None, found, None
 
 
 product.defvjp(_forward, _backward)

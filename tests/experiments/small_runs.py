@@ -40,6 +40,8 @@ def write_inputs(directory: Path, scale: float = 1.0) -> list[str]:
         "--eval-every": 3,
         "--eval-tokens": 100,
         "--sample-tokens": 4,
+        # One step to compile and not two; what has subspace gradients says so.
+        "--gradients": "full",
     }
     return [str(word) for pair in flags.items() for word in pair]
 

@@ -21,12 +21,12 @@ from tests.experiments.small_runs import (
 REFRESH = {
     "adamw": [],
     "optax_galore": ["--update-proj-gap", 2],
-    "galore": ["--update-proj-gap", 2],
+    "galore": ["--update-proj-gap", 2, "--gradients", "subspace"],
     "adarankgrad": ["--min-refresh-interval", 2, "--max-refresh-interval", 2],
     "vlorp": ["--update-proj-gap", 2, "--granularity", 2, "--rank", 2],
     "projfactor": [
         *("--update-proj-gap", 2, "--granularity", 2, "--rank", 2),
-        *("--accumulate", 2),
+        *("--accumulate", 2, "--gradients", "subspace"),
     ],
 }
 
@@ -70,7 +70,16 @@ MEMORY = {
     "factored": ["--optimizer", "adamw", "--vocabulary", "factored"],
     "compaction": [
         *("--min-refresh-interval", 2, "--max-refresh-interval", 2),
-        *("--threshold", 0.9, "--min-rank", 1, "--vocabulary", "projected"),
+        *(
+            "--gradients",
+            "subspace",
+            "--threshold",
+            0.9,
+            "--min-rank",
+            1,
+            "--vocabulary",
+            "projected",
+        ),
         *("--compact", "--compact-every", 1),
     ],
     "budget": [
