@@ -173,7 +173,10 @@ class _Loop:
     def _compile_train_step(self) -> None:
         """Compiles the step; with gradients in subspaces, that of a refresh too."""
         started = time.monotonic()
-        kinds = [False, True] if self.in_subspace else [False]
+        kinds = [self.in_subspace]
+        if self.in_subspace and lowrank_optax.capacities(self.opt_state):
+            # Random bases, which are not stored, need no full gradients.
+            kinds.append(False)
         self.train_steps = {kind: self._compiled_step(kind) for kind in kinds}
         self.compile_seconds += time.monotonic() - started
         self.compilations += 1

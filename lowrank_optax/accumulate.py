@@ -14,7 +14,6 @@ import optax
 from lowrank_optax.low_rank import LowRankState, full_size, refreshed
 from lowrank_optax.plan import Announcement, announcements, listening
 from lowrank_optax.sharding import (
-    abstract,
     coordinate_axes,
     with_automatic_axes,
     zeros_beside,
@@ -160,7 +159,10 @@ def accumulate(optimizer: optax.GradientTransformation, every_k: int) -> Accumul
 
     def add(grads, state, weight=1.0, params=None):
         weight = jnp.asarray(weight, jnp.float32)
-        like = full_size(grads, params)
+        # Without shardings: those of an explicit mesh mean nothing inside.
+        like = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), full_size(grads, params)
+        )
 
         def added(grads, state):
             return _add(inner, grads, state, weight, like)
@@ -204,7 +206,7 @@ def _zeros_like(leaf, update) -> jax.Array:
 
 def _add(inner, grads, state: AccumulateState, weight, like) -> AccumulateState:
     is_first = state.micro_step == 0
-    heard = announcements(inner, jax.tree.map(abstract, like))
+    heard = announcements(inner, like)
     projected: dict[tuple, jax.Array] = {}
 
     def renewed(node):

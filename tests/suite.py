@@ -146,7 +146,7 @@ ROWS = (
             optax.scale_by_lion(),
             rank=1,
             basis=lowrank_optax.range_finder(1),
-            refresh=lowrank_optax.on_convergence(2, 5, decay=0.5),
+            refresh=lowrank_optax.on_convergence(2, 4, decay=0.5),
             rebase="zero",
             granularity=2,
         ),

@@ -69,8 +69,13 @@ def test_the_plan_is_the_state_to_the_byte(name, tree, dtype):
     assert memory_plan(METHODS[name], shapes) == plan
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("vocabulary", ["adamw", "low_bit", "projected", "factored"])
+@pytest.mark.parametrize(
+    ("name", "vocabulary"),
+    [
+        *((name, "adamw") for name in OPTIMIZERS),
+        *(("galore", policy) for policy in ("low_bit", "projected", "factored")),
+    ],
+)
 def test_the_plan_is_the_state_of_the_experiments(name, vocabulary):
     model = preset("tiny", 257)
     params = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
@@ -167,8 +172,15 @@ def test_a_device_holds_what_the_plan_says(name, mode):
     assert "on each device" in str(plan)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["adamw", "galore", "8 bits", "projfactor"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("adamw", "float32"),
+        ("galore", "bfloat16"),
+        ("8 bits", "float32"),
+        ("projfactor", "bfloat16"),
+    ],
+)
 def test_xla_counts_the_same_arguments(name, dtype):
     model = preset("tiny", 257, param_dtype=dtype)
     params = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))

@@ -94,6 +94,14 @@ OPTIMIZERS = {
 }
 
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)
+# Every layout with one optimizer, and with each other one those that it adds to.
+PAIRS = [
+    *(("adarankgrad", layout) for layout in LAYOUTS),
+    *(("galore", layout) for layout in ("rows", "scanned-wide", "two-axes")),
+    *(("vlorp", layout) for layout in ("columns", "stack", "two-axes-heads")),
+    *(("projfactor", layout) for layout in ("rows", "heads", "scanned-wide")),
+]
+every_pair = pytest.mark.parametrize(("name", "layout"), PAIRS)
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 both_modes = pytest.mark.parametrize(
     "mode", [AxisType.Auto, AxisType.Explicit], ids=lambda mode: mode.name.lower()
@@ -165,8 +173,7 @@ def single_device_run(name: str, shape: tuple, numbers) -> list[np.ndarray]:
 
 
 @both_modes
-@every_layout
-@every_optimizer
+@every_pair
 def test_values_are_those_of_a_single_device(name, layout, mode):
     _, shape, numbers = layout, LAYOUTS[layout].shape, LAYOUTS[layout].numbers
     expected = single_device_run(name, shape, numbers)
@@ -179,8 +186,7 @@ def test_values_are_those_of_a_single_device(name, layout, mode):
 
 
 @both_modes
-@every_layout
-@every_optimizer
+@every_pair
 def test_a_jitted_update_keeps_the_shardings_of_the_state(name, layout, mode):
     result = run(name, layout, mode)
     _assert_same_shardings(result.last_state, result.first_state)
@@ -212,8 +218,7 @@ def _assert_same_shardings(actual, expected):
 
 
 @both_modes
-@every_layout
-@every_optimizer
+@every_pair
 def test_init_shards_the_basis_as_the_projected_side_and_the_moments_as_the_other(
     name, layout, mode
 ):
@@ -232,8 +237,7 @@ def test_init_shards_the_basis_as_the_projected_side_and_the_moments_as_the_othe
         assert moment.sharding == NamedSharding(mesh, layout.moments)
 
 
-@every_layout
-@every_optimizer
+@every_pair
 def test_traced_init_gives_the_explicit_shardings_of_init(name, layout):
     layout = LAYOUTS[layout]
     optimizer, mesh = optimizer_for(name, layout), mesh_for(layout, AxisType.Explicit)
@@ -340,8 +344,7 @@ def test_the_parser_finds_collectives(program, outside, inside):
 
 
 @both_modes
-@every_layout
-@every_optimizer
+@every_pair
 def test_outside_a_refresh_no_collective_comes_near_the_size_of_a_gradient(
     name, layout, mode
 ):

@@ -197,8 +197,15 @@ PROGRAMS = {
 }
 
 
-@pytest.mark.parametrize("side", ["short", "long"])
-@pytest.mark.parametrize("name", PROGRAMS)
+# Each way to use a parameter, and both sides of those that decide which is which.
+BOTH_SIDES = ("square", "transposed", "heads", "heads summed", "experts", "used twice")
+CASES = [
+    *((name, "short") for name in PROGRAMS),
+    *((name, "long") for name in (*BOTH_SIDES, "embedding, tied")),
+]
+
+
+@pytest.mark.parametrize(("name", "side"), CASES)
 def test_programs(name, side):
     shapes, numbers, function = PROGRAMS[name]
     optimizer = low_rank(side=side, dimension_numbers=numbers)
@@ -212,9 +219,15 @@ def test_programs(name, side):
     assert_projected(optimizer, function, random_like(shapes), x, rounding=rounding)
 
 
-@pytest.mark.parametrize("remat", [False, True])
-@pytest.mark.parametrize("granularity", [1, 2])
-@pytest.mark.parametrize("basis", ["computed", "random"])
+@pytest.mark.parametrize(
+    ("remat", "granularity", "basis"),
+    [
+        (False, 1, "computed"),
+        (True, 2, "computed"),
+        (False, 2, "random"),
+        (True, 1, "random"),
+    ],
+)
 def test_scanned_layers(remat, granularity, basis):
     def layer(x, params):
         return x + jnp.tanh(x @ params["up"] + params["bias"]) @ params["down"], None
