@@ -108,23 +108,6 @@ ROWS = (
         loss=1e-3,
     ),
     Row(
-        name="adam-energy-warm-ldadam",
-        **_around(
-            optax.scale_by_adam(),
-            rank=lowrank_optax.energy_rank(RANK, threshold=0.1, min_rank=1),
-            basis=lowrank_optax.range_finder(0, power_iterations=1, warm_start=True),
-            refresh=lowrank_optax.every(3, stagger=False),
-            rebase="ldadam",
-            scale=0.5,
-        ),
-        moments=2,
-        trend=0,
-        is_long=False,
-        is_random=True,
-        learning_rate=0.2,
-        loss=1e-5,
-    ),
-    Row(
         name="momentum-svd-long-side",
         **_around(
             optax.trace(0.9),

@@ -30,9 +30,7 @@ CONTRIB_ROWS = {
     "galore-rank-1": ("galore", {"learning_rate": 1e-2, "rank": 1}),
     "galore": ("galore", {"learning_rate": 1e-2}),
     "vlorp-rank-1": ("vlorp", {"learning_rate": 1e-2, "rank": 1}),
-    "vlorp": ("vlorp", {"learning_rate": 1e-2}),
     "projfactor-rank-1": ("projfactor", {"learning_rate": 1e-2, "rank": 1}),
-    "projfactor": ("projfactor", {"learning_rate": 1e-2}),
 }
 
 
@@ -65,9 +63,7 @@ SHARDING_ROWS = {
     "galore_rank_2": lambda: lowrank_optax.galore(1.0, rank=2),
     "galore": lambda: lowrank_optax.galore(1.0),
     "vlorp_fine": lambda: lowrank_optax.vlorp(1.0, rank=1, granularity=2),
-    "vlorp": lambda: lowrank_optax.vlorp(1.0),
     "projfactor_fine": lambda: lowrank_optax.projfactor(1.0, rank=1, granularity=2),
-    "projfactor": lambda: lowrank_optax.projfactor(1.0),
 }
 SHARDING_CASES = 3
 
