@@ -1,11 +1,7 @@
 """The configuration of a run: its flags and what they may be."""
 
-import contextlib
 import dataclasses
-import difflib
-import io
 import math
-import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 import lowrank_optax
+from experiments.arguments import check_choice, flag, parse_arguments
 from experiments.errors import UserError
 from experiments.model import MODELS
 from experiments.optimizers import OPTIMIZERS, OptimizerOptions, with_defaults
@@ -165,24 +162,7 @@ def parse(argv: Sequence[str]) -> Config:
         UserError: If a flag or a value is not one of ours.
         SystemExit: With status 0, after ``--help``.
     """
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            config, unknown = tyro.cli(
-                Config,
-                prog="python -m experiments.pretrain_llama",
-                args=list(argv),
-                return_unknown_args=True,
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        # tyro draws a box; its first paragraph says what is wrong.
-        text = re.sub(r"[│╭╮╰╯]", " ", complaint.getvalue().split("\n", 1)[-1])
-        problem = " ".join(text.split("────")[0].split())
-        raise UserError(f"{problem} (--help lists every flag)") from None
-    if unknown:
-        raise _unknown_argument(unknown[0])
+    config = parse_arguments(Config, "python -m experiments.pretrain_llama", argv)
     check(config)
     return config
 
@@ -193,8 +173,8 @@ def check(config: Config) -> None:
     Raises:
         UserError: If one is out of its range or unknown.
     """
-    _check_choice("model", config.model, MODELS)
-    _check_choice("optimizer", config.optimizer, OPTIMIZERS)
+    check_choice("model", config.model, MODELS)
+    check_choice("optimizer", config.optimizer, OPTIMIZERS)
     for name, (is_allowed, requirement) in _RULES.items():
         value = getattr(config, name)
         if value is not None and not is_allowed(value):
@@ -242,11 +222,6 @@ def complete(config: Config, hidden_size: int) -> Config:
     return config
 
 
-def flag(name: str) -> str:
-    """Returns the flag of a field."""
-    return "--" + name.replace("_", "-")
-
-
 def to_json(config: Config) -> dict[str, Any]:
     """Returns the fields as values that JSON knows."""
     fields = dataclasses.asdict(config)
@@ -277,14 +252,6 @@ def command_line(config: Config) -> str:
     return shlex.join(words)
 
 
-def _check_choice(name: str, value: str, choices: Mapping[str, Any]) -> None:
-    if value not in choices:
-        raise UserError(
-            f"{flag(name)} {value!r} is not known; choose one of {', '.join(choices)}"
-            + _nearest(value, choices)
-        )
-
-
 def _check_order(config: Config, low: str, high: str, strictly: bool = False) -> None:
     small, large = getattr(config, low), getattr(config, high)
     if small is None or large is None or small < large + (not strictly):
@@ -293,16 +260,3 @@ def _check_order(config: Config, low: str, high: str, strictly: bool = False) ->
         f"{flag(low)} must be {'below' if strictly else 'at most'} {flag(high)} "
         f"({large}), not {small}"
     )
-
-
-def _unknown_argument(word: str) -> UserError:
-    names = [flag(field.name) for field in dataclasses.fields(Config)]
-    return UserError(
-        f"{word} is not a flag of this command{_nearest(word, names)} (--help lists "
-        "every flag)"
-    )
-
-
-def _nearest(word: str, choices: Sequence[str] | Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(word.split("=")[0], list(choices), 1, 0.5)
-    return f"; did you mean {close[0]}?" if close else ""

@@ -3,12 +3,9 @@
 From shapes alone: it answers for 7b on a laptop, in seconds.
 """
 
-import contextlib
 import dataclasses
 import functools
-import io
 import json
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 import lowrank_optax
+from experiments.arguments import check_choice, flag, parse_arguments
 from experiments.errors import UserError
 from experiments.model import MODELS, init_params, preset
 from experiments.optimizers import OptimizerOptions, build_optimizer, with_defaults
@@ -125,29 +123,16 @@ def optimizer(hidden_size: int, **chosen: Any) -> optax.GradientTransformation:
 
 
 def _parse(argv: Sequence[str]) -> Options:
-    complaint = io.StringIO()
+    options = parse_arguments(Options, "python -m experiments.plan_memory", argv)
+    check_choice("model", options.model, MODELS)
     try:
-        with contextlib.redirect_stderr(complaint):
-            options = tyro.cli(
-                Options, prog="python -m experiments.plan_memory", args=list(argv)
-            )
         lowrank_optax.parse_bytes(options.memory)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        text = re.sub(r"[│╭╮╰╯]", " ", complaint.getvalue().split("\n", 1)[-1])
-        problem = " ".join(text.split("────")[0].split())
-        raise UserError(f"{problem} (--help lists every flag)") from None
     except ValueError as error:
         raise UserError(f"--memory: {error}") from error
-    if options.model not in MODELS:
-        raise UserError(
-            f"--model {options.model!r} is not known; choose one of {', '.join(MODELS)}"
-        )
     for name in ("vocabulary_size", "rank"):
         value = getattr(options, name)
         if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+            raise UserError(f"{flag(name)} must be at least 1")
     return options
 
 

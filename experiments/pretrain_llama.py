@@ -16,8 +16,9 @@ if not __package__:
 
 from rich.console import Console
 
+from experiments.arguments import flag
 from experiments.assemble import Parts, assemble
-from experiments.config import command_line, flag, parse
+from experiments.config import command_line, parse
 from experiments.errors import UserError
 from experiments.figures import draw_figures
 from experiments.metrics import SUMMARY_FILE, read_metrics, write_json

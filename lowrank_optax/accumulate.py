@@ -11,18 +11,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.low_rank import LowRankState, full_size, refreshed
-from lowrank_optax.plan import Announcement, announcements, listening
+from lowrank_optax.low_rank import full_size, refreshed
+from lowrank_optax.plan import announcements, listening
 from lowrank_optax.sharding import (
     coordinate_axes,
     with_automatic_axes,
     zeros_beside,
 )
-from lowrank_optax.subspace import (
-    Parts,
-    Projector,
-    Subspace,
-    projectors_of_state,
+from lowrank_optax.states import (
+    is_low_rank,
+    low_rank_states,
+    own_parts,
+    projectors_of,
+    slots_of,
 )
 
 
@@ -139,7 +140,7 @@ def accumulate(optimizer: optax.GradientTransformation, every_k: int) -> Accumul
         projectors = {
             path: projector
             for node in low_rank_states(inner_state)
-            for path, projector in _projectors(params, node, heard).items()
+            for path, projector in projectors_of(params, node, heard).items()
         }
 
         def zeros(path, leaf):
@@ -211,13 +212,13 @@ def _add(inner, grads, state: AccumulateState, weight, like) -> AccumulateState:
 
     def renewed(node):
         """Renews what is due in one low-rank state, and projects its gradients."""
-        if not isinstance(node, LowRankState) or not slots_of(node):
+        if not is_low_rank(node) or not slots_of(node):
             return node
         own, parts = own_parts(grads, node, heard)
         own_like, _ = own_parts(like, node, heard)
         node, projectors = refreshed(own, node, own_like, parts, is_first)
         subspaces = slots_of(node)
-        gradients = dict(jax.tree_util.tree_flatten_with_path(own)[0])
+        gradients = dict(jax.tree.leaves_with_path(own))
         for path, projector in projectors.items():
             if gradients[path].shape == projector.view.shape:
                 basis = projector.basis(subspaces[path])
@@ -262,59 +263,3 @@ def _finish(inner, state: AccumulateState, params, extra_args):
         sums=state.sums,
         inner_state=inner_state,
     )
-
-
-def is_low_rank(node: Any) -> bool:
-    """Returns whether a node is the state of a low-rank transformation."""
-    return isinstance(node, LowRankState)
-
-
-def low_rank_states(state: Any) -> list[LowRankState]:
-    """Returns the states of all low-rank transformations in a state."""
-    nodes = jax.tree.leaves(state, is_leaf=is_low_rank)
-    return [node for node in nodes if is_low_rank(node)]
-
-
-def _is_slot(node: Any) -> bool:
-    return isinstance(node, (Subspace, optax.MaskedNode))
-
-
-def slots_of(node: LowRankState) -> dict[tuple, Subspace]:
-    """Returns the subspaces of a state by their leaves' paths."""
-    slots = jax.tree_util.tree_flatten_with_path(node.subspaces, is_leaf=_is_slot)[0]
-    return {path: slot for path, slot in slots if isinstance(slot, Subspace)}
-
-
-def own_parts(
-    tree: Any, node: LowRankState, heard: list[Announcement]
-) -> tuple[Any, Parts]:
-    """Returns the part of a tree that a state's transformation sees, and its parts.
-
-    Raises:
-        ValueError: If two transformations project the same leaf.
-    """
-    paths = slots_of(node).keys()
-    candidates = [who for who in heard if paths <= who.plans.keys()]
-    if len(candidates) != 1:
-        raise ValueError(
-            "accumulate cannot tell which low-rank transformation projects "
-            f"{', '.join(map(jax.tree_util.keystr, paths))}: there are "
-            f"{len(candidates)} that might."
-        )
-    plans, parts = candidates[0]
-    leaves = dict(jax.tree_util.tree_flatten_with_path(tree)[0])
-    own = jax.tree_util.tree_map_with_path(
-        lambda path, _: leaves[path] if path in plans else optax.MaskedNode(),
-        node.subspaces,
-        is_leaf=_is_slot,
-    )
-    return own, parts
-
-
-def _projectors(params, node: LowRankState, heard) -> dict[tuple, Projector]:
-    slots = slots_of(node)
-    if not slots:
-        return {}
-    own, parts = own_parts(params, node, heard)
-    leaves = dict(jax.tree_util.tree_flatten_with_path(own)[0])
-    return projectors_of_state(leaves, own, slots, parts)

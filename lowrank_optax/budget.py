@@ -27,7 +27,7 @@ class Budget:
 
     @property
     def capacity(self) -> int:
-        """Not known before the parameters are; see :func:`uniform_rank`."""
+        """Raises: it is not known before the parameters are; see :func:`budget`."""
         raise ValueError(
             "a budget says what a rank is only beside parameters: inside init."
         )

@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from lowrank_optax.accumulate import AccumulateState
 from lowrank_optax.coded import bytes_of, is_coded, shape_of, with_columns
-from lowrank_optax.low_rank import LowRankState
 from lowrank_optax.moments import owner_and_field
+from lowrank_optax.states import is_low_rank, is_slot, stored_slots
 from lowrank_optax.subspace import Subspace
 
 
@@ -58,7 +57,7 @@ def capacities(state: Any) -> dict[str, int]:
     """
     return {
         jax.tree_util.keystr(path): shape_of(slot.basis)[-1]
-        for path, slot in _stored(state).items()
+        for path, slot in stored_slots(state).items()
     }
 
 
@@ -89,7 +88,7 @@ def resize(state: Any, ranks: int | Mapping[str, int]) -> Any:
         >>> capacities(resize(state, 8))
         {"['w']": 8}
     """
-    slots = _stored(state)
+    slots = stored_slots(state)
     by_name = {jax.tree_util.keystr(path): path for path in slots}
     wanted = dict.fromkeys(by_name, ranks) if isinstance(ranks, int) else dict(ranks)
     for name, columns in wanted.items():
@@ -164,7 +163,7 @@ def columns(state: Any) -> dict[str, Columns]:
     Args:
         state: Arrays; ranks and demands are read, so this waits for the device.
     """
-    slots = _stored(state)
+    slots = stored_slots(state)
     read = jax.device_get([(slot.rank, slot.demand) for slot in slots.values()])
     numbers = dict(zip(slots, read, strict=True))
     arrays = arrays_by_leaf(state)
@@ -205,7 +204,7 @@ def like_saved(state: Any, saved: Any) -> Any:
         ValueError: If an array is missing in ``saved``, which happens where the state
             was saved with another optimizer or other arguments of ``low_bit``.
     """
-    leaves = jax.tree_util.tree_flatten_with_path(saved)[0]
+    leaves = jax.tree.leaves_with_path(saved)
     shapes = {_names(path): tuple(leaf.shape) for path, leaf in leaves}
 
     def of_leaf(path, leaf):
@@ -285,7 +284,7 @@ def _mapped(state: Any, of_slot: Callable, of_array: Callable) -> Any:
 
     The arrays are those that have columns: bases, moments, sums of micro-batches.
     """
-    stored = _stored(state)
+    stored = stored_slots(state)
 
     def is_in_subspace(path, node) -> bool:
         if path not in stored or not (is_coded(node) or hasattr(node, "shape")):
@@ -309,16 +308,16 @@ def _mapped(state: Any, of_slot: Callable, of_array: Callable) -> Any:
 
     def of_node(node):
         if isinstance(node, AccumulateState):
-            owners = {path for path, _ in _flat(node.sums)}
+            owners = dict(jax.tree.leaves_with_path(node.sums))
             return node._replace(
                 sums=arrays(node.sums, owners), inner_state=mapped(node.inner_state)
             )
-        if not isinstance(node, LowRankState):
+        if not is_low_rank(node):
             return node
-        owners = {path for path, _ in _flat(node.subspaces, _is_slot)}
+        owners = dict(jax.tree.leaves_with_path(node.subspaces, is_leaf=is_slot))
         return node._replace(
             subspaces=jax.tree_util.tree_map_with_path(
-                slot, node.subspaces, is_leaf=_is_slot
+                slot, node.subspaces, is_leaf=is_slot
             ),
             inner_state=arrays(node.inner_state, owners),
         )
@@ -327,18 +326,6 @@ def _mapped(state: Any, of_slot: Callable, of_array: Callable) -> Any:
         return jax.tree.map(of_node, tree, is_leaf=_is_node)
 
     return mapped(state)
-
-
-def _stored(state: Any) -> dict[tuple, Subspace]:
-    """Returns the subspaces with a stored basis by their leaves' key paths."""
-    nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, LowRankState))
-    return {
-        path: slot
-        for node in nodes
-        if isinstance(node, LowRankState)
-        for path, slot in _flat(node.subspaces, _is_slot)
-        if isinstance(slot, Subspace) and jax.tree.leaves(slot.basis)
-    }
 
 
 def arrays_by_leaf(state: Any) -> dict[tuple, dict[str, Any]]:
@@ -361,13 +348,5 @@ def arrays_by_leaf(state: Any) -> dict[tuple, dict[str, Any]]:
     return found
 
 
-def _flat(tree: Any, is_leaf: Callable | None = None) -> list[tuple[tuple, Any]]:
-    return jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
-
-
-def _is_slot(node: Any) -> bool:
-    return isinstance(node, (Subspace, optax.MaskedNode))
-
-
 def _is_node(node: Any) -> bool:
-    return isinstance(node, (AccumulateState, LowRankState))
+    return isinstance(node, AccumulateState) or is_low_rank(node)

@@ -204,15 +204,11 @@ def _rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:
     return (1, shape[0]) if len(shape) == 1 else (shape[-2], shape[-1])
 
 
-def _counts(absmax_shape: tuple[int, ...]) -> tuple[int, int]:
-    return _rows_and_columns(absmax_shape)
-
-
 def _block_maxima(values: jax.Array, absmax_shape: tuple[int, ...]) -> jax.Array:
     """Returns the largest value of each block, shaped like the scales."""
     rows, columns = _rows_and_columns(values.shape)
     stack = values.shape[:-2]
-    a, c = _counts(absmax_shape)
+    a, c = _rows_and_columns(absmax_shape)
     g, w = -(-rows // a), -(-columns // c)
     matrices = values.reshape(*stack, rows, columns)
     padding = [(0, 0)] * len(stack) + [(0, a * g - rows), (0, c * w - columns)]
@@ -226,7 +222,7 @@ def _spread(absmax: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Returns each block's number at each of its values."""
     rows, columns = _rows_and_columns(shape)
     stack = shape[:-2]
-    a, c = _counts(absmax.shape)
+    a, c = _rows_and_columns(absmax.shape)
     g, w = -(-rows // a), -(-columns // c)
     spread = absmax.reshape(*stack, a, 1, c, 1)
     spread = jnp.broadcast_to(spread, (*stack, a, g, c, w))

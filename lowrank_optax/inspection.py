@@ -23,9 +23,9 @@ def subspaces(state: Any) -> dict[str, Subspace]:
     for node in nodes:
         if not isinstance(node, LowRankState):
             continue
-        leaves = jax.tree_util.tree_flatten_with_path(
+        leaves = jax.tree.leaves_with_path(
             node.subspaces, is_leaf=lambda x: isinstance(x, Subspace)
-        )[0]
+        )
         found.update({jax.tree_util.keystr(path): leaf for path, leaf in leaves})
     return found
 

@@ -22,10 +22,9 @@ from lowrank_optax.coded import (
     is_coded,
     shape_of,
 )
-from lowrank_optax.low_rank import LowRankState
 from lowrank_optax.moments import KNOWN_FIELDS, Kind, owner_and_field
 from lowrank_optax.sharding import with_automatic_axes, zeros_beside
-from lowrank_optax.subspace import Subspace
+from lowrank_optax.states import is_array, is_low_rank, slots_of
 
 _MOMENTS: dict[str, Format] = {"first": "signed", "second": "root"}
 _BASES: dict[int, Format] = {8: "signed", 4: "packed"}
@@ -122,17 +121,12 @@ def low_bit(
 
     def update(updates, state, params=None, **extra_args):
         rule.check(state, updates)
-        decoded = jax.tree.map(_decoded, state, is_leaf=_is_array)
+        decoded = jax.tree.map(_decoded, state, is_leaf=is_array)
         updates, new_state = inner.update(updates, decoded, params, **extra_args)
-        new_state = jax.tree.map(_encoded, state, new_state, is_leaf=_is_array)
+        new_state = jax.tree.map(_encoded, state, new_state, is_leaf=is_array)
         return updates, new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _is_array(node: Any) -> bool:
-    """Returns whether a node is one array here; low-rank states decode their own."""
-    return is_coded(node) or isinstance(node, LowRankState)
 
 
 def _decoded(node: Any) -> Any:
@@ -217,13 +211,13 @@ class _Rule:
             )
 
     def _arrays(self, state: Any, params: Any) -> Iterator[_Array]:
-        owners = {path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]}
-        for prefix, node in _flat(state, _is_array):
-            if not isinstance(node, LowRankState):
+        owners = {path for path, _ in jax.tree.leaves_with_path(params)}
+        for prefix, node in jax.tree.leaves_with_path(state, is_leaf=is_array):
+            if not is_low_rank(node):
                 yield self._array(prefix, node, self._moment(prefix, owners), False)
                 continue
-            in_subspace = {path for path, _ in _flat(node.subspaces, _is_subspace)}
-            for path, leaf in _flat(node, is_coded):
+            in_subspace = slots_of(node)
+            for path, leaf in jax.tree.leaves_with_path(node, is_leaf=is_coded):
                 if path[0] == _SUBSPACES:
                     # A NamedTuple's field, or a mapping's inside flax.nnx.Optimizer.
                     is_basis = jax.tree_util.keystr(path[-1:], simple=True) == "basis"
@@ -249,11 +243,3 @@ class _Rule:
 
 
 _SUBSPACES = jax.tree_util.GetAttrKey("subspaces")
-
-
-def _flat(tree: Any, is_leaf) -> list[tuple[tuple, Any]]:
-    return jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
-
-
-def _is_subspace(node: Any) -> bool:
-    return isinstance(node, Subspace)

@@ -453,7 +453,7 @@ def refreshed(
     nodes = map(subspace_record, treedef.flatten_up_to(state.subspaces))
     subspaces = dict(zip((path for path, _ in leaves), nodes, strict=True))
     own = {path: x for path, x in subspaces.items() if isinstance(x, Subspace)}
-    at_full_size = dict(jax.tree_util.tree_flatten_with_path(like)[0])
+    at_full_size = dict(jax.tree.leaves_with_path(like))
     projectors = projectors_of_state(at_full_size, like, own, parts)
     shapes = {path: projector.shape for path, projector in projectors.items()}
     others = subspaces.keys() - projectors.keys()

@@ -217,7 +217,7 @@ def memory_plan(
     state = jax.eval_shape(lambda p: optimizer.init(p), shapes)
     plans = projections(optimizer, shapes)
     sharded = _sharded_state(optimizer, params)
-    leaves = dict(jax.tree_util.tree_flatten_with_path(params)[0])
+    leaves = dict(jax.tree.leaves_with_path(params))
     fields: dict[tuple, dict[str, int]] = {path: {} for path in leaves}
     on_device: dict[tuple, dict[str, int]] = {path: {} for path in leaves}
     full_rank = dict.fromkeys(leaves, 0)
@@ -261,7 +261,7 @@ def memory_plan(
 
 
 def _nodes(state: Any) -> list[tuple[tuple, Any]]:
-    return jax.tree_util.tree_flatten_with_path(state, is_leaf=is_coded)[0]
+    return jax.tree.leaves_with_path(state, is_leaf=is_coded)
 
 
 def _owner_and_field(path: tuple, owners) -> tuple[tuple | None, str]:

@@ -59,7 +59,7 @@ def locate_moments(
     if not shapes:
         return {}
     found: dict[tuple, list[Moment]] = {path: [] for path in shapes}
-    leaves = jax.tree_util.tree_flatten_with_path(inner_state, is_leaf=is_coded)[0]
+    leaves = jax.tree.leaves_with_path(inner_state, is_leaf=is_coded)
     for index, (path, leaf) in enumerate(leaves):
         shape = shape_of(leaf) if hasattr(leaf, "shape") or is_coded(leaf) else ()
         if not shape:

@@ -78,7 +78,7 @@ def plan_leaves(
         ValueError: If dimension numbers are missing for a leaf, or do not fit it.
     """
     numbers = _numbers_by_path(dimension_numbers, params)
-    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    leaves = jax.tree.leaves_with_path(params)
     return {
         path: _plan_leaf(path, leaf, capacity, side, numbers, granularity)
         for path, leaf in leaves
@@ -114,10 +114,10 @@ def _numbers_by_path(dimension_numbers: Any, params: Any) -> dict[tuple, Any]:
     is_numbers = isinstance(dimension_numbers, LowRankDimensionNumbers)
     if callable(dimension_numbers) and not is_numbers:
         dimension_numbers = dimension_numbers(params)
-    leaves = jax.tree_util.tree_flatten_with_path(
+    leaves = jax.tree.leaves_with_path(
         dimension_numbers,
         is_leaf=lambda x: x is None or isinstance(x, LowRankDimensionNumbers),
-    )[0]
+    )
     for path, leaf in leaves:
         if leaf is not None and not isinstance(leaf, LowRankDimensionNumbers):
             raise ValueError(
@@ -211,6 +211,6 @@ def projections(
         reason = "not given to a low-rank transformation"
         return by_path.get(name, LeafPlan(name, tuple(leaf.shape), None, 0, reason))
 
-    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    leaves = jax.tree.leaves_with_path(params)
     plans = (plan_of(path, leaf) for path, leaf in leaves)
     return {plan.path: plan for plan in plans}

@@ -226,7 +226,7 @@ def initial_projectors(
 ) -> tuple[dict[tuple, LeafPlan], dict[tuple, Projector]]:
     """Returns the plan of every leaf and the projector of each projected one."""
     plans = _plans(params, parts, parts.rank.capacity)
-    leaves = dict(jax.tree_util.tree_flatten_with_path(params)[0])
+    leaves = dict(jax.tree.leaves_with_path(params))
     projected = [path for path, plan in plans.items() if plan.is_projected]
     capacities = {path: plans[path].capacity for path in projected}
     return plans, _projectors(leaves, plans, capacities, parts)

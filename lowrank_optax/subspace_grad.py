@@ -1,18 +1,32 @@
 """Gradients inside the subspaces: no full gradient of a projected leaf exists."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.accumulate import is_low_rank, low_rank_states, own_parts, slots_of
-from lowrank_optax.low_rank import LowRankState, refreshed
+from lowrank_optax.low_rank import refreshed
 from lowrank_optax.plan import announcements
 from lowrank_optax.sharding import abstract, coordinate_axes, zeros_beside
-from lowrank_optax.subspace import Projector, projectors_of_state
-from lowrank_optax.traced import evaluate, follow
+from lowrank_optax.states import (
+    is_low_rank,
+    low_rank_states,
+    own_parts,
+    projectors_of,
+    slots_of,
+)
+from lowrank_optax.subspace import Projector
+from lowrank_optax.traced import evaluate
+from lowrank_optax.uses import follow
+
+
+class _Projected(NamedTuple):
+    """How one leaf is projected, and its basis (*stack, b/c, r)."""
+
+    projector: Projector
+    basis: jax.Array
 
 
 class SubspaceValueAndGrad:
@@ -27,7 +41,7 @@ class SubspaceValueAndGrad:
     def __call__(self, params: Any, state: Any, *args: Any, **kwargs: Any):
         """Returns value, gradients and state; see :func:`subspace_value_and_grad`."""
         state, followed = self._prepared(params, state)
-        leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+        leaves, treedef = jax.tree.flatten_with_path(params)
         missing = set(self._full_gradients) - {
             jax.tree_util.keystr(p) for p, _ in leaves
         }
@@ -44,31 +58,40 @@ class SubspaceValueAndGrad:
                 f"the function must return a scalar, not {jax.tree.map(str, value)}."
             )
         others = jax.tree.leaves((args, kwargs))
-        plain = {path: leaf for path, leaf in leaves if path not in followed}
+
+        def merged(inside, outside):
+            """Returns leaves in the order of the parameters, from two orders."""
+            sources = iter(outside), iter(inside)
+            return [next(sources[path in followed]) for path, _ in leaves]
 
         def of(coordinates, plain):
-            arguments = []
-            for path, leaf in leaves:
-                if path not in followed:
-                    arguments.append(plain[path])
-                    continue
-                projector, basis = followed[path]
-                name = jax.tree_util.keystr(path)
-                c = coordinates[path]
-                arguments.append(follow(name, projector.view, leaf, c, basis))
+            arguments = [
+                follow(
+                    jax.tree_util.keystr(path),
+                    followed[path].projector.view,
+                    leaf,
+                    found,
+                    followed[path].basis,
+                )
+                if path in followed
+                else found
+                for (path, leaf), found in zip(
+                    leaves, merged(coordinates, plain), strict=True
+                )
+            ]
             results = evaluate(program, [*arguments, *others])
             found = jax.tree.unflatten(jax.tree.structure(shapes), results)
             return found if self._has_aux else (found, None)
 
-        coordinates = {
-            path: _zeros(params_leaf, followed[path][0])
-            for path, params_leaf in leaves
+        zeros = [
+            _zeros(leaf, followed[path].projector)
+            for path, leaf in leaves
             if path in followed
-        }
-        (value, aux), (inside, outside) = _value_and_grad(of, coordinates, plain)
-        gradients = treedef.unflatten(
-            [inside[path] if path in followed else outside[path] for path, _ in leaves]
-        )
+        ]
+        plain = [leaf for path, leaf in leaves if path not in followed]
+        gradient = jax.value_and_grad(of, argnums=(0, 1), has_aux=True)
+        (value, aux), gradients = gradient(zeros, plain)
+        gradients = treedef.unflatten(merged(*gradients))
         return ((value, aux) if self._has_aux else value), gradients, state
 
     def full(self, params: Any, state: Any, *args: Any, **kwargs: Any):
@@ -105,22 +128,21 @@ class SubspaceValueAndGrad:
     def _prepared(self, params, state):
         """Returns the state with due random bases drawn, and projectors and bases."""
         heard = announcements(self._optimizer, jax.tree.map(abstract, params))
-        followed: dict[tuple, tuple[Projector, jax.Array]] = {}
+        followed: dict[tuple, _Projected] = {}
 
         def renewed(node):
-            if not isinstance(node, LowRankState) or not slots_of(node):
+            if not is_low_rank(node) or not slots_of(node):
                 return node
             own, parts = own_parts(params, node, heard)
             if parts.is_random:
                 # A draw looks at no gradient.
                 node, projectors = refreshed(own, node, own, parts, True)
             else:
-                leaves = dict(jax.tree_util.tree_flatten_with_path(own)[0])
-                projectors = projectors_of_state(leaves, own, slots_of(node), parts)
+                projectors = projectors_of(params, node, heard)
             for path, projector in projectors.items():
                 if jax.tree_util.keystr(path) not in self._full_gradients:
                     basis = projector.basis(slots_of(node)[path])
-                    followed[path] = (projector, basis)
+                    followed[path] = _Projected(projector, basis)
             return node
 
         state = jax.tree.map(renewed, state, is_leaf=is_low_rank)
@@ -205,24 +227,6 @@ def subspace_value_and_grad(
         ((64, 2), (16,))
     """
     return SubspaceValueAndGrad(function, optimizer, has_aux, full_gradients)
-
-
-def _value_and_grad(function, coordinates, plain):
-    # Key paths cannot be sorted, as dicts of JAX are: lists instead.
-    keys = list(coordinates), list(plain)
-
-    def of_lists(inside, outside):
-        return function(
-            dict(zip(keys[0], inside, strict=True)),
-            dict(zip(keys[1], outside, strict=True)),
-        )
-
-    gradient = jax.value_and_grad(of_lists, argnums=(0, 1), has_aux=True)
-    value, (inside, outside) = gradient(
-        list(coordinates.values()), list(plain.values())
-    )
-    inside = dict(zip(keys[0], inside, strict=True))
-    return value, (inside, dict(zip(keys[1], outside, strict=True)))
 
 
 def _zeros(leaf: Any, projector: Projector) -> jax.Array:

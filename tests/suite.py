@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
 import lowrank_optax
 
@@ -255,3 +256,35 @@ def run(
 def types(tree: Any) -> Any:
     """Returns the tree of ``jax.typeof``: shape, dtype, weak type and sharding."""
     return jax.tree.map(jax.typeof, tree)
+
+
+def nnx_trained_beside(
+    transformation: optax.GradientTransformation, model: nnx.Module, steps: int
+) -> Iterator[tuple[Any, Any, Any]]:
+    """Trains a module by ``nnx.Optimizer``, and its parameters by the update itself.
+
+    Args:
+        transformation: Used by both.
+        model: Trained in place.
+        steps: Updates, by the gradients of :func:`gradients`.
+
+    Yields:
+        After each update the module's parameters, what ``update`` itself came to, and
+        its state.
+    """
+    wrapped = nnx.Optimizer(model, transformation, wrt=nnx.Param)
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    state, update = transformation.init(params), jax.jit(transformation.update)
+
+    @nnx.jit
+    def wrapped_update(model, wrapped, grads):
+        wrapped.update(model, grads)
+
+    for step in range(steps):
+        grads = gradients(params, step)
+        boxed = nnx.state(model, nnx.Param)
+        nnx.replace_by_pure_dict(boxed, grads)
+        wrapped_update(model, wrapped, boxed)
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        yield nnx.to_pure_dict(nnx.state(model, nnx.Param)), params, state

@@ -12,7 +12,7 @@ from flax import linen as nn
 from flax import nnx
 
 import lowrank_optax
-from tests.suite import gradients, run, types
+from tests.suite import nnx_trained_beside, run, types
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -147,7 +147,7 @@ def test_updates_are_those_of_a_flat_list_of_the_leaves(make):
 def test_projections_lists_each_leaf_and_what_becomes_of_it(make):
     params = make()
     plans = lowrank_optax.projections(galore(), params)
-    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    leaves = jax.tree.leaves_with_path(params)
     assert list(plans) == [jax.tree_util.keystr(path) for path, _ in leaves]
     for (_, leaf), plan in zip(leaves, plans.values(), strict=True):
         assert plan.shape == leaf.shape
@@ -176,31 +176,15 @@ def test_adarankgrad_runs_on_the_container(make):
 
 @pytest.mark.parametrize("make", [galore, adarankgrad])
 def test_nnx_optimizer_makes_the_updates_of_the_optimizer_itself(make):
-    transformation = make()
-    model = Scanned(nnx.Rngs(0))
-    wrapped = nnx.Optimizer(model, transformation, wrt=nnx.Param)
-    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    state, update = transformation.init(params), jax.jit(transformation.update)
-
-    @nnx.jit
-    def wrapped_update(model, wrapped, grads):
-        wrapped.update(model, grads)
-
-    for step in range(7):
-        grads = gradients(params, step)
-        boxed = nnx.state(model, nnx.Param)
-        nnx.replace_by_pure_dict(boxed, grads)
-        wrapped_update(model, wrapped, boxed)
-        updates, state = update(grads, state, params)
-        params = optax.apply_updates(params, updates)
-        actual = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    for actual, params, state in nnx_trained_beside(make(), Scanned(nnx.Rngs(0)), 7):
         # Another program: float32 rounding of weights of about 1.
         jax.tree.map(
             lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4),
             actual,
             params,
         )
-    assert np.min(state[0].subspaces["head"]["kernel"].refreshes) >= 3
+        refreshes = state[0].subspaces["head"]["kernel"].refreshes
+    assert np.min(refreshes) >= 3
 
 
 def test_nnx_split_and_merge_train_to_the_stated_loss():

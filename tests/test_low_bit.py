@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import lowrank_optax
 from lowrank_optax.coded import Coded, decoded_tree, encoded_tree, is_coded
-from tests.suite import gradients, run, types
+from tests.suite import gradients, nnx_trained_beside, run, types
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -319,23 +319,7 @@ def test_nnx_optimizer_holds_it():
             self.up = nnx.Linear(12, 40, rngs=rngs)
 
     transformation, _ = jitted("galore", "packed")
-    model = Model(nnx.Rngs(0))
-    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    wrapped = nnx.Optimizer(model, transformation, wrt=nnx.Param)
-    state, update = transformation.init(params), jax.jit(transformation.update)
-
-    @nnx.jit
-    def wrapped_update(model, wrapped, grads):
-        wrapped.update(model, grads)
-
-    for step in range(5):
-        grads = gradients(params, step)
-        boxed = nnx.state(model, nnx.Param)
-        nnx.replace_by_pure_dict(boxed, grads)
-        wrapped_update(model, wrapped, boxed)
-        updates, state = update(grads, state, params)
-        params = optax.apply_updates(params, updates)
-    actual = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    *_, (actual, params, _) = nnx_trained_beside(transformation, Model(nnx.Rngs(0)), 5)
     # Another program; a code that falls the other way moves a weight by up to a step.
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-2, atol=2e-2),

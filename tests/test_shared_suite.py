@@ -331,7 +331,7 @@ def test_map_params_maps_subspaces_and_moments_and_nothing_else(row, shapes):
     assert jax.tree.structure(marked) == jax.tree.structure(state)
     is_counter = [
         getattr(path[-1], "name", "") == "count"
-        for path, _ in jax.tree_util.tree_flatten_with_path(state)[0]
+        for path, _ in jax.tree.leaves_with_path(state)
     ]
     expected = ["other" if counter else "parameter" for counter in is_counter]
     assert jax.tree.leaves(marked) == expected

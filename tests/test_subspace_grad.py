@@ -16,8 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 import lowrank_optax
 from lowrank_optax import LowRankDimensionNumbers, subspace_value_and_grad
+from lowrank_optax.axes import Atom, dims_of, in_order, reshaped
 from lowrank_optax.matrices import matrix_view
-from lowrank_optax.products import Atom, dims_of, in_order, reshaped
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -49,7 +49,7 @@ def assert_projected(optimizer, function, params, *args, rounding=ROUNDING):
     np.testing.assert_allclose(value, function(params, *args), rtol=rounding)
     plans = lowrank_optax.projections(optimizer, params)
     subspaces = lowrank_optax.subspaces(state)
-    paths = jax.tree_util.tree_flatten_with_path(grads)[0]
+    paths = jax.tree.leaves_with_path(grads)
     for (path, full), found in zip(paths, jax.tree.leaves(actual), strict=True):
         name, expected = jax.tree_util.keystr(path), full
         if plans[name].is_projected:

@@ -51,6 +51,14 @@ def run(*flags: object) -> int:
     return main([str(flag) for flag in flags])
 
 
+def one_error_line(capsys) -> str:
+    """Returns the one line that a command has written to stderr."""
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
 def read_lines(directory: Path) -> list[dict]:
     """Returns the lines of metrics.jsonl without times."""
     lines = (directory / "metrics.jsonl").read_text().splitlines()
@@ -67,7 +75,7 @@ def read_state(directory: Path, step: int) -> dict[str, np.ndarray]:
         state = checkpointer.restore(path)
     return {
         jax.tree_util.keystr(path): np.asarray(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+        for path, leaf in jax.tree.leaves_with_path(state)
     }
 
 

@@ -19,6 +19,7 @@ from experiments.weights import load_llama
 from tests.experiments.small_runs import (
     MODEL,
     assert_same_run,
+    one_error_line,
     read_lines,
     read_state,
     run,
@@ -45,13 +46,6 @@ def copy_of(finished, tmp_path):
     out, flags = finished
     shutil.copytree(out, tmp_path / "out")
     return tmp_path / "out", [*flags[:-1], tmp_path / "out"]
-
-
-def one_error_line(capsys):
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("error: ")
-    return lines[0]
 
 
 def contents(directory):
@@ -92,7 +86,7 @@ def test_a_run_writes_all_its_results_and_ends_with_a_table_and_a_sample(
 
     model, weights = load_llama(out / "weights")
     assert model == MODEL
-    for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
+    for path, leaf in jax.tree.leaves_with_path(weights):
         saved = params["['params']" + jax.tree_util.keystr(path)]
         np.testing.assert_array_equal(leaf, saved)
 

@@ -6,13 +6,13 @@ import shlex
 
 import pytest
 
+from experiments.arguments import flag
 from experiments.config import (
     FREE_FIELDS,
     Config,
     command_line,
     complete,
     differences,
-    flag,
     parse,
     to_json,
 )

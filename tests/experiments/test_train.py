@@ -69,16 +69,7 @@ MEMORY = {
     ],
     "compaction": [
         *("--min-refresh-interval", 2, "--max-refresh-interval", 2),
-        *(
-            "--gradients",
-            "subspace",
-            "--threshold",
-            0.9,
-            "--min-rank",
-            1,
-            "--vocabulary",
-            "projected",
-        ),
+        *("--threshold", 0.9, "--min-rank", 1, "--gradients", "subspace"),
         *("--compact", "--compact-every", 1),
     ],
 }
