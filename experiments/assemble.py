@@ -19,7 +19,7 @@ from experiments.data import Data, make_data
 from experiments.errors import UserError
 from experiments.metrics import CHECKPOINTS, check_is_free
 from experiments.model import LlamaConfig, Params, init_params, preset
-from experiments.optimizers import build_optimizer, make_schedule
+from experiments.optimizers import OPTIMIZERS, build_optimizer, make_schedule
 from experiments.step import data_mesh, replicate
 from experiments.tokenizers import load_tokenizer
 from experiments.weights import load_llama
@@ -120,7 +120,8 @@ def assemble(config: Config, report: Callable[[str], None]) -> Parts:
 
 def _check_projects(config, model, tx):
     """Raises if a low-rank method would leave every block matrix at full size."""
-    if config.optimizer in ("adamw", "optax_galore"):
+    is_ours = config.optimizer != "optax_galore"
+    if not is_ours or "rank" not in OPTIMIZERS[config.optimizer].own:
         return
     params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     try:

@@ -138,6 +138,11 @@ _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "max_refresh_interval": _POSITIVE_INT,
     "update_proj_gap": _POSITIVE_INT,
     "granularity": _POSITIVE_INT,
+    "power_iterations": (
+        lambda value: value >= 0 and (2 * value) % 1 == 0,
+        "a multiple of 0.5, 0 or more",
+    ),
+    "momentum": _DECAY,
     "accumulate": _POSITIVE_INT,
     "kv_heads": _POSITIVE_INT,
     "batch_size": _POSITIVE_INT,

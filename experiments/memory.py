@@ -22,7 +22,9 @@ def adamw_state_bytes(params: Any) -> int:
 
 def block_state(opt_state: Any) -> Any:
     """Returns the part of the state of :func:`build_optimizer` that blocks have."""
-    return optax.tree.get(opt_state, "inner_states")["blocks"]
+    # Methods may be partitioned themselves; what has "blocks" is ours.
+    found = optax.tree.get_all_with_path(opt_state, "inner_states")
+    return next(groups["blocks"] for _, groups in found if "blocks" in groups)
 
 
 def block_leaves(params: Any) -> list[Any]:

@@ -15,6 +15,8 @@ import lowrank_optax
 from experiments.finite import skip_nonfinite
 from experiments.unstacked import unstacked
 
+Rebase = Literal["abs", "clamp", "first", "keep", "ldadam", "square", "zero"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Method:
@@ -26,11 +28,14 @@ class Method:
         block_scale: Tuned default of --block-scale.
         own: Default of each option that only some methods have, and this one does;
             rank's and min_rank's None is filled in by :func:`with_defaults`.
+        takes_subspace_gradients: Whether gradients inside the subspaces do, but for
+            steps that renew a basis.
     """
 
     make: Callable[..., optax.GradientTransformation]
     block_scale: float
     own: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    takes_subspace_gradients: bool = False
 
 
 def _adamw(learning_rate, *, seed, **adam):
@@ -46,7 +51,8 @@ def _adarankgrad(
     min_rank,
     min_refresh_interval,
     max_refresh_interval,
-    **adam,
+    power_iterations,
+    **options,
 ):
     if isinstance(rank, int):
         rank = lowrank_optax.energy_rank(rank, threshold, min_rank)
@@ -56,7 +62,8 @@ def _adarankgrad(
         refresh=lowrank_optax.on_convergence(
             min_refresh_interval, max_refresh_interval, (1 - threshold) ** 0.5
         ),
-        **adam,
+        basis=lowrank_optax.range_finder(power_iterations=power_iterations),
+        **options,
     )
 
 
@@ -76,6 +83,20 @@ def _optax_galore(
         weight_decay=weight_decay,
     )
     return unstacked(galore)
+
+
+def _fira(learning_rate, **options):
+    return lowrank_optax.fira(learning_rate, scale=1.0, **options)
+
+
+def _apollo(learning_rate, **options):
+    return lowrank_optax.apollo(learning_rate, **options)
+
+
+def _apollo_mini(learning_rate, **options):
+    return lowrank_optax.apollo(
+        learning_rate, 1, scale=128**0.5, by_matrix=True, **options
+    )
 
 
 def _vlorp(
@@ -101,6 +122,57 @@ def _projfactor(learning_rate, *, rank, granularity, update_proj_gap, **options)
     )
 
 
+def _adafactor(learning_rate, *, weight_decay, **others):
+    """Adafactor without relative step sizes, with decoupled weight decay."""
+    del others
+    return optax.chain(
+        optax.scale_by_factored_rms(),
+        optax.clip_by_block_rms(1.0),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _muon(learning_rate, *, momentum, weight_decay, **others):
+    del others
+    numbers = optax.contrib.MuonDimensionNumbers(-2, -1)
+    return optax.contrib.muon(
+        learning_rate,
+        beta=momentum,
+        weight_decay=weight_decay,
+        # Each leaf is a stack of matrices.
+        muon_weight_dimension_numbers=lambda params: jax.tree.map(
+            lambda leaf: numbers, params
+        ),
+        consistent_rms=0.2,
+    )
+
+
+def _sumo(
+    learning_rate,
+    *,
+    rank,
+    momentum,
+    update_proj_gap,
+    power_iterations,
+    rebase,
+    weight_decay,
+    seed,
+    **others,
+):
+    del others
+    return lowrank_optax.sumo(
+        learning_rate,
+        rank,
+        momentum,
+        weight_decay,
+        refresh=lowrank_optax.every(update_proj_gap),
+        basis=lowrank_optax.range_finder(power_iterations=power_iterations),
+        rebase=rebase,
+        seed=seed,
+    )
+
+
 _VARIOUS_GRAINED = {"rank": None, "granularity": 4, "update_proj_gap": 25}
 
 OPTIMIZERS: dict[str, Method] = {
@@ -108,17 +180,41 @@ OPTIMIZERS: dict[str, Method] = {
     "adarankgrad": Method(
         _adarankgrad,
         0.5,
-        {
+        takes_subspace_gradients=True,
+        own={
             "rank": None,
             "threshold": 0.01,
             "min_rank": None,
             "min_refresh_interval": 200,
             "max_refresh_interval": 1000,
+            "power_iterations": 1,
+            "rebase": "square",
+            "side": "short",
         },
     ),
-    "galore": Method(_galore, 0.5, {"rank": None, "update_proj_gap": 200}),
-    "vlorp": Method(_vlorp, 0.5, _VARIOUS_GRAINED),
-    "projfactor": Method(_projfactor, 0.5, _VARIOUS_GRAINED),
+    "galore": Method(
+        _galore, 0.5, {"rank": None, "update_proj_gap": 200, "side": "short"}, True
+    ),
+    "vlorp": Method(_vlorp, 0.5, _VARIOUS_GRAINED, True),
+    "projfactor": Method(_projfactor, 0.5, _VARIOUS_GRAINED, True),
+    "sumo": Method(
+        _sumo,
+        1.0,
+        takes_subspace_gradients=True,
+        own={
+            "rank": None,
+            "update_proj_gap": 200,
+            "momentum": 0.95,
+            "power_iterations": 1,
+            "rebase": "square",
+        },
+    ),
+    "ldadam": Method(lowrank_optax.ldadam, 0.5, {"rank": None}),
+    "fira": Method(_fira, 0.5, {"rank": None, "update_proj_gap": 200}),
+    "apollo": Method(_apollo, 0.5, {"rank": None, "update_proj_gap": 200}),
+    "apollo_mini": Method(_apollo_mini, 0.5, {"update_proj_gap": 200}),
+    "muon": Method(_muon, 0.5, {"momentum": 0.95}),
+    "adafactor": Method(_adafactor, 0.125),
     "optax_galore": Method(_optax_galore, 0.5, {"rank": None, "update_proj_gap": 200}),
 }
 # Every option that some method has for itself.
@@ -140,7 +236,8 @@ class OptimizerOptions:
     vocabulary: Literal["adamw", "low_bit", "projected", "factored"] = "adamw"
     #: Gradients of projected matrices: subspace, computed inside their subspaces, but
     #: for steps that renew a basis (norms, and clipping by them, then see the projected
-    #: gradients); or full. adamw and optax_galore have full ones in any case.
+    #: gradients); or full. Methods without subspaces, or that look at more than them
+    #: (fira, apollo, ldadam, optax_galore), have full ones in any case.
     gradients: Literal["subspace", "full"] = "subspace"
     #: Bits of the moments of the block matrices' method: 8, in blocks of 256 values
     #: (arrays of fewer than 4,096 values stay in float32). None: float32.
@@ -170,9 +267,9 @@ class OptimizerOptions:
     eps: float = 1e-8
     #: Largest global norm of the gradient; above 0. None: no clipping.
     clip_norm: float | None = 1.0
-    #: Rank of the projection, in columns; at least 1 (all but adamw). None: a quarter
-    #: of the hidden size, over --granularity. A matrix whose shorter side is not above
-    #: it is not projected.
+    #: Rank of the projection, in columns; at least 1. None: a quarter of the hidden
+    #: size, over --granularity, of every method that projects. A matrix whose shorter
+    #: side is not above it is not projected.
     rank: int | None = None
     #: Bytes of the state of the block matrices, like 600MB, in the place of --rank: the
     #: largest rank that fits, of galore and adarankgrad (which then has no --threshold,
@@ -194,9 +291,21 @@ class OptimizerOptions:
     #: Most steps between two refreshes of a basis; at least --min-refresh-interval.
     #: None: 1000 of adarankgrad, the only one that has it.
     max_refresh_interval: int | None = None
-    #: Steps between two refreshes of a basis; at least 1. None: 200 of galore and
-    #: optax_galore, 25 of vlorp and projfactor, the only ones that have it.
+    #: Steps between two refreshes of a basis; at least 1. None: 25 of vlorp and
+    #: projfactor, 200 of the others that have it (not adarankgrad, ldadam).
     update_proj_gap: int | None = None
+    #: Times that a sketched basis is sharpened by the gradient; a multiple of 0.5, 0 or
+    #: more. None: 1 of adarankgrad and sumo, the only ones that have it.
+    power_iterations: float | None = None
+    #: Rule by which moments follow a new basis. None: square of adarankgrad and sumo,
+    #: the only ones that have it.
+    rebase: Rebase | None = None
+    #: Side of each matrix that is projected. None: short of adarankgrad and galore, the
+    #: only ones that have it.
+    side: Literal["short", "long"] | None = None
+    #: Decay of the momentum that is orthogonalized, per step; in [0, 1). None: 0.95 of
+    #: muon and sumo, the only ones that have it.
+    momentum: float | None = None
 
 
 def with_defaults(
@@ -282,7 +391,7 @@ def build_optimizer(
         "adamw": lambda: adamw,
         "low_bit": lambda: lowrank_optax.low_bit(adamw),
         "projected": lambda: of_method(schedule),
-        "factored": lambda: _adafactor(schedule, options.weight_decay),
+        "factored": lambda: _adafactor(schedule, **decay),
     }
     groups: dict[Hashable, optax.GradientTransformation] = {
         "blocks": of_method(lambda count: scale * schedule(count)),
@@ -296,16 +405,6 @@ def build_optimizer(
         grouped = optax.chain(optax.clip_by_global_norm(options.clip_norm), grouped)
     tx = skip_nonfinite(grouped)
     return lowrank_optax.accumulate(tx, accumulate) if accumulate > 1 else tx
-
-
-def _adafactor(learning_rate, weight_decay) -> optax.GradientTransformation:
-    """Returns Adafactor without relative step sizes, with decoupled weight decay."""
-    return optax.chain(
-        optax.scale_by_factored_rms(),
-        optax.clip_by_block_rms(1.0),
-        optax.add_decayed_weights(weight_decay),
-        optax.scale_by_learning_rate(learning_rate),
-    )
 
 
 def parameter_groups(params: Any) -> Any:

@@ -29,6 +29,7 @@ from experiments.metrics import (
     write_json,
 )
 from experiments.model import apply
+from experiments.optimizers import OPTIMIZERS
 from experiments.progress import TrainingProgress
 from experiments.step import (
     BATCH,
@@ -150,8 +151,10 @@ class _Loop:
         self.in_flight = collections.deque()
         self.logged = dataclasses.replace(self.progress)
         config = parts.config
-        has_subspaces = bool(lowrank_optax.subspaces(self.opt_state))
-        self.in_subspace = config.gradients == "subspace" and has_subspaces
+        method = OPTIMIZERS[config.optimizer]
+        self.in_subspace = (
+            config.gradients == "subspace" and method.takes_subspace_gradients
+        )
         self.refresh_due = self._is_refresh_due()
         self.compile_seconds, self.compilations = 0.0, 0
         self._compile_train_step()

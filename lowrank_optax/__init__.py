@@ -13,6 +13,7 @@ from lowrank_optax.capacity import (
     resize,
     wanted_columns,
 )
+from lowrank_optax.channels import ChannelScaledState
 from lowrank_optax.coded import Coded, decode
 from lowrank_optax.inspection import ranks, subspaces
 from lowrank_optax.low_bit import low_bit
@@ -29,8 +30,9 @@ from lowrank_optax.plan import LeafPlan, projections
 from lowrank_optax.projfactor import ProjFactorState, scale_by_projfactor
 from lowrank_optax.random_bases import gaussian, rademacher
 from lowrank_optax.ranks import RankRule, energy_rank
-from lowrank_optax.rebase import REBASE_RULES, RebaseRule, ldadam
+from lowrank_optax.rebase import REBASE_RULES, RebaseRule, ldadam_rebase
 from lowrank_optax.refresh import RefreshRule, every, on_convergence
+from lowrank_optax.relatives import apollo, fira, ldadam, sumo
 from lowrank_optax.rounding import StochasticRoundingState, stochastic_rounding
 from lowrank_optax.subspace import Subspace
 from lowrank_optax.subspace_grad import SubspaceValueAndGrad, subspace_value_and_grad
@@ -42,6 +44,7 @@ __all__ = [
     "BasisRule",
     "Budget",
     "Bytes",
+    "ChannelScaledState",
     "Coded",
     "Columns",
     "LeafMemory",
@@ -60,6 +63,7 @@ __all__ = [
     "SubspaceValueAndGrad",
     "accumulate",
     "adarankgrad",
+    "apollo",
     "budget",
     "capacities",
     "columns",
@@ -70,9 +74,11 @@ __all__ = [
     "energy_rank",
     "every",
     "exact_svd",
+    "fira",
     "galore",
     "gaussian",
     "ldadam",
+    "ldadam_rebase",
     "like_saved",
     "low_bit",
     "memory_plan",
@@ -90,6 +96,7 @@ __all__ = [
     "stochastic_rounding",
     "subspace_value_and_grad",
     "subspaces",
+    "sumo",
     "vlorp",
     "wanted_columns",
 ]

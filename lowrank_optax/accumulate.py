@@ -100,6 +100,8 @@ def accumulate(optimizer: optax.GradientTransformation, every_k: int) -> Accumul
     the mean to rounding. Leaves that are not projected, and optimizers without a
     low-rank transformation, accumulate at full size.
 
+    Methods that look at full gradients (Fira, APOLLO) accumulate those.
+
     A basis that is due is computed from the first micro-batch of a window, as it
     comes; it does not change inside a window. Transformations in front of the low-rank
     one, such as clipping by global norm, get the mean with projected leaves in their
@@ -141,6 +143,7 @@ def accumulate(optimizer: optax.GradientTransformation, every_k: int) -> Accumul
             path: projector
             for node in low_rank_states(inner_state)
             for path, projector in projectors_of(params, node, heard).items()
+            if not projector.parts.needs_full_gradients
         }
 
         def zeros(path, leaf):
@@ -215,6 +218,8 @@ def _add(inner, grads, state: AccumulateState, weight, like) -> AccumulateState:
         if not is_low_rank(node) or not slots_of(node):
             return node
         own, parts = own_parts(grads, node, heard)
+        if parts.needs_full_gradients:
+            return node
         own_like, _ = own_parts(like, node, heard)
         node, projectors = refreshed(own, node, own_like, parts, is_first)
         subspaces = slots_of(node)

@@ -1,7 +1,12 @@
-"""Optax's Adam with its arguments checked."""
+"""What the methods by name share: Adam with its arguments checked, and their end."""
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import optax
+
+Mask = Any | Callable[[Any], Any]
 
 
 def checked_adam(
@@ -19,3 +24,23 @@ def checked_adam(
     if isinstance(eps, (int, float)) and eps <= 0:
         raise ValueError(f"eps must be above 0, got {eps}.")
     return optax.scale_by_adam(b1, b2, eps)
+
+
+def as_optimizer(
+    transformation: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: Any,
+    mask: Mask | None,
+) -> optax.GradientTransformationExtraArgs:
+    """Returns a transformation, then decoupled weight decay and the learning rate.
+
+    Raises:
+        ValueError: If ``weight_decay`` is negative.
+    """
+    if isinstance(weight_decay, (int, float)) and weight_decay < 0:
+        raise ValueError(f"weight_decay must be >= 0, got {weight_decay}.")
+    return optax.chain(
+        transformation,
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )

@@ -15,7 +15,7 @@ with Adam in the subspace; ProjFactor has the first moment there and a factored 
 one at full size. This module is the only place where the parts meet.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -92,6 +92,7 @@ class Core(Protocol):
 
     def update(
         self,
+        gradients: Any,
         coordinates: Any,
         state: Any,
         bases: Mapping[tuple, jax.Array],
@@ -99,7 +100,18 @@ class Core(Protocol):
         count: jax.Array,
         extra_args: Mapping[str, Any],
     ) -> tuple[Any, Any]:
-        """Returns the updates, at full size for every leaf, and its new state."""
+        """Returns the updates, at full size for every leaf, and its new state.
+
+        Args:
+            gradients: As they came: at full size, or projected already unless
+                ``Parts.needs_full_gradients``.
+            coordinates: The same with projected leaves as (*stack, a*c, r).
+            state: Of the core.
+            bases: Of the projected leaves, (*stack, b/c, r).
+            projectors: Of the projected leaves.
+            count: Updates done; (), int32.
+            extra_args: For an inner transformation.
+        """
         ...
 
 
@@ -119,9 +131,11 @@ class InsideSubspace(NamedTuple):
         if jax.tree.leaves(coordinates):
             _check_needs_no_params(self.inner, coordinates, state)
 
-    def update(self, coordinates, state, bases, projectors, count, extra_args):
+    def update(
+        self, gradients, coordinates, state, bases, projectors, count, extra_args
+    ):
         """Returns scale N P^T; see :class:`Core`."""
-        del count
+        del gradients, count
         updates, state = self.inner.update(coordinates, state, None, **extra_args)
 
         def lifted(path, update):
@@ -254,6 +268,7 @@ def make_parts(
     dimension_numbers: DimensionNumbers | None,
     moments: Mapping[str, Kind] | None,
     seed: jax.typing.ArrayLike,
+    needs_full_gradients: bool = False,
 ) -> Parts:
     """Returns the parts, checked.
 
@@ -282,6 +297,7 @@ def make_parts(
         dimension_numbers=dimension_numbers,
         moments=moments or {},
         seed=seed,
+        needs_full_gradients=needs_full_gradients,
     )
 
 
@@ -408,6 +424,7 @@ def _update(updates, state: LowRankState, like, core: Core, parts: Parts, extra_
         if gradients[path].shape == projector.view.shape:
             coordinates[path] = projector.view.project(gradients[path], bases[path])
     new_updates, inner_state = core.update(
+        updates,
         treedef.unflatten(coordinates.values()),
         decoded_tree(state.inner_state),
         bases,
@@ -465,6 +482,7 @@ def refreshed(
     for path, gradient in leaves:
         if gradient.shape != at_full_size[path].shape:
             _check_is_projected(path, gradient, at_full_size[path], shapes)
+            check_subspace_is_enough(parts, [path])
             continue
         if path not in projectors:
             continue
@@ -484,6 +502,20 @@ def refreshed(
         inner_state=inner_treedef.unflatten(inner_leaves),
     )
     return state, projectors
+
+
+def check_subspace_is_enough(parts: Parts, paths: Iterable[tuple]) -> None:
+    """Raises if gradients inside the subspace do not do for leaves with these paths.
+
+    Args:
+        parts: Of the transformation.
+        paths: Key paths of leaves whose gradients are projected before the update.
+    """
+    if parts.needs_full_gradients:
+        raise ValueError(
+            f"{', '.join(map(jax.tree_util.keystr, paths))}: this method (Fira, "
+            "APOLLO) needs the full gradient at every update; use jax.value_and_grad."
+        )
 
 
 def _check_is_projected(path, gradient, leaf, shapes) -> None:

@@ -1,12 +1,9 @@
 """The methods by name: short aliases of ``scale_by_low_rank`` with the parts chosen."""
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import optax
 
-from lowrank_optax.adam import checked_adam
+from lowrank_optax.adam import Mask, as_optimizer, checked_adam
 from lowrank_optax.bases import BasisRule, exact_svd, range_finder
 from lowrank_optax.low_rank import scale_by_low_rank
 from lowrank_optax.matrices import DimensionNumbers, Side
@@ -15,8 +12,6 @@ from lowrank_optax.random_bases import RandomBasis, gaussian
 from lowrank_optax.ranks import RankRule, energy_rank
 from lowrank_optax.rebase import RebaseRule
 from lowrank_optax.refresh import RefreshRule, every, on_convergence
-
-Mask = Any | Callable[[Any], Any]
 
 
 def adarankgrad(
@@ -105,7 +100,7 @@ def adarankgrad(
         raise ValueError(f"threshold must be inside (0, 1), got {threshold}.")
     if refresh is None:
         refresh = on_convergence(fraction=(1 - threshold) ** 0.5)
-    return _optimizer(
+    return as_optimizer(
         scale_by_low_rank(
             checked_adam(b1, b2, eps),
             energy_rank(rank, threshold) if isinstance(rank, int) else rank,
@@ -178,7 +173,7 @@ def galore(
         non-finite gradient keeps the old basis here and the SVD is repeated at the next
         update.
     """
-    return _optimizer(
+    return as_optimizer(
         scale_by_low_rank(
             checked_adam(b1, b2, eps),
             rank,
@@ -259,7 +254,7 @@ def vlorp(
         see :func:`projfactor` for the other one. The momentum follows a new basis here,
         and the basis does not change between the micro-batches of one update.
     """
-    return _optimizer(
+    return as_optimizer(
         scale_by_low_rank(
             optax.scale_by_adam() if inner is None else inner,
             rank,
@@ -326,7 +321,7 @@ def projfactor(
         `VLoRP and ProjFactor <https://arxiv.org/abs/2505.01744>`_, 2025; differences
         are listed in :func:`scale_by_projfactor`.
     """
-    return _optimizer(
+    return as_optimizer(
         scale_by_projfactor(
             rank,
             granularity,
@@ -343,16 +338,4 @@ def projfactor(
         learning_rate,
         weight_decay,
         mask,
-    )
-
-
-def _optimizer(
-    transformation, learning_rate, weight_decay, mask
-) -> optax.GradientTransformationExtraArgs:
-    if isinstance(weight_decay, (int, float)) and weight_decay < 0:
-        raise ValueError(f"weight_decay must be >= 0, got {weight_decay}.")
-    return optax.chain(
-        transformation,
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
     )

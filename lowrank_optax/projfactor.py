@@ -68,9 +68,11 @@ class FactoredAtFullSize(NamedTuple):
     def check(self, coordinates, state):
         """Does nothing; see :class:`lowrank_optax.low_rank.Core`."""
 
-    def update(self, coordinates, state, bases, projectors, count, extra_args):
+    def update(
+        self, gradients, coordinates, state, bases, projectors, count, extra_args
+    ):
         """Returns the updates; see :class:`lowrank_optax.low_rank.Core`."""
-        del extra_args
+        del gradients, extra_args
         rest = _unprojected(coordinates, projectors)
         others, rest_state = self._adam.update(rest, state.rest)
         leaves, treedef = jax.tree_util.tree_flatten_with_path(coordinates)

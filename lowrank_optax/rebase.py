@@ -67,7 +67,7 @@ def _zeros(moment: jax.Array, r: jax.Array) -> jax.Array:
     return jnp.zeros_like(moment)
 
 
-def ldadam(b2: jax.typing.ArrayLike = 0.999) -> RebaseRule:
+def ldadam_rebase(b2: jax.typing.ArrayLike = 0.999) -> RebaseRule:
     r"""The rule of LDAdam: transports the variance and the mean separately.
 
     .. math::
@@ -92,7 +92,7 @@ def ldadam(b2: jax.typing.ArrayLike = 0.999) -> RebaseRule:
 REBASE_RULES: dict[str, RebaseRule] = {
     "square": RebaseRule(_exact, lambda nu, mu, r, count: _exact(nu, r**2)),
     "abs": RebaseRule(_exact, lambda nu, mu, r, count: jnp.abs(_exact(nu, r))),
-    "ldadam": ldadam(),
+    "ldadam": ldadam_rebase(),
     "clamp": RebaseRule(_exact, lambda nu, mu, r, count: jnp.maximum(_exact(nu, r), 0)),
     "first": RebaseRule(_exact, lambda nu, mu, r, count: nu),
     "keep": RebaseRule(_kept, lambda nu, mu, r, count: nu),
@@ -105,7 +105,7 @@ name      second moment
 ========  ==========================================================================
 square    V (R o R): exact for uncorrelated coordinates; the default
 abs       | V R |: depends on the signs of the basis' columns, which are arbitrary
-ldadam    see :func:`ldadam`, with b2 = 0.999
+ldadam    see :func:`ldadam_rebase`, with b2 = 0.999
 clamp     max(V R, 0): the paper's rule, kept from going negative; it starves columns
 first     V: the expectation, where bases are random; the default there
 keep      V, and M too: GaLore

@@ -48,7 +48,11 @@ class Subspace(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """The choices that make a subspace; see :func:`scale_by_low_rank`."""
+    """The choices that make a subspace; see :func:`scale_by_low_rank`.
+
+    Attributes:
+        needs_full_gradients: Whether the core looks at more than projected gradients.
+    """
 
     rank: RankRule
     basis: BasisRule | RandomBasis
@@ -59,6 +63,7 @@ class Parts(NamedTuple):
     dimension_numbers: DimensionNumbers | None
     moments: Mapping[str, Kind]
     seed: jax.typing.ArrayLike
+    needs_full_gradients: bool = False
 
     @property
     def is_random(self) -> bool:

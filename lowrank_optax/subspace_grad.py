@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.low_rank import refreshed
+from lowrank_optax.low_rank import check_subspace_is_enough, refreshed
 from lowrank_optax.plan import announcements
 from lowrank_optax.sharding import abstract, coordinate_axes, zeros_beside
 from lowrank_optax.states import (
@@ -134,6 +134,7 @@ class SubspaceValueAndGrad:
             if not is_low_rank(node) or not slots_of(node):
                 return node
             own, parts = own_parts(params, node, heard)
+            check_subspace_is_enough(parts, slots_of(node))
             if parts.is_random:
                 # A draw looks at no gradient.
                 node, projectors = refreshed(own, node, own, parts, True)

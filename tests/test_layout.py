@@ -37,6 +37,7 @@ ORDER = [
     "states",
     "low_bit",
     "projfactor",
+    "channels",
     "accumulate",
     "subspace_grad",
     "capacity",
@@ -44,6 +45,7 @@ ORDER = [
     "memory",
     "inspection",
     "methods",
+    "relatives",
     "__init__",
 ]
 RUNTIME_DEPENDENCIES = {"jax", "optax", "numpy"}

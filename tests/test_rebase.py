@@ -14,7 +14,7 @@ from lowrank_optax.rebase import random_transfer, transfer
 from tests import references
 
 STEPS, ROWS, COLUMNS, RANK = 51, 9, 6, 3
-RULES = {**REBASE_RULES, "ldadam with b2": lowrank_optax.ldadam(0.95)}
+RULES = {**REBASE_RULES, "ldadam with b2": lowrank_optax.ldadam_rebase(0.95)}
 every_rule = pytest.mark.parametrize("name", RULES)
 
 
