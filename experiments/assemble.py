@@ -13,6 +13,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import lowrank_optax
+from experiments.adapters import with_adapters
 from experiments.checkpoint import Checkpoints, RunRecord
 from experiments.config import Config, complete, differences
 from experiments.data import Data, make_data
@@ -55,7 +56,7 @@ class Parts:
 
     def abstract_state(self) -> tuple[Any, Any]:
         """Returns parameters and optimizer state as shapes with shardings."""
-        params = jax.eval_shape(lambda: init_params(self.model, jax.random.key(0)))
+        params = jax.eval_shape(self.initial_params)
         whole = NamedSharding(self.mesh, PartitionSpec())
         return jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
@@ -111,9 +112,7 @@ def assemble(config: Config, report: Callable[[str], None]) -> Parts:
         schedule=schedule,
         tx=tx,
         mesh=mesh,
-        initial_params=functools.partial(
-            _initial_params, model, config.seed, weights, mesh
-        ),
+        initial_params=functools.partial(_initial_params, model, config, weights, mesh),
         resumed=resumed,
     )
 
@@ -121,7 +120,8 @@ def assemble(config: Config, report: Callable[[str], None]) -> Parts:
 def _check_projects(config, model, tx):
     """Raises if a low-rank method would leave every block matrix at full size."""
     is_ours = config.optimizer != "optax_galore"
-    if not is_ours or "rank" not in OPTIMIZERS[config.optimizer].own:
+    method = OPTIMIZERS[config.optimizer]
+    if not is_ours or "rank" not in method.own or method.adapters:
         return
     params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     try:
@@ -169,13 +169,25 @@ def _model(config, tokenizer, weights):
     return model
 
 
-def _initial_params(model, seed, weights, mesh):
+def _initial_params(model, config, weights, mesh):
+    key = jax.random.key(config.seed)
+    kind = OPTIMIZERS[config.optimizer].adapters
+
+    def parameterised(params):
+        if kind is None:
+            return params
+        return with_adapters(params, kind, config.rank, jax.random.fold_in(key, 1))
+
     if weights:
         dtype = jnp.dtype(model.param_dtype)
-        return replicate(jax.tree.map(lambda x: x.astype(dtype), weights[1]), mesh)
+        params = jax.tree.map(lambda x: jnp.asarray(x, dtype), weights[1])
+        return replicate(parameterised(params), mesh)
     whole = NamedSharding(mesh, PartitionSpec())
-    draw = jax.jit(functools.partial(init_params, model), out_shardings=whole)
-    return draw(jax.random.key(seed))
+
+    def draw(key):
+        return parameterised(init_params(model, key))
+
+    return jax.jit(draw, out_shardings=whole)(key)
 
 
 def _read_checkpoint(config, directory):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Annotated, Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 import tyro
 
@@ -30,17 +31,37 @@ class Method:
             rank's and min_rank's None is filled in by :func:`with_defaults`.
         takes_subspace_gradients: Whether gradients inside the subspaces do, but for
             steps that renew a basis.
+        adapters: Parameterisation of the block matrices whose factors it trains, of
+            :mod:`experiments.adapters`. None: it trains the matrices.
     """
 
     make: Callable[..., optax.GradientTransformation]
     block_scale: float
     own: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     takes_subspace_gradients: bool = False
+    adapters: Literal["lora", "relora", "low_rank"] | None = None
 
 
 def _adamw(learning_rate, *, seed, **adam):
     del seed
     return optax.adamw(learning_rate, **adam)
+
+
+def _of_factors(learning_rate, *, rank, **others):
+    del rank
+    return _adamw(learning_rate, **others)
+
+
+def _relora(learning_rate, *, update_proj_gap, **others):
+    """AdamW whose rate is warmed up again, over a tenth of the gap, at each restart."""
+    warmup = max(1, update_proj_gap // 10)
+
+    def rate(count):
+        since = count % update_proj_gap
+        share = jnp.minimum((since + 1) / warmup, 1)
+        return learning_rate(count) * jnp.where(count < update_proj_gap, 1, share)
+
+    return _of_factors(rate, **others)
 
 
 def _adarankgrad(
@@ -215,6 +236,11 @@ OPTIMIZERS: dict[str, Method] = {
     "apollo_mini": Method(_apollo_mini, 0.5, {"update_proj_gap": 200}),
     "muon": Method(_muon, 0.5, {"momentum": 0.95}),
     "adafactor": Method(_adafactor, 0.125),
+    "lora": Method(_of_factors, 0.25, {"rank": None}, adapters="lora"),
+    "relora": Method(
+        _relora, 0.25, {"rank": None, "update_proj_gap": 200}, adapters="relora"
+    ),
+    "low_rank": Method(_of_factors, 0.25, {"rank": None}, adapters="low_rank"),
     "optax_galore": Method(_optax_galore, 0.5, {"rank": None, "update_proj_gap": 200}),
 }
 # Every option that some method has for itself.
@@ -291,8 +317,9 @@ class OptimizerOptions:
     #: Most steps between two refreshes of a basis; at least --min-refresh-interval.
     #: None: 1000 of adarankgrad, the only one that has it.
     max_refresh_interval: int | None = None
-    #: Steps between two refreshes of a basis; at least 1. None: 25 of vlorp and
-    #: projfactor, 200 of the others that have it (not adarankgrad, ldadam).
+    #: Steps between two refreshes of a basis, or restarts of relora; at least 1. None:
+    #: 25 of vlorp and projfactor, 200 of the others that have it (not adarankgrad,
+    #: ldadam).
     update_proj_gap: int | None = None
     #: Times that a sketched basis is sharpened by the gradient; a multiple of 0.5, 0 or
     #: more. None: 1 of adarankgrad and sumo, the only ones that have it.
@@ -397,6 +424,7 @@ def build_optimizer(
         "blocks": of_method(lambda count: scale * schedule(count)),
         "rest": vocabulary[options.vocabulary](),
         "norms": optax.adamw(schedule, **adam, weight_decay=0.0),
+        "frozen": optax.set_to_zero(),
     }
     grouped = optax.partition(groups, parameter_groups)
     if options.rounding == "stochastic":
@@ -408,16 +436,21 @@ def build_optimizer(
 
 
 def parameter_groups(params: Any) -> Any:
-    """Returns a tree like ``params`` of "blocks", "norms" or "rest".
+    """Returns a tree like ``params`` of "blocks", "norms", "rest" or "frozen".
 
-    "blocks" are the stacked matrices (L, n, m) of attention and MLP.
+    "blocks" are the stacked matrices (L, n, m) of attention and MLP, or their adapters;
+    the matrices are "frozen" then.
     """
 
     def group(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if "norm" in name:
             return "norms"
-        is_block = name.startswith("blocks/") and len(leaf.shape) == 3
-        return "blocks" if is_block else "rest"
+        if name.startswith("adapters/"):
+            return "blocks"
+        is_matrix = "blocks/" in name and len(leaf.shape) == 3
+        if is_matrix and name.startswith("model/"):
+            return "frozen"
+        return "blocks" if is_matrix else "rest"
 
     return jax.tree_util.tree_map_with_path(group, params)

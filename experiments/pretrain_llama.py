@@ -16,6 +16,7 @@ if not __package__:
 
 from rich.console import Console
 
+from experiments.adapters import merged
 from experiments.arguments import flag
 from experiments.assemble import Parts, assemble
 from experiments.config import command_line, parse
@@ -105,7 +106,7 @@ def _save_weights(directory, parts, trained):
         return
     unfinished = directory.with_name("weights.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    save_llama(unfinished, parts.model, trained.params)
+    save_llama(unfinished, parts.model, merged(trained.params))
     unfinished.rename(directory)
 
 

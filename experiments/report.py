@@ -10,6 +10,7 @@ import optax
 from rich.console import Console
 from rich.table import Table
 
+from experiments.adapters import merged
 from experiments.assemble import Parts
 from experiments.generate import generate
 from experiments.memory import (
@@ -42,13 +43,14 @@ def summarize(
     config, progress = parts.config, trained.progress
     tokens = progress.step * config.batch_size * config.sequence_length
     params = trained.params
+    model = jax.eval_shape(merged, params)
     device = jax.devices()[0]
     return {
         "optimizer": config.optimizer,
         "model": config.model_name,
         "steps": progress.step,
         "tokens": tokens,
-        "parameter_count": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "parameter_count": sum(leaf.size for leaf in jax.tree.leaves(model)),
         "initial_validation_loss": progress.initial_validation_loss,
         "validation_loss": progress.validation_loss,
         "tokens_per_second": tokens / progress.seconds,
@@ -57,11 +59,11 @@ def summarize(
         "compilations": trained.compilations,
         "compactions": progress.compaction.done,
         "optimizer_state_bytes": optimizer_state_bytes(trained.opt_state),
-        "adamw_state_bytes": adamw_state_bytes(params),
+        "adamw_state_bytes": adamw_state_bytes(model),
         "block_state_bytes": optimizer_state_bytes(block_state(trained.opt_state)),
-        "block_adamw_state_bytes": adamw_state_bytes(block_leaves(params)),
+        "block_adamw_state_bytes": adamw_state_bytes(block_leaves(model)),
         "memory": memory_by_kind(params, trained.opt_state),
-        "adamw_memory": adamw_memory_by_kind(params),
+        "adamw_memory": adamw_memory_by_kind(model),
         "mean_ranks": mean_ranks(records),
         "rejected_updates": int(optax.tree.get(trained.opt_state, "total_notfinite")),
         "data": parts.data.description,
@@ -94,7 +96,7 @@ def sample_text(parts: Parts, params: Any) -> tuple[str, str]:
     prompt = window[: max(1, config.sequence_length // 4)]
     tokens = generate(
         parts.model,
-        jax.device_put(params, jax.devices()[0]),
+        jax.device_put(merged(params), jax.devices()[0]),
         prompt,
         config.sample_tokens,
         temperature=config.sample_temperature,

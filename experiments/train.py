@@ -3,16 +3,17 @@
 import collections
 import contextlib
 import dataclasses
-import functools
 import signal
 import time
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
 import lowrank_optax
+from experiments.adapters import merged, restarted
 from experiments.assemble import Parts
 from experiments.checkpoint import Checkpoints, RunRecord
 from experiments.clock import Clock
@@ -159,7 +160,7 @@ class _Loop:
         self.compile_seconds, self.compilations = 0.0, 0
         self._compile_train_step()
         started = time.monotonic()
-        eval_step = make_eval_step(functools.partial(apply, parts.model), parts.mesh)
+        eval_step = make_eval_step(self._apply, parts.mesh)
         batch = self._abstract_batch()
         self.eval_step = eval_step.lower(self.params, batch).compile()
         self.compile_seconds += time.monotonic() - started
@@ -172,6 +173,9 @@ class _Loop:
         config = self.parts.config
         shape = (config.batch_size, config.sequence_length)
         return {name: jax.ShapeDtypeStruct(shape, t) for name, t in BATCH.items()}
+
+    def _apply(self, params: Any, tokens: jax.Array) -> jax.Array:
+        return apply(self.parts.model, merged(params), tokens)
 
     def _compile_train_step(self) -> None:
         """Compiles the step; with gradients in subspaces, that of a refresh too."""
@@ -186,10 +190,9 @@ class _Loop:
 
     def _compiled_step(self, in_subspace: bool):
         parts = self.parts
-        apply_fn = functools.partial(apply, parts.model)
         batch = self._abstract_batch()
         train_step = make_train_step(
-            apply_fn,
+            self._apply,
             parts.tx,
             parts.mesh,
             parts.config.accumulate,
@@ -237,10 +240,22 @@ class _Loop:
         )
         self.refresh_due = metrics["refresh_due"]
         self.progress.step += 1
+        self._restart()
         self.in_flight.append(metrics)
         if len(self.in_flight) > _STEPS_IN_FLIGHT:
             self._check(self.in_flight.popleft())
         return metrics
+
+    def _restart(self) -> None:
+        """Merges the adapters of ReLoRA, and starts them anew, where that is due."""
+        config = self.parts.config
+        is_due = self.progress.step % (config.update_proj_gap or 1) == 0
+        if OPTIMIZERS[config.optimizer].adapters != "relora" or not is_due:
+            return
+        key = jax.random.fold_in(jax.random.key(config.seed), self.progress.step)
+        whole = NamedSharding(self.parts.mesh, PartitionSpec())
+        restart = jax.jit(restarted, donate_argnums=(0, 1), out_shardings=whole)
+        self.params, self.opt_state = restart(self.params, self.opt_state, key)
 
     def _compact(self, shown: TrainingProgress) -> None:
         """Looks at the state, and may cut its arrays and compile the step anew."""

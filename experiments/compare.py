@@ -1,0 +1,393 @@
+"""Every method side by side: ``python -m experiments.compare cpu-small --out DIR``.
+
+One process per run; what is done is skipped, what was interrupted is resumed. Results
+are lines of results.jsonl; then come a table in Markdown and figures.
+"""
+
+import concurrent.futures
+import dataclasses
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from experiments.arguments import check_choice, flag, parse_arguments
+from experiments.comparison import write_report
+from experiments.errors import UserError
+from experiments.metrics import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    SUMMARY_FILE,
+    read_metrics,
+    write_json,
+)
+from experiments.search import Point, best_point, next_point
+from experiments.suites import SUITES, Contender, Suite
+
+RESULTS_FILE = "results.jsonl"
+SUITE_FILE = "suite.json"
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Compares methods: equal data, equal search over two learning rates, seeds.
+
+    Stop it with Ctrl-C and give the same command again: it goes on where it was.
+    """
+
+    #: Which comparison.
+    suite: Annotated[
+        tyro.conf.Positional[str], tyro.conf.arg(metavar="{" + ",".join(SUITES) + "}")
+    ]
+    #: Directory of the results. None: runs/compare-SUITE.
+    out: Path | None = None
+    #: Text to train on: embedded, c4 (streamed), or a path or glob.
+    data: str = "embedded"
+    #: Path or glob of the validation text. None: held out from --data.
+    validation_data: str | None = None
+    #: Tokenizer of models above tiny; see pretrain_llama.
+    tokenizer: str = "bytes"
+    #: Runs at a time; they slow each other down, which tokens per second shows.
+    jobs: int = 1
+    #: Methods to run, separated by commas. None: all of the suite. The table has all
+    #: that are done.
+    only: str | None = None
+    #: Directory of another comparison: the best rates found there are taken, and
+    #: nothing is searched. For other data than those that chose the rates.
+    rates_from: Path | None = None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status.
+
+    0: done; 2: a mistake of the user's, told in one line on stderr; 130: interrupted.
+    """
+    console = Console()
+    try:
+        options = _parse(sys.argv[1:] if argv is None else argv)
+        comparison = Comparison(options, console)
+        try:
+            comparison.run()
+        finally:
+            if comparison.records:
+                write_report(comparison.directory, options.suite, comparison.records)
+                console.print(f"results in {comparison.directory}", soft_wrap=True)
+    except UserError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        console.print("interrupted; give the same command again to go on")
+        return 128 + signal.SIGINT
+    return 0
+
+
+def _parse(argv: Sequence[str]) -> Options:
+    options = parse_arguments(Options, "python -m experiments.compare", argv)
+    check_choice("suite", options.suite, SUITES)
+    names = [contender.name for contender in SUITES[options.suite].contenders]
+    for name in _only(options) or ():
+        check_choice("only", name, names)
+    if options.jobs < 1:
+        raise UserError(f"--jobs must be at least 1, not {options.jobs}")
+    return options
+
+
+def _only(options: Options) -> list[str] | None:
+    names = options.only
+    return None if names is None else [name.strip() for name in names.split(",")]
+
+
+class Comparison:
+    """The runs of one suite in one directory.
+
+    Attributes:
+        directory: Of the results.
+        records: One for each run that is done: the lines of results.jsonl.
+    """
+
+    def __init__(self, options: Options, console: Console):
+        self.suite: Suite = SUITES[options.suite]
+        self.directory = options.out or Path("runs") / f"compare-{options.suite}"
+        self.records: list[dict[str, Any]] = []
+        self._options, self._console = options, console
+        self._rates = options.rates_from and _rates_of(options.rates_from)
+        self._lock = threading.Lock()
+        self._processes: set[subprocess.Popen] = set()
+        self._stopped = False
+        self._started, self._done_here = time.monotonic(), 0
+        _check_suite(self.directory, self._definition())
+        results = self.directory / RESULTS_FILE
+        if results.exists():
+            self.records = [json.loads(x) for x in results.read_text().splitlines()]
+
+    def _definition(self) -> dict[str, Any]:
+        """Returns what makes results comparable; more methods may join."""
+        options = self._options
+        return {
+            "suite": options.suite,
+            "data": options.data,
+            "validation_data": options.validation_data,
+            "tokenizer": options.tokenizer,
+            "flags": dict(self.suite.flags),
+            "seeds": list(self.suite.seeds),
+            "search": self.suite.search,
+            "rates_from": options.rates_from and str(options.rates_from),
+        }
+
+    def run(self) -> None:
+        """Runs what is not done yet."""
+        only = _only(self._options)
+        chosen = [c for c in self.suite.contenders if not only or c.name in only]
+        with concurrent.futures.ThreadPoolExecutor(self._options.jobs) as pool:
+            futures = [pool.submit(self._run_contender, c) for c in chosen]
+            try:
+                for future in concurrent.futures.as_completed(futures):
+                    future.result()
+            except BaseException:
+                self._stop()
+                raise
+
+    def _stop(self) -> None:
+        """Ends the runs under way, each with a checkpoint."""
+        with self._lock:
+            self._stopped = True
+            for process in self._processes:
+                process.send_signal(signal.SIGTERM)
+
+    def _run_contender(self, contender: Contender) -> None:
+        suite = self.suite
+        first, *others = suite.seeds
+        if self._rates is not None:
+            if contender.name not in self._rates:
+                raise UserError(
+                    f"--rates-from {self._options.rates_from} has no finished "
+                    f"{contender.name!r}; leave it out with --only"
+                )
+            rates = self._rates[contender.name]
+        else:
+            losses: dict[Point, float] = {}
+            while (point := next_point(losses, suite.search)) is not None:
+                record = self._result(contender, rates_at(contender, point), first)
+                losses[point] = _loss(record)
+            rates = rates_at(contender, best_point(losses))
+        for seed in (first, *others):
+            self._result(contender, rates, seed)
+
+    def _result(self, contender: Contender, rates, seed: int) -> dict[str, Any]:
+        """Returns the record of a run, from the file or from running it."""
+        key = {
+            "method": contender.name,
+            "flags": dict(contender.flags),
+            "learning_rate": rates[0],
+            "block_learning_rate": rates[1],
+            "seed": seed,
+        }
+        with self._lock:
+            if self._stopped:
+                raise concurrent.futures.CancelledError
+            for record in self.records:
+                if all(record.get(name) == value for name, value in key.items()):
+                    return record
+        record = {**key, **self._run(contender, rates, seed)}
+        with self._lock:
+            self.records.append(record)
+            self._done_here += 1
+            with (self.directory / RESULTS_FILE).open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            self._say(record)
+        return record
+
+    def _say(self, record: Mapping[str, Any]) -> None:
+        loss, status = record["validation_loss"], record["status"]
+        spent = (time.monotonic() - self._started) / self._done_here
+        contenders = len(_only(self._options) or self.suite.contenders)
+        most = contenders * (self.suite.search + len(self.suite.seeds) - 1)
+        left = max(0, most - len(self.records)) * spent
+        outcome = f"{loss:.4f}" if status == "finished" else status
+        self._console.print(
+            f"{record['method']}, rates {record['learning_rate']:g} and "
+            f"{record['block_learning_rate']:g}, seed {record['seed']}: {outcome}; "
+            f"{len(self.records)} of at most {most} runs, at most "
+            f"{left / 60:.0f} min left",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def _run(self, contender: Contender, rates, seed: int) -> dict[str, Any]:
+        """Runs one process to its end; returns what its directory says."""
+        name = f"{contender.name}-{rates[0]:g}-{rates[1]:g}-{seed}".replace(" ", "-")
+        directory = self.directory / "runs" / name
+        if not (directory / SUMMARY_FILE).exists():
+            is_resumed = (directory / CHECKPOINTS).is_dir() and any(
+                path.name.isdigit() for path in (directory / CHECKPOINTS).iterdir()
+            )
+            if not is_resumed:
+                shutil.rmtree(directory, ignore_errors=True)
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            flags = self._flags(contender, rates, seed, directory)
+            log = directory.with_suffix(directory.suffix + ".log")
+            code = self._process([*flags, *(["--resume"] * is_resumed)], log)
+            if self._stopped:
+                raise concurrent.futures.CancelledError
+            if code and "not finite" not in log.read_text():
+                raise UserError(f"{name} ended with status {code}; {log} says why")
+        return _outcome(directory, _commit())
+
+    def _flags(self, contender, rates, seed: int, directory: Path) -> list[str]:
+        options = self._options
+        fields: dict[str, Any] = {
+            **self.suite.flags,
+            **contender.flags,
+            "data": options.data,
+            "tokenizer": options.tokenizer,
+            "learning_rate": rates[0],
+            "block_scale": rates[1] / rates[0],
+            "seed": seed,
+            "keep_checkpoints": 1,
+            "out": directory,
+        }
+        if options.validation_data is not None:
+            fields["validation_data"] = options.validation_data
+        return [
+            word
+            for name, value in fields.items()
+            for word in ((flag(name),) if value is True else (flag(name), str(value)))
+        ]
+
+    def _process(self, flags: list[str], log: Path) -> int:
+        command = [sys.executable, "-m", "experiments.pretrain_llama", *flags]
+        with log.open("a") as file:
+            with self._lock:
+                if self._stopped:
+                    raise concurrent.futures.CancelledError
+                # In a session of its own: Ctrl-C reaches it once, from here.
+                process = subprocess.Popen(
+                    command, stdout=file, stderr=file, start_new_session=True
+                )
+                self._processes.add(process)
+            try:
+                return process.wait()
+            finally:
+                with self._lock:
+                    self._processes.discard(process)
+
+
+def rates_at(contender: Contender, point: Point) -> tuple[float, float]:
+    """Returns both learning rates, of the rest and of the blocks, at a point."""
+    rest, blocks = point
+    start = contender.learning_rate
+    return start * 2.0**rest, start * contender.block_scale * 2.0**blocks
+
+
+def _loss(record: Mapping[str, Any]) -> float:
+    return record["validation_loss"] if record["status"] == "finished" else math.inf
+
+
+def _outcome(directory: Path, commit: str) -> dict[str, Any]:
+    """Returns how a run ended: finished, or diverged and when."""
+    config = json.loads((directory / CONFIG_FILE).read_text())
+    path = directory / SUMMARY_FILE
+    summary = json.loads(path.read_text()) if path.exists() else {}
+    shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
+    loss, first = summary.get("validation_loss"), summary.get("initial_validation_loss")
+    is_finished = loss is not None and math.isfinite(loss) and loss < first
+    return {
+        "status": "finished" if is_finished else "diverged",
+        "step": config["steps"] if is_finished else _last_good_step(directory),
+        "commit": commit,
+        "directory": directory.name,
+        "validation_loss": loss,
+        **{name: summary.get(name) for name in _KEPT},
+    }
+
+
+_KEPT = (
+    "initial_validation_loss",
+    "model",
+    "steps",
+    "tokens",
+    "tokens_per_second",
+    "training_seconds",
+    "optimizer_state_bytes",
+    "adamw_state_bytes",
+    "block_state_bytes",
+    "block_adamw_state_bytes",
+    "data",
+    "device",
+    "versions",
+)
+
+
+def _last_good_step(directory: Path) -> int:
+    """Returns the last step that was logged with a finite loss."""
+    records = read_metrics(directory)
+    good = [record["step"] for record in records if record["loss"] is not None]
+    return max(good, default=0)
+
+
+def _commit() -> str:
+    """Returns the commit of the code, with a + where it has been changed since."""
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--dirty=+"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _check_suite(directory: Path, definition: dict[str, Any]) -> None:
+    """Raises if the directory holds another comparison; writes this one's name."""
+    path = directory / SUITE_FILE
+    if path.exists():
+        saved = json.loads(path.read_text())
+        changed = [
+            f"{name} was {saved.get(name)}, is {value}"
+            for name, value in definition.items()
+            if saved.get(name) != value
+        ]
+        if changed:
+            raise UserError(
+                f"{directory} holds another comparison: {'; '.join(changed)}; give "
+                "another --out"
+            )
+        return
+    if directory.exists() and any(directory.iterdir()):
+        raise UserError(f"--out {directory} is not empty; give another one")
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(path, definition)
+
+
+def _rates_of(directory: Path) -> dict[str, tuple[float, float]]:
+    """Returns the best rates of each method of a finished comparison."""
+    path = directory / RESULTS_FILE
+    if not path.exists():
+        raise UserError(f"--rates-from {directory} holds no {RESULTS_FILE}")
+    losses: dict[str, dict[tuple[float, float], list[float]]] = {}
+    for record in map(json.loads, path.read_text().splitlines()):
+        rates = record["learning_rate"], record["block_learning_rate"]
+        of_method = losses.setdefault(record["method"], {})
+        of_method.setdefault(rates, []).append(_loss(record))
+    # The rates that were run with most seeds are those that the search chose.
+    return {
+        method: min(found, key=lambda rates: (-len(found[rates]), min(found[rates])))
+        for method, found in losses.items()
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,265 @@
+"""What a comparison says: a table in Markdown, and figures."""
+
+import dataclasses
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from experiments.metrics import read_metrics
+
+_MARKERS = "os^vD<>pPX*"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One method at the rates that were best for it.
+
+    Attributes:
+        method: Its name.
+        learning_rate: Of embedding, head and norms.
+        block_learning_rate: Of the block matrices.
+        losses: Validation loss of each seed, nats per token; infinite where diverged.
+        runs: The records of these seeds.
+        tried: Runs of the method in all.
+        diverged: (rates, step) of each of them that diverged.
+    """
+
+    method: str
+    learning_rate: float
+    block_learning_rate: float
+    losses: tuple[float, ...]
+    runs: tuple[Mapping[str, Any], ...]
+    tried: int
+    diverged: tuple[tuple[float, float, int], ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean loss over the seeds."""
+        return statistics.mean(self.losses)
+
+    @property
+    def spread(self) -> float:
+        """Largest loss less the smallest one."""
+        return max(self.losses) - min(self.losses)
+
+    @property
+    def block_share(self) -> float:
+        """Bytes of the state of the block matrices, as a share of AdamW's."""
+        run = self.runs[0]
+        if not run.get("block_state_bytes"):
+            return float("nan")
+        return run["block_state_bytes"] / run["block_adamw_state_bytes"]
+
+    @property
+    def share(self) -> float:
+        """Bytes of the whole state, as a share of AdamW's."""
+        run = self.runs[0]
+        if not run.get("optimizer_state_bytes"):
+            return float("nan")
+        return run["optimizer_state_bytes"] / run["adamw_state_bytes"]
+
+
+def rows_of(records: Iterable[Mapping[str, Any]]) -> list[Row]:
+    """Returns a row for each method, by rising mean loss.
+
+    The rates are those with most seeds, of these the ones with the least mean loss.
+
+    Args:
+        records: Lines of results.jsonl.
+    """
+    methods: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        methods.setdefault(record["method"], []).append(record)
+    return sorted(map(_row, methods.values()), key=lambda row: (row.mean, row.method))
+
+
+def _row(records: Sequence[Mapping[str, Any]]) -> Row:
+    by_rates: dict[tuple[float, float], list[Mapping[str, Any]]] = {}
+    for record in sorted(records, key=lambda record: record["seed"]):
+        rates = record["learning_rate"], record["block_learning_rate"]
+        by_rates.setdefault(rates, []).append(record)
+
+    def mean(rates):
+        return statistics.mean(map(_loss, by_rates[rates]))
+
+    best = min(by_rates, key=lambda rates: (-len(by_rates[rates]), mean(rates), rates))
+    return Row(
+        method=records[0]["method"],
+        learning_rate=best[0],
+        block_learning_rate=best[1],
+        losses=tuple(map(_loss, by_rates[best])),
+        runs=tuple(by_rates[best]),
+        tried=len(records),
+        diverged=tuple(
+            (record["learning_rate"], record["block_learning_rate"], record["step"])
+            for record in sorted(records, key=lambda record: record["step"])
+            if record["status"] != "finished"
+        ),
+    )
+
+
+def _loss(record: Mapping[str, Any]) -> float:
+    is_finished = record["status"] == "finished"
+    return record["validation_loss"] if is_finished else float("inf")
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Returns the table in Markdown."""
+    adamw = next((row.mean for row in rows if row.method == "adamw"), None)
+    lines = [
+        "| method | rates: rest, blocks | loss, mean of seeds | seeds | spread "
+        "| to AdamW | block state | whole state | tokens/s | runs | diverged |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        speeds = [run["tokens_per_second"] for run in row.runs]
+        speeds = [speed for speed in speeds if speed is not None]
+        diverged = "; ".join(
+            f"{rest:g}, {blocks:g} after step {step}"
+            for rest, blocks, step in row.diverged
+        )
+        cells = [
+            row.method,
+            f"{row.learning_rate:g}, {row.block_learning_rate:g}",
+            _number(row.mean),
+            str(len(row.losses)),
+            _number(row.spread),
+            "" if adamw is None else f"{100 * (row.mean / adamw - 1):+.2f} %",
+            f"{row.block_share:.3f}",
+            f"{row.share:.3f}",
+            f"{statistics.median(speeds):,.0f}" if speeds else "",
+            str(row.tried),
+            diverged,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if np.isfinite(value) else "diverged"
+
+
+def front(rows: Sequence[Row]) -> list[Row]:
+    """Returns the rows that no other beats in bytes of the whole state and in loss."""
+    found, best = [], float("inf")
+    for row in sorted(rows, key=lambda row: (row.share, row.mean)):
+        if row.mean < best:
+            best = row.mean
+            found.append(row)
+    return found
+
+
+def write_report(
+    directory: Path, name: str, records: Sequence[Mapping[str, Any]]
+) -> None:
+    """Writes table.md and figures of what is done so far.
+
+    Args:
+        directory: Of the comparison, with its runs.
+        name: Of the suite.
+        records: Lines of results.jsonl.
+    """
+    rows = rows_of(records)
+    first = records[0]
+    heading = (
+        f"Suite {name}: {first['model']}, {first['steps']} steps; {first['data']}; "
+        f"{first['device']}; commit {first['commit']}. Loss: nats per token of one "
+        "validation set, the same for all. Spread: largest less smallest. State: bytes "
+        "as a share of AdamW's. Runs: all that the method was given.\n\n"
+    )
+    (directory / "table.md").write_text(heading + table(rows))
+    finished = [row for row in rows if np.isfinite(row.mean)]
+    lines = {
+        row.method: read_metrics(directory / "runs" / row.runs[0]["directory"])
+        for row in finished
+    }
+    tokens = {name: [r["tokens"] for r in found] for name, found in lines.items()}
+    seconds = {name: _seconds(found) for name, found in lines.items()}
+    figures = {
+        "loss-tokens": _curves(lines, tokens, "tokens"),
+        "loss-time": _curves(lines, seconds, "seconds of training"),
+        "loss-bytes": _bytes(finished),
+        "ranks": _ranks(lines),
+    }
+    for figure_name, figure in figures.items():
+        FigureCanvasSVG(figure).print_svg(directory / f"{figure_name}.svg")
+
+
+def _seconds(records: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Returns the seconds of training at each line, from tokens and their speed."""
+    tokens = np.array([record["tokens"] for record in records], float)
+    speeds = np.array([record["tokens_per_second"] for record in records])
+    return list(np.cumsum(np.diff(tokens, prepend=0.0) / speeds))
+
+
+def _curves(lines, places: Mapping[str, Sequence[float]], label: str) -> Figure:
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    axes = figure.add_subplot()
+    for index, (name, records) in enumerate(lines.items()):
+        points = [
+            (x, record["validation_loss"])
+            for x, record in zip(places[name], records, strict=True)
+            if "validation_loss" in record
+        ]
+        axes.plot(
+            *zip(*points, strict=True),
+            marker=_MARKERS[index % len(_MARKERS)],
+            markersize=4,
+            linewidth=1,
+            label=name,
+        )
+    axes.set(xlabel=label, ylabel="validation loss, nats per token")
+    axes.legend(fontsize=7, ncols=2)
+    return figure
+
+
+def _bytes(rows: Sequence[Row]) -> Figure:
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    axes = figure.add_subplot()
+    ahead = front(rows)
+    for row in rows:
+        axes.plot([row.share] * len(row.losses), row.losses, ".", color="0.7")
+        axes.plot(row.share, row.mean, "o", color="C1" if row in ahead else "C0")
+        axes.annotate(
+            row.method,
+            (row.share, row.mean),
+            xytext=(5, 3),
+            textcoords="offset points",
+            fontsize=7,
+        )
+    axes.step(
+        [row.share for row in ahead],
+        [row.mean for row in ahead],
+        where="post",
+        color="C1",
+        label="Pareto front",
+    )
+    axes.set(
+        xscale="log",
+        xlabel="optimizer state, share of AdamW's bytes",
+        ylabel="validation loss, nats per token",
+    )
+    axes.legend()
+    return figure
+
+
+def _ranks(lines) -> Figure:
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    axes = figure.add_subplot()
+    for name, records in lines.items():
+        ranked = [record for record in records if record.get("ranks")]
+        if ranked:
+            means = [
+                np.mean([np.mean(x) for x in record["ranks"].values()])
+                for record in ranked
+            ]
+            axes.plot([r["step"] for r in ranked], means, label=name, linewidth=1)
+    axes.set(xlabel="step", ylabel="rank in use, mean over the block matrices")
+    if axes.lines:
+        axes.legend(fontsize=7)
+    return figure
