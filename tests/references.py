@@ -261,8 +261,11 @@ def low_rank(
     side: str = "short",
     scale: float = 1.0,
     like: Sequence[np.ndarray] | None = None,
+    lift: Callable[..., np.ndarray] = lambda g, r, n, p: n @ p.T,
 ) -> tuple[list[np.ndarray], list[Record]]:
     """U_t = scale N_t P^T with R_t = G_t P, N_t = inner(R_t), for one matrix.
+
+    ``lift``: (G_t, R_t, N_t, P) -> U_t / scale, where a method has another one.
 
     GaLore, Algorithm 2, and AdaRankGrad, Algorithm 3. G_t is transposed where its rows
     are projected: for "short" if there are fewer rows than columns, for "long" if not.
@@ -295,7 +298,7 @@ def low_rank(
         r = g @ p
         schedule.observe(float(np.linalg.norm(r)))
         n, m, v = inner(r, m, v, t + 1)
-        update = scale * n @ p.T
+        update = scale * lift(g, r, n, p)
         updates.append(update.T if rows else update)
         records.append(Record(refreshed, p, in_use, demand, m, v))
     return updates, records
@@ -364,6 +367,50 @@ def adarankgrad(
         like=like,
     )
     return [-learning_rate * update for update in updates], records
+
+
+# --- relatives ---------------------------------------------------------------------
+
+
+def orthogonalized_momentum(beta: float = 0.95, rms: float = 0.2) -> Inner:
+    """Muon, Jordan 2024: Nesterov's momentum, five Newton-Schulz steps, RMS matched."""
+
+    def step(r, m, v, t):
+        m = beta * m + (1 - beta) * r
+        mean = beta * m / (1 - beta ** (t + 1)) + (1 - beta) * r / (1 - beta**t)
+        x = mean / np.linalg.norm(mean)
+        for _ in range(5):
+            gram = x.T @ x
+            x = 3.4445 * x + x @ (-4.7750 * gram + 2.0315 * gram @ gram)
+        return rms * np.sqrt(max(r.shape)) * x, m, v
+
+    return step
+
+
+class Limited:
+    """Fira's norm-growth limiter, and what it limits.
+
+    S = phi (G - R P^T), or phi G where the subspace is not kept; phi by row or one.
+    """
+
+    def __init__(self, keeps_subspace: bool, by_matrix: bool, growth: float = 1.01):
+        self.keeps_subspace, self.by_matrix = keeps_subspace, by_matrix
+        self.growth, self.norm = growth, None
+
+    def __call__(self, g, r, n, p):
+        if self.by_matrix:
+            phi = np.full(len(r), np.linalg.norm(n) / np.linalg.norm(r))
+        else:
+            phi = np.array(
+                [np.linalg.norm(n[i]) / np.linalg.norm(r[i]) for i in range(len(r))]
+            )
+        inside = r @ p.T if self.keeps_subspace else np.zeros_like(g)
+        part = phi[:, None] * (g - inside)
+        norm = np.linalg.norm(part)
+        if self.norm is not None and norm > self.growth * self.norm:
+            part = part * (self.growth * self.norm / norm)
+        self.norm = np.linalg.norm(part)
+        return part + (n @ p.T if self.keeps_subspace else 0)
 
 
 # --- random bases of various granularity: VLoRP and ProjFactor ------------------------
