@@ -10,6 +10,7 @@ import json
 import math
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -309,6 +310,7 @@ def _outcome(directory: Path, commit: str) -> dict[str, Any]:
         "directory": directory.name,
         "validation_loss": loss,
         **{name: summary.get(name) for name in _KEPT},
+        **curves(read_metrics(directory)),
     }
 
 
@@ -327,6 +329,31 @@ _KEPT = (
     "device",
     "versions",
 )
+
+
+def curves(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns what figures are drawn from, of the lines of a run's metrics.jsonl.
+
+    Returns:
+        validation_curve: (tokens, seconds of training, loss) of each validation;
+        rank_curve: (step, mean rank in use of the projected matrices) of each line.
+    """
+    seconds, tokens = 0.0, 0
+    validations, ranks = [], []
+    for record in records:
+        seconds += (record["tokens"] - tokens) / record["tokens_per_second"]
+        tokens = record["tokens"]
+        if "validation_loss" in record:
+            loss = record["validation_loss"]
+            validations.append((tokens, round(seconds, 2), loss))
+        if record.get("ranks"):
+            means = [statistics.mean(_flat(x)) for x in record["ranks"].values()]
+            ranks.append((record["step"], round(statistics.mean(means), 2)))
+    return {"validation_curve": validations, "rank_curve": ranks}
+
+
+def _flat(ranks: Any) -> list[int]:
+    return ranks if isinstance(ranks, list) else [ranks]
 
 
 def _last_good_step(directory: Path) -> int:

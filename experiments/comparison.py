@@ -10,8 +10,6 @@ import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from experiments.metrics import read_metrics
-
 _MARKERS = "os^vD<>pPX*"
 
 
@@ -160,7 +158,7 @@ def write_report(
     """Writes table.md and figures of what is done so far.
 
     Args:
-        directory: Of the comparison, with its runs.
+        directory: Of the comparison.
         name: Of the suite.
         records: Lines of results.jsonl.
     """
@@ -174,44 +172,29 @@ def write_report(
     )
     (directory / "table.md").write_text(heading + table(rows))
     finished = [row for row in rows if np.isfinite(row.mean)]
-    lines = {
-        row.method: read_metrics(directory / "runs" / row.runs[0]["directory"])
-        for row in finished
-    }
-    tokens = {name: [r["tokens"] for r in found] for name, found in lines.items()}
-    seconds = {name: _seconds(found) for name, found in lines.items()}
     figures = {
-        "loss-tokens": _curves(lines, tokens, "tokens"),
-        "loss-time": _curves(lines, seconds, "seconds of training"),
+        "loss-tokens": _curves(finished, 0, "tokens"),
+        "loss-time": _curves(finished, 1, "seconds of training"),
         "loss-bytes": _bytes(finished),
-        "ranks": _ranks(lines),
+        "ranks": _ranks(finished),
     }
     for figure_name, figure in figures.items():
         FigureCanvasSVG(figure).print_svg(directory / f"{figure_name}.svg")
 
 
-def _seconds(records: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Returns the seconds of training at each line, from tokens and their speed."""
-    tokens = np.array([record["tokens"] for record in records], float)
-    speeds = np.array([record["tokens_per_second"] for record in records])
-    return list(np.cumsum(np.diff(tokens, prepend=0.0) / speeds))
-
-
-def _curves(lines, places: Mapping[str, Sequence[float]], label: str) -> Figure:
+def _curves(rows: Sequence[Row], place: int, label: str) -> Figure:
+    """Draws the loss of each row's first seed against one of its coordinates."""
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.add_subplot()
-    for index, (name, records) in enumerate(lines.items()):
-        points = [
-            (x, record["validation_loss"])
-            for x, record in zip(places[name], records, strict=True)
-            if "validation_loss" in record
-        ]
+    for index, row in enumerate(rows):
+        curve = row.runs[0]["validation_curve"]
         axes.plot(
-            *zip(*points, strict=True),
+            [point[place] for point in curve],
+            [point[2] for point in curve],
             marker=_MARKERS[index % len(_MARKERS)],
             markersize=4,
             linewidth=1,
-            label=name,
+            label=row.method,
         )
     axes.set(xlabel=label, ylabel="validation loss, nats per token")
     axes.legend(fontsize=7, ncols=2)
@@ -248,17 +231,13 @@ def _bytes(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def _ranks(lines) -> Figure:
+def _ranks(rows: Sequence[Row]) -> Figure:
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.add_subplot()
-    for name, records in lines.items():
-        ranked = [record for record in records if record.get("ranks")]
-        if ranked:
-            means = [
-                np.mean([np.mean(x) for x in record["ranks"].values()])
-                for record in ranked
-            ]
-            axes.plot([r["step"] for r in ranked], means, label=name, linewidth=1)
+    for row in rows:
+        curve = row.runs[0]["rank_curve"]
+        if curve:
+            axes.plot(*zip(*curve, strict=True), label=row.method, linewidth=1)
     axes.set(xlabel="step", ylabel="rank in use, mean over the block matrices")
     if axes.lines:
         axes.legend(fontsize=7)

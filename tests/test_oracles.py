@@ -212,9 +212,7 @@ METHODS = {
         lambda: lowrank_optax.sumo(
             0.1, RANK, basis=SVD, refresh=lowrank_optax.every(5)
         ),
-        functools.partial(
-            relative_reference, references.orthogonalized_momentum(), rebase="abs"
-        ),
+        functools.partial(relative_reference, references.orthogonalized_momentum()),
         SKETCH,
     ),
     "fira": _relative(
