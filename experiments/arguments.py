@@ -38,9 +38,10 @@ def parse_arguments(
     except SystemExit as stop:
         if not stop.code:
             raise
-        # tyro draws a box; its first paragraph says what is wrong.
+        # tyro draws a box, or rules; the first paragraph in it says what is wrong.
         text = re.sub(r"[│╭╮╰╯]", " ", complaint.getvalue().split("\n", 1)[-1])
-        problem = " ".join(text.split("────")[0].split())
+        paragraphs = (" ".join(part.split()) for part in re.split("[─-]{4,}", text))
+        problem = next(filter(None, paragraphs), "the arguments cannot be read")
         raise UserError(f"{problem} (--help lists every flag)") from None
     if unknown:
         names = [flag(field.name) for field in dataclasses.fields(options)]  # pyright: ignore[reportArgumentType]

@@ -260,11 +260,7 @@ class Comparison:
         }
         if options.validation_data is not None:
             fields["validation_data"] = options.validation_data
-        return [
-            word
-            for name, value in fields.items()
-            for word in ((flag(name),) if value is True else (flag(name), str(value)))
-        ]
+        return words_of(fields)
 
     def _process(self, flags: list[str], log: Path) -> int:
         command = [sys.executable, "-m", "experiments.pretrain_llama", *flags]
@@ -282,6 +278,14 @@ class Comparison:
             finally:
                 with self._lock:
                     self._processes.discard(process)
+
+
+def words_of(fields: Mapping[str, Any]) -> list[str]:
+    """Returns the arguments of ``pretrain_llama`` that set these fields."""
+    words = []
+    for name, value in fields.items():
+        words += [flag(name)] if value is True else [flag(name), str(value)]
+    return words
 
 
 def rates_at(contender: Contender, point: Point) -> tuple[float, float]:

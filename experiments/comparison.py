@@ -163,7 +163,7 @@ def write_report(
         records: Lines of results.jsonl.
     """
     rows = rows_of(records)
-    first = records[0]
+    first = min(records, key=lambda record: record["status"] != "finished")
     heading = (
         f"Suite {name}: {first['model']}, {first['steps']} steps; {first['data']}; "
         f"{first['device']}; commit {first['commit']}. Loss: nats per token of one "

@@ -1,0 +1,317 @@
+"""The comparison: its search, what it skips, what it refuses, and its table."""
+
+import json
+import math
+import signal
+
+import pytest
+
+from experiments import compare, suites
+from experiments.comparison import front, rows_of, table
+from experiments.config import parse
+from experiments.search import best_point, next_point
+from tests.experiments.small_runs import one_error_line, write_inputs
+
+
+def searched(loss, most):
+    """Returns the points that a search tries, in order, and the best."""
+    losses = {}
+    while (point := next_point(losses, most)) is not None:
+        assert point not in losses
+        losses[point] = loss(point)
+    return losses, best_point(losses)
+
+
+def bowl(center):
+    def loss(point):
+        return 1 + (point[0] - center[0]) ** 2 + (point[1] - center[1]) ** 2
+
+    return loss
+
+
+@pytest.mark.parametrize("center", [(0, 0), (1, -2), (-2, 1), (0, 3)])
+def test_the_search_ends_where_no_neighbour_is_better(center):
+    losses, best = searched(bowl(center), 100)
+    assert best == center
+    around = [(best[0] + x, best[1] + y) for x, y in ((0, 1), (0, -1), (1, 0), (-1, 0))]
+    assert all(point in losses for point in around)
+
+
+def test_a_method_gets_no_more_runs_than_the_others():
+    losses, _ = searched(bowl((5, 5)), 6)
+    assert len(losses) == 6
+    assert len(searched(bowl((0, 0)), 6)[0]) == 5
+    assert searched(bowl((0, 0)), 1) == ({(0, 0): 1}, (0, 0))
+
+
+def test_rates_that_diverge_are_left_behind():
+    losses, best = searched(lambda p: math.inf if p[1] > -2 else 2.0 + p[1] ** 2, 20)
+    # Where all around diverges too, the start stands.
+    assert best == (0, 0)
+    assert len(losses) == 5
+    _, best = searched(lambda p: math.inf if p[1] > -1 else bowl((0, -2))(p), 20)
+    assert best == (0, -2)
+
+
+def test_an_interrupted_search_goes_on_alike():
+    whole, _ = searched(bowl((1, -2)), 100)
+    for done in range(len(whole)):
+        losses = dict(list(whole.items())[:done])
+        assert next_point(losses, 100) == list(whole)[done]
+
+
+# --- the runs, each a function in the place of a process ----------------------------
+
+SUITE = suites.Suite(
+    "two methods",
+    {"model": "tiny", "steps": 10},
+    (
+        suites.Contender("adamw", {"optimizer": "adamw"}, 0.125),
+        suites.Contender("sumo 8 bits", {"optimizer": "sumo", "moment_bits": 8}, 1.0),
+    ),
+    seeds=(0, 1),
+    search=4,
+)
+DIVERGES = {("sumo", 0.016)}
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Runs of the suite are functions; returns the list of those that were started."""
+    monkeypatch.setitem(compare.SUITES, "cpu-small", SUITE)
+    calls = []
+
+    def process(self, flags, log):
+        arguments = dict(zip(flags[::2], flags[1::2], strict=False))
+        calls.append(arguments)
+        return write_run(arguments, log)
+
+    monkeypatch.setattr(compare.Comparison, "_process", process)
+    return calls
+
+
+def write_run(arguments, log):
+    """Writes what a run leaves behind; its loss is a bowl of the rates."""
+    directory = compare.Path(arguments["--out"])
+    directory.mkdir()
+    rest = float(arguments["--learning-rate"])
+    blocks = rest * float(arguments["--block-scale"])
+    loss = 2 + abs(math.log2(blocks / 0.002)) + 0.01 * int(arguments["--seed"])
+    diverges = (arguments["--optimizer"], round(blocks, 6)) in DIVERGES
+    lines = [
+        {"step": 1, "tokens": 80, "loss": 5.0, "tokens_per_second": 10.0},
+        {
+            **{"step": 10, "tokens": 800, "tokens_per_second": 20.0},
+            **{"loss": None if diverges else loss, "ranks": {"a": [4, 2], "b": 1}},
+            **({} if diverges else {"validation_loss": loss}),
+        },
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (directory / "metrics.jsonl").write_text(text)
+    (directory / "config.json").write_text(json.dumps({"steps": 10}))
+    if diverges:
+        log.write_text("error: the gradients of 20 steps in a row were not finite")
+        return 2
+    summary = {
+        **{"validation_loss": loss, "initial_validation_loss": 5.5, "steps": 10},
+        **{"tokens_per_second": 20.0, "model": "tiny", "data": "text", "device": "cpu"},
+        **{"optimizer_state_bytes": 50, "adamw_state_bytes": 100},
+        **{"block_state_bytes": 20, "block_adamw_state_bytes": 80},
+    }
+    (directory / "summary.json").write_text(json.dumps(summary))
+    (directory / "checkpoints/10").mkdir(parents=True)
+    return 0
+
+
+def run(tmp_path, *flags):
+    return compare.main(["cpu-small", "--out", str(tmp_path / "out"), *flags])
+
+
+def results(tmp_path):
+    lines = (tmp_path / "out/results.jsonl").read_text().splitlines()
+    return sorted((json.loads(line) for line in lines), key=lambda r: r["directory"])
+
+
+def test_each_method_is_searched_and_its_best_rates_run_with_all_seeds(
+    started, tmp_path
+):
+    assert run(tmp_path) == 0
+    rows = {row.method: row for row in rows_of(results(tmp_path))}
+    # Starts at 0.001, doubles to the best; 0.008 halves to it.
+    assert rows["adamw"].block_learning_rate == 0.002
+    assert rows["sumo 8 bits"].block_learning_rate == 0.002
+    for row in rows.values():
+        assert row.losses == (2.0, 2.01)
+        assert row.spread == pytest.approx(0.01)
+        assert row.block_share == 0.25
+        assert row.tried == 5
+    assert rows["sumo 8 bits"].diverged == ((0.008, 0.016, 1),)
+    assert len(started) == 10
+    assert all(call["--seed"] == "0" for call in started[:3])
+    assert not list((tmp_path / "out/runs").glob("*/checkpoints"))
+    curve = results(tmp_path)[0]["validation_curve"]
+    # 80 tokens at 10 a second, 720 at 20.
+    assert curve == [[800, 44.0, pytest.approx(3.0)]]
+    assert results(tmp_path)[0]["rank_curve"] == [[10, 2.0]]
+
+
+def test_the_table_says_what_was_run_and_what_diverged(started, tmp_path):
+    del started
+    assert run(tmp_path) == 0
+    text = (tmp_path / "out/table.md").read_text()
+    line = next(x for x in text.splitlines() if x.startswith("| sumo 8 bits"))
+    cells = [cell.strip() for cell in line.split("|")[1:-1]]
+    assert cells == [
+        *("sumo 8 bits", "0.008, 0.002", "2.0050", "2", "0.0100", "+0.00 %"),
+        *("0.250", "0.500", "20", "5", "0.008, 0.016 after step 1"),
+    ]
+    figures = {path.name for path in (tmp_path / "out").glob("*.svg")}
+    assert figures == {
+        "loss-tokens.svg",
+        "loss-time.svg",
+        "loss-bytes.svg",
+        "ranks.svg",
+    }
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 4, 9])
+def test_an_interrupted_comparison_resumed_has_the_same_table(
+    started, tmp_path, monkeypatch, stop_after
+):
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    assert run(whole) == 0
+    started.clear()
+    process = compare.Comparison._process
+
+    def interrupted(self, flags, log):
+        if len(started) == stop_after:
+            # A run that was stopped before its first checkpoint.
+            (tmp_path / "out/runs/adamw-0.008-0.001-0").mkdir(exist_ok=True)
+            raise KeyboardInterrupt
+        return process(self, flags, log)
+
+    monkeypatch.setattr(compare.Comparison, "_process", interrupted)
+    assert run(tmp_path) == 128 + signal.SIGINT
+    monkeypatch.setattr(compare.Comparison, "_process", process)
+    assert run(tmp_path) == 0
+    assert len(started) == 10, "a run that was done was run again"
+    assert results(tmp_path) == results(whole)
+    tables = [(x / "out/table.md").read_text() for x in (tmp_path, whole)]
+    assert tables[0] == tables[1]
+    assert run(tmp_path) == 0
+    assert len(started) == 10
+
+
+def test_several_at_a_time_come_to_the_same_table(started, tmp_path):
+    del started
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+    assert run(one) == 0
+    assert run(two, "--jobs", "2") == 0
+    assert (one / "out/table.md").read_text() == (two / "out/table.md").read_text()
+
+
+def test_rates_of_another_comparison_are_taken_without_a_search(started, tmp_path):
+    assert run(tmp_path) == 0
+    started.clear()
+    flags = ["--rates-from", str(tmp_path / "out"), "--data", "other"]
+    (tmp_path / "other").mkdir()
+    assert run(tmp_path / "other", *flags) == 0
+    rates = {float(call["--block-scale"]) for call in started}
+    assert len(started) == 4
+    assert rates == {0.25}
+    flags = ["--rates-from", str(tmp_path / "nowhere"), "--only", "adamw"]
+    assert run(tmp_path / "third", *flags) == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["cpu-smal"], "--suite 'cpu-smal' is not known"),
+        (["cpu-small", "--only", "adamv"], "did you mean adamw?"),
+        (["cpu-small", "--jobs", "0"], "--jobs must be at least 1"),
+        (["cpu-small", "--job", "2"], "did you mean --jobs?"),
+        (["cpu-small", "--rates-from", "nowhere"], "--rates-from nowhere holds no"),
+        ([], "error: Missing from python -m experiments.compare: {cpu-small"),
+    ],
+)
+def test_a_mistake_is_one_line_and_makes_nothing(
+    flags, message, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert compare.main(flags) == 2
+    assert message in one_error_line(capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_comparisons_directory_is_not_touched(started, tmp_path, capsys):
+    assert run(tmp_path, "--only", "adamw") == 0
+    before = results(tmp_path)
+    capsys.readouterr()
+    assert run(tmp_path, "--data", "other") == 2
+    assert "data was embedded, is other" in one_error_line(capsys)
+    assert results(tmp_path) == before
+    # More methods of the same suite may join.
+    count = len(started)
+    assert run(tmp_path) == 0
+    assert len(started) == 10 > count
+
+
+def test_a_run_that_fails_for_another_reason_stops_and_is_named(
+    started, tmp_path, monkeypatch, capsys
+):
+    del started
+
+    def process(self, flags, log):
+        log.write_text("error: --data nowhere: no such file")
+        return 2
+
+    monkeypatch.setattr(compare.Comparison, "_process", process)
+    assert run(tmp_path, "--only", "adamw") == 2
+    error = one_error_line(capsys)
+    assert "adamw-0.008-0.001-0 ended with status 2" in error
+    assert ".log says why" in error
+
+
+def test_the_front_has_what_nothing_beats_in_bytes_and_loss(started, tmp_path):
+    del started
+    assert run(tmp_path) == 0
+    rows = rows_of(results(tmp_path))
+    assert [row.method for row in front(rows)] == ["adamw"]
+    assert table(rows).count("\n") == 4
+
+
+def test_suites_name_methods_and_flags_that_exist():
+    for name, suite in suites.SUITES.items():
+        names = [contender.name for contender in suite.contenders]
+        assert len(set(names)) == len(names), name
+        for contender in suite.contenders:
+            flags = {**suite.flags, **contender.flags}
+            words = compare.words_of({**flags, "out": "x"})
+            config = parse(words)
+            assert config.optimizer == contender.flags["optimizer"]
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_real_run_is_started_recorded_and_resumed(tmp_path, monkeypatch):
+    flags = write_inputs(tmp_path)
+    fields = dict(zip((word[2:] for word in flags[::2]), flags[1::2], strict=True))
+    data = fields.pop("data")
+    suite = suites.Suite(
+        "one method",
+        {name.replace("-", "_"): value for name, value in fields.items()},
+        (suites.Contender("adamw", {"optimizer": "adamw"}, 0.125),),
+        seeds=(0,),
+        search=1,
+    )
+    monkeypatch.setitem(compare.SUITES, "cpu-small", suite)
+    assert run(tmp_path, "--data", data) == 0
+    (record,) = results(tmp_path)
+    assert record["status"] == "finished"
+    assert record["step"] == 4
+    assert record["validation_loss"] < record["initial_validation_loss"]
+    assert record["block_state_bytes"] == record["block_adamw_state_bytes"]
+    assert record["versions"]["jax"]
+    assert [point[0] for point in record["validation_curve"]] == [192, 256]
