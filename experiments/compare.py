@@ -8,6 +8,7 @@ import concurrent.futures
 import dataclasses
 import json
 import math
+import os
 import shutil
 import signal
 import statistics
@@ -59,7 +60,8 @@ class Options:
     validation_data: str | None = None
     #: Tokenizer of models above tiny; see pretrain_llama.
     tokenizer: str = "bytes"
-    #: Runs at a time; they slow each other down, which tokens per second shows.
+    #: Runs at a time; on CPUs each has its share of the cores, which tokens per second
+    #: show.
     jobs: int = 1
     #: Methods to run, separated by commas. None: all of the suite. The table has all
     #: that are done.
@@ -126,6 +128,7 @@ class Comparison:
         self._lock = threading.Lock()
         self._processes: set[subprocess.Popen] = set()
         self._stopped = False
+        self._slots = 0
         self._started, self._done_here = time.monotonic(), 0
         _check_suite(self.directory, self._definition())
         results = self.directory / RESULTS_FILE
@@ -150,7 +153,9 @@ class Comparison:
         """Runs what is not done yet."""
         only = _only(self._options)
         chosen = [c for c in self.suite.contenders if not only or c.name in only]
-        with concurrent.futures.ThreadPoolExecutor(self._options.jobs) as pool:
+        with concurrent.futures.ThreadPoolExecutor(
+            self._options.jobs, initializer=self._take_cores
+        ) as pool:
             futures = [pool.submit(self._run_contender, c) for c in chosen]
             try:
                 for future in concurrent.futures.as_completed(futures):
@@ -158,6 +163,17 @@ class Comparison:
             except BaseException:
                 self._stop()
                 raise
+
+    def _take_cores(self) -> None:
+        """Gives this thread's processes, which inherit them, a share of the cores."""
+        jobs = self._options.jobs
+        if jobs == 1 or not hasattr(os, "sched_setaffinity"):
+            return
+        with self._lock:
+            slot, self._slots = self._slots, self._slots + 1
+        cores = sorted(os.sched_getaffinity(os.getpid()))
+        mine = cores[slot::jobs] or [cores[slot % len(cores)]]
+        os.sched_setaffinity(0, mine)
 
     def _stop(self) -> None:
         """Ends the runs under way, each with a checkpoint."""
