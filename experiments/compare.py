@@ -38,6 +38,12 @@ from experiments.suites import SUITES, Contender, Suite
 
 RESULTS_FILE = "results.jsonl"
 SUITE_FILE = "suite.json"
+# glibc keeps what is freed: a fifth of a small model's step on a CPU goes into giving
+# pages back and taking them again.
+_KEEP_PAGES = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**33),
+    "MALLOC_TRIM_THRESHOLD_": str(2**34),
+}
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -186,12 +192,13 @@ class Comparison:
         suite = self.suite
         first, *others = suite.seeds
         if self._rates is not None:
-            if contender.name not in self._rates:
+            name = contender.like or contender.name
+            if name not in self._rates:
                 raise UserError(
-                    f"--rates-from {self._options.rates_from} has no finished "
-                    f"{contender.name!r}; leave it out with --only"
+                    f"--rates-from {self._options.rates_from} has no {name!r}; leave "
+                    f"{contender.name!r} out with --only"
                 )
-            rates = self._rates[contender.name]
+            rates = self._rates[name]
         else:
             losses: dict[Point, float] = {}
             while (point := next_point(losses, suite.search)) is not None:
@@ -286,7 +293,11 @@ class Comparison:
                     raise concurrent.futures.CancelledError
                 # In a session of its own: Ctrl-C reaches it once, from here.
                 process = subprocess.Popen(
-                    command, stdout=file, stderr=file, start_new_session=True
+                    command,
+                    stdout=file,
+                    stderr=file,
+                    start_new_session=True,
+                    env={**_KEEP_PAGES, **os.environ},
                 )
                 self._processes.add(process)
             try:

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import lowrank_optax
+
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
@@ -15,12 +17,14 @@ class Contender:
         learning_rate: Of embedding, head and norms: where the search starts.
         block_scale: Learning rate of the block matrices, as a multiple of that: where
             the search starts.
+        like: Method whose best rates are its own in ``--rates-from``. None: the same.
     """
 
     name: str
     flags: Mapping[str, Any]
     block_scale: float
     learning_rate: float = 8e-3
+    like: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,19 +87,35 @@ _WIDE = (
 _CPU_SMALL = {
     "model": "tiny",
     "steps": 600,
-    "eval_every": 100,
+    "eval_every": 300,
     "eval_tokens": 131_072,
     "sample_tokens": 0,
 }
 
 
-def _ablation(description: str, **variants: Mapping[str, Any]) -> Suite:
-    """Returns variants of AdaRankGrad at the rates that were best for it."""
+# An accelerator and 105 M tokens a run; give a tokenizer, and text for as many.
+_C4_60M = {
+    "model": "60m",
+    "steps": 3_200,
+    "batch_size": 128,
+    "sequence_length": 256,
+    "compute_dtype": "bfloat16",
+    "rank": 128,
+    "eval_every": 400,
+    "eval_tokens": 262_144,
+    "sample_tokens": 0,
+}
+
+
+def _ablation(
+    description: str, like: str, variants: Mapping[str, Mapping[str, Any]]
+) -> Suite:
+    """Returns variants of a method, at its rates and with nothing searched."""
     return Suite(
         description,
         _CPU_SMALL,
         tuple(
-            _contender(name.replace("_", " "), 0.5, optimizer="adarankgrad", **flags)
+            Contender(name, {"optimizer": like, **flags}, 0.5, like=like)
             for name, flags in variants.items()
         ),
         seeds=(0, 1),
@@ -103,10 +123,112 @@ def _ablation(description: str, **variants: Mapping[str, Any]) -> Suite:
     )
 
 
+def _published(model: str, steps: int, rank: int, adamw_rate: float) -> Suite:
+    """Returns a table of the papers: GaLore's batch, schedule, rates and ranks."""
+    projected: dict[str, Any] = {"rank": rank}
+    rate = 0.01
+    return Suite(
+        f"{model} on streamed C4 with GaLore's published settings",
+        {
+            "model": model,
+            "steps": steps,
+            "batch_size": 512,
+            "sequence_length": 256,
+            "compute_dtype": "bfloat16",
+            "eval_every": 1_000,
+            "eval_tokens": 10_000_000,
+            "sample_tokens": 0,
+        },
+        (
+            _contender("adamw", 1.0, adamw_rate),
+            _contender("galore", 0.25, rate, **projected),
+            _contender("optax_galore", 0.25, rate, **projected),
+            _contender("adarankgrad", 0.25, rate, **projected),
+            _contender("low_rank", 1.0, adamw_rate, **projected),
+            _contender("lora", 1.0, adamw_rate, **projected),
+            _contender("relora", 1.0, adamw_rate, update_proj_gap=2_000, **projected),
+        ),
+        seeds=(0,),
+        search=1,
+    )
+
+
+_ONE_RATE = {"min_refresh_interval": 200, "max_refresh_interval": 200}
+
 SUITES: dict[str, Suite] = {
     "cpu-small": Suite(
         "every method on the tiny model, bytes, 600 steps of 1,024 tokens",
         _CPU_SMALL,
         (*_METHODS, *_WIDE),
+    ),
+    "c4-60m": Suite(
+        "the 60m model, 105 M tokens, on an accelerator",
+        _C4_60M,
+        (
+            _contender("adamw", 0.25, 4e-3),
+            _contender("optax_galore", 0.5, 4e-3),
+            _contender("galore", 0.5, 4e-3),
+            _contender("adarankgrad", 0.5, 4e-3),
+            _contender("projfactor", 0.5, 4e-3, rank=8, granularity=16),
+            _contender("muon", 0.5, 4e-3),
+            _contender("sumo", 1.0, 4e-3),
+        ),
+        seeds=(0,),
+        search=3,
+    ),
+    "papers-60m": _published("60m", 10_000, 128, 1e-3),
+    "papers-130m": _published("130m", 20_000, 256, 1e-3),
+    "papers-350m": _published("350m", 60_000, 256, 5e-4),
+    "papers-1b": _published("1b", 100_000, 512, 5e-4),
+    "ablation-adaptive": _ablation(
+        "what adapts: rank, refresh, both or neither (AdaRankGrad's Tables 5 and 6)",
+        "adarankgrad",
+        {
+            "rank and refresh": {"threshold": 0.05, "min_rank": 4},
+            "rank only": {"threshold": 0.05, "min_rank": 4, **_ONE_RATE},
+            "refresh only": {"min_rank": 32},
+            "neither": {"min_rank": 32, **_ONE_RATE},
+        },
+    ),
+    "ablation-threshold": _ablation(
+        "the share of a gradient that the rank may lose (AdaRankGrad's Figure 5)",
+        "adarankgrad",
+        {
+            f"threshold {threshold:g}": {"threshold": threshold, "min_rank": 1}
+            for threshold in (0.3, 0.1, 0.03, 0.01)
+        },
+    ),
+    "ablation-rebase": _ablation(
+        "how the moments follow a new basis",
+        "adarankgrad",
+        {
+            rule: {
+                "rebase": rule,
+                "min_refresh_interval": 50,
+                "max_refresh_interval": 50,
+            }
+            for rule in lowrank_optax.REBASE_RULES
+        },
+    ),
+    "ablation-side": _ablation(
+        "which side of a matrix is projected",
+        "galore",
+        {side: {"side": side} for side in ("short", "long")},
+    ),
+    "ablation-interval": _ablation(
+        "updates between two bases",
+        "galore",
+        {
+            f"every {gap}": {"update_proj_gap": gap}
+            for gap in (10, 25, 50, 100, 200, 600)
+        },
+    ),
+    "ablation-granularity": _ablation(
+        "granularity c at the same c r",
+        "vlorp",
+        {
+            f"c={c} r={r}": {"granularity": c, "rank": r}
+            for c, r in ((1, 32), (4, 8), (16, 2))
+        },
     ),
 }
