@@ -265,6 +265,10 @@ class OptimizerOptions:
     #: gradients); or full. Methods without subspaces, or that look at more than them
     #: (fira, apollo, ldadam, optax_galore), have full ones in any case.
     gradients: Literal["subspace", "full"] = "subspace"
+    #: With gradients inside subspaces: renew all bases that are due on the same step,
+    #: which holds full gradients of everything; or apart, one leaf's a step, which
+    #: holds that leaf's only and compiles a step for each leaf.
+    refresh: Literal["together", "apart"] = "together"
     #: Bits of the moments of the block matrices' method: 8, in blocks of 256 values
     #: (arrays of fewer than 4,096 values stay in float32). None: float32.
     moment_bits: Literal[8] | None = None

@@ -58,7 +58,7 @@ def make_train_step(
     mesh: Mesh,
     accumulate: int = 1,
     *,
-    in_subspace: bool = False,
+    renewed: tuple[str, ...] | None = None,
 ):
     """Returns the jitted (params, opt_state, batch) -> (params, opt_state, metrics).
 
@@ -66,7 +66,7 @@ def make_train_step(
     averaged by weight, and ``grad_norm``, before clipping, both float32 (with
     micro-batches or inside subspaces the norm of what is projected); ``rejected`` and
     ``rejected_in_a_row``, int32, the updates left out so far because a gradient was not
-    finite; ``refresh_due``, bool, whether the next step needs full gradients.
+    finite; ``due``, key path -> bool, which bases the next step has to renew.
 
     Args:
         apply_fn: The model.
@@ -74,8 +74,9 @@ def make_train_step(
         mesh: From :func:`data_mesh`.
         accumulate: Micro-batches of a batch; above 1 ``tx`` is a
             ``lowrank_optax.Accumulation``.
-        in_subspace: Whether gradients of projected leaves are computed in their
-            subspaces; a basis that is due is not renewed then.
+        renewed: Key paths of the projected leaves that get full gradients, and whose
+            bases are renewed where they are due; the others get gradients in their
+            subspaces. None: all leaves get full ones.
     """
 
     def loss_fn(params, batch):
@@ -84,7 +85,7 @@ def make_train_step(
         return summed / jnp.maximum(weight, 1), weight
 
     subspace = lowrank_optax.subspace_value_and_grad(loss_fn, tx, has_aux=True)
-    gradient = subspace if in_subspace else subspace.full
+    gradient = subspace.full if renewed is None else subspace.renewing(*renewed)
 
     def whole_batch(params, opt_state, batch):
         (loss, _), grads, opt_state = gradient(params, opt_state, batch)
@@ -117,7 +118,7 @@ def make_train_step(
             "grad_norm": norm,
             "rejected": optax.tree.get(opt_state, "total_notfinite"),
             "rejected_in_a_row": optax.tree.get(opt_state, "notfinite_count"),
-            "refresh_due": subspace.refresh_due(params, opt_state),
+            "due": subspace.due(params, opt_state),
         }
         return params, opt_state, metrics
 

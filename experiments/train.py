@@ -156,7 +156,7 @@ class _Loop:
         self.in_subspace = (
             config.gradients == "subspace" and method.takes_subspace_gradients
         )
-        self.refresh_due = self._is_refresh_due()
+        self.due = self._first_due()
         self.compile_seconds, self.compilations = 0.0, 0
         self._compile_train_step()
         started = time.monotonic()
@@ -165,9 +165,9 @@ class _Loop:
         self.eval_step = eval_step.lower(self.params, batch).compile()
         self.compile_seconds += time.monotonic() - started
 
-    def _is_refresh_due(self) -> jax.Array:
+    def _first_due(self) -> dict[str, jax.Array]:
         gradient = lowrank_optax.subspace_value_and_grad(lambda: None, self.parts.tx)
-        return jax.jit(gradient.refresh_due)(self.params, self.opt_state)
+        return jax.jit(gradient.due)(self.params, self.opt_state)
 
     def _abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         config = self.parts.config
@@ -178,17 +178,32 @@ class _Loop:
         return apply(self.parts.model, merged(params), tokens)
 
     def _compile_train_step(self) -> None:
-        """Compiles the step; with gradients in subspaces, that of a refresh too."""
+        """Compiles the step; with gradients in subspaces, those that renew bases too.
+
+        Random bases need no full gradients, and none of those.
+        """
         started = time.monotonic()
-        kinds = [self.in_subspace]
-        if self.in_subspace and lowrank_optax.capacities(self.opt_state):
-            # Random bases, which are not stored, need no full gradients.
-            kinds.append(False)
+        kinds: list[tuple[str, ...] | None] = [() if self.in_subspace else None]
+        if self.in_subspace and self.due:
+            apart = self.parts.config.refresh == "apart"
+            kinds += [(path,) for path in self.due] if apart else [None]
         self.train_steps = {kind: self._compiled_step(kind) for kind in kinds}
         self.compile_seconds += time.monotonic() - started
         self.compilations += 1
 
-    def _compiled_step(self, in_subspace: bool):
+    def _kind(self) -> tuple[str, ...] | None:
+        """Returns which leaves' bases the next step renews; None: all that are due."""
+        if not self.in_subspace:
+            return None
+        due = [path for path, is_due in self.due.items() if is_due]
+        if not due:
+            return ()
+        if self.parts.config.refresh == "together":
+            return None
+        # In turns, where more are due than there are steps.
+        return (due[self.progress.step % len(due)],)
+
+    def _compiled_step(self, renewed: tuple[str, ...] | None):
         parts = self.parts
         batch = self._abstract_batch()
         train_step = make_train_step(
@@ -196,7 +211,7 @@ class _Loop:
             parts.tx,
             parts.mesh,
             parts.config.accumulate,
-            in_subspace=in_subspace,
+            renewed=renewed,
         )
         return train_step.lower(self.params, self.opt_state, batch).compile()
 
@@ -232,13 +247,12 @@ class _Loop:
                 f"--data {self.parts.config.data} ended at step {self.progress.step}; "
                 "give more text or fewer --steps"
             ) from None
-        # Waits for the step before, which says whether a basis is due now.
-        in_subspace = self.in_subspace and not bool(self.refresh_due)
-        train_step = self.train_steps[in_subspace]
+        # Waits for the step before, which says which bases are due now.
+        train_step = self.train_steps[self._kind()]
         self.params, self.opt_state, metrics = train_step(
             self.params, self.opt_state, shard_batch(batch, self.parts.mesh)
         )
-        self.refresh_due = metrics["refresh_due"]
+        self.due = metrics["due"]
         self.progress.step += 1
         self._restart()
         self.in_flight.append(metrics)

@@ -1,5 +1,6 @@
 """Gradients inside the subspaces: no full gradient of a projected leaf exists."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -100,8 +101,34 @@ class SubspaceValueAndGrad:
         value, gradients = gradient(params, *args, **kwargs)
         return value, gradients, state
 
+    def renewing(self, *paths: str) -> "SubspaceValueAndGrad":
+        """Returns the same with full gradients of these leaves alone.
+
+        For an update that renews the bases of few leaves at a time: their gradients are
+        the only full ones then. Bases may wait for their turn, the first ones too: a
+        leaf that has none yet does not move.
+
+        Args:
+            paths: Key paths, as :meth:`due` has them; none: no basis is renewed.
+        """
+        full_gradients = (*self._full_gradients, *paths)
+        return SubspaceValueAndGrad(
+            self._function, self._optimizer, self._has_aux, full_gradients
+        )
+
     def refresh_due(self, params: Any, state: Any, ahead: int = 0) -> jax.Array:
         """Returns whether the next update needs full gradients to renew a basis.
+
+        Args: as for :meth:`due`.
+
+        Returns:
+            bool, (): whether any leaf is due.
+        """
+        found = self.due(params, state, ahead).values()
+        return functools.reduce(jnp.logical_or, found, jnp.zeros([], bool))
+
+    def due(self, params: Any, state: Any, ahead: int = 0) -> dict[str, jax.Array]:
+        """Returns for which leaves the next update needs the full gradient.
 
         Args:
             params: Parameters, or their shapes.
@@ -110,19 +137,21 @@ class SubspaceValueAndGrad:
                 ``every``; ``on_convergence`` looks at the norms so far.
 
         Returns:
-            bool, (). Never for random bases, which need no gradient.
+            Key path -> bool, (), whether a basis of its stack is due. Random bases need
+            no gradient: their leaves are not listed.
         """
         heard = announcements(self._optimizer, jax.tree.map(abstract, params))
-        due = jnp.zeros([], bool)
+        due = {}
         for node in low_rank_states(state):
             if not slots_of(node):
                 continue
             _, parts = own_parts(params, node, heard)
             if parts.is_random:
                 continue
-            for slot in slots_of(node).values():
+            for path, slot in slots_of(node).items():
                 is_due = parts.refresh.is_due(slot.age + ahead, slot.trend)
-                due |= jnp.any(is_due | (slot.refreshes == 0))
+                name = jax.tree_util.keystr(path)
+                due[name] = jnp.any(is_due | (slot.refreshes == 0))
         return due
 
     def _prepared(self, params, state):
@@ -193,6 +222,10 @@ def subspace_value_and_grad(
         for batch in batches:
             run = refresh_step if due(params, state) else step
             params, state, loss = run(params, state, batch)
+
+    That step holds the full gradients of all leaves; where memory is short, give each
+    leaf a step of its own by :meth:`~SubspaceValueAndGrad.renewing`, on one of the
+    updates on which it is :meth:`~SubspaceValueAndGrad.due`.
 
     Norms, and clipping by them, see the projected gradients: at most the full ones for
     orthonormal bases. Sums over the batch are in float32 at least; P is rounded to the

@@ -2,11 +2,12 @@
 
 import json
 import signal
+import types
 
 import numpy as np
 import pytest
 
-from experiments import compaction
+from experiments import compaction, train
 from experiments.checkpoint import Checkpoints
 from experiments.progress import TrainingProgress
 from tests.experiments.small_runs import (
@@ -105,6 +106,29 @@ def test_memory_is_resumed_bit_for_bit(name, inputs, tmp_path, stop_at, monkeypa
     else:
         assert changes == []
         assert len(set(sizes)) == 1
+
+
+@pytest.mark.parametrize(
+    ("refresh", "due", "step", "expected"),
+    [
+        ("together", {"a": False, "b": False}, 0, ()),
+        ("together", {"a": False, "b": True}, 0, None),
+        ("apart", {"a": False, "b": True}, 0, ("b",)),
+        ("apart", {"a": True, "b": True}, 6, ("a",)),
+        ("apart", {"a": True, "b": True}, 7, ("b",)),
+        ("apart", {}, 7, ()),
+    ],
+)
+def test_which_bases_the_next_step_renews(refresh, due, step, expected):
+    loop = types.SimpleNamespace(
+        in_subspace=True,
+        due=due,
+        parts=types.SimpleNamespace(config=types.SimpleNamespace(refresh=refresh)),
+        progress=types.SimpleNamespace(step=step),
+    )
+    assert train._Loop._kind(loop) == expected
+    loop.in_subspace = False
+    assert train._Loop._kind(loop) is None
 
 
 def _parameters(directory, *steps):
