@@ -235,14 +235,16 @@ class Comparison:
     def _say(self, record: Mapping[str, Any]) -> None:
         loss, status = record["validation_loss"], record["status"]
         spent = (time.monotonic() - self._started) / self._done_here
-        contenders = len(_only(self._options) or self.suite.contenders)
-        most = contenders * (self.suite.search + len(self.suite.seeds) - 1)
-        left = max(0, most - len(self.records)) * spent
+        only = _only(self._options)
+        done = sum(not only or x["method"] in only for x in self.records)
+        most = len(only or self.suite.contenders)
+        most *= self.suite.search + len(self.suite.seeds) - 1
+        left = max(0, most - done) * spent
         outcome = f"{loss:.4f}" if status == "finished" else status
         self._console.print(
             f"{record['method']}, rates {record['learning_rate']:g} and "
             f"{record['block_learning_rate']:g}, seed {record['seed']}: {outcome}; "
-            f"{len(self.records)} of at most {most} runs, at most "
+            f"{done} of at most {most} runs, at most "
             f"{left / 60:.0f} min left",
             highlight=False,
             soft_wrap=True,
