@@ -214,7 +214,7 @@ def complete(config: Config, hidden_size: int) -> Config:
 
     Args:
         config: Checked.
-        hidden_size: Of the model; the default rank is a quarter of it.
+        hidden_size: Of the model; the default rank is a share of it.
 
     Raises:
         UserError: If two values contradict each other.

@@ -31,6 +31,7 @@ class Method:
             rank's and min_rank's None is filled in by :func:`with_defaults`.
         takes_subspace_gradients: Whether gradients inside the subspaces do, but for
             steps that renew a basis.
+        rank_share: Default of --rank, as a share of the hidden size.
         adapters: Parameterisation of the block matrices whose factors it trains, of
             :mod:`experiments.adapters`. None: it trains the matrices.
     """
@@ -39,6 +40,7 @@ class Method:
     block_scale: float
     own: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     takes_subspace_gradients: bool = False
+    rank_share: float = 0.25
     adapters: Literal["lora", "relora", "low_rank"] | None = None
 
 
@@ -201,14 +203,15 @@ OPTIMIZERS: dict[str, Method] = {
     "adarankgrad": Method(
         _adarankgrad,
         0.5,
+        rank_share=0.375,
         takes_subspace_gradients=True,
         own={
             "rank": None,
-            "threshold": 0.01,
+            "threshold": 0.001,
             "min_rank": None,
             "min_refresh_interval": 200,
             "max_refresh_interval": 1000,
-            "power_iterations": 1,
+            "power_iterations": 2,
             "rebase": "square",
             "side": "short",
         },
@@ -298,7 +301,7 @@ class OptimizerOptions:
     #: Largest global norm of the gradient; above 0. None: no clipping.
     clip_norm: float | None = 1.0
     #: Rank of the projection, in columns; at least 1. None: a quarter of the hidden
-    #: size, over --granularity, of every method that projects. A matrix whose shorter
+    #: size, three eighths for adarankgrad, over --granularity. A matrix whose shorter
     #: side is not above it is not projected.
     rank: int | None = None
     #: Bytes of the state of the block matrices, like 600MB, in the place of --rank: the
@@ -309,10 +312,10 @@ class OptimizerOptions:
     #: 1. Moments take as much as for a rank of --rank times this. None: 4 of vlorp and
     #: projfactor, the only ones that have it.
     granularity: int | None = None
-    #: Share of a gradient's squared norm that the rank may lose; in (0, 1). None: 0.01
+    #: Share of a gradient's squared norm that the rank may lose; in (0, 1). None: 0.001
     #: of adarankgrad, the only one that has it.
     threshold: float | None = None
-    #: Least rank in use, in columns; 1 to --rank. None: half of --rank for
+    #: Least rank in use, in columns; 1 to --rank. None: three quarters of --rank for
     #: adarankgrad, the only one that has it.
     min_rank: int | None = None
     #: Least steps between two refreshes of a basis; at least 1. None: 200 of
@@ -326,7 +329,7 @@ class OptimizerOptions:
     #: ldadam).
     update_proj_gap: int | None = None
     #: Times that a sketched basis is sharpened by the gradient; a multiple of 0.5, 0 or
-    #: more. None: 1 of adarankgrad and sumo, the only ones that have it.
+    #: more. None: 2 of adarankgrad, 1 of sumo, the only ones that have it.
     power_iterations: float | None = None
     #: Rule by which moments follow a new basis. None: square of adarankgrad and sumo,
     #: the only ones that have it.
@@ -347,11 +350,11 @@ def with_defaults(
     Args:
         options: The flags; ``options.optimizer`` is a key of :data:`OPTIMIZERS`.
         steps: Length of the run.
-        hidden_size: Of the model; the default rank is a quarter of it.
+        hidden_size: Of the model; the default rank is a share of it.
     """
     method = OPTIMIZERS[options.optimizer]
     granularity = options.granularity or method.own.get("granularity", 1)
-    rank = options.rank or max(1, hidden_size // 4 // granularity)
+    rank = options.rank or max(1, int(method.rank_share * hidden_size) // granularity)
     defaults = {
         "warmup_steps": steps // 10,
         "block_scale": method.block_scale,
@@ -363,7 +366,7 @@ def with_defaults(
         least = min(method.own["min_refresh_interval"], options.max_refresh_interval)
         defaults["min_refresh_interval"] = least
     if "min_rank" in method.own:
-        defaults["min_rank"] = max(1, rank // 2)
+        defaults["min_rank"] = max(1, 3 * rank // 4)
     return {k: v for k, v in defaults.items() if getattr(options, k) is None}
 
 

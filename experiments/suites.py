@@ -55,12 +55,12 @@ _8_BITS = {"moment_bits": 8, "vocabulary": "low_bit"}
 
 _SMALL_STATE = {"moment_bits": 8, "basis_bits": 8, "vocabulary": "low_bit"}
 
-# The default rank is a quarter of the hidden size.
+# The default rank is a quarter of the hidden size, 32; adarankgrad's 48.
 _METHODS = (
     _contender("adamw", 0.125),
     _contender("muon", 0.5),
     _contender("optax_galore", 0.5),
-    _contender("adarankgrad", 0.5),
+    _contender("adarankgrad", 0.25, 16e-3),
     _contender("sumo", 1.0),
     _contender("galore", 0.5),
     _contender("fira", 0.5),
@@ -75,11 +75,12 @@ _METHODS = (
     _contender("low_rank", 0.25),
     _contender("adamw 8 bits", 0.125, optimizer="adamw", **_8_BITS),
     _contender("galore 8 bits", 0.5, optimizer="galore", **_8_BITS),
-    _contender("adarankgrad 8 bits", 0.5, optimizer="adarankgrad", **_8_BITS),
+    _contender("adarankgrad 8 bits", 0.25, 16e-3, optimizer="adarankgrad", **_8_BITS),
     _contender("sumo 8 bits", 1.0, optimizer="sumo", **_SMALL_STATE),
 )
-# Half of the hidden size, by model: methods that keep less a column.
 _WIDE = (
+    # As many bytes as adarankgrad's.
+    _contender("optax_galore r=57", 0.5, optimizer="optax_galore", rank=57),
     _contender("sumo r=64", 1.0, optimizer="sumo", rank=64),
     _contender("sumo r=64 8 bits", 1.0, optimizer="sumo", rank=64, **_SMALL_STATE),
 )

@@ -253,7 +253,7 @@ def resized(state: Any, wanted: Mapping[tuple, int]) -> Any:
     def fit(path, field, node):
         del field
         is_other = path in wanted and shape_of(node)[-1] != wanted[path]
-        return _beside(with_columns(node, wanted[path]), node) if is_other else node
+        return _with_columns(node, wanted[path]) if is_other else node
 
     def cut(path, slot: Subspace) -> Subspace:
         if path not in wanted or isinstance(slot.rank, jax.ShapeDtypeStruct):
@@ -268,6 +268,16 @@ def resized(state: Any, wanted: Mapping[tuple, int]) -> Any:
         )
 
     return _mapped(state, cut, fit)
+
+
+def _with_columns(node: Any, columns: int) -> Any:
+    """Returns :func:`with_columns` of an array, sharded as it was."""
+    cut = with_columns
+    arrays = [x for x in jax.tree.leaves(node) if isinstance(x, jax.Array)]
+    if arrays and all(len(x.sharding.device_set) == 1 for x in arrays):
+        # One program, and not one for each operation.
+        cut = jax.jit(with_columns, static_argnums=1)
+    return _beside(cut(node, columns), node)
 
 
 def _beside(new: Any, old: Any) -> Any:

@@ -154,7 +154,8 @@ def _first_encoded(array: jax.Array, like: Coded) -> Coded:
         zeros_beside(array, like.codes.shape, like.codes.dtype, codes_axes),
         zeros_beside(array, like.absmax.shape, like.absmax.dtype, rows_and_columns),
     )
-    coded = _encoded(zeros, array)
+    # One program a shape: eagerly, each of its twenty operations is one.
+    coded = jax.jit(_encoded)(zeros, array)
     if isinstance(array, Tracer):
         return coded
     return jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), coded, zeros)

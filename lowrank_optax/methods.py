@@ -17,7 +17,7 @@ from lowrank_optax.refresh import RefreshRule, every, on_convergence
 def adarankgrad(
     learning_rate: optax.ScalarOrSchedule,
     rank: int | RankRule = 128,
-    threshold: jax.typing.ArrayLike = 0.01,
+    threshold: jax.typing.ArrayLike = 0.001,
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-8,
@@ -53,7 +53,7 @@ def adarankgrad(
         mask: Which leaves decay: a tree of bools, or a function from the parameters to
             one. None: all.
         scale: Factor on the updates of projected leaves.
-        basis: Basis rule; None: ``range_finder(power_iterations=1)``.
+        basis: Basis rule; None: ``range_finder(power_iterations=2)``.
         refresh: Refresh rule; None: ``on_convergence`` from 200 to 1000 updates, with
             fraction sqrt(1 - threshold).
         rebase: Re-basing rule or its name.
@@ -104,7 +104,7 @@ def adarankgrad(
         scale_by_low_rank(
             checked_adam(b1, b2, eps),
             energy_rank(rank, threshold) if isinstance(rank, int) else rank,
-            basis=range_finder(power_iterations=1) if basis is None else basis,
+            basis=range_finder(power_iterations=2) if basis is None else basis,
             refresh=refresh,
             rebase=rebase,
             side=side,

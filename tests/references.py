@@ -359,7 +359,7 @@ def adarankgrad(
         capacity=capacity,
         inner=adam(),
         basis=basis,
-        rank=energy_rank(threshold, max(1, capacity // 2), capacity),
+        rank=energy_rank(threshold, max(1, 3 * capacity // 4), capacity),
         # Theorem 2: the norm inside the subspace has fallen under sqrt(1 - eta).
         schedule=OnConvergence(*intervals, np.sqrt(1 - threshold), decay),
         rebase=rebase("square"),

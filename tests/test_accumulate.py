@@ -60,16 +60,19 @@ def test_add_and_finish_are_update_in_two_halves(row):
     expected, _ = run(update, accumulation.init(params), params, range(2 * K))
 
     @jax.jit
-    def window(state, steps):
-        def add(state, step):
-            return accumulation.add(gradients(params, step), state), None
+    def window(state, grads):
+        def add(state, grads):
+            return accumulation.add(grads, state), None
 
-        state, _ = jax.lax.scan(add, state, steps)
+        state, _ = jax.lax.scan(add, state, grads)
         return accumulation.finish(state, params)
 
     state, actual = accumulation.init(params), []
     for start in (0, K):
-        updates, state = window(state, jnp.arange(start, start + K))
+        window_grads = [gradients(params, start + i) for i in range(K)]
+        updates, state = window(
+            state, jax.tree.map(lambda *x: jnp.stack(x), *window_grads)
+        )
         actual.append(updates)
     for x, y in zip(actual, expected[K - 1 :: K], strict=True):
         # Another program: float32 rounding, enlarged by Adam's division.

@@ -108,7 +108,7 @@ def gradients(step):
 
 def trained(name, rank, steps=6):
     optimizer = METHODS[name](rank)
-    update, state = jax.jit(optimizer.update), optimizer.init(PARAMS)
+    update, state = jax.jit(optimizer.update), jax.jit(optimizer.init)(PARAMS)
     for step in range(steps):
         _, state = update(gradients(step), state, PARAMS)
     return update, state

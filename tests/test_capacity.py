@@ -76,7 +76,11 @@ def used(name):
     """Returns optimizer, jitted update, and its state after two updates."""
     optimizer = OPTIMIZERS[name]()
     update = jax.jit(optimizer.update)
-    return optimizer, update, advance(update, optimizer.init(PARAMS), range(2))[1]
+    return (
+        optimizer,
+        update,
+        advance(update, jax.jit(optimizer.init)(PARAMS), range(2))[1],
+    )
 
 
 @some_optimizers
@@ -118,7 +122,7 @@ def test_what_is_cut_and_grown_again_is_the_same_where_it_was(name):
 @some_optimizers
 def test_a_grown_state_fills_its_columns_at_the_next_refresh(name):
     optimizer, update, _ = used(name)
-    state = resize(resize(optimizer.init(PARAMS), CAPACITY), 16)
+    state = resize(resize(jax.jit(optimizer.init)(PARAMS), CAPACITY), 16)
     rng = np.random.default_rng(0)
     full = jax.tree.map(
         lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), PARAMS
@@ -198,7 +202,7 @@ def test_shapes_are_resized_as_arrays_are(name):
     optimizer, _, _ = used(name)
     shapes = jax.eval_shape(optimizer.init, PARAMS)
     for columns in (7, 13):
-        arrays = resize(optimizer.init(PARAMS), max(columns, CAPACITY))
+        arrays = resize(jax.jit(optimizer.init)(PARAMS), max(columns, CAPACITY))
         expected = jax.tree.map(
             lambda x: (x.shape, x.dtype), resize(shapes, max(columns, CAPACITY))
         )

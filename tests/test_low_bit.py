@@ -14,10 +14,14 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lowrank_optax
-from lowrank_optax.coded import Coded, decoded_tree, encoded_tree, is_coded
+from lowrank_optax import coded
+from lowrank_optax.coded import Coded, is_coded
 from tests.suite import gradients, nnx_trained_beside, run, types
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
+
+# One program each: eagerly, every operation on every shape is compiled for itself.
+decoded_tree, encoded_tree = jax.jit(coded.decoded_tree), jax.jit(coded.encoded_tree)
 
 RANK = 8
 SHAPES = {"w": (48, 20), "layers": (2, 24, 40), "bias": (20,)}
@@ -79,7 +83,7 @@ def plain_bytes(tree):
 @both
 def test_an_update_is_that_of_the_decoded_state_encoded(name, setting):
     optimizer, update = jitted(name, setting)
-    _, state = run(update, optimizer.init(PARAMS), PARAMS, range(4))
+    _, state = run(update, jax.jit(optimizer.init)(PARAMS), PARAMS, range(4))
     grads = gradients(PARAMS, 4)
     # Step 4 refreshes nothing.
     expected, after = inner_update(name)(grads, decoded_tree(state), PARAMS)
@@ -104,7 +108,7 @@ def test_an_update_is_that_of_the_decoded_state_encoded(name, setting):
 @both
 def test_state_and_updates_keep_their_types_over_refreshes(name, setting):
     optimizer, update = jitted(name, setting)
-    state = optimizer.init(PARAMS)
+    state = jax.jit(optimizer.init)(PARAMS)
     history, after = run(update, state, PARAMS, range(8))
     assert types(after) == types(state)
     assert types(history[-1]) == types(PARAMS)
@@ -221,7 +225,7 @@ def test_a_gradient_that_is_not_finite_spoils_its_own_entries_only(bad):
 
 def test_a_basis_is_not_replaced_by_that_of_a_gradient_that_is_not_finite():
     optimizer, update = jitted("galore", "packed")
-    _, state = run(update, optimizer.init(PARAMS), PARAMS, range(3))
+    _, state = run(update, jax.jit(optimizer.init)(PARAMS), PARAMS, range(3))
     spoiled = optax.tree.full_like(PARAMS, jnp.nan)
     _, after = update(spoiled, state, PARAMS)
     for name in ("w", "layers"):
@@ -270,7 +274,7 @@ def test_a_state_of_another_setting_is_refused_by_name():
 )
 def test_orbax_restores_and_training_goes_on_bitwise(name, setting, tmp_path):
     optimizer, update = jitted(name, setting)
-    _, state = run(update, optimizer.init(PARAMS), PARAMS, range(5))
+    _, state = run(update, jax.jit(optimizer.init)(PARAMS), PARAMS, range(5))
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", state)
         checkpointer.wait_until_finished()
@@ -284,7 +288,7 @@ def test_orbax_restores_and_training_goes_on_bitwise(name, setting, tmp_path):
 @pytest.mark.parametrize("name", ["galore"])
 def test_wrappers_of_optax_hold_it(name):
     optimizer, update = jitted(name, "both")
-    expected, _ = run(update, optimizer.init(PARAMS), PARAMS, range(4))
+    expected, _ = run(update, jax.jit(optimizer.init)(PARAMS), PARAMS, range(4))
     wrapped = {
         "chain": optax.chain(optax.clip_by_global_norm(1e6), low_bit(name, "both")),
         "if finite": optax.apply_if_finite(low_bit(name, "both"), 3),
@@ -380,7 +384,7 @@ def test_codes_do_not_depend_on_the_mesh(name, spec, mode):
 def test_a_saved_array_says_itself_what_it_is():
     """Leaves alone, as np.savez keeps them, restore into the tree of shapes."""
     optimizer, update = jitted("galore", "packed")
-    _, state = run(update, optimizer.init(PARAMS), PARAMS, range(2))
+    _, state = run(update, jax.jit(optimizer.init)(PARAMS), PARAMS, range(2))
     file = io.BytesIO()
     np.savez(file, *jax.tree.leaves(state))
     file.seek(0)
