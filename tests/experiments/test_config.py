@@ -101,7 +101,7 @@ def test_the_options_of_the_chosen_optimizer_are_filled_in_and_no_others(optimiz
     own = OPTIMIZERS[optimizer].own
     assert config.warmup_steps == config.steps // 10
     assert config.block_scale == OPTIMIZERS[optimizer].block_scale
-    budget = 16 // own.get("granularity", 1)
+    budget = (24 if optimizer == "adarankgrad" else 16) // own.get("granularity", 1)
     assert config.rank == (budget if "rank" in own else None)
     assert config.granularity == own.get("granularity")
     for name in ("threshold", "min_rank", "update_proj_gap"):
