@@ -83,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done; 2: a mistake of the user's, told in one line on stderr; 130: interrupted.
     """
     console = Console()
+    # A scheduler's SIGTERM stops it as Ctrl-C does: runs under way save and end.
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         options = _parse(sys.argv[1:] if argv is None else argv)
         comparison = Comparison(options, console)
@@ -98,6 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.print("interrupted; give the same command again to go on")
         return 128 + signal.SIGINT
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     return 0
 
 
