@@ -48,18 +48,17 @@ class Row:
     @property
     def block_share(self) -> float:
         """Bytes of the state of the block matrices, as a share of AdamW's."""
-        run = self.runs[0]
-        if not run.get("block_state_bytes"):
-            return float("nan")
-        return run["block_state_bytes"] / run["block_adamw_state_bytes"]
+        return self._share("block_state_bytes", "block_adamw_state_bytes")
 
     @property
     def share(self) -> float:
         """Bytes of the whole state, as a share of AdamW's."""
+        return self._share("optimizer_state_bytes", "adamw_state_bytes")
+
+    def _share(self, ours: str, adamw: str) -> float:
         run = self.runs[0]
-        if not run.get("optimizer_state_bytes"):
-            return float("nan")
-        return run["optimizer_state_bytes"] / run["adamw_state_bytes"]
+        # A run that diverged left no summary.
+        return run[ours] / run[adamw] if run.get(ours) else float("nan")
 
 
 def rows_of(records: Iterable[Mapping[str, Any]]) -> list[Row]:
