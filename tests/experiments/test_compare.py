@@ -295,7 +295,7 @@ def test_suites_name_methods_and_flags_that_exist():
 
 
 @pytest.mark.usefixtures("one_device")
-def test_a_real_run_is_started_recorded_and_resumed(tmp_path, monkeypatch):
+def test_a_real_run_is_started_and_recorded(tmp_path, monkeypatch):
     flags = write_inputs(tmp_path)
     fields = dict(zip((word[2:] for word in flags[::2]), flags[1::2], strict=True))
     data = fields.pop("data")
@@ -312,6 +312,7 @@ def test_a_real_run_is_started_recorded_and_resumed(tmp_path, monkeypatch):
     assert record["status"] == "finished"
     assert record["step"] == 4
     assert record["validation_loss"] < record["initial_validation_loss"]
-    assert record["block_state_bytes"] == record["block_adamw_state_bytes"]
+    # The blocks' own schedule counts its updates: one int32 more.
+    assert record["block_state_bytes"] == record["block_adamw_state_bytes"] + 4
     assert record["versions"]["jax"]
     assert [point[0] for point in record["validation_curve"]] == [192, 256]
