@@ -270,7 +270,9 @@ class Comparison:
             code = self._process([*flags, *(["--resume"] * is_resumed)], log)
             if self._stopped:
                 raise concurrent.futures.CancelledError
-            if code and "not finite" not in log.read_text():
+            is_done = (directory / SUMMARY_FILE).exists()
+            if not is_done and (code == 0 or "not finite" not in log.read_text()):
+                # Stopped from outside, or for a reason that is no divergence.
                 raise UserError(f"{name} ended with status {code}; {log} says why")
         return _outcome(directory, _commit())
 
@@ -293,7 +295,7 @@ class Comparison:
 
     def _process(self, flags: list[str], log: Path) -> int:
         command = [sys.executable, "-m", "experiments.pretrain_llama", *flags]
-        with log.open("a") as file:
+        with log.open("w") as file:
             with self._lock:
                 if self._stopped:
                     raise concurrent.futures.CancelledError

@@ -112,10 +112,6 @@ def _fira(learning_rate, **options):
     return lowrank_optax.fira(learning_rate, scale=1.0, **options)
 
 
-def _apollo(learning_rate, **options):
-    return lowrank_optax.apollo(learning_rate, **options)
-
-
 def _apollo_mini(learning_rate, **options):
     return lowrank_optax.apollo(
         learning_rate, 1, scale=128**0.5, by_matrix=True, **options
@@ -235,7 +231,7 @@ OPTIMIZERS: dict[str, Method] = {
     ),
     "ldadam": Method(lowrank_optax.ldadam, 0.5, {"rank": None}),
     "fira": Method(_fira, 0.5, {"rank": None, "update_proj_gap": 200}),
-    "apollo": Method(_apollo, 0.5, {"rank": None, "update_proj_gap": 200}),
+    "apollo": Method(lowrank_optax.apollo, 0.5, {"rank": None, "update_proj_gap": 200}),
     "apollo_mini": Method(_apollo_mini, 0.5, {"update_proj_gap": 200}),
     "muon": Method(_muon, 0.5, {"momentum": 0.95}),
     "adafactor": Method(_adafactor, 0.125),

@@ -52,7 +52,6 @@ def _contender(name: str, block_scale: float, rate: float = 8e-3, **flags: Any):
 
 
 _8_BITS = {"moment_bits": 8, "vocabulary": "low_bit"}
-
 _SMALL_STATE = {"moment_bits": 8, "basis_bits": 8, "vocabulary": "low_bit"}
 
 # The default rank is a quarter of the hidden size, 32; adarankgrad's 48.
@@ -112,11 +111,14 @@ def _ablation(
     description: str, like: str, variants: Mapping[str, Mapping[str, Any]]
 ) -> Suite:
     """Returns variants of a method, at its rates and with nothing searched."""
+    (method,) = (contender for contender in _METHODS if contender.name == like)
     return Suite(
         description,
         _CPU_SMALL,
         tuple(
-            Contender(name, {"optimizer": like, **flags}, 0.5, like=like)
+            dataclasses.replace(
+                method, name=name, flags={**method.flags, **flags}, like=like
+            )
             for name, flags in variants.items()
         ),
         seeds=(0, 1),
@@ -154,7 +156,7 @@ def _published(model: str, steps: int, rank: int, adamw_rate: float) -> Suite:
     )
 
 
-_ONE_RATE = {"min_refresh_interval": 200, "max_refresh_interval": 200}
+_FIXED_INTERVAL = {"min_refresh_interval": 200, "max_refresh_interval": 200}
 
 SUITES: dict[str, Suite] = {
     "cpu-small": Suite(
@@ -186,9 +188,9 @@ SUITES: dict[str, Suite] = {
         "adarankgrad",
         {
             "rank and refresh": {"threshold": 0.05, "min_rank": 4},
-            "rank only": {"threshold": 0.05, "min_rank": 4, **_ONE_RATE},
-            "refresh only": {"min_rank": 32},
-            "neither": {"min_rank": 32, **_ONE_RATE},
+            "rank only": {"threshold": 0.05, "min_rank": 4, **_FIXED_INTERVAL},
+            "refresh only": {"min_rank": 48},
+            "neither": {"min_rank": 48, **_FIXED_INTERVAL},
         },
     ),
     "ablation-threshold": _ablation(

@@ -8,7 +8,7 @@ import pytest
 
 from experiments import compare, suites
 from experiments.comparison import front, rows_of, table
-from experiments.config import parse
+from experiments.config import complete, parse
 from experiments.search import best_point, next_point
 from tests.experiments.small_runs import one_error_line, write_inputs
 
@@ -273,6 +273,38 @@ def test_a_run_that_fails_for_another_reason_stops_and_is_named(
     error = one_error_line(capsys)
     assert "adamw-0.008-0.001-0 ended with status 2" in error
     assert ".log says why" in error
+
+
+def test_a_run_that_was_stopped_from_outside_is_not_taken_for_diverged(
+    started, tmp_path, monkeypatch, capsys
+):
+    process = compare.Comparison._process
+
+    def stopped(self, flags, log):
+        process(self, flags, log)
+        (compare.Path(flags[flags.index("--out") + 1]) / "summary.json").unlink()
+        log.write_text("stopped by SIGTERM and saved at step 10")
+        return 0
+
+    monkeypatch.setattr(compare.Comparison, "_process", stopped)
+    assert run(tmp_path, "--only", "adamw") == 2
+    assert "ended with status 0" in one_error_line(capsys)
+    assert not (tmp_path / "out/results.jsonl").exists()
+    monkeypatch.setattr(compare.Comparison, "_process", process)
+    (tmp_path / "out/runs/adamw-0.008-0.001-0/checkpoints/10").rmdir()
+    started.clear()
+    assert run(tmp_path, "--only", "adamw") == 0
+    assert len(started) == 5
+
+
+def test_an_ablation_of_the_rank_has_the_capacity_as_its_floor():
+    for name in ("refresh only", "neither"):
+        (contender,) = (
+            c for c in suites.SUITES["ablation-adaptive"].contenders if c.name == name
+        )
+        words = compare.words_of(dict(contender.flags))
+        config = complete(parse(words), hidden_size=128)
+        assert config.min_rank == config.rank
 
 
 def test_the_front_has_what_nothing_beats_in_bytes_and_loss(started, tmp_path):
