@@ -279,7 +279,8 @@ class OptimizerOptions:
     #: Peak learning rate of embedding, head and norms; above 0.
     learning_rate: float = 8e-3
     #: Learning rate of the block matrices, as a multiple of --learning-rate; above 0.
-    #: None: adamw 0.125, the others 0.5. It takes the place of GaLore's scale.
+    #: None: adamw and adafactor 0.125, adapters 0.25, sumo 1, the others 0.5. It takes
+    #: the place of GaLore's scale.
     block_scale: float | None = None
     #: Steps of linear warm-up from zero, below --steps. None: a tenth of --steps.
     warmup_steps: int | None = None

@@ -157,6 +157,8 @@ class _Loop:
             config.gradients == "subspace" and method.takes_subspace_gradients
         )
         self.due = self._first_due()
+        whole = NamedSharding(parts.mesh, PartitionSpec())
+        self.restart = jax.jit(restarted, donate_argnums=(0, 1), out_shardings=whole)
         self.compile_seconds, self.compilations = 0.0, 0
         self._compile_train_step()
         started = time.monotonic()
@@ -267,9 +269,7 @@ class _Loop:
         if OPTIMIZERS[config.optimizer].adapters != "relora" or not is_due:
             return
         key = jax.random.fold_in(jax.random.key(config.seed), self.progress.step)
-        whole = NamedSharding(self.parts.mesh, PartitionSpec())
-        restart = jax.jit(restarted, donate_argnums=(0, 1), out_shardings=whole)
-        self.params, self.opt_state = restart(self.params, self.opt_state, key)
+        self.params, self.opt_state = self.restart(self.params, self.opt_state, key)
 
     def _compact(self, shown: TrainingProgress) -> None:
         """Looks at the state, and may cut its arrays and compile the step anew."""

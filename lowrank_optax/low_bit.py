@@ -24,7 +24,7 @@ from lowrank_optax.coded import (
 )
 from lowrank_optax.moments import KNOWN_FIELDS, Kind, owner_and_field
 from lowrank_optax.sharding import with_automatic_axes, zeros_beside
-from lowrank_optax.states import is_array, is_low_rank, slots_of
+from lowrank_optax.states import is_low_rank, slots_of
 
 _MOMENTS: dict[str, Format] = {"first": "signed", "second": "root"}
 _BASES: dict[int, Format] = {8: "signed", 4: "packed"}
@@ -121,12 +121,17 @@ def low_bit(
 
     def update(updates, state, params=None, **extra_args):
         rule.check(state, updates)
-        decoded = jax.tree.map(_decoded, state, is_leaf=is_array)
+        decoded = jax.tree.map(_decoded, state, is_leaf=_is_array)
         updates, new_state = inner.update(updates, decoded, params, **extra_args)
-        new_state = jax.tree.map(_encoded, state, new_state, is_leaf=is_array)
+        new_state = jax.tree.map(_encoded, state, new_state, is_leaf=_is_array)
         return updates, new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _is_array(node: Any) -> bool:
+    """Returns whether a node is one array here; low-rank states decode their own."""
+    return is_coded(node) or is_low_rank(node)
 
 
 def _decoded(node: Any) -> Any:
@@ -213,7 +218,7 @@ class _Rule:
 
     def _arrays(self, state: Any, params: Any) -> Iterator[_Array]:
         owners = {path for path, _ in jax.tree.leaves_with_path(params)}
-        for prefix, node in jax.tree.leaves_with_path(state, is_leaf=is_array):
+        for prefix, node in jax.tree.leaves_with_path(state, is_leaf=_is_array):
             if not is_low_rank(node):
                 yield self._array(prefix, node, self._moment(prefix, owners), False)
                 continue

@@ -3,7 +3,7 @@
 import jax
 import optax
 
-from lowrank_optax.adam import Mask, as_optimizer, checked_adam
+from lowrank_optax.alias import Mask, as_optimizer, checked_adam
 from lowrank_optax.bases import BasisRule, exact_svd, range_finder
 from lowrank_optax.low_rank import scale_by_low_rank
 from lowrank_optax.matrices import DimensionNumbers, Side

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.adam import checked_adam
+from lowrank_optax.alias import checked_adam
 from lowrank_optax.bases import BasisRule
 from lowrank_optax.low_rank import low_rank_transformation, make_parts
 from lowrank_optax.matrices import DimensionNumbers, Side

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from lowrank_optax.adam import Mask, as_optimizer, checked_adam
+from lowrank_optax.alias import Mask, as_optimizer, checked_adam
 from lowrank_optax.bases import BasisRule, range_finder
 from lowrank_optax.channels import ChannelScaled
 from lowrank_optax.low_rank import (
@@ -62,8 +62,9 @@ def sumo(
         mask: Which leaves decay: a tree of bools, or a function from the parameters to
             one. None: all.
         nesterov: Whether the gradient counts once more in what is orthogonalized.
-        ns_steps: Newton-Schulz iterations; singular values come to 0.7 ... 1.2 in 5.
-        rms: Root mean square of an update of full rank.
+        ns_steps: Newton-Schulz iterations, >= 1; singular values come to 0.7 ... 1.2
+            in 5.
+        rms: Root mean square of an update of full rank, in [0, 1).
         basis: Basis rule; None: ``range_finder(power_iterations=1)``.
         refresh: Refresh rule; None: ``every(200)``.
         rebase: Re-basing rule or its name; of the momentum, which follows exactly.

@@ -5,7 +5,6 @@ from typing import Any
 import jax
 import optax
 
-from lowrank_optax.coded import is_coded
 from lowrank_optax.low_rank import LowRankState
 from lowrank_optax.plan import Announcement
 from lowrank_optax.subspace import Parts, Projector, Subspace, projectors_of_state
@@ -14,11 +13,6 @@ from lowrank_optax.subspace import Parts, Projector, Subspace, projectors_of_sta
 def is_low_rank(node: Any) -> bool:
     """Returns whether a node is the state of a low-rank transformation."""
     return isinstance(node, LowRankState)
-
-
-def is_array(node: Any) -> bool:
-    """Returns whether a node is a coded array, or decodes its own: a low-rank state."""
-    return is_coded(node) or is_low_rank(node)
 
 
 def is_slot(node: Any) -> bool:

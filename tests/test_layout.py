@@ -14,7 +14,7 @@ LIBRARY = ROOT / "lowrank_optax"
 
 # A module may import those above it.
 ORDER = [
-    "adam",
+    "alias",
     "coded",
     "rounding",
     "orthonormal",

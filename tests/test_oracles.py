@@ -205,6 +205,19 @@ def _relative(build, reference, tolerance=ROUNDING) -> Method:
     return Method(lambda side: build(), reference, tolerance, ("short",))
 
 
+def _limited(build, *, keeps_subspace, by_matrix=False, rebase="square") -> Method:
+    """Returns a method that limits what it makes of full gradients."""
+    return _relative(
+        build,
+        functools.partial(
+            relative_reference,
+            references.adam(),
+            rebase=rebase,
+            lift=functools.partial(references.Limited, keeps_subspace, by_matrix),
+        ),
+    )
+
+
 SVD = lowrank_optax.exact_svd()
 METHODS = {
     # The quintic's slope at zero, 3.4445^5 = 485, enlarges what is small and inexact.
@@ -215,31 +228,20 @@ METHODS = {
         functools.partial(relative_reference, references.orthogonalized_momentum()),
         SKETCH,
     ),
-    "fira": _relative(
+    "fira": _limited(
         lambda: lowrank_optax.fira(0.1, RANK, 5, scale=1.0, basis=SVD),
-        functools.partial(
-            relative_reference,
-            references.adam(),
-            lift=functools.partial(references.Limited, True, False),
-        ),
+        keeps_subspace=True,
     ),
-    "apollo": _relative(
+    "apollo": _limited(
         lambda: lowrank_optax.apollo(0.1, RANK, 5, basis=SVD),
-        functools.partial(
-            relative_reference,
-            references.adam(),
-            rebase="keep",
-            lift=functools.partial(references.Limited, False, False),
-        ),
+        keeps_subspace=False,
+        rebase="keep",
     ),
-    "apollo by matrix": _relative(
+    "apollo by matrix": _limited(
         lambda: lowrank_optax.apollo(0.1, RANK, 5, basis=SVD, by_matrix=True),
-        functools.partial(
-            relative_reference,
-            references.adam(),
-            rebase="keep",
-            lift=functools.partial(references.Limited, False, True),
-        ),
+        keeps_subspace=False,
+        by_matrix=True,
+        rebase="keep",
     ),
     "ldadam": _relative(
         lambda: lowrank_optax.ldadam(0.1, RANK, seed=3), ldadam_reference, SKETCH
