@@ -15,6 +15,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks import harness
+from experiments.comparison import front
 
 # What the label of a row is made of, and how it is said.
 _OPTIONS = {
@@ -76,14 +77,8 @@ def _adamw_bytes(parameters: int) -> int:
     return 8 * parameters
 
 
-def front(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the rows, by rising bytes, that no other beats in bytes and in loss."""
-    best, found = float("inf"), []
-    for row in sorted(rows, key=lambda r: (r["optimizer_state_bytes"], r["mean_loss"])):
-        if row["mean_loss"] < best:
-            best = row["mean_loss"]
-            found.append(row)
-    return found
+def _front(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return front(rows, lambda row: (row["optimizer_state_bytes"], row["mean_loss"]))
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -103,7 +98,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                 color="0.6",
             )
             axes.plot(x, row["mean_loss"], "o", color="C0")
-        ahead = front(mine)
+        ahead = _front(mine)
         axes.step(
             [row["of_adamw"] for row in ahead],
             [row["mean_loss"] for row in ahead],
@@ -135,7 +130,7 @@ def main() -> None:
     rows = read(arguments.runs)
     for row in rows:
         losses = " ".join(f"{x:.4f}" for x in row["validation_losses"])
-        is_ahead = row in front([r for r in rows if r["model"] == row["model"]])
+        is_ahead = row in _front([r for r in rows if r["model"] == row["model"]])
         size, rate = row["optimizer_state_bytes"], row["learning_rate"]
         print(
             f"| {row['model']} | {row['optimizer']} | {rate:g} x "

@@ -7,11 +7,9 @@ are lines of results.jsonl; then come a table in Markdown and figures.
 import concurrent.futures
 import dataclasses
 import json
-import math
 import os
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import threading
@@ -24,15 +22,10 @@ import tyro
 from rich.console import Console
 
 from experiments.arguments import check_choice, flag, parse_arguments
-from experiments.comparison import write_report
+from experiments.comparison import rows_of, write_report
 from experiments.errors import UserError
-from experiments.metrics import (
-    CHECKPOINTS,
-    CONFIG_FILE,
-    SUMMARY_FILE,
-    read_metrics,
-    write_json,
-)
+from experiments.metrics import CHECKPOINTS, SUMMARY_FILE, write_json
+from experiments.outcome import loss_of, outcome
 from experiments.search import Point, best_point, next_point
 from experiments.suites import SUITES, Contender, Suite
 
@@ -44,7 +37,6 @@ _KEEP_PAGES = {
     "MALLOC_MMAP_THRESHOLD_": str(2**33),
     "MALLOC_TRIM_THRESHOLD_": str(2**34),
 }
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,16 +101,18 @@ def _parse(argv: Sequence[str]) -> Options:
     options = parse_arguments(Options, "python -m experiments.compare", argv)
     check_choice("suite", options.suite, SUITES)
     names = [contender.name for contender in SUITES[options.suite].contenders]
-    for name in _only(options) or ():
+    for name in _chosen(options):
         check_choice("only", name, names)
     if options.jobs < 1:
         raise UserError(f"--jobs must be at least 1, not {options.jobs}")
     return options
 
 
-def _only(options: Options) -> list[str] | None:
-    names = options.only
-    return None if names is None else [name.strip() for name in names.split(",")]
+def _chosen(options: Options) -> list[str]:
+    """Returns the names of the methods to run."""
+    if options.only is None:
+        return [contender.name for contender in SUITES[options.suite].contenders]
+    return [name.strip() for name in options.only.split(",")]
 
 
 class Comparison:
@@ -134,6 +128,7 @@ class Comparison:
         self.directory = options.out or Path("runs") / f"compare-{options.suite}"
         self.records: list[dict[str, Any]] = []
         self._options, self._console = options, console
+        self._chosen = _chosen(options)
         self._rates = options.rates_from and _rates_of(options.rates_from)
         self._lock = threading.Lock()
         self._processes: set[subprocess.Popen] = set()
@@ -161,8 +156,7 @@ class Comparison:
 
     def run(self) -> None:
         """Runs what is not done yet."""
-        only = _only(self._options)
-        chosen = [c for c in self.suite.contenders if not only or c.name in only]
+        chosen = [c for c in self.suite.contenders if c.name in self._chosen]
         with concurrent.futures.ThreadPoolExecutor(
             self._options.jobs, initializer=self._take_cores
         ) as pool:
@@ -207,7 +201,7 @@ class Comparison:
             losses: dict[Point, float] = {}
             while (point := next_point(losses, suite.search)) is not None:
                 record = self._result(contender, rates_at(contender, point), first)
-                losses[point] = _loss(record)
+                losses[point] = loss_of(record)
             rates = rates_at(contender, best_point(losses))
         for seed in (first, *others):
             self._result(contender, rates, seed)
@@ -239,10 +233,8 @@ class Comparison:
     def _say(self, record: Mapping[str, Any]) -> None:
         loss, status = record["validation_loss"], record["status"]
         spent = (time.monotonic() - self._started) / self._done_here
-        only = _only(self._options)
-        done = sum(not only or x["method"] in only for x in self.records)
-        most = len(only or self.suite.contenders)
-        most *= self.suite.search + len(self.suite.seeds) - 1
+        done = sum(x["method"] in self._chosen for x in self.records)
+        most = len(self._chosen) * (self.suite.search + len(self.suite.seeds) - 1)
         left = max(0, most - done) * spent
         outcome = f"{loss:.4f}" if status == "finished" else status
         self._console.print(
@@ -274,7 +266,7 @@ class Comparison:
             if not is_done and (code == 0 or "not finite" not in log.read_text()):
                 # Stopped from outside, or for a reason that is no divergence.
                 raise UserError(f"{name} ended with status {code}; {log} says why")
-        return _outcome(directory, _commit())
+        return outcome(directory)
 
     def _flags(self, contender, rates, seed: int, directory: Path) -> list[str]:
         options = self._options
@@ -330,92 +322,6 @@ def rates_at(contender: Contender, point: Point) -> tuple[float, float]:
     return start * 2.0**rest, start * contender.block_scale * 2.0**blocks
 
 
-def _loss(record: Mapping[str, Any]) -> float:
-    return record["validation_loss"] if record["status"] == "finished" else math.inf
-
-
-def _outcome(directory: Path, commit: str) -> dict[str, Any]:
-    """Returns how a run ended: finished, or diverged and when."""
-    config = json.loads((directory / CONFIG_FILE).read_text())
-    path = directory / SUMMARY_FILE
-    summary = json.loads(path.read_text()) if path.exists() else {}
-    shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
-    loss, first = summary.get("validation_loss"), summary.get("initial_validation_loss")
-    is_finished = loss is not None and math.isfinite(loss) and loss < first
-    return {
-        "status": "finished" if is_finished else "diverged",
-        "step": config["steps"] if is_finished else _last_good_step(directory),
-        "commit": commit,
-        "directory": directory.name,
-        "validation_loss": loss,
-        **{name: summary.get(name) for name in _KEPT},
-        **curves(read_metrics(directory)),
-    }
-
-
-_KEPT = (
-    "initial_validation_loss",
-    "model",
-    "steps",
-    "tokens",
-    "tokens_per_second",
-    "training_seconds",
-    "optimizer_state_bytes",
-    "adamw_state_bytes",
-    "block_state_bytes",
-    "block_adamw_state_bytes",
-    "data",
-    "device",
-    "versions",
-)
-
-
-def curves(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns what figures are drawn from, of the lines of a run's metrics.jsonl.
-
-    Returns:
-        validation_curve: (tokens, seconds of training, loss) of each validation;
-        rank_curve: (step, mean rank in use of the projected matrices) of each line.
-    """
-    seconds, tokens = 0.0, 0
-    validations, ranks = [], []
-    for record in records:
-        seconds += (record["tokens"] - tokens) / record["tokens_per_second"]
-        tokens = record["tokens"]
-        if "validation_loss" in record:
-            loss = record["validation_loss"]
-            validations.append((tokens, round(seconds, 2), loss))
-        if record.get("ranks"):
-            means = [statistics.mean(_flat(x)) for x in record["ranks"].values()]
-            ranks.append((record["step"], round(statistics.mean(means), 2)))
-    return {"validation_curve": validations, "rank_curve": ranks}
-
-
-def _flat(ranks: Any) -> list[int]:
-    return ranks if isinstance(ranks, list) else [ranks]
-
-
-def _last_good_step(directory: Path) -> int:
-    """Returns the last step that was logged with a finite loss."""
-    records = read_metrics(directory)
-    good = [record["step"] for record in records if record["loss"] is not None]
-    return max(good, default=0)
-
-
-def _commit() -> str:
-    """Returns the commit of the code, with a + where it has been changed since."""
-    try:
-        return subprocess.run(
-            ["git", "describe", "--always", "--abbrev=12", "--dirty=+"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 def _check_suite(directory: Path, definition: dict[str, Any]) -> None:
     """Raises if the directory holds another comparison; writes this one's name."""
     path = directory / SUITE_FILE
@@ -443,15 +349,10 @@ def _rates_of(directory: Path) -> dict[str, tuple[float, float]]:
     path = directory / RESULTS_FILE
     if not path.exists():
         raise UserError(f"--rates-from {directory} holds no {RESULTS_FILE}")
-    losses: dict[str, dict[tuple[float, float], list[float]]] = {}
-    for record in map(json.loads, path.read_text().splitlines()):
-        rates = record["learning_rate"], record["block_learning_rate"]
-        of_method = losses.setdefault(record["method"], {})
-        of_method.setdefault(rates, []).append(_loss(record))
-    # The rates that were run with most seeds are those that the search chose.
+    records = map(json.loads, path.read_text().splitlines())
     return {
-        method: min(found, key=lambda rates: (-len(found[rates]), min(found[rates])))
-        for method, found in losses.items()
+        row.method: (row.learning_rate, row.block_learning_rate)
+        for row in rows_of(records)
     }
 
 

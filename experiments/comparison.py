@@ -2,14 +2,17 @@
 
 import dataclasses
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from experiments.outcome import loss_of
+
+T = TypeVar("T")
 _MARKERS = "os^vD<>pPX*"
 
 
@@ -82,14 +85,14 @@ def _row(records: Sequence[Mapping[str, Any]]) -> Row:
         by_rates.setdefault(rates, []).append(record)
 
     def mean(rates):
-        return statistics.mean(map(_loss, by_rates[rates]))
+        return statistics.mean(map(loss_of, by_rates[rates]))
 
     best = min(by_rates, key=lambda rates: (-len(by_rates[rates]), mean(rates), rates))
     return Row(
         method=records[0]["method"],
         learning_rate=best[0],
         block_learning_rate=best[1],
-        losses=tuple(map(_loss, by_rates[best])),
+        losses=tuple(map(loss_of, by_rates[best])),
         runs=tuple(by_rates[best]),
         tried=len(records),
         diverged=tuple(
@@ -98,11 +101,6 @@ def _row(records: Sequence[Mapping[str, Any]]) -> Row:
             if record["status"] != "finished"
         ),
     )
-
-
-def _loss(record: Mapping[str, Any]) -> float:
-    is_finished = record["status"] == "finished"
-    return record["validation_loss"] if is_finished else float("inf")
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -141,12 +139,20 @@ def _number(value: float) -> str:
     return f"{value:.4f}" if np.isfinite(value) else "diverged"
 
 
-def front(rows: Sequence[Row]) -> list[Row]:
-    """Returns the rows that no other beats in bytes of the whole state and in loss."""
+def front(
+    rows: Iterable[T],
+    costs: Callable[[T], tuple[float, float]],
+) -> list[T]:
+    """Returns the rows, by rising bytes, that no other beats in bytes and in loss.
+
+    Args:
+        rows: Anything that ``costs`` takes.
+        costs: Row -> its bytes and its loss.
+    """
     found, best = [], float("inf")
-    for row in sorted(rows, key=lambda row: (row.share, row.mean)):
-        if row.mean < best:
-            best = row.mean
+    for row in sorted(rows, key=costs):
+        if costs(row)[1] < best:
+            best = costs(row)[1]
             found.append(row)
     return found
 
@@ -203,7 +209,7 @@ def _curves(rows: Sequence[Row], place: int, label: str) -> Figure:
 def _bytes(rows: Sequence[Row]) -> Figure:
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.add_subplot()
-    ahead = front(rows)
+    ahead = front(rows, lambda row: (row.share, row.mean))
     for row in rows:
         axes.plot([row.share] * len(row.losses), row.losses, ".", color="0.7")
         axes.plot(row.share, row.mean, "o", color="C1" if row in ahead else "C0")
