@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -157,13 +157,17 @@ class Comparison:
     def run(self) -> None:
         """Runs what is not done yet."""
         chosen = [c for c in self.suite.contenders if c.name in self._chosen]
+        names = [contender.name for contender in self.suite.contenders]
+        # Those that take the rates of another come after it.
+        waiting = [c for c in chosen if c.like in names]
         with concurrent.futures.ThreadPoolExecutor(
             self._options.jobs, initializer=self._take_cores
         ) as pool:
-            futures = [pool.submit(self._run_contender, c) for c in chosen]
             try:
-                for future in concurrent.futures.as_completed(futures):
-                    future.result()
+                for some in ([c for c in chosen if c not in waiting], waiting):
+                    futures = [pool.submit(self._run_contender, c) for c in some]
+                    for future in concurrent.futures.as_completed(futures):
+                        future.result()
             except BaseException:
                 self._stop()
                 raise
@@ -189,14 +193,13 @@ class Comparison:
     def _run_contender(self, contender: Contender) -> None:
         suite = self.suite
         first, *others = suite.seeds
+        names = [contender.name for contender in suite.contenders]
         if self._rates is not None:
-            name = contender.like or contender.name
-            if name not in self._rates:
-                raise UserError(
-                    f"--rates-from {self._options.rates_from} has no {name!r}; leave "
-                    f"{contender.name!r} out with --only"
-                )
-            rates = self._rates[name]
+            rates = self._rates_like(contender, self._rates)
+        elif contender.like in names:
+            with self._lock:
+                seeds = len(suite.seeds)
+                rates = self._rates_like(contender, _best_rates(self.records, seeds))
         else:
             losses: dict[Point, float] = {}
             while (point := next_point(losses, suite.search)) is not None:
@@ -205,6 +208,17 @@ class Comparison:
             rates = rates_at(contender, best_point(losses))
         for seed in (first, *others):
             self._result(contender, rates, seed)
+
+    def _rates_like(self, contender: Contender, found) -> tuple[float, float]:
+        """Returns the best rates of the method that a contender takes them from."""
+        name = contender.like or contender.name
+        if name not in found:
+            where = self._options.rates_from or self.directory
+            raise UserError(
+                f"{where} has no rates of {name!r}, which {contender.name!r} takes; "
+                "run that first, or leave this one out with --only"
+            )
+        return found[name]
 
     def _result(self, contender: Contender, rates, seed: int) -> dict[str, Any]:
         """Returns the record of a run, from the file or from running it."""
@@ -349,10 +363,17 @@ def _rates_of(directory: Path) -> dict[str, tuple[float, float]]:
     path = directory / RESULTS_FILE
     if not path.exists():
         raise UserError(f"--rates-from {directory} holds no {RESULTS_FILE}")
-    records = map(json.loads, path.read_text().splitlines())
+    return _best_rates(map(json.loads, path.read_text().splitlines()))
+
+
+def _best_rates(
+    records: Iterable[Mapping[str, Any]], seeds: int = 1
+) -> dict[str, tuple[float, float]]:
+    """Returns them for each method that has been run with as many seeds."""
     return {
         row.method: (row.learning_rate, row.block_learning_rate)
         for row in rows_of(records)
+        if len(row.losses) >= seeds
     }
 
 

@@ -4,6 +4,7 @@ Adding one is one entry of :data:`OPTIMIZERS`.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable, Mapping
 from typing import Annotated, Any, Literal
 
@@ -167,6 +168,11 @@ def _muon(learning_rate, *, momentum, weight_decay, **others):
     )
 
 
+def _low_rank_muon(learning_rate, *, fresh, **options):
+    make = functools.partial(lowrank_optax.low_rank_muon, fresh=fresh)
+    return _sumo(learning_rate, make=make, **options)
+
+
 def _sumo(
     learning_rate,
     *,
@@ -177,10 +183,11 @@ def _sumo(
     rebase,
     weight_decay,
     seed,
+    make=lowrank_optax.sumo,
     **others,
 ):
     del others
-    return lowrank_optax.sumo(
+    return make(
         learning_rate,
         rank,
         momentum,
@@ -203,7 +210,7 @@ OPTIMIZERS: dict[str, Method] = {
         takes_subspace_gradients=True,
         own={
             "rank": None,
-            "threshold": 0.001,
+            "threshold": 0.0003,
             "min_rank": None,
             "min_refresh_interval": 200,
             "max_refresh_interval": 1000,
@@ -227,6 +234,18 @@ OPTIMIZERS: dict[str, Method] = {
             "momentum": 0.95,
             "power_iterations": 1,
             "rebase": "square",
+        },
+    ),
+    "low_rank_muon": Method(
+        _low_rank_muon,
+        0.5,
+        own={
+            "rank": None,
+            "update_proj_gap": 200,
+            "momentum": 0.95,
+            "power_iterations": 1,
+            "rebase": "square",
+            "fresh": 4.0,
         },
     ),
     "ldadam": Method(lowrank_optax.ldadam, 0.5, {"rank": None}),
@@ -262,7 +281,7 @@ class OptimizerOptions:
     #: Gradients of projected matrices: subspace, computed inside their subspaces, but
     #: for steps that renew a basis (norms, and clipping by them, then see the projected
     #: gradients); or full. Methods without subspaces, or that look at more than them
-    #: (fira, apollo, ldadam, optax_galore), have full ones in any case.
+    #: (fira, apollo, ldadam, low_rank_muon, optax_galore), have full ones anyway.
     gradients: Literal["subspace", "full"] = "subspace"
     #: With gradients inside subspaces: renew all bases that are due on the same step,
     #: which holds full gradients of everything; or apart, one leaf's a step, which
@@ -309,10 +328,10 @@ class OptimizerOptions:
     #: 1. Moments take as much as for a rank of --rank times this. None: 4 of vlorp and
     #: projfactor, the only ones that have it.
     granularity: int | None = None
-    #: Share of a gradient's squared norm that the rank may lose; in (0, 1). None: 0.001
-    #: of adarankgrad, the only one that has it.
+    #: Share of a gradient's squared norm that the rank may lose; in (0, 1). None:
+    #: 0.0003 of adarankgrad, the only one that has it.
     threshold: float | None = None
-    #: Least rank in use, in columns; 1 to --rank. None: three quarters of --rank for
+    #: Least rank in use, in columns; 1 to --rank. None: seven eighths of --rank for
     #: adarankgrad, the only one that has it.
     min_rank: int | None = None
     #: Least steps between two refreshes of a basis; at least 1. None: 200 of
@@ -326,17 +345,21 @@ class OptimizerOptions:
     #: ldadam).
     update_proj_gap: int | None = None
     #: Times that a sketched basis is sharpened by the gradient; a multiple of 0.5, 0 or
-    #: more. None: 2 of adarankgrad, 1 of sumo, the only ones that have it.
+    #: more. None: 2 of adarankgrad, 1 of sumo and low_rank_muon, the only ones that
+    #: have it.
     power_iterations: float | None = None
-    #: Rule by which moments follow a new basis. None: square of adarankgrad and sumo,
-    #: the only ones that have it.
+    #: Rule by which moments follow a new basis. None: square of adarankgrad, sumo and
+    #: low_rank_muon, the only ones that have it.
     rebase: Rebase | None = None
     #: Side of each matrix that is projected. None: short of adarankgrad and galore, the
     #: only ones that have it.
     side: Literal["short", "long"] | None = None
     #: Decay of the momentum that is orthogonalized, per step; in [0, 1). None: 0.95 of
-    #: muon and sumo, the only ones that have it.
+    #: muon, sumo and low_rank_muon, the only ones that have it.
     momentum: float | None = None
+    #: Weight of the gradient outside the subspace, beside the momentum inside; 0 or
+    #: more. None: 4 of low_rank_muon, the only one that has it.
+    fresh: float | None = None
 
 
 def with_defaults(
@@ -363,7 +386,7 @@ def with_defaults(
         least = min(method.own["min_refresh_interval"], options.max_refresh_interval)
         defaults["min_refresh_interval"] = least
     if "min_rank" in method.own:
-        defaults["min_rank"] = max(1, 3 * rank // 4)
+        defaults["min_rank"] = max(1, 7 * rank // 8)
     return {k: v for k, v in defaults.items() if getattr(options, k) is None}
 
 

@@ -17,7 +17,8 @@ class Contender:
         learning_rate: Of embedding, head and norms: where the search starts.
         block_scale: Learning rate of the block matrices, as a multiple of that: where
             the search starts.
-        like: Method whose best rates are its own in ``--rates-from``. None: the same.
+        like: Method whose best rates are its own, of the suite or of ``--rates-from``:
+            nothing is searched then. None: its own.
     """
 
     name: str
@@ -51,6 +52,12 @@ def _contender(name: str, block_scale: float, rate: float = 8e-3, **flags: Any):
     return Contender(name, {"optimizer": name, **flags}, block_scale, rate)
 
 
+def _variant(like: str, change: str, **flags: Any) -> Contender:
+    (method,) = (contender for contender in _METHODS if contender.name == like)
+    flags = {**method.flags, **flags}
+    return dataclasses.replace(method, name=f"{like} {change}", flags=flags, like=like)
+
+
 _8_BITS = {"moment_bits": 8, "vocabulary": "low_bit"}
 _SMALL_STATE = {"moment_bits": 8, "basis_bits": 8, "vocabulary": "low_bit"}
 
@@ -62,6 +69,7 @@ _METHODS = (
     _contender("optax_galore", 0.5),
     _contender("adarankgrad", 0.25, 16e-3),
     _contender("sumo", 1.0),
+    _contender("low_rank_muon", 0.5, 16e-3),
     _contender("galore", 0.25, 16e-3),
     _contender("fira", 0.25, 16e-3),
     _contender("apollo", 0.25, 16e-3),
@@ -73,15 +81,20 @@ _METHODS = (
     _contender("lora", 0.125, 16e-3),
     _contender("relora", 0.125, 16e-3),
     _contender("low_rank", 0.125, 16e-3),
-    _contender("adamw 8 bits", 0.125, 16e-3, optimizer="adamw", **_8_BITS),
-    _contender("galore 8 bits", 0.25, 16e-3, optimizer="galore", **_8_BITS),
-    _contender("adarankgrad 8 bits", 0.25, 16e-3, optimizer="adarankgrad", **_8_BITS),
-    _contender("sumo 8 bits", 0.5, 16e-3, optimizer="sumo", **_SMALL_STATE),
 )
-_WIDE = (
+# Variants, at the rates of what they vary.
+_VARIANTS = (
+    _variant("adamw", "8 bits", **_8_BITS),
+    _variant("galore", "8 bits", **_8_BITS),
+    _variant("adarankgrad", "8 bits", **_8_BITS),
+    _variant("sumo", "8 bits", **_SMALL_STATE),
+    _variant("low_rank_muon", "8 bits", **_SMALL_STATE),
+    _variant("sumo", "r=64", rank=64),
+    _variant("low_rank_muon", "r=64 8 bits", rank=64, **_SMALL_STATE),
+)
+_SEARCHED = (
     # As many bytes as adarankgrad's.
     _contender("optax_galore r=57", 0.25, 16e-3, optimizer="optax_galore", rank=57),
-    _contender("sumo r=64", 0.5, 16e-3, optimizer="sumo", rank=64),
     _contender("sumo r=64 8 bits", 1.0, optimizer="sumo", rank=64, **_SMALL_STATE),
 )
 
@@ -112,14 +125,11 @@ def _ablation(
     description: str, like: str, variants: Mapping[str, Mapping[str, Any]]
 ) -> Suite:
     """Returns variants of a method, at its rates and with nothing searched."""
-    (method,) = (contender for contender in _METHODS if contender.name == like)
     return Suite(
         description,
         _CPU_SMALL,
         tuple(
-            dataclasses.replace(
-                method, name=name, flags={**method.flags, **flags}, like=like
-            )
+            dataclasses.replace(_variant(like, name, **flags), name=name)
             for name, flags in variants.items()
         ),
         seeds=(0, 1),
@@ -163,7 +173,7 @@ SUITES: dict[str, Suite] = {
     "cpu-small": Suite(
         "every method on the tiny model, bytes, 600 steps of 1,024 tokens",
         _CPU_SMALL,
-        (*_METHODS, *_WIDE),
+        (*_METHODS, *_SEARCHED, *_VARIANTS),
     ),
     "c4-60m": Suite(
         "the 60m model, 105 M tokens, on an accelerator",
@@ -176,6 +186,7 @@ SUITES: dict[str, Suite] = {
             _contender("projfactor", 0.5, 4e-3, rank=8, granularity=16),
             _contender("muon", 0.5, 4e-3),
             _contender("sumo", 1.0, 4e-3),
+            _contender("low_rank_muon", 0.5, 4e-3),
         ),
         seeds=(0,),
         search=3,

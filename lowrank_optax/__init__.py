@@ -26,13 +26,14 @@ from lowrank_optax.matrices import (
 )
 from lowrank_optax.memory import Bytes, LeafMemory, MemoryPlan, memory_plan
 from lowrank_optax.methods import adarankgrad, galore, projfactor, vlorp
+from lowrank_optax.orthogonal import low_rank_muon, sumo
 from lowrank_optax.plan import LeafPlan, projections
 from lowrank_optax.projfactor import ProjFactorState, scale_by_projfactor
 from lowrank_optax.random_bases import gaussian, rademacher
 from lowrank_optax.ranks import RankRule, energy_rank
 from lowrank_optax.rebase import REBASE_RULES, RebaseRule, ldadam_rebase
 from lowrank_optax.refresh import RefreshRule, every, on_convergence
-from lowrank_optax.relatives import apollo, fira, ldadam, sumo
+from lowrank_optax.relatives import apollo, fira, ldadam
 from lowrank_optax.rounding import StochasticRoundingState, stochastic_rounding
 from lowrank_optax.subspace import Subspace
 from lowrank_optax.subspace_grad import SubspaceValueAndGrad, subspace_value_and_grad
@@ -81,6 +82,7 @@ __all__ = [
     "ldadam_rebase",
     "like_saved",
     "low_bit",
+    "low_rank_muon",
     "memory_plan",
     "on_convergence",
     "parse_bytes",

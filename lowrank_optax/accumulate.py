@@ -100,7 +100,8 @@ def accumulate(optimizer: optax.GradientTransformation, every_k: int) -> Accumul
     the mean to rounding. Leaves that are not projected, and optimizers without a
     low-rank transformation, accumulate at full size.
 
-    Methods that look at full gradients (Fira, APOLLO) accumulate those.
+    Methods that look at full gradients (Fira, APOLLO, Muon with its momentum in a
+    subspace) accumulate those.
 
     A basis that is due is computed from the first micro-batch of a window, as it
     comes; it does not change inside a window. Transformations in front of the low-rank

@@ -513,8 +513,8 @@ def check_subspace_is_enough(parts: Parts, paths: Iterable[tuple]) -> None:
     """
     if parts.needs_full_gradients:
         raise ValueError(
-            f"{', '.join(map(jax.tree_util.keystr, paths))}: this method (Fira, "
-            "APOLLO) needs the full gradient at every update; use jax.value_and_grad."
+            f"{', '.join(map(jax.tree_util.keystr, paths))}: this method needs the "
+            "full gradient at every update; use jax.value_and_grad."
         )
 
 

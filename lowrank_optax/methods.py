@@ -17,7 +17,7 @@ from lowrank_optax.refresh import RefreshRule, every, on_convergence
 def adarankgrad(
     learning_rate: optax.ScalarOrSchedule,
     rank: int | RankRule = 128,
-    threshold: jax.typing.ArrayLike = 0.001,
+    threshold: jax.typing.ArrayLike = 0.0003,
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-8,

@@ -67,7 +67,7 @@ class EnergyRank:
 
 def energy_rank(
     max_rank: int,
-    threshold: jax.typing.ArrayLike = 0.001,
+    threshold: jax.typing.ArrayLike = 0.0003,
     min_rank: jax.typing.ArrayLike | None = None,
     smoothing: jax.typing.ArrayLike = 0.5,
 ) -> EnergyRank:
@@ -87,8 +87,7 @@ def energy_rank(
         max_rank: Capacity: columns allocated per matrix; >= 1.
         threshold: Share eta of the squared norm that may be lost; in (0, 1). The
             paper's Algorithm 2 writes it unsquared, its Equation 2 squared, as here.
-        min_rank: Least rank in use; 1 to max_rank; None: three quarters
-            of max_rank.
+        min_rank: Least rank in use; 1 to max_rank; None: seven eighths of max_rank.
         smoothing: Weight s of the past, per refresh; in [0, 1). 0: the last gradient
             alone decides, as printed in the paper.
 
@@ -103,7 +102,7 @@ def energy_rank(
     if not isinstance(max_rank, int) or max_rank < 1:
         raise ValueError(f"max_rank must be an int >= 1, got {max_rank!r}.")
     if min_rank is None:
-        min_rank = max(1, 3 * max_rank // 4)
+        min_rank = max(1, 7 * max_rank // 8)
     # Traced values (optax.inject_hyperparams) cannot be checked.
     if isinstance(threshold, (int, float)) and not 0 < threshold < 1:
         raise ValueError(f"threshold must be inside (0, 1), got {threshold}.")

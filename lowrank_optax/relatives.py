@@ -1,6 +1,5 @@
 """Methods of other papers, as compositions of the same parts, from their papers."""
 
-import functools
 from typing import Any
 
 import jax
@@ -18,127 +17,8 @@ from lowrank_optax.low_rank import (
 from lowrank_optax.matrices import DimensionNumbers
 from lowrank_optax.random_bases import RandomBasis, gaussian
 from lowrank_optax.ranks import RankRule
-from lowrank_optax.rebase import RebaseRule, ldadam_rebase
-from lowrank_optax.refresh import RefreshRule, every
-
-
-def sumo(
-    learning_rate: optax.ScalarOrSchedule,
-    rank: int | RankRule = 128,
-    beta: jax.typing.ArrayLike = 0.95,
-    weight_decay: jax.typing.ArrayLike = 0.0,
-    mask: Mask | None = None,
-    *,
-    nesterov: bool = True,
-    ns_steps: int = 5,
-    rms: jax.typing.ArrayLike = 0.2,
-    basis: BasisRule | None = None,
-    refresh: RefreshRule | None = None,
-    rebase: str | RebaseRule = "square",
-    dimension_numbers: DimensionNumbers | None = None,
-    seed: jax.typing.ArrayLike = 0,
-) -> optax.GradientTransformationExtraArgs:
-    r"""SUMO: Muon inside a subspace, the momentum orthogonalized there.
-
-    ``scale_by_low_rank`` around ``optax.contrib.scale_by_muon``. For a gradient matrix
-    oriented to (a, b), b its short side, and R_t = G_t P:
-
-    .. math::
-        M_t = \beta M_{t-1} + (1 - \beta) R_t, \quad
-        U_t = 0.2 \sqrt{a} \; \mathrm{orth}(\hat M_t) P^\top
-
-    with orth(U S V^T) = U V^T and M^ the momentum with its bias corrected, and with
-    Nesterov's step. sqrt(a) is sqrt(max(n, m)), so that 0.2 is the root mean square of
-    an update of full rank. One moment and the basis: (a + b) r numbers, float32, where
-    Adam in the subspace has (2 a + b) r and AdamW 2 a b. Matrices at full size have
-    Muon; vectors have Adam with the same learning rate. As for Muon, embedding and head
-    want another optimizer: ``optax.partition``.
-
-    Args:
-        learning_rate: Step size, or a schedule of it by update.
-        rank: Columns r of the bases, >= 1, or a rule.
-        beta: Decay of the momentum, in [0, 1).
-        weight_decay: Decoupled decay of the parameters, times the learning rate; >= 0.
-        mask: Which leaves decay: a tree of bools, or a function from the parameters to
-            one. None: all.
-        nesterov: Whether the gradient counts once more in what is orthogonalized.
-        ns_steps: Newton-Schulz iterations, >= 1; singular values come to 0.7 ... 1.2
-            in 5.
-        rms: Root mean square of an update of full rank, in [0, 1).
-        basis: Basis rule; None: ``range_finder(power_iterations=1)``.
-        refresh: Refresh rule; None: ``every(200)``.
-        rebase: Re-basing rule or its name; of the momentum, which follows exactly.
-        dimension_numbers: See :func:`scale_by_low_rank`.
-        seed: Seed of the random sketches.
-
-    Returns:
-        An optimizer; its ``update`` needs ``params``, for the weight decay.
-
-    Raises:
-        ValueError: If a value is out of its range.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> state = sumo(1e-3, rank=4).init({"w": jnp.ones((64, 16))})
-        >>> [x.shape for x in jax.tree.leaves(state) if x.ndim == 2]
-        [(16, 4), (64, 4)]
-
-    References:
-        Refael et al., `SUMO <https://arxiv.org/abs/2505.24749>`_, 2025. An exact SVD
-        orthogonalizes there, Newton-Schulz here; the norm-growth limiter and its
-        factor on the update are not here; Nesterov's step is not there.
-    """
-    for name, value in (("beta", beta), ("rms", rms)):
-        if isinstance(value, (int, float)) and not 0 <= value < 1:
-            raise ValueError(f"{name} must be inside [0, 1), got {value}.")
-    if ns_steps < 1:
-        raise ValueError(f"ns_steps must be >= 1, got {ns_steps}.")
-    # One transformation for each kind of leaf: Muon's own takes matrices only.
-    inner = optax.partition(
-        {
-            "matrix": optax.chain(
-                optax.contrib.scale_by_muon(
-                    beta=beta,
-                    nesterov=nesterov,
-                    ns_steps=ns_steps,
-                    weight_dimension_numbers=_last_two_axes,
-                ),
-                optax.stateless(lambda tree, _: _scaled_by_side(tree, rms)),
-            ),
-            "vector": optax.scale_by_adam(),
-        },
-        functools.partial(
-            jax.tree.map, lambda leaf: "matrix" if leaf.ndim > 1 else "vector"
-        ),
-    )
-    return as_optimizer(
-        scale_by_low_rank(
-            inner,
-            rank,
-            basis=range_finder(power_iterations=1) if basis is None else basis,
-            refresh=every(200) if refresh is None else refresh,
-            rebase=rebase,
-            dimension_numbers=dimension_numbers,
-            seed=seed,
-        ),
-        learning_rate,
-        weight_decay,
-        mask,
-    )
-
-
-def _last_two_axes(tree: Any) -> Any:
-    """Returns Muon's dimension numbers of stacks of matrices."""
-    numbers = optax.contrib.MuonDimensionNumbers(-2, -1)
-    return jax.tree.map(lambda leaf: numbers, tree)
-
-
-def _scaled_by_side(tree: Any, rms: jax.typing.ArrayLike) -> Any:
-    """Returns orthogonal matrices scaled to the root mean square of full rank.
-
-    The kept side, the longer one, is there in the subspace too.
-    """
-    return jax.tree.map(lambda x: x * (rms * max(x.shape[-2:]) ** 0.5), tree)
+from lowrank_optax.rebase import ldadam_rebase
+from lowrank_optax.refresh import every
 
 
 def ldadam(

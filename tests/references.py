@@ -359,7 +359,7 @@ def adarankgrad(
         capacity=capacity,
         inner=adam(),
         basis=basis,
-        rank=energy_rank(threshold, max(1, 3 * capacity // 4), capacity),
+        rank=energy_rank(threshold, max(1, 7 * capacity // 8), capacity),
         # Theorem 2: the norm inside the subspace has fallen under sqrt(1 - eta).
         schedule=OnConvergence(*intervals, np.sqrt(1 - threshold), decay),
         rebase=rebase("square"),
@@ -378,13 +378,38 @@ def orthogonalized_momentum(beta: float = 0.95, rms: float = 0.2) -> Inner:
     def step(r, m, v, t):
         m = beta * m + (1 - beta) * r
         mean = beta * m / (1 - beta ** (t + 1)) + (1 - beta) * r / (1 - beta**t)
-        x = mean / np.linalg.norm(mean)
-        for _ in range(5):
-            gram = x.T @ x
-            x = 3.4445 * x + x @ (-4.7750 * gram + 2.0315 * gram @ gram)
-        return rms * np.sqrt(max(r.shape)) * x, m, v
+        return orthogonalized(mean, rms), m, v
 
     return step
+
+
+def orthogonalized(x: np.ndarray, rms: float) -> np.ndarray:
+    """Five Newton-Schulz steps; of full rank it would have this root mean square."""
+    size = rms * np.sqrt(max(x.shape))
+    x = x / np.linalg.norm(x)
+    for _ in range(5):
+        gram = x.T @ x
+        x = 3.4445 * x + x @ (-4.7750 * gram + 2.0315 * gram @ gram)
+    return size * x
+
+
+def nesterov(beta: float = 0.95) -> Inner:
+    """Momentum of sums, with Nesterov's step."""
+
+    def step(r, m, v, t):
+        m = beta * m + r
+        return r + beta * m, m, v
+
+    return step
+
+
+def orthogonalized_whole(fresh: float, rms: float = 0.2):
+    """Lifts N, adds the gradient outside the subspace, and orthogonalizes the sum."""
+
+    def lift(g, r, n, p):
+        return orthogonalized(n @ p.T + fresh * (g - r @ p.T), rms)
+
+    return lift
 
 
 class Limited:

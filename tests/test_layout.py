@@ -45,6 +45,7 @@ ORDER = [
     "memory",
     "inspection",
     "methods",
+    "orthogonal",
     "relatives",
     "__init__",
 ]

@@ -228,6 +228,17 @@ METHODS = {
         functools.partial(relative_reference, references.orthogonalized_momentum()),
         SKETCH,
     ),
+    "low_rank_muon": _relative(
+        lambda: lowrank_optax.low_rank_muon(
+            0.1, RANK, fresh=0.5, basis=SVD, refresh=lowrank_optax.every(5)
+        ),
+        functools.partial(
+            relative_reference,
+            references.nesterov(),
+            lift=lambda: references.orthogonalized_whole(0.5),
+        ),
+        SKETCH,
+    ),
     "fira": _limited(
         lambda: lowrank_optax.fira(0.1, RANK, 5, scale=1.0, basis=SVD),
         keeps_subspace=True,

@@ -56,13 +56,13 @@ def test_without_smoothing_the_last_gradient_alone_decides():
     assert rank == 2
 
 
-def test_the_floor_is_three_quarters_of_the_capacity_unless_said():
-    assert lowrank_optax.energy_rank(32).min_rank == 24
+def test_the_floor_is_seven_eighths_of_the_capacity_unless_said():
+    assert lowrank_optax.energy_rank(32).min_rank == 28
     assert lowrank_optax.energy_rank(3).min_rank == 2
     rank, _ = lowrank_optax.energy_rank(8, smoothing=0.0).select(
         jnp.asarray([1.0] + [0.0] * 7), jnp.float32(8)
     )
-    assert rank == 6
+    assert rank == 7
 
 
 def test_the_capacity_is_the_states_and_not_the_constructors():

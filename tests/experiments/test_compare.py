@@ -1,5 +1,6 @@
 """The comparison: its search, what it skips, what it refuses, and its table."""
 
+import dataclasses
 import json
 import math
 import signal
@@ -305,6 +306,26 @@ def test_an_ablation_of_the_rank_has_the_capacity_as_its_floor():
         words = compare.words_of(dict(contender.flags))
         config = complete(parse(words), hidden_size=128)
         assert config.min_rank == config.rank
+
+
+def test_a_variant_takes_the_rates_of_its_method(
+    started, tmp_path, monkeypatch, capsys
+):
+    variant = suites.Contender(
+        "sumo r=4", {"optimizer": "sumo", "rank": 4}, 1.0, like="sumo 8 bits"
+    )
+    first, second = SUITE.contenders
+    suite = dataclasses.replace(SUITE, contenders=(variant, first, second))
+    monkeypatch.setitem(compare.SUITES, "cpu-small", suite)
+    assert run(tmp_path, "--only", "sumo r=4") == 2
+    assert "no rates of 'sumo 8 bits'" in one_error_line(capsys)
+    assert not started
+    assert run(tmp_path) == 0
+    rows = {row.method: row for row in rows_of(results(tmp_path))}
+    ours, method = rows["sumo r=4"], rows["sumo 8 bits"]
+    assert ours.tried == len(SUITE.seeds)
+    assert ours.learning_rate == method.learning_rate
+    assert ours.block_learning_rate == method.block_learning_rate
 
 
 def test_the_front_has_what_nothing_beats_in_bytes_and_loss(started, tmp_path):

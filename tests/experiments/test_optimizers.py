@@ -166,6 +166,7 @@ def test_memory_by_kind_adds_up_to_the_state(optimizer):
     moments = kinds["basis"] + kinds["block moments"] + kinds["other moments"]
     assert moments == optimizer_state_bytes(state)
     with_basis = {"galore", "adarankgrad", "optax_galore", "sumo", "ldadam", "fira"}
+    with_basis |= {"low_rank_muon"}
     assert (kinds["basis"] > 0) == (optimizer in with_basis)
     # VLoRP's are as many here: what granularity 4 makes of matrices of 8 rows.
     # These parameters have no adapters: all of them are trained.
