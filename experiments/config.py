@@ -143,7 +143,7 @@ _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
         "a multiple of 0.5, 0 or more",
     ),
     "momentum": _DECAY,
-    "fresh": _NOT_NEGATIVE,
+    "residual": _NOT_NEGATIVE,
     "accumulate": _POSITIVE_INT,
     "kv_heads": _POSITIVE_INT,
     "batch_size": _POSITIVE_INT,

@@ -168,8 +168,8 @@ def _muon(learning_rate, *, momentum, weight_decay, **others):
     )
 
 
-def _low_rank_muon(learning_rate, *, fresh, **options):
-    make = functools.partial(lowrank_optax.low_rank_muon, fresh=fresh)
+def _low_rank_muon(learning_rate, *, residual, **options):
+    make = functools.partial(lowrank_optax.low_rank_muon, residual=residual)
     return _sumo(learning_rate, make=make, **options)
 
 
@@ -245,7 +245,7 @@ OPTIMIZERS: dict[str, Method] = {
             "momentum": 0.95,
             "power_iterations": 1,
             "rebase": "square",
-            "fresh": 4.0,
+            "residual": 4.0,
         },
     ),
     "ldadam": Method(lowrank_optax.ldadam, 0.5, {"rank": None}),
@@ -357,9 +357,9 @@ class OptimizerOptions:
     #: Decay of the momentum that is orthogonalized, per step; in [0, 1). None: 0.95 of
     #: muon, sumo and low_rank_muon, the only ones that have it.
     momentum: float | None = None
-    #: Weight of the gradient outside the subspace, beside the momentum inside; 0 or
-    #: more. None: 4 of low_rank_muon, the only one that has it.
-    fresh: float | None = None
+    #: Weight of the last gradient outside the subspace, beside the momentum inside; 0
+    #: or more. None: 4 of low_rank_muon, the only one that has it.
+    residual: float | None = None
 
 
 def with_defaults(

@@ -123,7 +123,7 @@ def low_rank_muon(
     weight_decay: jax.typing.ArrayLike = 0.0,
     mask: Mask | None = None,
     *,
-    fresh: jax.typing.ArrayLike = 4.0,
+    residual: jax.typing.ArrayLike = 4.0,
     nesterov: bool = True,
     ns_steps: int = 5,
     rms: jax.typing.ArrayLike = 0.2,
@@ -133,7 +133,7 @@ def low_rank_muon(
     dimension_numbers: DimensionNumbers | None = None,
     seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Muon with its momentum in a subspace, and fresh gradients outside of it.
+    r"""Muon with its momentum in a subspace, and the last gradient outside of it.
 
     For a gradient matrix G_t (n, m), its short side b and its long one a, R_t the
     projection of G_t onto the basis P (b, r), written for b = m:
@@ -142,7 +142,7 @@ def low_rank_muon(
         M_t = \beta M_{t-1} + R_t, \quad N_t = R_t + \beta M_t, \quad
         U_t = 0.2 \sqrt{a} \; \mathrm{orth}(N_t P^\top + \phi (G_t - R_t P^\top))
 
-    with orth(U S V^T) = U V^T and phi = ``fresh``: along the directions of the basis
+    with orth(U S V^T) = U V^T and phi = ``residual``: along the directions of the basis
     the momentum is that of many steps, along the others it is the last gradient, phi
     times. Both are orthogonalized together, so that every direction gets a step of the
     same size; phi decides from which singular value on. With phi = 1 + beta it is Muon
@@ -161,8 +161,8 @@ def low_rank_muon(
         weight_decay: Decoupled decay of the parameters, times the learning rate; >= 0.
         mask: Which leaves decay: a tree of bools, or a function from the parameters to
             one. None: all.
-        fresh: Weight phi of the gradient outside the subspace, where one gradient
-            weighs 1 + beta inside; >= 0. 0: nothing leaves the subspace, as in
+        residual: Weight phi of the residual G - R P^T, where one gradient weighs
+            1 + beta inside the subspace; >= 0. 0: nothing leaves the subspace, as in
             :func:`sumo`, which is cheaper then. 3 to 6 were alike (``RESULTS.md``).
         nesterov: Whether the gradient counts once more in what is orthogonalized.
         ns_steps: Newton-Schulz iterations, >= 1; singular values come to 0.7 ... 1.2
@@ -193,8 +193,8 @@ def low_rank_muon(
         hold, scaled by row, to Adam's update.
     """
     _check(beta, rms, ns_steps)
-    if isinstance(fresh, (int, float)) and not fresh >= 0:
-        raise ValueError(f"fresh must be >= 0, got {fresh}.")
+    if isinstance(residual, (int, float)) and not residual >= 0:
+        raise ValueError(f"residual must be >= 0, got {residual}.")
     trace = optax.trace(beta, nesterov=nesterov)
     inner = optax.with_extra_args_support(_by_kind(matrix=trace))
 
@@ -209,7 +209,7 @@ def low_rank_muon(
         update, _ = muon.update(matrices, muon.init(matrices))
         return _scaled_by_side(update, rms)
 
-    core = BesideSubspace(InsideSubspace(inner, 1.0), fresh, finish)
+    core = BesideSubspace(InsideSubspace(inner, 1.0), residual, finish)
     parts = make_parts(
         rank=rank,
         basis=range_finder(power_iterations=1) if basis is None else basis,
@@ -231,18 +231,18 @@ class BesideSubspace(NamedTuple):
 
     With R = G P and N what ``inside`` makes of it,
 
-        U = finish(N P^T + fresh (G - R P^T))
+        U = finish(N P^T + residual (G - R P^T))
 
     matrix by matrix; leaves at full size get finish(N), their vectors N.
 
     Attributes:
         inside: Transformation of the projected gradients.
-        fresh: >= 0.
+        residual: >= 0.
         finish: (*stack, n, m) -> the same.
     """
 
     inside: InsideSubspace
-    fresh: jax.typing.ArrayLike
+    residual: jax.typing.ArrayLike
     finish: Callable[[jax.Array], jax.Array]
 
     def init(self, params, coordinates, projectors):
@@ -266,10 +266,10 @@ class BesideSubspace(NamedTuple):
             if path not in projectors:
                 return self.finish(update) if update.ndim > 1 else update
             view, dtype = projectors[path].view, projectors[path].dtype
-            fresh = jnp.asarray(self.fresh, dtype)
-            # One lift for both: N P^T - fresh R P^T.
-            narrow = update.astype(dtype) - fresh * r.astype(dtype)
-            full = view.lift(narrow, bases[path]) + fresh * gradient.astype(dtype)
+            residual = jnp.asarray(self.residual, dtype)
+            # One lift for both: N P^T - residual R P^T.
+            narrow = update.astype(dtype) - residual * r.astype(dtype)
+            full = view.lift(narrow, bases[path]) + residual * gradient.astype(dtype)
             return view.leaf(self.finish(view.matrices(full)))
 
         updates = jax.tree_util.tree_map_with_path(

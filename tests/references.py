@@ -403,11 +403,11 @@ def nesterov(beta: float = 0.95) -> Inner:
     return step
 
 
-def orthogonalized_whole(fresh: float, rms: float = 0.2):
+def orthogonalized_whole(residual: float, rms: float = 0.2):
     """Lifts N, adds the gradient outside the subspace, and orthogonalizes the sum."""
 
     def lift(g, r, n, p):
-        return orthogonalized(n @ p.T + fresh * (g - r @ p.T), rms)
+        return orthogonalized(n @ p.T + residual * (g - r @ p.T), rms)
 
     return lift
 

@@ -19,10 +19,10 @@ SHAPES = {"w": (2, 12, 8), "wide": (8, 16), "small": (5, 3), "bias": (8,)}
 PARAMS = {name: jnp.zeros(shape) for name, shape in SHAPES.items()}
 METHODS = {
     "sumo": lambda **o: lowrank_optax.sumo(
-        0.1, RANK, refresh=lowrank_optax.every(3), **o
+        0.1, RANK, reresidual=lowrank_optax.every(3), **o
     ),
     "low_rank_muon": lambda **o: lowrank_optax.low_rank_muon(
-        0.1, RANK, refresh=lowrank_optax.every(3), **o
+        0.1, RANK, reresidual=lowrank_optax.every(3), **o
     ),
     "ldadam": lambda **o: lowrank_optax.ldadam(0.1, RANK, **o),
     "fira": lambda **o: lowrank_optax.fira(0.1, RANK, 3, **o),
@@ -118,7 +118,7 @@ def test_low_rank_muon_has_muon_at_full_size_and_adam_for_vectors():
 
 
 def test_fresh_gradients_take_steps_outside_the_subspace():
-    inside, _ = states(METHODS["low_rank_muon"](fresh=0.0), 3)
+    inside, _ = states(METHODS["low_rank_muon"](residual=0.0), 3)
     beside, _ = states(METHODS["low_rank_muon"](), 3)
     for name in ("w", "wide"):
         assert np.all(jnp.linalg.matrix_rank(inside[-1][name], rtol=1e-4) == RANK)
@@ -128,7 +128,7 @@ def test_fresh_gradients_take_steps_outside_the_subspace():
 
 
 def test_where_nothing_is_kept_back_it_is_muon_without_memory():
-    optimizer = METHODS["low_rank_muon"](beta=0.0, fresh=1.0, nesterov=False)
+    optimizer = METHODS["low_rank_muon"](beta=0.0, residual=1.0, nesterov=False)
     muon = optax.contrib.muon(
         0.1, beta=0.0, nesterov=False, consistent_rms=0.2, weight_decay=0.0
     )
@@ -159,7 +159,7 @@ def test_kernels_of_more_axes_are_orthogonalized_as_their_matrix():
 
 def test_the_rank_of_sumo_may_follow_the_energy():
     rank = lowrank_optax.energy_rank(6, threshold=0.5, min_rank=1)
-    optimizer = lowrank_optax.sumo(0.1, rank, refresh=lowrank_optax.every(2))
+    optimizer = lowrank_optax.sumo(0.1, rank, reresidual=lowrank_optax.every(2))
     _, state = states(optimizer, 9)
     found = lowrank_optax.ranks(state)
     assert all(np.all(found[name] < 6) for name in ("['w']", "['wide']"))
@@ -248,7 +248,7 @@ def test_full_gradients_are_accumulated(name):
         lambda: lowrank_optax.sumo(0.1, 4, ns_steps=0),
         lambda: lowrank_optax.sumo(0.1, 4, rms=-0.1),
         lambda: lowrank_optax.low_rank_muon(0.1, 4, beta=1.0),
-        lambda: lowrank_optax.low_rank_muon(0.1, 4, fresh=-1.0),
+        lambda: lowrank_optax.low_rank_muon(0.1, 4, residual=-1.0),
         lambda: lowrank_optax.fira(0.1, 4, growth=0.9),
         lambda: lowrank_optax.apollo(0.1, 4, weight_decay=-1.0),
         lambda: lowrank_optax.apollo(0.1, lowrank_optax.energy_rank(4)),
