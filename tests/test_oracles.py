@@ -110,7 +110,7 @@ def adarankgrad(side):
         # One direction more than the rank: fewer than the gradients have, so that the
         # draw, the warm start and the loss of a sketch all show.
         basis=lowrank_optax.range_finder(1, power_iterations=1, warm_start=True),
-        reresidual=lowrank_optax.on_convergence(3, 7, 0.9**0.5, decay=0.5),
+        refresh=lowrank_optax.on_convergence(3, 7, 0.9**0.5, decay=0.5),
     )
 
 
@@ -134,7 +134,7 @@ def composed(inner, rebase, side):
         inner,
         rank=RANK,
         basis=lowrank_optax.exact_svd(),
-        reresidual=lowrank_optax.every(5),
+        refresh=lowrank_optax.every(5),
         rebase=rebase,
         side=side,
         scale=0.5,
@@ -223,7 +223,7 @@ METHODS = {
     # The quintic's slope at zero, 3.4445^5 = 485, enlarges what is small and inexact.
     "sumo": _relative(
         lambda: lowrank_optax.sumo(
-            0.1, RANK, basis=SVD, reresidual=lowrank_optax.every(5)
+            0.1, RANK, basis=SVD, refresh=lowrank_optax.every(5)
         ),
         functools.partial(relative_reference, references.orthogonalized_momentum()),
         SKETCH,
@@ -371,7 +371,7 @@ def _matrix_axes(params):
 def test_muon_inside_gives_nearly_orthogonal_updates_of_the_rank():
     muon = optax.contrib.scale_by_muon(weight_dimension_numbers=_matrix_axes)
     tx = lowrank_optax.scale_by_low_rank(
-        muon, RANK, basis=lowrank_optax.exact_svd(), reresidual=lowrank_optax.every(5)
+        muon, RANK, basis=lowrank_optax.exact_svd(), refresh=lowrank_optax.every(5)
     )
     found = run(tx, gradients())
     for leaf, updates in found.updates.items():
@@ -394,7 +394,7 @@ both_rules = pytest.mark.parametrize("rule", RULES)
 def _sgd(rule):
     """A basis of the largest rank that is below the short side, with SGD inside."""
     return lowrank_optax.scale_by_low_rank(
-        optax.sgd(0.1), rank=6, basis=RULES[rule], reresidual=lowrank_optax.every(2)
+        optax.sgd(0.1), rank=6, basis=RULES[rule], refresh=lowrank_optax.every(2)
     )
 
 
@@ -430,7 +430,7 @@ def test_sgd_inside_a_square_basis_is_sgd(rule, momentum):
     grads = jnp.asarray(rng.normal(size=(6, 10, 7)), jnp.float32)
     sgd = optax.sgd(0.1, momentum)
     tx = lowrank_optax.scale_by_low_rank(
-        sgd, rank=2, basis=RULES[rule], reresidual=lowrank_optax.every(3)
+        sgd, rank=2, basis=RULES[rule], refresh=lowrank_optax.every(3)
     )
     state = tx.init(grads[0])
     # The capacity is read from the arrays: seven columns make the basis square.
@@ -502,7 +502,7 @@ def test_no_large_gradient_without_a_signal_replaces_a_basis(value):
     good = jnp.asarray(rng.normal(size=(96, 80)), jnp.float32)
     bad = good.at[3, 4].set(value) if value != 0 else jnp.zeros_like(good)
     tx = lowrank_optax.scale_by_low_rank(
-        optax.sgd(0.1), RANK, reresidual=lowrank_optax.every(1)
+        optax.sgd(0.1), RANK, refresh=lowrank_optax.every(1)
     )
     update = jax.jit(tx.update)
     _, state = update(good, tx.init(good))

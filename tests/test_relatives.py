@@ -19,10 +19,10 @@ SHAPES = {"w": (2, 12, 8), "wide": (8, 16), "small": (5, 3), "bias": (8,)}
 PARAMS = {name: jnp.zeros(shape) for name, shape in SHAPES.items()}
 METHODS = {
     "sumo": lambda **o: lowrank_optax.sumo(
-        0.1, RANK, reresidual=lowrank_optax.every(3), **o
+        0.1, RANK, refresh=lowrank_optax.every(3), **o
     ),
     "low_rank_muon": lambda **o: lowrank_optax.low_rank_muon(
-        0.1, RANK, reresidual=lowrank_optax.every(3), **o
+        0.1, RANK, refresh=lowrank_optax.every(3), **o
     ),
     "ldadam": lambda **o: lowrank_optax.ldadam(0.1, RANK, **o),
     "fira": lambda **o: lowrank_optax.fira(0.1, RANK, 3, **o),
@@ -159,7 +159,7 @@ def test_kernels_of_more_axes_are_orthogonalized_as_their_matrix():
 
 def test_the_rank_of_sumo_may_follow_the_energy():
     rank = lowrank_optax.energy_rank(6, threshold=0.5, min_rank=1)
-    optimizer = lowrank_optax.sumo(0.1, rank, reresidual=lowrank_optax.every(2))
+    optimizer = lowrank_optax.sumo(0.1, rank, refresh=lowrank_optax.every(2))
     _, state = states(optimizer, 9)
     found = lowrank_optax.ranks(state)
     assert all(np.all(found[name] < 6) for name in ("['w']", "['wide']"))
