@@ -157,20 +157,23 @@ class Comparison:
     def run(self) -> None:
         """Runs what is not done yet."""
         chosen = [c for c in self.suite.contenders if c.name in self._chosen]
-        names = [contender.name for contender in self.suite.contenders]
         # Those that take the rates of another come after it.
-        waiting = [c for c in chosen if c.like in names]
+        first = [c for c in chosen if not self._is_variant(c)]
         with concurrent.futures.ThreadPoolExecutor(
             self._options.jobs, initializer=self._take_cores
         ) as pool:
             try:
-                for some in ([c for c in chosen if c not in waiting], waiting):
+                for some in (first, [c for c in chosen if c not in first]):
                     futures = [pool.submit(self._run_contender, c) for c in some]
                     for future in concurrent.futures.as_completed(futures):
                         future.result()
             except BaseException:
                 self._stop()
                 raise
+
+    def _is_variant(self, contender: Contender) -> bool:
+        """Returns whether its rates are those of another method of the suite."""
+        return any(contender.like == other.name for other in self.suite.contenders)
 
     def _take_cores(self) -> None:
         """Gives this thread's processes, which inherit them, a share of the cores."""
@@ -193,10 +196,9 @@ class Comparison:
     def _run_contender(self, contender: Contender) -> None:
         suite = self.suite
         first, *others = suite.seeds
-        names = [contender.name for contender in suite.contenders]
         if self._rates is not None:
             rates = self._rates_like(contender, self._rates)
-        elif contender.like in names:
+        elif self._is_variant(contender):
             with self._lock:
                 seeds = len(suite.seeds)
                 rates = self._rates_like(contender, _best_rates(self.records, seeds))
@@ -209,7 +211,9 @@ class Comparison:
         for seed in (first, *others):
             self._result(contender, rates, seed)
 
-    def _rates_like(self, contender: Contender, found) -> tuple[float, float]:
+    def _rates_like(
+        self, contender: Contender, found: Mapping[str, tuple[float, float]]
+    ) -> tuple[float, float]:
         """Returns the best rates of the method that a contender takes them from."""
         name = contender.like or contender.name
         if name not in found:
@@ -244,16 +248,24 @@ class Comparison:
             self._say(record)
         return record
 
+    def _most(self, contender: Contender) -> int:
+        """Returns how many runs it may take."""
+        is_searched = self._rates is None and not self._is_variant(contender)
+        search = self.suite.search if is_searched else 1
+        return search + len(self.suite.seeds) - 1
+
     def _say(self, record: Mapping[str, Any]) -> None:
         loss, status = record["validation_loss"], record["status"]
         spent = (time.monotonic() - self._started) / self._done_here
         done = sum(x["method"] in self._chosen for x in self.records)
-        most = len(self._chosen) * (self.suite.search + len(self.suite.seeds) - 1)
+        most = sum(
+            self._most(c) for c in self.suite.contenders if c.name in self._chosen
+        )
         left = max(0, most - done) * spent
-        outcome = f"{loss:.4f}" if status == "finished" else status
+        ended = f"{loss:.4f}" if status == "finished" else status
         self._console.print(
             f"{record['method']}, rates {record['learning_rate']:g} and "
-            f"{record['block_learning_rate']:g}, seed {record['seed']}: {outcome}; "
+            f"{record['block_learning_rate']:g}, seed {record['seed']}: {ended}; "
             f"{done} of at most {most} runs, at most "
             f"{left / 60:.0f} min left",
             highlight=False,

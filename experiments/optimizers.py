@@ -4,7 +4,6 @@ Adding one is one entry of :data:`OPTIMIZERS`.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Hashable, Mapping
 from typing import Annotated, Any, Literal
 
@@ -168,37 +167,43 @@ def _muon(learning_rate, *, momentum, weight_decay, **others):
     )
 
 
-def _low_rank_muon(learning_rate, *, residual, **options):
-    make = functools.partial(lowrank_optax.low_rank_muon, residual=residual)
-    return _sumo(learning_rate, make=make, **options)
+def _orthogonalized(make):
+    """Returns the method of ``sumo`` or ``low_rank_muon``, with Muon's options."""
 
-
-def _sumo(
-    learning_rate,
-    *,
-    rank,
-    momentum,
-    update_proj_gap,
-    power_iterations,
-    rebase,
-    weight_decay,
-    seed,
-    make=lowrank_optax.sumo,
-    **others,
-):
-    del others
-    return make(
+    def method(
         learning_rate,
+        *,
         rank,
         momentum,
+        update_proj_gap,
+        power_iterations,
         weight_decay,
-        refresh=lowrank_optax.every(update_proj_gap),
-        basis=lowrank_optax.range_finder(power_iterations=power_iterations),
-        rebase=rebase,
-        seed=seed,
-    )
+        b1,
+        b2,
+        eps,
+        **options,
+    ):
+        del b1, b2, eps
+        return make(
+            learning_rate,
+            rank,
+            momentum,
+            weight_decay,
+            refresh=lowrank_optax.every(update_proj_gap),
+            basis=lowrank_optax.range_finder(power_iterations=power_iterations),
+            **options,
+        )
+
+    return method
 
 
+_ORTHOGONALIZED = {
+    "rank": None,
+    "update_proj_gap": 200,
+    "momentum": 0.95,
+    "power_iterations": 1,
+    "rebase": "square",
+}
 _VARIOUS_GRAINED = {"rank": None, "granularity": 4, "update_proj_gap": 25}
 
 OPTIMIZERS: dict[str, Method] = {
@@ -224,29 +229,11 @@ OPTIMIZERS: dict[str, Method] = {
     ),
     "vlorp": Method(_vlorp, 0.5, _VARIOUS_GRAINED, True),
     "projfactor": Method(_projfactor, 0.5, _VARIOUS_GRAINED, True),
-    "sumo": Method(
-        _sumo,
-        1.0,
-        takes_subspace_gradients=True,
-        own={
-            "rank": None,
-            "update_proj_gap": 200,
-            "momentum": 0.95,
-            "power_iterations": 1,
-            "rebase": "square",
-        },
-    ),
+    "sumo": Method(_orthogonalized(lowrank_optax.sumo), 1.0, _ORTHOGONALIZED, True),
     "low_rank_muon": Method(
-        _low_rank_muon,
+        _orthogonalized(lowrank_optax.low_rank_muon),
         0.5,
-        own={
-            "rank": None,
-            "update_proj_gap": 200,
-            "momentum": 0.95,
-            "power_iterations": 1,
-            "rebase": "square",
-            "residual": 4.0,
-        },
+        {**_ORTHOGONALIZED, "residual": 4.0},
     ),
     "ldadam": Method(lowrank_optax.ldadam, 0.5, {"rank": None}),
     "fira": Method(_fira, 0.5, {"rank": None, "update_proj_gap": 200}),

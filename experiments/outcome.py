@@ -44,7 +44,7 @@ def outcome(directory: Path) -> dict[str, Any]:
     return {
         "status": "finished" if is_finished else "diverged",
         "step": config["steps"] if is_finished else _last_good_step(directory),
-        "commit": commit(),
+        "commit": _commit(),
         "directory": directory.name,
         "validation_loss": loss,
         **{name: summary.get(name) for name in _KEPT},
@@ -89,7 +89,7 @@ def _last_good_step(directory: Path) -> int:
     return max(good, default=0)
 
 
-def commit() -> str:
+def _commit() -> str:
     """Returns the commit of the code, with a + where it has been changed since."""
     try:
         return subprocess.run(

@@ -146,7 +146,7 @@ def low_rank_muon(
     the momentum is that of many steps, along the others it is the last gradient, phi
     times. Both are orthogonalized together, so that every direction gets a step of the
     same size; phi decides from which singular value on. With phi = 1 + beta it is Muon
-    that forgets its momentum outside the subspace at every step.
+    (Nesterov's) that forgets its momentum outside the subspace at every step.
 
     State: that of :func:`sumo`, (a + b) r numbers, float32. Cost: Muon's
     orthogonalization at full size, and 4 a b r flops. Needs the full gradient at every
@@ -199,7 +199,7 @@ def low_rank_muon(
     inner = optax.with_extra_args_support(_by_kind(matrix=trace))
 
     def finish(matrices: jax.Array) -> jax.Array:
-        # Its state is empty: without a momentum, the last gradient is all it knows.
+        # With a decay of 0 its momentum is what it is given: nothing to keep.
         muon = optax.contrib.scale_by_muon(
             beta=0.0,
             nesterov=False,

@@ -117,7 +117,7 @@ def test_low_rank_muon_has_muon_at_full_size_and_adam_for_vectors():
         np.testing.assert_allclose(updates["bias"], expected["bias"], rtol=1e-5)
 
 
-def test_fresh_gradients_take_steps_outside_the_subspace():
+def test_the_residual_takes_steps_outside_the_subspace():
     inside, _ = states(METHODS["low_rank_muon"](residual=0.0), 3)
     beside, _ = states(METHODS["low_rank_muon"](), 3)
     for name in ("w", "wide"):
