@@ -282,7 +282,7 @@ def _check(beta, rms, ns_steps) -> None:
     for name, value in (("beta", beta), ("rms", rms)):
         if isinstance(value, (int, float)) and not 0 <= value < 1:
             raise ValueError(f"{name} must be inside [0, 1), got {value}.")
-    if ns_steps < 1:
+    if isinstance(ns_steps, int) and ns_steps < 1:
         raise ValueError(f"ns_steps must be >= 1, got {ns_steps}.")
 
 

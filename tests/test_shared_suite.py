@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -261,6 +262,34 @@ WRAPPERS = {
     ),
     "apply_if_finite": lambda row: optax.apply_if_finite(row.build(0.1), 3),
 }
+
+
+ALIASES = {
+    "adarankgrad": {},
+    "galore": {},
+    "vlorp": {"granularity": 2},
+    "projfactor": {"granularity": 2},
+    "sumo": {},
+    "low_rank_muon": {},
+    "fira": {},
+    "apollo": {},
+    "ldadam": {},
+}
+
+
+@pytest.mark.parametrize("name", ALIASES)
+def test_every_number_of_an_alias_but_those_of_shapes_may_be_injected(name):
+    # Defaults are injected too, and so traced: no check may look at their values.
+    shapes = {"rank": 4, **ALIASES[name]}
+    alias = getattr(lowrank_optax, name)
+    optimizer = optax.inject_hyperparams(alias, static_args=tuple(shapes))(
+        0.1, **shapes
+    )
+    params = {"w": jnp.ones((16, 12)), "b": jnp.ones(3)}
+    state = optimizer.init(params)
+    updates, new_state = jax.eval_shape(optimizer.update, params, state, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
 
 
 @functools.cache
