@@ -218,7 +218,7 @@ OPTIMIZERS: dict[str, Method] = {
             "threshold": 0.0003,
             "min_rank": None,
             "min_refresh_interval": 200,
-            "max_refresh_interval": 1000,
+            "max_refresh_interval": 300,
             "power_iterations": 2,
             "rebase": "square",
             "side": "short",
@@ -325,7 +325,7 @@ class OptimizerOptions:
     #: adarankgrad, the only one that has it.
     min_refresh_interval: int | None = None
     #: Most steps between two refreshes of a basis; at least --min-refresh-interval.
-    #: None: 1000 of adarankgrad, the only one that has it.
+    #: None: 300 of adarankgrad, the only one that has it.
     max_refresh_interval: int | None = None
     #: Steps between two refreshes of a basis, or restarts of relora; at least 1. None:
     #: 25 of vlorp and projfactor, 200 of the others that have it (not adarankgrad,

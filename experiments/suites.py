@@ -166,6 +166,8 @@ def _published(model: str, steps: int, rank: int, adamw_rate: float) -> Suite:
 
 
 _FIXED_INTERVAL = {"min_refresh_interval": 200, "max_refresh_interval": 200}
+# As long as it takes.
+_ON_CONVERGENCE = {"min_refresh_interval": 200, "max_refresh_interval": 1_000}
 
 SUITES: dict[str, Suite] = {
     "cpu-small": Suite(
@@ -197,9 +199,9 @@ SUITES: dict[str, Suite] = {
         "what adapts: rank, refresh, both or neither (AdaRankGrad's Tables 5 and 6)",
         "adarankgrad",
         {
-            "rank and refresh": {"threshold": 0.05, "min_rank": 4},
+            "rank and refresh": {"threshold": 0.05, "min_rank": 4, **_ON_CONVERGENCE},
             "rank only": {"threshold": 0.05, "min_rank": 4, **_FIXED_INTERVAL},
-            "refresh only": {"min_rank": 48},
+            "refresh only": {"min_rank": 48, **_ON_CONVERGENCE},
             "neither": {"min_rank": 48, **_FIXED_INTERVAL},
         },
     ),

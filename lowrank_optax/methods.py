@@ -54,7 +54,7 @@ def adarankgrad(
             one. None: all.
         scale: Factor on the updates of projected leaves.
         basis: Basis rule; None: ``range_finder(power_iterations=2)``.
-        refresh: Refresh rule; None: ``on_convergence`` from 200 to 1000 updates, with
+        refresh: Refresh rule; None: ``on_convergence`` from 200 to 300 updates, with
             fraction sqrt(1 - threshold).
         rebase: Re-basing rule or its name.
         side: "short" or "long"; see :func:`scale_by_low_rank`.

@@ -149,7 +149,7 @@ class OnConvergence:
 
 def on_convergence(
     min_interval: jax.typing.ArrayLike = 200,
-    max_interval: jax.typing.ArrayLike = 1000,
+    max_interval: jax.typing.ArrayLike = 300,
     fraction: jax.typing.ArrayLike = 0.975,
     decay: jax.typing.ArrayLike = 0.95,
 ) -> OnConvergence:
@@ -166,7 +166,8 @@ def on_convergence(
 
     Args:
         min_interval: Least updates between two refreshes; >= 1.
-        max_interval: Most updates between two refreshes; >= min_interval.
+        max_interval: Most updates between two refreshes; >= min_interval. Waiting
+            longer for convergence cost loss (``RESULTS.md``).
         fraction: Share of the norm at the refresh under which the subspace counts as
             converged; in (0, 1). Theorem 2 has sqrt(1 - threshold).
         decay: Of the moving average; in [0, 1).

@@ -335,7 +335,7 @@ def adarankgrad(
     capacity: int,
     omega: Callable[[int, int], np.ndarray],
     threshold: float = 0.01,
-    intervals: tuple[int, int] = (200, 1000),
+    intervals: tuple[int, int] = (200, 300),
     decay: float = 0.95,
     side: str = "short",
     like: Sequence[np.ndarray] | None = None,
