@@ -124,7 +124,7 @@ def test_norms_do_not_decay_and_all_else_does():
     params, zeros = random_tree(0), jax.tree.map(jnp.zeros_like, random_tree(0))
     for optimizer in OPTIMIZERS:
         tx = make(optimizer, weight_decay=0.5, block_scale=1.0)
-        updates, _ = tx.update(zeros, tx.init(params), params)
+        updates, _ = jax.jit(tx.update)(zeros, tx.init(params), params)
         for group, update, param in zip(
             *map(jax.tree.leaves, (parameter_groups(params), updates, params)),
             strict=True,
