@@ -116,6 +116,7 @@ class OnConvergence:
     max_interval: jax.typing.ArrayLike
     fraction: jax.typing.ArrayLike
     decay: jax.typing.ArrayLike
+    check_interval: jax.typing.ArrayLike
 
     def init(self, zeros: Callable[[Any], jax.Array]) -> Trend:
         """Returns zeros; see :class:`RefreshRule`."""
@@ -124,8 +125,8 @@ class OnConvergence:
     def is_due(self, age: jax.Array, trend: Trend) -> jax.Array:
         """Returns whether the norm has fallen, within the bounds of the interval."""
         has_converged = trend.average < self.fraction * trend.reference
-        is_old_enough = age >= self.min_interval
-        return (is_old_enough & has_converged) | (age >= self.max_interval)
+        is_asked = (age >= self.min_interval) & (age % self.check_interval == 0)
+        return (is_asked & has_converged) | (age >= self.max_interval)
 
     def first_age(self, fraction: float) -> jax.typing.ArrayLike:
         """Returns 0: the norms spread the refreshes."""
@@ -152,6 +153,7 @@ def on_convergence(
     max_interval: jax.typing.ArrayLike = 300,
     fraction: jax.typing.ArrayLike = 0.975,
     decay: jax.typing.ArrayLike = 0.95,
+    check_interval: jax.typing.ArrayLike = 25,
 ) -> OnConvergence:
     r"""Refreshes a basis when the gradient inside its subspace has shrunk.
 
@@ -162,7 +164,9 @@ def on_convergence(
     updates later than ``min_interval`` after its last refresh, and at ``max_interval``
     in any case. avg_refresh is the mean of the first 1 / (1 - decay) norms after the
     refresh. Each matrix of a stack decides for itself; one update later than the norm
-    that decided.
+    that decided. They are asked at ages that ``check_interval`` divides, all matrices
+    alike, and so on few steps: one matrix that is due makes the update compute bases
+    for its whole stack, and full gradients where those are taken in subspaces.
 
     Args:
         min_interval: Least updates between two refreshes; >= 1.
@@ -171,14 +175,16 @@ def on_convergence(
         fraction: Share of the norm at the refresh under which the subspace counts as
             converged; in (0, 1). Theorem 2 has sqrt(1 - threshold).
         decay: Of the moving average; in [0, 1).
+        check_interval: Updates between two questions whether a matrix has converged;
+            >= 1, best a divisor of both bounds, which keeps the matrices in step.
 
     Raises:
         ValueError: If a value is out of its range.
 
     References:
         AdaRankGrad, Block 3 of Algorithm 3 and Theorem 2. The paper compares the raw
-        norm of one mini-batch, whose noise crosses always or never; smoothing and both
-        bounds are ours.
+        norm of one mini-batch, whose noise crosses always or never; smoothing, both
+        bounds and the interval of the questions are ours.
     """
     if isinstance(min_interval, int) and min_interval < 1:
         raise ValueError(f"min_interval must be >= 1, got {min_interval}.")
@@ -195,4 +201,6 @@ def on_convergence(
         raise ValueError(f"fraction must be inside (0, 1), got {fraction}.")
     if isinstance(decay, (int, float)) and not 0 <= decay < 1:
         raise ValueError(f"decay must be inside [0, 1), got {decay}.")
-    return OnConvergence(min_interval, max_interval, fraction, decay)
+    if isinstance(check_interval, int) and check_interval < 1:
+        raise ValueError(f"check_interval must be >= 1, got {check_interval}.")
+    return OnConvergence(min_interval, max_interval, fraction, decay, check_interval)

@@ -120,14 +120,20 @@ class OnConvergence:
     With the norms ||G_t P|| since the refresh and w = 1 / (1 - decay) of them to start
     with: average = the mean of the first w, from there on an exponential moving average
     of ``decay``; reference = the mean of the first w. A norm that is not finite counts
-    as the average so far.
+    as the average so far. Convergence counts at ages that ``check_interval`` divides.
     """
 
     def __init__(
-        self, min_interval: int, max_interval: int, fraction: float, decay: float = 0.95
+        self,
+        min_interval: int,
+        max_interval: int,
+        fraction: float,
+        decay: float = 0.95,
+        check_interval: int = 25,
     ):
         self.min_interval, self.max_interval = min_interval, max_interval
         self.fraction, self.decay = fraction, decay
+        self.check_interval = check_interval
         self.last: int | None = None
         self.norms: list[float] = []
 
@@ -137,8 +143,10 @@ class OnConvergence:
         age = step - self.last
         if age >= self.max_interval:
             return True
+        if age < self.min_interval or age % self.check_interval:
+            return False
         average, reference = self.smoothed()
-        return age >= self.min_interval and average < self.fraction * reference
+        return average < self.fraction * reference
 
     def smoothed(self) -> tuple[float, float]:
         # 1 - 0.95 is a little above 0.05 in binary: without the 1e-9 w would be 19.
@@ -337,6 +345,7 @@ def adarankgrad(
     threshold: float = 0.01,
     intervals: tuple[int, int] = (200, 300),
     decay: float = 0.95,
+    check_interval: int = 25,
     side: str = "short",
     like: Sequence[np.ndarray] | None = None,
     warm: bool = False,
@@ -361,7 +370,9 @@ def adarankgrad(
         basis=basis,
         rank=energy_rank(threshold, max(1, 7 * capacity // 8), capacity),
         # Theorem 2: the norm inside the subspace has fallen under sqrt(1 - eta).
-        schedule=OnConvergence(*intervals, np.sqrt(1 - threshold), decay),
+        schedule=OnConvergence(
+            *intervals, np.sqrt(1 - threshold), decay, check_interval
+        ),
         rebase=rebase("square"),
         side=side,
         like=like,

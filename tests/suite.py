@@ -68,7 +68,7 @@ def _around(inner: optax.GradientTransformation, **parts) -> dict[str, Callable]
 
 
 def _adarankgrad(learning_rate, seed=0):
-    refresh = lowrank_optax.on_convergence(2, 4, decay=0.5)
+    refresh = lowrank_optax.on_convergence(2, 4, decay=0.5, check_interval=1)
     return lowrank_optax.adarankgrad(learning_rate, RANK, refresh=refresh, seed=seed)
 
 
@@ -131,7 +131,7 @@ ROWS = (
             optax.scale_by_lion(),
             rank=1,
             basis=lowrank_optax.range_finder(1),
-            refresh=lowrank_optax.on_convergence(2, 4, decay=0.5),
+            refresh=lowrank_optax.on_convergence(2, 4, decay=0.5, check_interval=1),
             rebase="zero",
             granularity=2,
         ),

@@ -110,7 +110,7 @@ def adarankgrad(side):
         # One direction more than the rank: fewer than the gradients have, so that the
         # draw, the warm start and the loss of a sketch all show.
         basis=lowrank_optax.range_finder(1, power_iterations=1, warm_start=True),
-        refresh=lowrank_optax.on_convergence(3, 7, 0.9**0.5, decay=0.5),
+        refresh=lowrank_optax.on_convergence(3, 7, 0.9**0.5, 0.5, check_interval=1),
     )
 
 
@@ -123,6 +123,7 @@ def adarankgrad_reference(grads, path, side, like):
         threshold=0.1,
         intervals=(3, 7),
         decay=0.5,
+        check_interval=1,
         side=side,
         like=like,
         warm=True,

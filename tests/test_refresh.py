@@ -20,11 +20,15 @@ def _gaussian(*shape, seed=0):
 # --- the rules alone -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.5, 0.8, 0.95])
-def test_on_convergence_is_due_when_the_reference_is(decay):
+@pytest.mark.parametrize(
+    ("decay", "check_interval"), [(0.0, 1), (0.5, 4), (0.8, 1), (0.95, 1), (0.95, 7)]
+)
+def test_on_convergence_is_due_when_the_reference_is(decay, check_interval):
     rng = np.random.default_rng(0)
-    rule = lowrank_optax.on_convergence(3, 30, fraction=0.9, decay=decay)
-    expected = [references.OnConvergence(3, 30, 0.9, decay) for _ in range(4)]
+    rule = lowrank_optax.on_convergence(3, 30, 0.9, decay, check_interval)
+    expected = [
+        references.OnConvergence(3, 30, 0.9, decay, check_interval) for _ in range(4)
+    ]
     trend = rule.init(lambda dtype: jnp.zeros(4, dtype))
     age = np.zeros(4, np.int32)
     is_due, refreshes = jax.jit(rule.is_due), 0
@@ -50,7 +54,7 @@ def test_on_convergence_is_due_when_the_reference_is(decay):
 
 
 def test_on_convergence_waits_for_min_interval_and_never_beyond_max_interval():
-    rule = lowrank_optax.on_convergence(5, 9, fraction=0.5, decay=0.0)
+    rule = lowrank_optax.on_convergence(5, 9, 0.5, decay=0.0, check_interval=1)
     trend = rule.init(lambda dtype: jnp.ones((), dtype))
     fallen = trend._replace(average=jnp.float32(0.1))
     steady = trend
@@ -77,6 +81,10 @@ def test_on_convergence_waits_for_min_interval_and_never_beyond_max_interval():
         (
             lambda: lowrank_optax.on_convergence(decay=1.0),
             r"decay must be inside \[0, 1\), got 1.0",
+        ),
+        (
+            lambda: lowrank_optax.on_convergence(check_interval=0),
+            "check_interval must be >= 1, got 0",
         ),
     ],
 )
@@ -214,7 +222,7 @@ def _adaptive():
         optax.scale_by_adam(),
         rank=lowrank_optax.energy_rank(4, threshold=0.1),
         basis=lowrank_optax.range_finder(oversample=1, warm_start=True),
-        refresh=lowrank_optax.on_convergence(2, 6, fraction=0.9, decay=0.5),
+        refresh=lowrank_optax.on_convergence(2, 6, 0.9, decay=0.5, check_interval=1),
     )
 
     def step(state, gradient):
