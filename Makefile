@@ -38,7 +38,7 @@ $(BIN)/python:
 
 # constraints.txt pins every package, so that all machines run the same versions.
 $(VENV)/.experiments: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) install --quiet -c constraints.txt -e '.[experiments]'
+	$(PIP) install --quiet -c constraints.txt -e '.[experiments,c4]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python

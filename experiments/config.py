@@ -40,7 +40,8 @@ class Config(OptimizerOptions):
     remat: bool = False
     #: Type of activations and matrix products.
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    #: Type of parameters and gradients; the optimizer's state is float32. None: that of
+    #: Type of parameters and gradients. Moments in a subspace are float32; those at
+    #: full size (AdamW's) have this type, as optax keeps them. None: that of
     #: --initial-weights, else float32.
     param_dtype: Literal["float32", "bfloat16"] | None = None
     #: Text to train on: embedded (Python's standard library), c4 (streamed from Hugging

@@ -360,7 +360,8 @@ def with_defaults(
         hidden_size: Of the model; the default rank is a share of it.
     """
     method = OPTIMIZERS[options.optimizer]
-    granularity = options.granularity or method.own.get("granularity", 1)
+    granularity = method.own.get("granularity") and options.granularity
+    granularity = granularity or method.own.get("granularity", 1)
     rank = options.rank or max(1, int(method.rank_share * hidden_size) // granularity)
     defaults = {
         "warmup_steps": steps // 10,
@@ -372,6 +373,9 @@ def with_defaults(
     if "min_refresh_interval" in method.own and options.max_refresh_interval:
         least = min(method.own["min_refresh_interval"], options.max_refresh_interval)
         defaults["min_refresh_interval"] = least
+    if "max_refresh_interval" in method.own and options.min_refresh_interval:
+        most = max(method.own["max_refresh_interval"], options.min_refresh_interval)
+        defaults["max_refresh_interval"] = most
     if "min_rank" in method.own:
         defaults["min_rank"] = max(1, 7 * rank // 8)
     return {k: v for k, v in defaults.items() if getattr(options, k) is None}

@@ -96,6 +96,12 @@ def rows(rank: int) -> dict[str, dict[str, Any]]:
         "galore, 8 bits, basis 4": {"optimizer": "galore", "basis_bits": 4, **low_bit},
         "adarankgrad": {"optimizer": "adarankgrad"},
         "adarankgrad, 8 bits": {"optimizer": "adarankgrad", **low_bit},
+        "sumo, 8 bits, basis 8": {"optimizer": "sumo", "basis_bits": 8, **low_bit},
+        "low_rank_muon, 8 bits, basis 8": {
+            "optimizer": "low_rank_muon",
+            "basis_bits": 8,
+            **low_bit,
+        },
         "vlorp": {"optimizer": "vlorp", **fine},
         "projfactor": {"optimizer": "projfactor", **fine},
         "projfactor, 8 bits": {"optimizer": "projfactor", **fine, **low_bit},

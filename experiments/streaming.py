@@ -38,8 +38,8 @@ def load_c4(split: str) -> Any:
         datasets = importlib.import_module("datasets")
     except ImportError as error:
         raise UserError(
-            "--data c4 needs Hugging Face datasets; install it with "
-            "pip install 'lowrank_optax[c4]'"
+            "--data c4 needs Hugging Face datasets; install it with pip install "
+            "-c constraints.txt -e '.[c4]' in this clone, or use make pretrain"
         ) from error
     with _hub_errors():
         return datasets.load_dataset("allenai/c4", "en", split=split, streaming=True)

@@ -9,7 +9,7 @@ from lowrank_optax.low_rank import scale_by_low_rank
 from lowrank_optax.matrices import DimensionNumbers, Side
 from lowrank_optax.projfactor import scale_by_projfactor
 from lowrank_optax.random_bases import RandomBasis, gaussian
-from lowrank_optax.ranks import RankRule, energy_rank
+from lowrank_optax.ranks import FixedRank, RankRule, as_rank_rule, energy_rank
 from lowrank_optax.rebase import RebaseRule
 from lowrank_optax.refresh import RefreshRule, every, on_convergence
 
@@ -41,8 +41,12 @@ def adarankgrad(
 
     Args:
         learning_rate: Step size, or a schedule of it by update.
-        rank: Capacity, the largest rank, >= 1; or a rank rule, which then replaces
-            ``threshold`` too, such as a :func:`lowrank_optax.budget` of bytes.
+        rank: Capacity, the largest rank, >= 1, with seven eighths of it as the least
+            one: ranks that fell lower cost loss (``RESULTS.md``). Or a rank rule, which
+            then replaces ``threshold`` too: ``energy_rank(128, 0.05, min_rank=4)`` for
+            ranks that fall as the paper's do, and bytes that :func:`compact
+            <lowrank_optax.compact>` can free; or a :func:`lowrank_optax.budget` of
+            bytes.
         threshold: Share of a gradient's squared norm that its subspace may lose; in
             (0, 1). Of ``energy_rank`` and, as sqrt(1 - threshold), of
             ``on_convergence``.
@@ -100,10 +104,13 @@ def adarankgrad(
         raise ValueError(f"threshold must be inside (0, 1), got {threshold}.")
     if refresh is None:
         refresh = on_convergence(fraction=(1 - threshold) ** 0.5)
+    rule = as_rank_rule(rank)
+    if isinstance(rule, FixedRank):
+        rule = energy_rank(rule.capacity, threshold)
     return as_optimizer(
         scale_by_low_rank(
             checked_adam(b1, b2, eps),
-            energy_rank(rank, threshold) if isinstance(rank, int) else rank,
+            rule,
             basis=range_finder(power_iterations=2) if basis is None else basis,
             refresh=refresh,
             rebase=rebase,
@@ -226,9 +233,9 @@ def vlorp(
         refresh: Refresh rule; None: ``every(25)``; the paper has 20 to 30.
         rebase: How moments follow a new basis: "first", the first moment by the least
             gradient that has its projection, the second kept; "zero" starts anew;
-            "keep" is the authors' code. Measured (README, c = 4, r = 8): 1.971, 1.997
-            and 2.016 nats per byte; 2.106 with P_old^T P_new itself as the transfer,
-            which is unbiased and adds noise at each change of basis.
+            "keep" is the authors' code. Measured (``RESULTS.md``, c = 4, r = 8): 1.971,
+            1.997 and 2.016 nats per byte; 2.106 with P_old^T P_new itself as the
+            transfer, which is unbiased and adds noise at each change of basis.
         side: "short" or "long"; see :func:`scale_by_low_rank`.
         dimension_numbers: See :func:`scale_by_low_rank`.
         scale: Factor on the updates of projected leaves.

@@ -50,9 +50,10 @@ def sumo(
     with orth(U S V^T) = U V^T and M^ the momentum with its bias corrected, and with
     Nesterov's step. sqrt(a) is sqrt(max(n, m)), so that 0.2 is the root mean square of
     an update of full rank. One moment and the basis: (a + b) r numbers, float32, where
-    Adam in the subspace has (2 a + b) r and AdamW 2 a b. Matrices at full size have
-    Muon; vectors have Adam with the same learning rate. As for Muon, embedding and head
-    want another optimizer: ``optax.partition``.
+    Adam in the subspace has (2 a + b) r and AdamW 2 a b. Leaves at full size have Muon
+    on their last two axes, whatever ``dimension_numbers`` says of them; vectors have
+    Adam with the same learning rate. Embedding, head and stacks of vectors (norms of
+    scanned layers) want another optimizer: ``optax.partition``.
 
     Args:
         learning_rate: Step size, or a schedule of it by update.
@@ -150,9 +151,8 @@ def low_rank_muon(
 
     State: that of :func:`sumo`, (a + b) r numbers, float32. Cost: Muon's
     orthogonalization at full size, and 4 a b r flops. Needs the full gradient at every
-    update: no subspace gradients, and ``accumulate`` adds up full ones. Matrices at
-    full size have Muon; vectors have Adam with the same learning rate. Embedding and
-    head want another optimizer: ``optax.partition``.
+    update: no subspace gradients, and ``accumulate`` adds up full ones. Leaves at full
+    size as for :func:`sumo`.
 
     Args:
         learning_rate: Step size, or a schedule of it by update.
@@ -282,8 +282,9 @@ def _check(beta, rms, ns_steps) -> None:
     for name, value in (("beta", beta), ("rms", rms)):
         if isinstance(value, (int, float)) and not 0 <= value < 1:
             raise ValueError(f"{name} must be inside [0, 1), got {value}.")
-    if isinstance(ns_steps, int) and ns_steps < 1:
-        raise ValueError(f"ns_steps must be >= 1, got {ns_steps}.")
+    is_traced = isinstance(ns_steps, jax.Array)
+    if not is_traced and not (isinstance(ns_steps, int) and ns_steps >= 1):
+        raise ValueError(f"ns_steps must be an int >= 1, got {ns_steps!r}.")
 
 
 def _by_kind(

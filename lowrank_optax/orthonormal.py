@@ -114,13 +114,15 @@ def triangular_inverse(lower: jax.Array, base: int = 16) -> jax.Array:
     size = -(-k // blocks)
     # The padding is an identity, which is its own inverse.
     padding = [(0, 0)] * len(stack) + [(0, blocks * size - k)] * 2
-    ones = jnp.arange(blocks * size) >= k
-    lower = jnp.pad(lower, padding) + jnp.diag(ones.astype(lower.dtype))
+    lower = jnp.pad(lower, padding)
+    ones = jnp.diag((jnp.arange(blocks * size) >= k).astype(lower.dtype))
+    lower = lower + jnp.broadcast_to(ones, lower.shape)
 
     def diagonal_blocks(size):
         count = lower.shape[-1] // size
         tiles = lower.reshape(*stack, count, size, count, size)
         on_diagonal = jnp.eye(count, dtype=bool)[:, None, :, None]
+        on_diagonal = jnp.broadcast_to(on_diagonal, tiles.shape)
         return jnp.sum(jnp.where(on_diagonal, tiles, 0), axis=-2)
 
     first = diagonal_blocks(size)

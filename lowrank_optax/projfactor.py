@@ -185,8 +185,8 @@ def scale_by_projfactor(
         refresh: Refresh rule; None: ``every(25)``.
         rebase: How the momentum follows a new basis: "first", by the least gradient
             that has its projection; "zero" drops it; "keep" leaves it in the old basis,
-            as the authors' code does. Measured (README, c = 4, r = 8): 1.993, 1.983 and
-            2.019 nats per byte, one seed.
+            as the authors' code does. Measured (``RESULTS.md``, c = 4, r = 8): 1.993,
+            1.983 and 2.019 nats per byte, one seed.
         side: "short" or "long"; see :func:`scale_by_low_rank`.
         dimension_numbers: See :func:`scale_by_low_rank`.
         seed: Seed of the bases.

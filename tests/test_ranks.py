@@ -123,8 +123,11 @@ def test_a_value_out_of_its_range_raises(arguments, message):
 
 @pytest.mark.parametrize("rank", [0, -3])
 def test_a_rank_below_one_raises(rank):
-    with pytest.raises(ValueError, match=f"rank must be >= 1, got {rank}"):
+    match = f"^rank must be >= 1, got {rank}"
+    with pytest.raises(ValueError, match=match):
         lowrank_optax.scale_by_low_rank(optax.identity(), rank)
+    with pytest.raises(ValueError, match=match):
+        lowrank_optax.adarankgrad(0.1, rank)
 
 
 @pytest.mark.parametrize("rank", ["8", 8.0, True, None])

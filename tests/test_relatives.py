@@ -246,6 +246,7 @@ def test_full_gradients_are_accumulated(name):
     [
         lambda: lowrank_optax.sumo(0.1, 4, beta=1.0),
         lambda: lowrank_optax.sumo(0.1, 4, ns_steps=0),
+        lambda: lowrank_optax.sumo(0.1, 4, ns_steps=2.5),
         lambda: lowrank_optax.sumo(0.1, 4, rms=-0.1),
         lambda: lowrank_optax.low_rank_muon(0.1, 4, beta=1.0),
         lambda: lowrank_optax.low_rank_muon(0.1, 4, residual=-1.0),

@@ -113,6 +113,21 @@ def test_what_the_user_sets_is_kept():
     assert (config.rank, config.warmup_steps) == (6, 0)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "name", "value"),
+    [
+        # One bound moves the other, where that stands at its default.
+        ("--min-refresh-interval 400", "max_refresh_interval", 400),
+        ("--max-refresh-interval 20", "min_refresh_interval", 20),
+        # A flag that the method does not have changes nothing in it.
+        ("--optimizer galore --granularity 4", "rank", 16),
+    ],
+)
+def test_defaults_fit_what_the_user_sets(arguments, name, value):
+    config = complete(parse(arguments.split()), hidden_size=64)
+    assert getattr(config, name) == value
+
+
 def test_the_command_line_gives_the_configuration_back():
     config = parse(
         shlex.split(
