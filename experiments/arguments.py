@@ -58,18 +58,18 @@ def flag(name: str) -> str:
 
 
 def check_choice(
-    name: str, value: str, choices: Iterable[str] | Mapping[str, Any]
+    what: str, value: str, choices: Iterable[str] | Mapping[str, Any]
 ) -> None:
     """Raises UserError, with the nearest choice, if a value is none of them.
 
     Args:
-        name: Field that has the value.
+        what: Flag that has the value, or what else it is called.
         value: The value.
         choices: What it may be.
     """
     if value not in choices:
         raise UserError(
-            f"{flag(name)} {value!r} is not known; choose one of {', '.join(choices)}"
+            f"{what} {value!r} is not known; choose one of {', '.join(choices)}"
             + _nearest(value, choices)
         )
 

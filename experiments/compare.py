@@ -6,6 +6,7 @@ are lines of results.jsonl; then come a table in Markdown and figures.
 
 import concurrent.futures
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,15 +23,21 @@ import tyro
 from rich.console import Console
 
 from experiments.arguments import check_choice, flag, parse_arguments
-from experiments.comparison import rows_of, write_report
+from experiments.comparison import write_report
+from experiments.config import complete, parse
 from experiments.errors import UserError
-from experiments.metrics import CHECKPOINTS, SUMMARY_FILE, write_json
+from experiments.ledger import RUNS, Ledger, best_rates, rates_of
+from experiments.metrics import CHECKPOINTS, SUMMARY_FILE
+from experiments.model import MODELS
+from experiments.optimizers import OPTIMIZERS
 from experiments.outcome import loss_of, outcome
 from experiments.search import Point, best_point, next_point
 from experiments.suites import SUITES, Contender, Suite
 
-RESULTS_FILE = "results.jsonl"
-SUITE_FILE = "suite.json"
+# Ways to be told to stop; a lost terminal is one.
+_STOPS = [
+    getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
 # glibc keeps what is freed: a fifth of a small model's step on a CPU goes into giving
 # pages back and taking them again.
 _KEEP_PAGES = {
@@ -52,11 +59,13 @@ class Options:
     ]
     #: Directory of the results. None: runs/compare-SUITE.
     out: Path | None = None
-    #: Text to train on: embedded, c4 (streamed), or a path or glob.
-    data: str = "embedded"
+    #: Text to train on: embedded, c4 (streamed), or a path or glob. None: what the
+    #: suite is about, embedded for the tiny model, c4 for larger ones.
+    data: str | None = None
     #: Path or glob of the validation text. None: held out from --data.
     validation_data: str | None = None
-    #: Tokenizer of models above tiny; see pretrain_llama.
+    #: bytes, or the path of a SentencePiece .model or of a tokenizer.json, which models
+    #: above tiny need.
     tokenizer: str = "bytes"
     #: Runs at a time; on CPUs each has its share of the cores, which tokens per second
     #: show.
@@ -75,17 +84,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done; 2: a mistake of the user's, told in one line on stderr; 130: interrupted.
     """
     console = Console()
-    # A scheduler's SIGTERM stops it as Ctrl-C does: runs under way save and end.
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # They stop it as Ctrl-C does: runs under way save and end.
+    previous = {
+        number: signal.signal(number, signal.default_int_handler) for number in _STOPS
+    }
     try:
         options = _parse(sys.argv[1:] if argv is None else argv)
         comparison = Comparison(options, console)
         try:
             comparison.run()
         finally:
-            if comparison.records:
-                write_report(comparison.directory, options.suite, comparison.records)
-                console.print(f"results in {comparison.directory}", soft_wrap=True)
+            comparison.close()
     except UserError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
@@ -93,7 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print("interrupted; give the same command again to go on")
         return 128 + signal.SIGINT
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
     return 0
 
 
@@ -102,10 +112,16 @@ def _parse(argv: Sequence[str]) -> Options:
     check_choice("suite", options.suite, SUITES)
     names = [contender.name for contender in SUITES[options.suite].contenders]
     for name in _chosen(options):
-        check_choice("only", name, names)
+        check_choice("--only", name, names)
     if options.jobs < 1:
         raise UserError(f"--jobs must be at least 1, not {options.jobs}")
-    return options
+    suite = SUITES[options.suite]
+    if suite.needs_tokenizer and options.tokenizer == "bytes":
+        raise UserError(
+            f"{options.suite} needs --tokenizer, the path of a SentencePiece .model or "
+            "of a tokenizer.json; about 32,000 tokens are what its model was made for"
+        )
+    return dataclasses.replace(options, data=options.data or suite.data)
 
 
 def _chosen(options: Options) -> list[str]:
@@ -120,25 +136,23 @@ class Comparison:
 
     Attributes:
         directory: Of the results.
-        records: One for each run that is done: the lines of results.jsonl.
     """
 
     def __init__(self, options: Options, console: Console):
         self.suite: Suite = SUITES[options.suite]
         self.directory = options.out or Path("runs") / f"compare-{options.suite}"
-        self.records: list[dict[str, Any]] = []
         self._options, self._console = options, console
-        self._chosen = _chosen(options)
-        self._rates = options.rates_from and _rates_of(options.rates_from)
+        self._chosen = [c for c in self.suite.contenders if c.name in _chosen(options)]
+        self._flags_of = {
+            c.name: resolved(c, self.suite) for c in self.suite.contenders
+        }
+        self._rates = options.rates_from and rates_of(options.rates_from)
         self._lock = threading.Lock()
         self._processes: set[subprocess.Popen] = set()
         self._stopped = False
         self._slots = 0
         self._started, self._done_here = time.monotonic(), 0
-        _check_suite(self.directory, self._definition())
-        results = self.directory / RESULTS_FILE
-        if results.exists():
-            self.records = [json.loads(x) for x in results.read_text().splitlines()]
+        self._ledger = Ledger(self.directory, self._definition())
 
     def _definition(self) -> dict[str, Any]:
         """Returns what makes results comparable; more methods may join."""
@@ -154,11 +168,34 @@ class Comparison:
             "rates_from": options.rates_from and str(options.rates_from),
         }
 
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """Those of the suite's methods as they are defined now."""
+        return [
+            record
+            for record in list(self._ledger.records)
+            if self._flags_of.get(record["method"]) == record["flags"]
+        ]
+
+    def close(self) -> None:
+        """Writes the table and the figures of what is done."""
+        records = self.records
+        if earlier := len(self._ledger.records) - len(records):
+            self._console.print(
+                f"{earlier} results are of settings that the suite's methods no longer "
+                "have: left out of the table"
+            )
+        if records:
+            write_report(self.directory, self._options.suite, self.suite, records)
+            self._console.print(f"results in {self.directory}", soft_wrap=True)
+        self._ledger.close()
+
     def run(self) -> None:
         """Runs what is not done yet."""
-        chosen = [c for c in self.suite.contenders if c.name in self._chosen]
+        chosen = self._chosen
         # Those that take the rates of another come after it.
         first = [c for c in chosen if not self._is_variant(c)]
+        self._check_rates({c.name for c in first} if self._rates is None else set())
         with concurrent.futures.ThreadPoolExecutor(
             self._options.jobs, initializer=self._take_cores
         ) as pool:
@@ -170,6 +207,12 @@ class Comparison:
             except BaseException:
                 self._stop()
                 raise
+
+    def _check_rates(self, searched: set[str]) -> None:
+        """Raises, before anything is run, if rates are wanted that nobody finds."""
+        for contender in self._chosen:
+            if contender.name not in searched and contender.like not in searched:
+                self._rates_like(contender)
 
     def _is_variant(self, contender: Contender) -> bool:
         """Returns whether its rates are those of another method of the suite."""
@@ -196,12 +239,8 @@ class Comparison:
     def _run_contender(self, contender: Contender) -> None:
         suite = self.suite
         first, *others = suite.seeds
-        if self._rates is not None:
-            rates = self._rates_like(contender, self._rates)
-        elif self._is_variant(contender):
-            with self._lock:
-                seeds = len(suite.seeds)
-                rates = self._rates_like(contender, _best_rates(self.records, seeds))
+        if self._rates is not None or self._is_variant(contender):
+            rates = self._rates_like(contender)
         else:
             losses: dict[Point, float] = {}
             while (point := next_point(losses, suite.search)) is not None:
@@ -211,11 +250,12 @@ class Comparison:
         for seed in (first, *others):
             self._result(contender, rates, seed)
 
-    def _rates_like(
-        self, contender: Contender, found: Mapping[str, tuple[float, float]]
-    ) -> tuple[float, float]:
+    def _rates_like(self, contender: Contender) -> tuple[float, float]:
         """Returns the best rates of the method that a contender takes them from."""
         name = contender.like or contender.name
+        found = self._rates
+        if found is None:
+            found = best_rates(self.records, len(self.suite.seeds))
         if name not in found:
             where = self._options.rates_from or self.directory
             raise UserError(
@@ -228,24 +268,20 @@ class Comparison:
         """Returns the record of a run, from the file or from running it."""
         key = {
             "method": contender.name,
-            "flags": dict(contender.flags),
+            "flags": self._flags_of[contender.name],
             "learning_rate": rates[0],
             "block_learning_rate": rates[1],
             "seed": seed,
         }
-        with self._lock:
-            if self._stopped:
-                raise concurrent.futures.CancelledError
-            for record in self.records:
-                if all(record.get(name) == value for name, value in key.items()):
-                    return record
-        record = {**key, **self._run(contender, rates, seed)}
-        with self._lock:
-            self.records.append(record)
-            self._done_here += 1
-            with (self.directory / RESULTS_FILE).open("a") as file:
-                file.write(json.dumps(record) + "\n")
-            self._say(record)
+        if self._stopped:
+            raise concurrent.futures.CancelledError
+        record = self._ledger.find(key)
+        if record is None:
+            record = {**key, **self._run(contender, rates, seed)}
+            self._ledger.add(record)
+            with self._lock:
+                self._done_here += 1
+                self._say(record)
         return record
 
     def _most(self, contender: Contender) -> int:
@@ -257,11 +293,11 @@ class Comparison:
     def _say(self, record: Mapping[str, Any]) -> None:
         loss, status = record["validation_loss"], record["status"]
         spent = (time.monotonic() - self._started) / self._done_here
-        done = sum(x["method"] in self._chosen for x in self.records)
-        most = sum(
-            self._most(c) for c in self.suite.contenders if c.name in self._chosen
-        )
-        left = max(0, most - done) * spent
+        methods = [x["method"] for x in self.records]
+        most = sum(map(self._most, self._chosen))
+        # A method may have more runs than it can need: of an earlier search, say.
+        done = sum(min(methods.count(c.name), self._most(c)) for c in self._chosen)
+        left = (most - done) * spent
         ended = f"{loss:.4f}" if status == "finished" else status
         self._console.print(
             f"{record['method']}, rates {record['learning_rate']:g} and "
@@ -274,8 +310,11 @@ class Comparison:
 
     def _run(self, contender: Contender, rates, seed: int) -> dict[str, Any]:
         """Runs one process to its end; returns what its directory says."""
-        name = f"{contender.name}-{rates[0]:g}-{rates[1]:g}-{seed}".replace(" ", "-")
-        directory = self.directory / "runs" / name
+        settings = json.dumps(self._flags_of[contender.name], sort_keys=True)
+        digest = hashlib.sha256(settings.encode()).hexdigest()[:6]
+        name = f"{contender.name}-{rates[0]:g}-{rates[1]:g}-{seed}-{digest}"
+        name = name.replace(" ", "-")
+        directory = self.directory / RUNS / name
         if not (directory / SUMMARY_FILE).exists():
             is_resumed = (directory / CHECKPOINTS).is_dir() and any(
                 path.name.isdigit() for path in (directory / CHECKPOINTS).iterdir()
@@ -323,6 +362,8 @@ class Comparison:
                     stdout=file,
                     stderr=file,
                     start_new_session=True,
+                    # Should this process die, the run keeps the directory.
+                    pass_fds=[self._ledger.held],
                     env={**_KEEP_PAGES, **os.environ},
                 )
                 self._processes.add(process)
@@ -341,52 +382,22 @@ def words_of(fields: Mapping[str, Any]) -> list[str]:
     return words
 
 
+def resolved(contender: Contender, suite: Suite) -> dict[str, Any]:
+    """Returns a contender's flags and what its method has where they are silent.
+
+    With them a result is recorded: where a default has changed since, it is another's.
+    """
+    config = parse(words_of({**suite.flags, **contender.flags}))
+    config = complete(config, hidden_size=MODELS[config.model]["hidden_size"])
+    own = OPTIMIZERS[config.optimizer].own
+    return {**contender.flags, **{name: getattr(config, name) for name in sorted(own)}}
+
+
 def rates_at(contender: Contender, point: Point) -> tuple[float, float]:
     """Returns both learning rates, of the rest and of the blocks, at a point."""
     rest, blocks = point
     start = contender.learning_rate
     return start * 2.0**rest, start * contender.block_scale * 2.0**blocks
-
-
-def _check_suite(directory: Path, definition: dict[str, Any]) -> None:
-    """Raises if the directory holds another comparison; writes this one's name."""
-    path = directory / SUITE_FILE
-    if path.exists():
-        saved = json.loads(path.read_text())
-        changed = [
-            f"{name} was {saved.get(name)}, is {value}"
-            for name, value in definition.items()
-            if saved.get(name) != value
-        ]
-        if changed:
-            raise UserError(
-                f"{directory} holds another comparison: {'; '.join(changed)}; give "
-                "another --out"
-            )
-        return
-    if directory.exists() and any(directory.iterdir()):
-        raise UserError(f"--out {directory} is not empty; give another one")
-    directory.mkdir(parents=True, exist_ok=True)
-    write_json(path, definition)
-
-
-def _rates_of(directory: Path) -> dict[str, tuple[float, float]]:
-    """Returns the best rates of each method of a finished comparison."""
-    path = directory / RESULTS_FILE
-    if not path.exists():
-        raise UserError(f"--rates-from {directory} holds no {RESULTS_FILE}")
-    return _best_rates(map(json.loads, path.read_text().splitlines()))
-
-
-def _best_rates(
-    records: Iterable[Mapping[str, Any]], seeds: int = 1
-) -> dict[str, tuple[float, float]]:
-    """Returns them for each method that has been run with as many seeds."""
-    return {
-        row.method: (row.learning_rate, row.block_learning_rate)
-        for row in rows_of(records)
-        if len(row.losses) >= seeds
-    }
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from experiments.outcome import loss_of
+from experiments.suites import Suite
 
 T = TypeVar("T")
 _MARKERS = "os^vD<>pPX*"
@@ -124,7 +125,7 @@ def table(rows: Sequence[Row]) -> str:
             _number(row.mean),
             str(len(row.losses)),
             _number(row.spread),
-            "" if adamw is None else f"{100 * (row.mean / adamw - 1):+.2f} %",
+            _change(row.mean, adamw),
             f"{row.block_share:.3f}",
             f"{row.share:.3f}",
             f"{statistics.median(speeds):,.0f}" if speeds else "",
@@ -133,6 +134,12 @@ def table(rows: Sequence[Row]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _change(loss: float, adamw: float | None) -> str:
+    if adamw is None or not np.isfinite(loss) or not np.isfinite(adamw):
+        return ""
+    return f"{100 * (loss / adamw - 1):+.2f} %"
 
 
 def _number(value: float) -> str:
@@ -158,22 +165,25 @@ def front(
 
 
 def write_report(
-    directory: Path, name: str, records: Sequence[Mapping[str, Any]]
+    directory: Path, name: str, suite: Suite, records: Sequence[Mapping[str, Any]]
 ) -> None:
     """Writes table.md and figures of what is done so far.
 
     Args:
         directory: Of the comparison.
         name: Of the suite.
+        suite: The suite.
         records: Lines of results.jsonl.
     """
     rows = rows_of(records)
     first = min(records, key=lambda record: record["status"] != "finished")
+    commits = sorted({record["commit"] for record in records})
     heading = (
-        f"Suite {name}: {first['model']}, {first['steps']} steps; {first['data']}; "
-        f"{first['device']}; commit {first['commit']}. Loss: nats per token of one "
-        "validation set, the same for all. Spread: largest less smallest. State: bytes "
-        "as a share of AdamW's. Runs: all that the method was given.\n\n"
+        f"Suite {name}, {suite.description}: {first['model']}, {first['steps']} steps; "
+        f"{first['data']}; {first['device']}; of commit {', '.join(commits)}. Loss: "
+        "nats per token of one validation set, the same for all. Spread: largest less "
+        "smallest. State: bytes as a share of AdamW's. Runs: all that the method was "
+        "given.\n\n"
     )
     (directory / "table.md").write_text(heading + table(rows))
     finished = [row for row in rows if np.isfinite(row.mean)]

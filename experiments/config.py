@@ -180,8 +180,8 @@ def check(config: Config) -> None:
     Raises:
         UserError: If one is out of its range or unknown.
     """
-    check_choice("model", config.model, MODELS)
-    check_choice("optimizer", config.optimizer, OPTIMIZERS)
+    check_choice("--model", config.model, MODELS)
+    check_choice("--optimizer", config.optimizer, OPTIMIZERS)
     for name, (is_allowed, requirement) in _RULES.items():
         value = getattr(config, name)
         if value is not None and not is_allowed(value):

@@ -9,8 +9,10 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class StopRequest:
     """Notes the first SIGTERM or SIGINT while it is entered.
 
-    The first one gives both back to their old handlers, so that a second one acts at
-    once. Outside the main thread, where Python cannot handle signals, it notes none.
+    The first one gives SIGINT back to its old handler, so that Ctrl-C acts at once.
+    More SIGTERMs change nothing: a scheduler may send it to a process and to its
+    parent, which passes it on. Outside the main thread, where Python cannot handle
+    signals, it notes none.
 
     Attributes:
         signal: The signal noted, None until then.
@@ -34,4 +36,5 @@ class StopRequest:
     def _note(self, number, frame):
         del frame
         self.signal = signal.Signals(number)
-        self.__exit__()
+        signal.signal(signal.SIGINT, self._old_handlers.pop(signal.SIGINT))
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)

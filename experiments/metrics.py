@@ -54,8 +54,16 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
     """Returns the lines of metrics.jsonl, without a last one that was cut off."""
+    return read_lines(directory / METRICS_FILE)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Returns the objects of a file's lines, none where it is absent.
+
+    A last line that was cut off is left out.
+    """
     records = []
-    for line in (directory / METRICS_FILE).read_text().splitlines():
+    for line in path.read_text().splitlines() if path.exists() else ():
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:

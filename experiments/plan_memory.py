@@ -130,7 +130,7 @@ def optimizer(hidden_size: int, **chosen: Any) -> optax.GradientTransformation:
 
 def _parse(argv: Sequence[str]) -> Options:
     options = parse_arguments(Options, "python -m experiments.plan_memory", argv)
-    check_choice("model", options.model, MODELS)
+    check_choice("--model", options.model, MODELS)
     try:
         lowrank_optax.parse_bytes(options.memory)
     except ValueError as error:

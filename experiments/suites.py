@@ -39,6 +39,8 @@ class Suite:
         seeds: Of the weights and of the order of the data. The first one's runs choose
             the rates; the best rates are run with all.
         search: Runs that a method may spend on its two rates, at most; 1: none.
+        data: Text to train on, where the command line does not say.
+        needs_tokenizer: Whether bytes make no sense of the model.
     """
 
     description: str
@@ -46,6 +48,8 @@ class Suite:
     contenders: tuple[Contender, ...]
     seeds: tuple[int, ...] = (0, 1, 2)
     search: int = 6
+    data: str = "embedded"
+    needs_tokenizer: bool = False
 
 
 def _contender(name: str, block_scale: float, rate: float = 8e-3, **flags: Any):
@@ -162,6 +166,8 @@ def _published(model: str, steps: int, rank: int, adamw_rate: float) -> Suite:
         ),
         seeds=(0,),
         search=1,
+        data="c4",
+        needs_tokenizer=True,
     )
 
 
@@ -190,6 +196,8 @@ SUITES: dict[str, Suite] = {
         ),
         seeds=(0,),
         search=3,
+        data="c4",
+        needs_tokenizer=True,
     ),
     "papers-60m": _published("60m", 10_000, 128, 1e-3),
     "papers-130m": _published("130m", 20_000, 256, 1e-3),

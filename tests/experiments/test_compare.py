@@ -3,15 +3,27 @@
 import dataclasses
 import json
 import math
+import random
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
 
 from experiments import compare, suites
 from experiments.comparison import front, rows_of, table
 from experiments.config import complete, parse
 from experiments.search import best_point, next_point
 from tests.experiments.small_runs import one_error_line, write_inputs
+
+ROOT = Path(__file__).parents[2]
 
 
 def searched(loss, most):
@@ -57,8 +69,10 @@ def test_rates_that_diverge_are_left_behind():
 def test_an_interrupted_search_goes_on_alike():
     whole, _ = searched(bowl((1, -2)), 100)
     for done in range(len(whole)):
-        losses = dict(list(whole.items())[:done])
-        assert next_point(losses, 100) == list(whole)[done]
+        # In whatever order they are read back.
+        losses = list(whole.items())[:done]
+        random.Random(done).shuffle(losses)
+        assert next_point(dict(losses), 100) == list(whole)[done]
 
 
 # --- the runs, each a function in the place of a process ----------------------------
@@ -84,6 +98,8 @@ def started(monkeypatch):
 
     def process(self, flags, log):
         arguments = dict(zip(flags[::2], flags[1::2], strict=False))
+        if flags[-1] == "--resume":
+            arguments["--resume"] = True
         calls.append(arguments)
         return write_run(arguments, log)
 
@@ -94,7 +110,8 @@ def started(monkeypatch):
 def write_run(arguments, log):
     """Writes what a run leaves behind; its loss is a bowl of the rates."""
     directory = compare.Path(arguments["--out"])
-    directory.mkdir()
+    assert directory.exists() == ("--resume" in arguments)
+    directory.mkdir(exist_ok=True)
     rest = float(arguments["--learning-rate"])
     blocks = rest * float(arguments["--block-scale"])
     loss = 2 + abs(math.log2(blocks / 0.002)) + 0.01 * int(arguments["--seed"])
@@ -120,7 +137,7 @@ def write_run(arguments, log):
         **{"block_state_bytes": 20, "block_adamw_state_bytes": 80},
     }
     (directory / "summary.json").write_text(json.dumps(summary))
-    (directory / "checkpoints/10").mkdir(parents=True)
+    (directory / "checkpoints/10").mkdir(parents=True, exist_ok=True)
     return 0
 
 
@@ -188,7 +205,7 @@ def test_an_interrupted_comparison_resumed_has_the_same_table(
     def interrupted(self, flags, log):
         if len(started) == stop_after:
             # A run that was stopped before its first checkpoint.
-            (tmp_path / "out/runs/adamw-0.008-0.001-0").mkdir(exist_ok=True)
+            compare.Path(flags[flags.index("--out") + 1]).mkdir()
             raise KeyboardInterrupt
         return process(self, flags, log)
 
@@ -230,7 +247,8 @@ def test_rates_of_another_comparison_are_taken_without_a_search(started, tmp_pat
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["cpu-smal"], "--suite 'cpu-smal' is not known"),
+        (["cpu-smal"], "error: suite 'cpu-smal' is not known"),
+        (["papers-60m"], "papers-60m needs --tokenizer"),
         (["cpu-small", "--only", "adamv"], "did you mean adamw?"),
         (["cpu-small", "--jobs", "0"], "--jobs must be at least 1"),
         (["cpu-small", "--job", "2"], "did you mean --jobs?"),
@@ -272,7 +290,8 @@ def test_a_run_that_fails_for_another_reason_stops_and_is_named(
     monkeypatch.setattr(compare.Comparison, "_process", process)
     assert run(tmp_path, "--only", "adamw") == 2
     error = one_error_line(capsys)
-    assert "adamw-0.008-0.001-0 ended with status 2" in error
+    assert "adamw-0.008-0.001-0-" in error
+    assert "ended with status 2" in error
     assert ".log says why" in error
 
 
@@ -292,10 +311,122 @@ def test_a_run_that_was_stopped_from_outside_is_not_taken_for_diverged(
     assert "ended with status 0" in one_error_line(capsys)
     assert not (tmp_path / "out/results.jsonl").exists()
     monkeypatch.setattr(compare.Comparison, "_process", process)
-    (tmp_path / "out/runs/adamw-0.008-0.001-0/checkpoints/10").rmdir()
     started.clear()
     assert run(tmp_path, "--only", "adamw") == 0
     assert len(started) == 5
+    assert [call.get("--resume", False) for call in started] == [True] + 4 * [False]
+
+
+def test_a_method_whose_settings_have_changed_is_run_again(
+    started, tmp_path, monkeypatch, capsys
+):
+    assert run(tmp_path) == 0
+    first, second = SUITE.contenders
+    changed = dataclasses.replace(second, flags={**second.flags, "momentum": 0.9})
+    suite = dataclasses.replace(SUITE, contenders=(first, changed))
+    monkeypatch.setitem(compare.SUITES, "cpu-small", suite)
+    started.clear()
+    assert run(tmp_path) == 0
+    assert [call["--momentum"] for call in started] == 5 * ["0.9"]
+    assert "5 results are of settings" in capsys.readouterr().out
+    assert (tmp_path / "out/table.md").read_text().count("| 5 |") == 2
+    # A default of the method counts as much as a flag.
+    method = compare.OPTIMIZERS["adamw"]
+    changed = dataclasses.replace(method, own={"momentum": 0.5})
+    monkeypatch.setitem(compare.OPTIMIZERS, "adamw", changed)
+    started.clear()
+    assert run(tmp_path, "--only", "adamw") == 0
+    assert len(started) == 5
+
+
+def test_what_was_cut_off_is_run_again(started, tmp_path):
+    assert run(tmp_path) == 0
+    path = tmp_path / "out/results.jsonl"
+    before = results(tmp_path)
+    path.write_text(path.read_text()[:-20])
+    started.clear()
+    assert run(tmp_path) == 0
+    assert results(tmp_path) == before
+    # The run's own directory still says how it ended.
+    assert not started
+
+
+def test_a_directory_where_nothing_was_done_takes_other_data(
+    started, tmp_path, monkeypatch
+):
+    process = compare.Comparison._process
+    monkeypatch.setattr(
+        compare.Comparison, "_process", lambda self, flags, log: log.write_text("no")
+    )
+    assert run(tmp_path, "--data", "tpyo") == 2
+    monkeypatch.setattr(compare.Comparison, "_process", process)
+    assert run(tmp_path, "--data", "typo") == 0
+    assert {call["--data"] for call in started} == {"typo"}
+
+
+def test_a_directory_at_work_is_refused(started, tmp_path, capsys):
+    del started
+    pytest.importorskip("fcntl", reason="needs locks of files")
+    assert run(tmp_path, "--only", "adamw") == 0
+    with (tmp_path / "out/.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert run(tmp_path) == 2
+    assert "is at work in" in one_error_line(capsys)
+    assert run(tmp_path) == 0
+
+
+def test_rates_are_not_taken_from_a_search_that_has_not_ended(
+    started, tmp_path, monkeypatch, capsys
+):
+    source = tmp_path / "source"
+    source.mkdir()
+    process = compare.Comparison._process
+
+    def interrupted(self, flags, log):
+        if len(started) == 3:
+            raise KeyboardInterrupt
+        return process(self, flags, log)
+
+    monkeypatch.setattr(compare.Comparison, "_process", interrupted)
+    assert run(source) == 128 + signal.SIGINT
+    monkeypatch.setattr(compare.Comparison, "_process", process)
+    capsys.readouterr()
+    started.clear()
+    flags = ["--rates-from", str(source / "out"), "--data", "other"]
+    assert run(tmp_path, *flags) == 2
+    assert "has no rates of 'adamw'" in one_error_line(capsys)
+    assert not started
+
+
+def test_a_terminated_comparison_ends_its_runs_each_with_a_checkpoint(tmp_path):
+    inputs = tmp_path / "inputs"
+    inputs.mkdir()
+    flags = dict(zip(*[iter(write_inputs(inputs))] * 2, strict=True))
+    script = f"""
+import sys
+from experiments import compare, suites
+flags = {{"initial_weights": {flags["--initial-weights"]!r}, "steps": 100_000}}
+adamw = suites.Contender("adamw", {{"optimizer": "adamw"}}, 0.125)
+suite = suites.Suite("one", {{**flags, "model": "tiny"}}, (adamw,))
+compare.SUITES["cpu-small"] = suite
+out, data = {str(tmp_path / "out")!r}, {flags["--data"]!r}
+sys.exit(compare.main(["cpu-small", "--out", out, "--data", data]))
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
+    try:
+        deadline = time.monotonic() + 120
+        while not (logs := list(tmp_path.glob("out/runs/*.log"))) or (
+            "step 1/" not in logs[0].read_text()
+        ):
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(60) == 128 + signal.SIGINT
+    finally:
+        process.kill()
+    assert "--resume" in logs[0].read_text()
+    assert len(list(tmp_path.glob("out/runs/*/checkpoints/[0-9]*"))) == 1
 
 
 def test_an_ablation_of_the_rank_has_the_capacity_as_its_floor():
@@ -328,13 +459,21 @@ def test_a_variant_takes_the_rates_of_its_method(
     assert ours.block_learning_rate == method.block_learning_rate
 
 
-def test_the_front_has_what_nothing_beats_in_bytes_and_loss(started, tmp_path):
+def test_the_front_has_what_nothing_beats_in_bytes_and_loss():
+    rows = [(0.5, 2.0), (0.1, 3.0), (0.5, 1.9), (0.2, 3.0), (1.0, 1.9), (2.0, 1.0)]
+    assert front(rows, lambda row: row) == [(0.1, 3.0), (0.5, 1.9), (2.0, 1.0)]
+
+
+def test_a_diverged_row_is_compared_with_nothing(started, tmp_path):
     del started
     assert run(tmp_path) == 0
     rows = rows_of(results(tmp_path))
-    ahead = front(rows, lambda row: (row.share, row.mean))
-    assert [row.method for row in ahead] == ["adamw"]
-    assert table(rows).count("\n") == 4
+    adamw = next(row for row in rows if row.method == "adamw")
+    rows[rows.index(adamw)] = dataclasses.replace(adamw, losses=(2.0, math.inf))
+    text = table(rows)
+    assert text.count("\n") == 4
+    assert "| diverged |" in text
+    assert "%" not in text
 
 
 def test_suites_name_methods_and_flags_that_exist():
