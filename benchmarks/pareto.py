@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import harness
 from experiments.comparison import front
+from experiments.config import FREE_FIELDS
 
 # What the label of a row is made of, and how it is said.
 _OPTIONS = {
@@ -42,25 +43,30 @@ def label(config: dict[str, Any]) -> str:
 
 
 def read(directories: list[Path]) -> list[dict[str, Any]]:
-    """Returns a row for each label and model."""
-    groups: dict[tuple, list[tuple[dict, dict]]] = {}
+    """Returns a row for each configuration, whatever its seeds; diverged runs not."""
+    free = FREE_FIELDS - {"eval_tokens"} | {"seed"}
+    groups: dict[str, list[tuple[dict, dict]]] = {}
     for directory in directories:
         config = json.loads((directory / "config.json").read_text())
         summary = json.loads((directory / "summary.json").read_text())
-        rate = config["learning_rate"], config["block_scale"]
-        key = (summary["model"], config["steps"], label(config), *rate)
-        groups.setdefault(key, []).append((config, summary))
+        if summary["validation_loss"] is None:
+            print(f"{directory} diverged: left out")
+            continue
+        same = {k: v for k, v in config.items() if k not in free}
+        groups.setdefault(json.dumps(same, sort_keys=True), []).append(
+            (config, summary)
+        )
     rows = []
-    for (model, steps, name, rate, scale), runs in groups.items():
+    for runs in groups.values():
         losses = [summary["validation_loss"] for _, summary in runs]
-        summary = runs[0][1]
+        config, summary = runs[0]
         rows.append(
             {
-                "model": model,
-                "optimizer": name,
-                "steps": steps,
-                "learning_rate": rate,
-                "block_scale": scale,
+                "model": summary["model"],
+                "optimizer": label(config),
+                "steps": config["steps"],
+                "learning_rate": config["learning_rate"],
+                "block_scale": config["block_scale"],
                 "seeds": [config["seed"] for config, _ in runs],
                 "validation_losses": losses,
                 "mean_loss": statistics.mean(losses),
