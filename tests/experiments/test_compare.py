@@ -405,7 +405,7 @@ def test_a_terminated_comparison_ends_its_runs_each_with_a_checkpoint(tmp_path):
     script = f"""
 import sys
 from experiments import compare, suites
-flags = {{"initial_weights": {flags["--initial-weights"]!r}, "steps": 100_000}}
+flags = {{"initial_weights": {flags["--initial-weights"]!r}, "steps": 5_000}}
 adamw = suites.Contender("adamw", {{"optimizer": "adamw"}}, 0.125)
 suite = suites.Suite("one", {{**flags, "model": "tiny"}}, (adamw,))
 compare.SUITES["cpu-small"] = suite
