@@ -16,6 +16,8 @@ import lowrank_optax
 from lowrank_optax.bases import uniform
 from tests import references
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
 RANK = 4
 STEPS = 20
 LEAVES = {"square": (9, 9), "stack": (2, 11, 7), "tall": (12, 8), "wide": (8, 12)}
