@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import random
 import signal
 import subprocess
@@ -412,7 +413,10 @@ compare.SUITES["cpu-small"] = suite
 out, data = {str(tmp_path / "out")!r}, {flags["--data"]!r}
 sys.exit(compare.main(["cpu-small", "--out", out, "--data", data]))
 """
-    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
+    environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=ROOT, env=environment
+    )
     try:
         deadline = time.monotonic() + 120
         while not (logs := list(tmp_path.glob("out/runs/*.log"))) or (
