@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank_optax.orthonormal import TOLERANCE, orthonormalize, triangular_inverse
+from lowrank_optax.orthonormal import TOLERANCE, orthonormalize
 
 ROWS, COLUMNS = 24, 6
 
@@ -104,15 +104,3 @@ def test_each_matrix_of_a_stack_gets_what_it_gets_alone():
         np.testing.assert_allclose(q.T @ q, np.eye(COLUMNS), atol=2 * TOLERANCE)
         if case in ("gaussian", "orthonormal", "condition 1e2", "zero"):
             np.testing.assert_allclose(q, _result(case), atol=1e-4)
-
-
-@pytest.mark.parametrize("k", [1, 5, 16, 17, 33, 136])
-def test_the_triangular_inverse_is_numpys(k):
-    draw = np.random.default_rng(k)
-    lower = np.tril(draw.normal(size=(2, 3, k, k)))
-    lower += 2 * np.sqrt(k) * np.eye(k)
-    found = jax.jit(triangular_inverse)(jnp.asarray(lower, jnp.float32))
-    # A few roundings: the matrices are well conditioned.
-    expected = np.linalg.inv(lower)
-    np.testing.assert_allclose(found, expected, atol=1e-6 * np.max(np.abs(expected)))
-    assert not np.any(np.triu(np.asarray(found), 1))
