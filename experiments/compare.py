@@ -1,7 +1,7 @@
 """Every method side by side: ``python -m experiments.compare cpu-small --out DIR``.
 
 One process per run; what is done is skipped, what was interrupted is resumed. Results
-are lines of results.jsonl; then come a table in Markdown and figures.
+are lines of results.jsonl (``ledger``); then come a table in Markdown and figures.
 """
 
 import concurrent.futures
@@ -195,7 +195,7 @@ class Comparison:
         chosen = self._chosen
         # Those that take the rates of another come after it.
         first = [c for c in chosen if not self._is_variant(c)]
-        self._check_rates({c.name for c in first} if self._rates is None else set())
+        self._check_rates({c.name for c in first if self._rates is None})
         with concurrent.futures.ThreadPoolExecutor(
             self._options.jobs, initializer=self._take_cores
         ) as pool:
@@ -209,7 +209,11 @@ class Comparison:
                 raise
 
     def _check_rates(self, searched: set[str]) -> None:
-        """Raises, before anything is run, if rates are wanted that nobody finds."""
+        """Raises, before anything is run, if rates are wanted that nobody finds.
+
+        Args:
+            searched: Methods whose rates this run searches.
+        """
         for contender in self._chosen:
             if contender.name not in searched and contender.like not in searched:
                 self._rates_like(contender)
