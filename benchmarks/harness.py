@@ -71,6 +71,7 @@ def environment() -> dict[str, str]:
         "optax": optax.__version__,
         "device": f"{device.platform}: {device.device_kind}",
         "cores": str(_cores()),
+        "openblas_threads": os.environ["OPENBLAS_NUM_THREADS"],
     }
 
 

@@ -24,20 +24,17 @@ class BasisRule(Protocol):
     def compute(
         self,
         matrix: jax.Array,
-        scale: jax.Array,
         previous: jax.Array,
         keys: jax.Array,
     ) -> jax.Array:
-        """Returns P (*stack, b, r) for A (*stack, a, b), finite whatever A is.
+        """Returns P (*stack, b, r) for A (*stack, a, b).
 
-        Columns are orthonormal, the most energetic ones first.
+        Columns are orthonormal, the most energetic ones first. They are zero, or not
+        finite, where A has no basis: the one in use is kept then.
 
         Args:
-            matrix: A; (*stack, a, b), float32 or wider. The result for a matrix that is
-                zero or not finite is not used.
-            scale: Largest |entry| of A, 1 where that is zero or not finite; (*stack,).
-                Small results are divided by it, so that squares neither overflow nor
-                underflow and A is not copied.
+            matrix: A; (*stack, a, b), float32 or wider. Anything may be in it, zeros
+                and NaN too.
             previous: Basis in use, (*stack, b, r); zero columns are not in use. Its
                 shape, not a constructor argument, says r.
             keys: One typed PRNG key per matrix; (*stack,).
@@ -56,7 +53,6 @@ class RangeFinder:
     def compute(
         self,
         matrix: jax.Array,
-        scale: jax.Array,
         previous: jax.Array,
         keys: jax.Array,
     ) -> jax.Array:
@@ -77,8 +73,10 @@ class RangeFinder:
         for remaining in range(products, 0, -1):
             if remaining < products:
                 rows = orthonormalize(rows, NEARLY)
-            rows = (_sketch if remaining % 2 else _image)(matrix, rows, scale)
-        return _leading(rows, rank)
+            product = (_sketch if remaining % 2 else _image)(matrix, rows)
+            rows = _scaled(product)
+        # Each entry of A is in some sum of the last product, and NaN stays there.
+        return jnp.where(_is_usable(product), _leading(rows, rank), 0)
 
 
 def range_finder(
@@ -121,9 +119,8 @@ def range_finder(
         A gradient of rank 2 is found exactly:
 
         >>> u, v = jax.random.normal(jax.random.key(0), (2, 16, 2))
-        >>> keys = jax.random.key(1)
-        >>> scale = jnp.max(jnp.abs(u @ v.T))
-        >>> found = range_finder().compute(u @ v.T, scale, jnp.zeros((16, 4)), keys)
+        >>> key = jax.random.key(1)
+        >>> found = range_finder().compute(u @ v.T, jnp.zeros((16, 4)), key)
         >>> residual = u @ v.T - u @ v.T @ found @ found.T
         >>> bool(jnp.linalg.norm(residual) < 1e-5 * jnp.linalg.norm(u @ v.T))
         True
@@ -150,16 +147,15 @@ class ExactSVD:
     def compute(
         self,
         matrix: jax.Array,
-        scale: jax.Array,
         previous: jax.Array,
         keys: jax.Array,
     ) -> jax.Array:
         """Returns the basis; see :class:`BasisRule`."""
         del keys
         rank = previous.shape[-1]
-        scaled = _finite(matrix / scale[..., None, None])
-        _, _, right = jnp.linalg.svd(scaled, full_matrices=False)
-        return jnp.swapaxes(right, -1, -2)[..., :rank]
+        _, _, right = jnp.linalg.svd(_scaled(matrix), full_matrices=False)
+        columns = jnp.swapaxes(right, -1, -2)[..., :rank]
+        return jnp.where(_is_usable(matrix), columns, 0)
 
 
 def exact_svd() -> ExactSVD:
@@ -175,27 +171,32 @@ def exact_svd() -> ExactSVD:
 def uniform(keys: jax.Array, shape: tuple[int, int], dtype) -> jax.Array:
     """Returns matrices uniform on (-1, 1), one per key; (*keys.shape, *shape).
 
-    Entries have 16 random bits: what a sketch needs, for a fraction of normal's time.
+    Entries have 8 random bits, four of them from one word: what a sketch needs, for a
+    fraction of normal's time. Signs alone would cancel where few rows are not zero.
     """
-    draw = jax.vmap(lambda key: jax.random.bits(key, shape, jnp.uint16))
-    odd = 2 * draw(keys.reshape(-1)).astype(jnp.int32) + 1
-    return (odd.astype(dtype) / 2**16 - 1).reshape(*keys.shape, *shape)
+    count, length = shape
+    words = jax.vmap(lambda key: jax.random.bits(key, (-(-count // 4), length)))
+    places = 8 * jnp.arange(4, dtype=jnp.uint32)[:, None]
+    draws = (words(keys.reshape(-1))[..., None, :] >> places) & 255
+    odd = 2 * draws.astype(jnp.int32) - 255
+    rows = (odd.astype(dtype) / 256).reshape(keys.size, -1, length)
+    return rows[:, :count].reshape(*keys.shape, *shape)
 
 
-def captured_energies(
-    matrix: jax.Array, scale: jax.Array, basis: jax.Array
-) -> jax.Array:
+def captured_energies(matrix: jax.Array, basis: jax.Array) -> jax.Array:
     """Returns the share of A's squared Frobenius norm in each column, (*stack, r).
 
     Args:
         matrix: A; (*stack, a, b).
-        scale: Largest |entry| of A, 1 where that is zero or not finite; (*stack,).
         basis: Orthonormal columns P; (*stack, b, r).
     """
-    image = _image(matrix, jnp.swapaxes(basis, -1, -2), scale)
-    squares = jnp.sum((matrix / scale[..., None, None]) ** 2, axis=(-1, -2))
+    # Squares of unscaled entries would overflow, or underflow.
+    peak = jnp.max(jnp.abs(matrix), axis=(-1, -2), keepdims=True)
+    peak = jnp.where(peak > 0, peak, 1)
+    image = _image(matrix, jnp.swapaxes(basis, -1, -2)) / peak
     # Never zero: it divides.
-    total = jnp.maximum(squares, jnp.finfo(matrix.dtype).tiny)
+    total = jnp.sum((matrix / peak) ** 2, axis=(-1, -2))
+    total = jnp.maximum(total, jnp.finfo(matrix.dtype).tiny)
     return jnp.sum(image**2, axis=-1) / total[..., None]
 
 
@@ -203,16 +204,30 @@ def captured_energies(
 # so that only small matrices are transposed.
 
 
-def _image(matrix: jax.Array, rows: jax.Array, scale: jax.Array) -> jax.Array:
-    """Returns (A rows^T)^T / scale, (*stack, k, a), finite, for rows (*stack, k, b)."""
-    image = jnp.einsum("...kb,...ab->...ka", rows, matrix, precision=HIGHEST)
-    return _finite(image / scale[..., None, None])
+def _image(matrix: jax.Array, rows: jax.Array) -> jax.Array:
+    """Returns (A rows^T)^T, (*stack, k, a), for rows (*stack, k, b)."""
+    return jnp.einsum("...kb,...ab->...ka", rows, matrix, precision=HIGHEST)
 
 
-def _sketch(matrix: jax.Array, rows: jax.Array, scale: jax.Array) -> jax.Array:
-    """Returns rows A / scale, (*stack, k, b), finite, for rows (*stack, k, a)."""
-    sketch = jnp.einsum("...ka,...ab->...kb", rows, matrix, precision=HIGHEST)
-    return _finite(sketch / scale[..., None, None])
+def _sketch(matrix: jax.Array, rows: jax.Array) -> jax.Array:
+    """Returns rows A, (*stack, k, b), for rows (*stack, k, a)."""
+    return jnp.einsum("...ka,...ab->...kb", rows, matrix, precision=HIGHEST)
+
+
+def _scaled(x: jax.Array) -> jax.Array:
+    """Returns matrices X, the largest |entry| of each 1, with 0 for what is not finite.
+
+    Squares then neither overflow nor underflow; decompositions may hang on NaN.
+    """
+    x = jnp.where(jnp.isfinite(x), x, 0)
+    peak = jnp.max(jnp.abs(x), axis=(-1, -2), keepdims=True)
+    return x / jnp.where(peak > 0, peak, 1)
+
+
+def _is_usable(x: jax.Array) -> jax.Array:
+    """Returns whether each matrix is finite and not zero, (*stack, 1, 1)."""
+    is_finite = jnp.all(jnp.isfinite(x), axis=(-1, -2), keepdims=True)
+    return is_finite & jnp.any(x != 0, axis=(-1, -2), keepdims=True)
 
 
 def _leading(sketch: jax.Array, rank: int) -> jax.Array:
@@ -225,8 +240,3 @@ def _leading(sketch: jax.Array, rank: int) -> jax.Array:
     leading = vectors[..., ::-1][..., :rank]  # eigh sorts upward
     rows = jnp.einsum("...kr,...kb->...rb", leading, sketch, precision=HIGHEST)
     return jnp.swapaxes(orthonormalize(rows), -1, -2)
-
-
-def _finite(x: jax.Array) -> jax.Array:
-    """Returns x with 0 for what is not finite: decompositions may hang on that."""
-    return jnp.where(jnp.isfinite(x), x, 0)

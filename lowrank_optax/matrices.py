@@ -125,8 +125,8 @@ class MatrixView:
         # merged, so that a sharded b can stay where it is.
         blocks = self.matrices(leaf).astype(basis.dtype).reshape(self._blocks)
         if self.projects_rows:
-            rows = jnp.einsum("...cbr,...cba->...cra", self._each(basis), blocks)
-            narrow = jnp.moveaxis(rows, -1, -3)
+            each = jnp.einsum("...ba,...br->...ar", blocks, self._each(basis))
+            narrow = jnp.swapaxes(each, -2, -3)
         else:
             narrow = jnp.einsum("...acb,...br->...acr", blocks, basis)
         return narrow.reshape(*self.stack, self.kept_size, basis.shape[-1])
@@ -144,8 +144,8 @@ class MatrixView:
         a = self.kept_size // self.granularity
         narrow = coordinates.reshape(*self.stack, a, self.granularity, basis.shape[-1])
         if self.projects_rows:
-            rows = jnp.moveaxis(narrow, -3, -1)
-            return jnp.einsum("...cbr,...cra->...cba", self._each(basis), rows)
+            each = jnp.swapaxes(narrow, -2, -3)
+            return jnp.einsum("...br,...ar->...ba", self._each(basis), each)
         return jnp.einsum("...br,...acr->...acb", basis, narrow)
 
     def unblocked(self, blocks: jax.Array) -> jax.Array:

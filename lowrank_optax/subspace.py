@@ -161,19 +161,21 @@ class Projector:
             rule = self.parts.basis
             if isinstance(rule, RandomBasis):
                 usable = is_due
-                new = _where(is_due, new, subspace)
                 # Drawn together: half the program to compile.
                 numbers = jnp.stack([subspace.refreshes, new.refreshes]) - 1
                 r = random_transfer(*self._drawn(rule, numbers))
             else:
                 new, usable = self._computed(rule, gradient, new, is_due)
-                new = _where(usable, new, subspace)
                 r = transfer(decode(subspace.basis), decode(new.basis))
+                # What is selected below then waits for r: it is written over the old
+                # basis, which XLA would copy at every update if r might still need it.
+                usable &= jnp.all(jnp.isfinite(r), axis=(-1, -2))
             wide = [decode(moment) for moment in moments]
             rebased = _rebased(wide, kinds, r, count, self.parts.rebase)
             rebased = [encode(x, old) for x, old in zip(rebased, moments, strict=True)]
             # Before the first basis there is nothing to follow.
-            return new, _where(usable & ~is_first, rebased, moments)
+            rebased = _where(usable & ~is_first, rebased, moments)
+            return _where(usable, new, subspace), rebased
 
         any_due = turn & jnp.any(is_due)
         return jax.lax.cond(any_due, renewed, lambda: (subspace, moments))
@@ -182,25 +184,21 @@ class Projector:
         self, rule: BasisRule, gradient, subspace, is_due
     ) -> tuple[Subspace, jax.Array]:
         """Returns the subspace with a basis of the gradient, and where it is usable."""
-        view = self.view
-        # Of the leaf in its own layout: the oriented one would be written to memory.
-        matrices = view.matrices(gradient)
-        peak = jnp.max(jnp.abs(matrices), axis=(-1, -2)).astype(self.dtype)
-        # XLA's maximum may pass over NaN (jaxlib 0.10 and 0.11, CPU): asked for apart.
-        is_finite = jnp.all(jnp.isfinite(matrices), axis=(-1, -2))
-        has_signal = is_finite & (peak > 0)
-        peak = jnp.where(has_signal, peak, 1)
+        matrix = self.view.oriented(gradient).astype(self.dtype)
         keys = self._keys(subspace.refreshes - 1)
-        matrix = view.oriented(gradient).astype(self.dtype)
-        columns = rule.compute(matrix, peak, decode(subspace.basis), keys)
+        columns = rule.compute(matrix, decode(subspace.basis), keys)
+        # By squares, which keep NaN: XLA's maximum may pass over it (jaxlib 0.10 and
+        # 0.11, CPU).
+        squares = jnp.sum(columns**2, axis=-2)
+        found = jnp.all(jnp.isfinite(squares) & (squares > 0), axis=-1)
         # A product with the gradient, which the compiler drops for a fixed rank.
-        energies = captured_energies(matrix, peak, columns)
+        energies = captured_energies(matrix, columns)
         rank, demand = self.parts.rank.select(energies, subspace.demand)
         position = jax.lax.broadcasted_iota(jnp.int32, columns.shape, columns.ndim - 1)
         columns = jnp.where(position < rank[..., None, None], columns, 0)
-        usable = is_due & has_signal & jnp.all(jnp.isfinite(columns), axis=(-1, -2))
         basis = encode(columns.astype(self.dtype), subspace.basis)
-        return subspace._replace(basis=basis, rank=rank, demand=demand), usable
+        new = subspace._replace(basis=basis, rank=rank, demand=demand)
+        return new, is_due & found
 
     def _drawn(self, rule: RandomBasis, numbers: jax.Array) -> jax.Array:
         """Returns the random bases with these numbers, (*numbers.shape, b/c, r)."""

@@ -12,6 +12,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Two programs in flight can starve each other of the threads that simulated devices
 # meet in: XLA then ends the process.
 os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "false")
+# OpenBLAS's threads take the cores from XLA's; experiments has the reason.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 if DEVICES not in os.environ.get("XLA_FLAGS", ""):
     flags = os.environ.get("XLA_FLAGS", "").split()
     os.environ["XLA_FLAGS"] = " ".join([*flags, f"{DEVICES}=8"])

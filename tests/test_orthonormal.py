@@ -7,7 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank_optax.orthonormal import TOLERANCE, orthonormalize
+from lowrank_optax.orthonormal import (
+    TOLERANCE,
+    _cholesky_pass,
+    gram,
+    orthonormalize,
+)
 
 ROWS, COLUMNS = 24, 6
 
@@ -75,6 +80,24 @@ def test_leading_columns_span_those_that_came_in(case):
         # Backward stable: the columns keep their span to rounding, of each one's norm.
         norms = np.linalg.norm(x[:, :k], axis=0)
         assert np.all(np.linalg.norm(beyond, axis=0) <= 1e-5 * norms)
+
+
+@pytest.mark.parametrize("size", [4, 24, 120])
+@pytest.mark.parametrize("decay", [0.0, 0.5, 1.0, 2.0])
+def test_the_bound_of_one_pass_holds(size, decay):
+    """It decides whether another one is needed: measured in float64."""
+    rng = np.random.default_rng(0)
+    left, _ = np.linalg.qr(rng.normal(size=(size, size)))
+    right, _ = np.linalg.qr(rng.normal(size=(4 * size, size)))
+    rows = (left * (1.0 + np.arange(size)) ** -decay) @ right.T
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    rows = jnp.asarray(rows, jnp.float32)
+    q, bounds = jax.jit(_cholesky_pass)(rows, gram(rows))
+    q = np.asarray(q, np.float64)
+    error, bound = np.max(np.abs(q @ q.T - np.eye(size))), np.max(bounds)
+    # Near enough to be of use: what it grants to rounding is 1 / (2 sqrt(size)) of the
+    # shift's part, and 2 eps sqrt(size) where no shift is needed.
+    assert error <= bound <= 1.3 * error + 3e-6
 
 
 def test_columns_that_are_not_finite_stay_so():
