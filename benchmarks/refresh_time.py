@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="timed pairs per case")
     parser.add_argument("--size", choices=llama.SIZES, default="60m")
     parser.add_argument(
-        "--power-iterations", type=float, nargs="+", default=[0, 0.5, 1]
+        "--power-iterations", type=float, nargs="+", default=[0, 0.5, 1, 2]
     )
     options = parser.parse_args()
     harness.write(

@@ -13,11 +13,14 @@ from benchmarks import harness, llama
 SIDES: tuple[lowrank_optax.Side, ...] = ("short", "long")
 
 
-def measure(size: str, rank: int, side: lowrank_optax.Side, rounds: int) -> dict:
-    stacked = llama.block_gradients(size)
+def measure(
+    size: str, rank: int, side: lowrank_optax.Side, rounds: int, stacked: bool = True
+) -> dict:
+    stacks = llama.block_gradients(size)
+    apart = llama.unstacked(stacks)
     alternatives = {
-        "ours": (llama.ours(rank, side), stacked),
-        "theirs": (llama.theirs(rank), llama.unstacked(stacked)),
+        "ours": (llama.ours(rank, side), stacks if stacked else apart),
+        "theirs": (llama.theirs(rank), apart),
     }
     steps, compile_seconds = {}, {}
     for who, (tx, gradients) in alternatives.items():
@@ -92,13 +95,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30, help="timed pairs per case")
     rounds = parser.parse_args().rounds
     harness.write("various-grained-update", various_grained(rounds))
-    harness.write(
-        "update",
-        {
-            f"60m rank 128 side {side}": measure("60m", 128, side, rounds)
-            for side in SIDES
-        },
+    updates = {
+        f"60m rank 128 side {side}": measure("60m", 128, side, rounds) for side in SIDES
+    }
+    updates["60m rank 128 side short, not stacked"] = measure(
+        "60m", 128, "short", rounds, stacked=False
     )
+    harness.write("update", updates)
 
 
 if __name__ == "__main__":

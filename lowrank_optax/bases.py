@@ -176,7 +176,7 @@ def uniform(keys: jax.Array, shape: tuple[int, int], dtype) -> jax.Array:
     """
     count, length = shape
     words = jax.vmap(lambda key: jax.random.bits(key, (-(-count // 4), length)))
-    places = 8 * jnp.arange(4, dtype=jnp.uint32)[:, None]
+    places = 8 * jnp.arange(4, dtype=jnp.uint32)[None, None, :, None]
     draws = (words(keys.reshape(-1))[..., None, :] >> places) & 255
     odd = 2 * draws.astype(jnp.int32) - 255
     rows = (odd.astype(dtype) / 256).reshape(keys.size, -1, length)

@@ -116,6 +116,10 @@ class MatrixView:
         """Returns the leaf as (*stack, a*c, b/c), the projected side last."""
         matrices = self.matrices(leaf)
         if self.projects_rows:
+            # Without axes of length one, beside which XLA writes the transposed matrix
+            # to memory before a product (jaxlib 0.10, CPU).
+            stack = [length for length in self.stack if length != 1]
+            matrices = matrices.reshape(*stack, self.rows, self.columns)
             matrices = jnp.swapaxes(matrices, -1, -2)
         return matrices.reshape(*self.stack, self.kept_size, self.projected_size)
 
