@@ -28,6 +28,20 @@ def seconds(prepare: Callable[[], Callable[[], Any]]) -> float:
     return time.perf_counter() - start
 
 
+def compiled_update(
+    tx: optax.GradientTransformation, gradients: Any, *params: Any
+) -> tuple[Callable[..., Any], Any, float]:
+    """Returns the compiled update, a state for it and the seconds that compiling took.
+
+    The state is donated, as in a training loop.
+    """
+    state = tx.init(*params or (gradients,))
+    start = time.perf_counter()
+    jitted = jax.jit(tx.update, donate_argnums=1)
+    compiled = jitted.lower(gradients, state, *params).compile()
+    return compiled, state, time.perf_counter() - start
+
+
 def paired(
     ours: Callable[[], Callable[[], Any]],
     theirs: Callable[[], Callable[[], Any]],

@@ -2,9 +2,7 @@
 
 import argparse
 import functools
-import time
 
-import jax
 import optax
 
 import lowrank_optax
@@ -24,12 +22,7 @@ def measure(
     }
     steps, compile_seconds = {}, {}
     for who, (tx, gradients) in alternatives.items():
-        state = tx.init(gradients)
-        start = time.perf_counter()
-        # Donated, as in a training loop.
-        jitted = jax.jit(tx.update, donate_argnums=1)
-        compiled = jitted.lower(gradients, state).compile()
-        compile_seconds[who] = time.perf_counter() - start
+        compiled, state, compile_seconds[who] = harness.compiled_update(tx, gradients)
         _, state = compiled(gradients, state)
         steps[who] = _stepper(compiled, gradients, state)
     for step in steps.values():
@@ -57,11 +50,9 @@ def measure_against(
     grads = llama.block_gradients("60m")
     steps, compile_seconds = {}, {}
     for who, tx in (("ours", ours), ("theirs", theirs)):
-        state = tx.init(params)
-        start = time.perf_counter()
-        jitted = jax.jit(tx.update, donate_argnums=1)
-        compiled = jitted.lower(grads, state, params).compile()
-        compile_seconds[who] = time.perf_counter() - start
+        compiled, state, compile_seconds[who] = harness.compiled_update(
+            tx, grads, params
+        )
         _, state = compiled(grads, state, params)
         with_params = functools.partial(_with_params, compiled, params)
         steps[who] = _stepper(with_params, grads, state)
