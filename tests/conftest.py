@@ -1,11 +1,17 @@
 """Settings that must stand before JAX starts, and fixtures for every test."""
 
+import importlib.metadata
 import os
 from pathlib import Path
 
 import pytest
 
-DEVICES = "--xla_force_host_platform_device_count"
+XLA_FLAGS = {"--xla_force_host_platform_device_count": "8"}
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    # The tests wait for little but compilation, and this compiler of small kernels
+    # takes a third of the default one's time. Notebooks and doctests run the default.
+    XLA_FLAGS["--xla_cpu_use_fusion_emitters"] = "false"
+    XLA_FLAGS["--xla_cpu_parallel_codegen_split_count"] = "1"
 
 # JAX reads these once. What the caller has set stays.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -14,9 +20,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "false")
 # OpenBLAS's threads take the cores from XLA's; experiments has the reason.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-if DEVICES not in os.environ.get("XLA_FLAGS", ""):
-    flags = os.environ.get("XLA_FLAGS", "").split()
-    os.environ["XLA_FLAGS"] = " ".join([*flags, f"{DEVICES}=8"])
+flags = os.environ.get("XLA_FLAGS", "").split()
+given = {flag.partition("=")[0] for flag in flags}
+flags += [f"{name}={XLA_FLAGS[name]}" for name in XLA_FLAGS if name not in given]
+os.environ["XLA_FLAGS"] = " ".join(flags)
 
 
 @pytest.fixture(scope="session")
