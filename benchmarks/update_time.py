@@ -1,7 +1,10 @@
-"""Time of an update outside a refresh, against optax.contrib.galore's."""
+"""Time of an update outside a refresh.
+
+GaLore's against optax.contrib.galore's; VLoRP's and ProjFactor's against AdamW's and
+Adafactor's.
+"""
 
 import argparse
-import functools
 
 import optax
 
@@ -14,30 +17,15 @@ SIDES: tuple[lowrank_optax.Side, ...] = ("short", "long")
 def measure(
     size: str, rank: int, side: lowrank_optax.Side, rounds: int, stacked: bool = True
 ) -> dict:
+    """Times the transformation alone, ours and optax.contrib.galore's."""
     stacks = llama.block_gradients(size)
     apart = llama.unstacked(stacks)
-    alternatives = {
-        "ours": (llama.ours(rank, side), stacks if stacked else apart),
-        "theirs": (llama.theirs(rank), apart),
-    }
-    steps, compile_seconds = {}, {}
-    for who, (tx, gradients) in alternatives.items():
-        compiled, state, compile_seconds[who] = harness.compiled_update(tx, gradients)
-        _, state = compiled(gradients, state)
-        steps[who] = _stepper(compiled, gradients, state)
-    for step in steps.values():
-        harness.seconds(step)
-    result = harness.paired(steps["ours"], steps["theirs"], rounds)
-    return {**result, "rank": rank, "side": side, "compile_seconds": compile_seconds}
-
-
-def _stepper(compiled, gradients, state):
-    def step():
-        nonlocal state
-        updates, state = compiled(gradients, state)
-        return updates
-
-    return lambda: step
+    result = _compared(
+        _stepper(llama.ours(rank, side), stacks if stacked else apart),
+        _stepper(llama.theirs(rank), apart),
+        rounds,
+    )
+    return {**result, "rank": rank, "side": side}
 
 
 def measure_against(
@@ -45,24 +33,33 @@ def measure_against(
     theirs: optax.GradientTransformation,
     rounds: int,
 ) -> dict:
-    """Times the whole optimizer of ours and of theirs, outside a refresh."""
+    """Times the whole optimizer of ours and of theirs."""
     params = llama.block_gradients("60m", seed=1)
     grads = llama.block_gradients("60m")
-    steps, compile_seconds = {}, {}
-    for who, tx in (("ours", ours), ("theirs", theirs)):
-        compiled, state, compile_seconds[who] = harness.compiled_update(
-            tx, grads, params
-        )
-        _, state = compiled(grads, state, params)
-        with_params = functools.partial(_with_params, compiled, params)
-        steps[who] = _stepper(with_params, grads, state)
-        harness.seconds(steps[who])
-    result = harness.paired(steps["ours"], steps["theirs"], rounds)
-    return {**result, "compile_seconds": compile_seconds}
+    return _compared(
+        _stepper(ours, grads, params), _stepper(theirs, grads, params), rounds
+    )
 
 
-def _with_params(compiled, params, grads, state):
-    return compiled(grads, state, params)
+def _stepper(tx, gradients, *params):
+    """Returns what makes the next update, and the seconds that compiling it took."""
+    compiled, state, compile_seconds = harness.compiled_update(tx, gradients, *params)
+    # The refresh is over before the first timed update.
+    _, state = compiled(gradients, state, *params)
+
+    def step():
+        nonlocal state
+        updates, state = compiled(gradients, state, *params)
+        return updates
+
+    harness.seconds(lambda: step)
+    return lambda: step, compile_seconds
+
+
+def _compared(ours, theirs, rounds: int) -> dict:
+    steps, compile_seconds = zip(ours, theirs, strict=True)
+    compiling = dict(zip(("ours", "theirs"), compile_seconds, strict=True))
+    return {**harness.paired(*steps, rounds), "compile_seconds": compiling}
 
 
 def various_grained(rounds: int) -> dict[str, dict]:

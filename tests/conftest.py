@@ -8,8 +8,9 @@ import pytest
 
 XLA_FLAGS = {"--xla_force_host_platform_device_count": "8"}
 if importlib.metadata.version("jaxlib").startswith("0.10."):
-    # The tests wait for little but compilation, and this compiler of small kernels
-    # takes a third of the default one's time. Notebooks and doctests run the default.
+    # The tests wait for little but compilation. With fast_compilation these emitters
+    # of kernels take a third of the default ones' time; notebooks and doctests run the
+    # default. Later jaxlibs end the process over flags that they no longer have.
     XLA_FLAGS["--xla_cpu_use_fusion_emitters"] = "false"
     XLA_FLAGS["--xla_cpu_parallel_codegen_split_count"] = "1"
 
