@@ -1,7 +1,7 @@
 """Time of an update outside a refresh.
 
-GaLore's against optax.contrib.galore's; VLoRP's and ProjFactor's against AdamW's and
-Adafactor's.
+Adam's inside the subspaces against optax.contrib.galore's; VLoRP's and ProjFactor's
+against AdamW's and Adafactor's.
 """
 
 import argparse
