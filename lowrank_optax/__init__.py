@@ -1,77 +1,68 @@
 """Composable Optax transformations with low-rank optimizer state."""
 
-from lowrank_optax.accumulate import AccumulateState, Accumulation, accumulate
-from lowrank_optax.allocation import energies, reallocate
-from lowrank_optax.bases import BasisRule, exact_svd, range_finder
-from lowrank_optax.budget import Budget, budget, parse_bytes
-from lowrank_optax.capacity import (
-    Columns,
-    capacities,
-    columns,
-    compact,
-    like_saved,
-    resize,
-    wanted_columns,
-)
-from lowrank_optax.channels import ChannelScaledState
-from lowrank_optax.coded import Coded, decode
-from lowrank_optax.inspection import ranks, subspaces
-from lowrank_optax.low_bit import low_bit
-from lowrank_optax.low_rank import LowRankState, scale_by_low_rank
-from lowrank_optax.matrices import (
+from lowrank_optax.gradients.value_and_grad import subspace_value_and_grad
+from lowrank_optax.matrix.dimension_numbers import (
     LowRankDimensionNumbers,
-    MatrixView,
-    Side,
     dimension_numbers_by_shape,
 )
-from lowrank_optax.memory import Bytes, LeafMemory, MemoryPlan, memory_plan
-from lowrank_optax.methods import adarankgrad, galore, projfactor, vlorp
-from lowrank_optax.orthogonal import low_rank_muon, sumo
-from lowrank_optax.plan import LeafPlan, projections
-from lowrank_optax.projfactor import ProjFactorState, scale_by_projfactor
-from lowrank_optax.random_bases import gaussian, rademacher
-from lowrank_optax.ranks import RankRule, energy_rank
-from lowrank_optax.rebase import REBASE_RULES, RebaseRule, ldadam_rebase
-from lowrank_optax.refresh import RefreshRule, every, on_convergence
-from lowrank_optax.relatives import apollo, fira, ldadam
-from lowrank_optax.rounding import StochasticRoundingState, stochastic_rounding
-from lowrank_optax.subspace import Subspace
-from lowrank_optax.subspace_grad import SubspaceValueAndGrad, subspace_value_and_grad
+from lowrank_optax.methods.adarankgrad import adarankgrad, scale_by_adarankgrad
+from lowrank_optax.methods.apollo import apollo, scale_by_apollo
+from lowrank_optax.methods.fira import fira, scale_by_fira
+from lowrank_optax.methods.galore import galore, scale_by_galore
+from lowrank_optax.methods.ldadam import ldadam, scale_by_ldadam
+from lowrank_optax.methods.low_rank_muon import low_rank_muon, scale_by_low_rank_muon
+from lowrank_optax.methods.projfactor import (
+    ScaleByProjfactorState,
+    projfactor,
+    scale_by_projfactor,
+)
+from lowrank_optax.methods.sumo import scale_by_sumo, sumo
+from lowrank_optax.methods.vlorp import scale_by_vlorp, vlorp
+from lowrank_optax.projected import Projected
+from lowrank_optax.report.memory_plan import memory_plan
+from lowrank_optax.report.projections import projections
+from lowrank_optax.report.ranks import ranks, subspaces
+from lowrank_optax.rules.bases import exact_svd, range_finder
+from lowrank_optax.rules.random_bases import gaussian, rademacher
+from lowrank_optax.rules.ranks import energy_rank
+from lowrank_optax.rules.rebase import REBASE_RULES, RebaseRule, ldadam_rebase
+from lowrank_optax.rules.residual import (
+    normalized_residual,
+    orthogonalized_residual,
+    scaled_residual,
+    sign_residual,
+)
+from lowrank_optax.rules.schedules import every, on_convergence
+from lowrank_optax.storage.allocation import reallocate
+from lowrank_optax.storage.budget import budget
+from lowrank_optax.storage.codes import decode
+from lowrank_optax.storage.low_bit import low_bit
+from lowrank_optax.storage.resize import capacities, columns, compact, resize
+from lowrank_optax.storage.restore import like_saved
+from lowrank_optax.storage.rounding import stochastic_rounding
+from lowrank_optax.subspace import LowRankState, Subspace
+from lowrank_optax.training.accumulate import accumulate
+from lowrank_optax.training.finite import apply_if_finite
+from lowrank_optax.transform import scale_by_low_rank
 
 __all__ = [
     "REBASE_RULES",
-    "AccumulateState",
-    "Accumulation",
-    "BasisRule",
-    "Budget",
-    "Bytes",
-    "ChannelScaledState",
-    "Coded",
-    "Columns",
-    "LeafMemory",
-    "LeafPlan",
     "LowRankDimensionNumbers",
     "LowRankState",
-    "MatrixView",
-    "MemoryPlan",
-    "ProjFactorState",
-    "RankRule",
+    "Projected",
     "RebaseRule",
-    "RefreshRule",
-    "Side",
-    "StochasticRoundingState",
+    "ScaleByProjfactorState",
     "Subspace",
-    "SubspaceValueAndGrad",
     "accumulate",
     "adarankgrad",
     "apollo",
+    "apply_if_finite",
     "budget",
     "capacities",
     "columns",
     "compact",
     "decode",
     "dimension_numbers_by_shape",
-    "energies",
     "energy_rank",
     "every",
     "exact_svd",
@@ -84,8 +75,9 @@ __all__ = [
     "low_bit",
     "low_rank_muon",
     "memory_plan",
+    "normalized_residual",
     "on_convergence",
-    "parse_bytes",
+    "orthogonalized_residual",
     "projections",
     "projfactor",
     "rademacher",
@@ -93,12 +85,21 @@ __all__ = [
     "ranks",
     "reallocate",
     "resize",
+    "scale_by_adarankgrad",
+    "scale_by_apollo",
+    "scale_by_fira",
+    "scale_by_galore",
+    "scale_by_ldadam",
     "scale_by_low_rank",
+    "scale_by_low_rank_muon",
     "scale_by_projfactor",
+    "scale_by_sumo",
+    "scale_by_vlorp",
+    "scaled_residual",
+    "sign_residual",
     "stochastic_rounding",
     "subspace_value_and_grad",
     "subspaces",
     "sumo",
     "vlorp",
-    "wanted_columns",
 ]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import lowrank_optax
-from lowrank_optax.bases import captured_energies, uniform
+from lowrank_optax.rules.bases import captured_energies, uniform
 from tests import references
 
 ROWS, COLUMNS, RANK = 20, 14, 4

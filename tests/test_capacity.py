@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import lowrank_optax
 from lowrank_optax import capacities, compact, like_saved, resize
-from lowrank_optax.coded import bytes_of, shape_of
+from lowrank_optax.storage.codes import bytes_of, shape_of
 from tests.suite import run, types
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank_optax.coded import (
+from lowrank_optax.storage.codes import (
     Coded,
     coded_like,
     decode,

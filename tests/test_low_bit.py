@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import lowrank_optax
 from lowrank_optax import coded
-from lowrank_optax.coded import Coded, is_coded
+from lowrank_optax.storage.codes import Coded, is_coded
 from tests.suite import gradients, nnx_trained_beside, run, types
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import lowrank_optax
 from lowrank_optax import LowRankDimensionNumbers, dimension_numbers_by_shape
-from lowrank_optax.matrices import MatrixView, matrix_view
+from lowrank_optax.matrix.view import MatrixView, matrix_view
 
 # Derandomized: the same examples on every machine, nothing stored between runs.
 examples = settings(max_examples=60, deadline=None, derandomize=True, database=None)

@@ -20,7 +20,7 @@ from experiments.optimizers import (
     with_defaults,
 )
 from lowrank_optax import memory_plan
-from lowrank_optax.coded import bytes_of
+from lowrank_optax.storage.codes import bytes_of
 from tests.suite import ROWS
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")

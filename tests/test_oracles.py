@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import lowrank_optax
-from lowrank_optax.bases import uniform
+from lowrank_optax.rules.bases import uniform
 from tests import references
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank_optax.orthonormal import (
+from lowrank_optax.rules.orthonormal import (
     TOLERANCE,
     _cholesky_pass,
     gram,

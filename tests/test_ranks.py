@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lowrank_optax
-from lowrank_optax.ranks import as_rank_rule, needed_rank
+from lowrank_optax.rules.ranks import as_rank_rule, needed_rank
 from tests import references
 
 # Shares in 64ths are exact in float32: sums meet the threshold or miss it, in both.

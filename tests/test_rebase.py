@@ -10,7 +10,7 @@ import pytest
 
 import lowrank_optax
 from lowrank_optax import REBASE_RULES
-from lowrank_optax.rebase import random_transfer, transfer
+from lowrank_optax.rules.rebase import random_transfer, transfer
 from tests import references
 
 STEPS, ROWS, COLUMNS, RANK = 51, 9, 6, 3

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import lowrank_optax
-from lowrank_optax.rounding import round_to_bfloat16
+from lowrank_optax.storage.rounding import round_to_bfloat16
 
 DRAWS = 40_000
 

@@ -16,8 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 import lowrank_optax
 from lowrank_optax import LowRankDimensionNumbers, subspace_value_and_grad
-from lowrank_optax.axes import Atom, dims_of, in_order, reshaped
-from lowrank_optax.matrices import matrix_view
+from lowrank_optax.gradients.axes import Atom, dims_of, in_order, reshaped
+from lowrank_optax.matrix.view import matrix_view
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 

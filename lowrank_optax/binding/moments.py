@@ -1,0 +1,116 @@
+"""Where the moments lie inside any inner transformation's state, and of what kind."""
+
+from collections.abc import Mapping, Set
+from typing import Any, Literal, NamedTuple
+
+import jax
+
+from lowrank_optax.storage.codes import is_coded, shape_of
+
+Kind = Literal["first", "second", "constant"]
+
+KNOWN_FIELDS: dict[str, Kind] = {
+    "mu": "first",  # Adam and its family, Lion, Muon
+    "trace": "first",  # momentum
+    "ema": "first",
+    "nu": "second",  # Adam and its family, RMS
+    "nu_max": "second",  # AMSGrad
+    "sum_of_squares": "second",  # Adagrad
+    "ns_coeffs": "constant",  # Muon
+}
+
+
+class Moment(NamedTuple):
+    """One array of the inner state that lives in a subspace.
+
+    Attributes:
+        index: Its position among the leaves of the inner state; an array in few bits
+            counts as one.
+        kind: "first" or "second".
+    """
+
+    index: int
+    kind: Kind
+
+
+def locate_moments(
+    inner_state: Any,
+    shapes: Mapping[tuple, tuple[int, ...]],
+    other_paths: set[tuple],
+    fields: Mapping[str, Kind],
+) -> dict[tuple, list[Moment]]:
+    """Returns the moments of every projected leaf, by the leaf's key path.
+
+    An array belongs to the parameter whose key path its own path ends with; the name
+    before that is the field. Scalars are counters and stay as they are, whatever they
+    are called.
+
+    Args:
+        inner_state: State of the inner transformation; arrays or their shapes.
+        shapes: Key path of each projected leaf -> (*stack, a, r) of its coordinates.
+        other_paths: Key paths of the leaves at full size.
+        fields: Field name -> kind: the caller's own, beside the known ones.
+
+    Raises:
+        ValueError: If an array in a subspace, or one that belongs to no parameter, has
+            a field that no rule knows; if a moment has not its leaf's shape.
+    """
+    kinds: dict[str, Kind] = {**KNOWN_FIELDS, **fields}
+    if not shapes:
+        return {}
+    found: dict[tuple, list[Moment]] = {path: [] for path in shapes}
+    leaves = jax.tree.leaves_with_path(inner_state, is_leaf=is_coded)
+    for index, (path, leaf) in enumerate(leaves):
+        shape = shape_of(leaf) if hasattr(leaf, "shape") or is_coded(leaf) else ()
+        if not shape:
+            continue
+        owner, field = owner_and_field(path, shapes.keys() | other_paths)
+        if owner in other_paths:
+            continue
+        kind = kinds.get(field)
+        if kind == "constant":
+            continue
+        if kind is None or owner is None:
+            raise ValueError(_unknown(path, field, shape))
+        if shape != shapes[owner]:
+            raise ValueError(
+                f"{jax.tree_util.keystr(owner)}: projected gradients of shape "
+                f"{shapes[owner]} do not fit {field!r} of shape {shape}; "
+                "was the state made for other parameters, side or dimension_numbers?"
+            )
+        found[owner].append(Moment(index, kind))
+    return found
+
+
+def owner_and_field(path: tuple, owners: Set[tuple]) -> tuple[tuple | None, str]:
+    """Returns the parameter that an array of a state belongs to, and its field's name.
+
+    Args:
+        path: Key path of the array.
+        owners: Key paths of the parameters; the longest one that ``path`` ends with is
+            the answer, None if it ends with none.
+    """
+    for start in range(len(path) + 1):
+        suffix = tuple(path[start:])
+        if suffix in owners:
+            return suffix, _field(path[:start])
+    return None, _field(path)
+
+
+def _field(path) -> str:
+    for key in reversed(path):
+        if isinstance(key, jax.tree_util.GetAttrKey):
+            return key.name
+        if isinstance(key, jax.tree_util.DictKey):
+            return str(key.key)
+    return ""
+
+
+def _unknown(path, field, shape) -> str:
+    return (
+        f"inner state field {field!r} at {jax.tree_util.keystr(path)} with shape "
+        f"{tuple(shape)} has no re-basing rule; say what it is with "
+        f"scale_by_low_rank(..., moments={{{field!r}: kind}}), kind being 'first' "
+        "(linear in the gradients, shaped like them), 'second' (an average of their "
+        "squares, shaped like them) or 'constant' (independent of the basis)."
+    )

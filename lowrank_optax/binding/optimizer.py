@@ -1,0 +1,161 @@
+"""``bind``: which leaf belongs to which low-rank transformation of an optimizer."""
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Iterator, Mapping, Set
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from lowrank_optax.binding.states import is_slot, slots_of
+from lowrank_optax.matrix.plan import LeafPlan
+from lowrank_optax.matrix.sharding import abstract
+from lowrank_optax.subspace import LowRankState, Parts, Projector, projectors_of_state
+
+
+class Bound(NamedTuple):
+    """What one low-rank transformation has decided in its ``init``.
+
+    Attributes:
+        plans: Key path -> plan, of every leaf that it was given.
+        parts: The choices that make its subspaces.
+    """
+
+    plans: Mapping[tuple, LeafPlan]
+    parts: Parts
+
+    @property
+    def projected(self) -> Set[tuple]:
+        """Key paths of the leaves that it projects."""
+        return {path for path, plan in self.plans.items() if plan.is_projected}
+
+
+_listeners: contextvars.ContextVar[list[Bound] | None] = contextvars.ContextVar(
+    "lowrank_optax_bound", default=None
+)
+
+
+def announce(plans: Mapping[tuple, LeafPlan], parts: Parts) -> None:
+    """Tells :func:`bind`, if it is what calls ``init``, what that has decided."""
+    heard = _listeners.get()
+    if heard is not None:
+        heard.append(Bound(plans, parts))
+
+
+@contextlib.contextmanager
+def unheard() -> Iterator[None]:
+    """Keeps what is announced inside the context from who listens."""
+    token = _listeners.set(None)
+    try:
+        yield
+    finally:
+        _listeners.reset(token)
+
+
+@dataclasses.dataclass(frozen=True)
+class Binding:
+    """An optimizer's low-rank transformations, for some parameters; see :func:`bind`.
+
+    Attributes:
+        transformations: What each of them has decided.
+    """
+
+    transformations: tuple[Bound, ...]
+
+    def of(self, node: LowRankState) -> Bound:
+        """Returns the transformation that one of the optimizer's states belongs to.
+
+        Raises:
+            ValueError: If the state is not of this optimizer.
+        """
+        paths = slots_of(node).keys()
+        found = [who for who in self.transformations if who.projected == paths]
+        if len(found) != 1:
+            raise ValueError(
+                "no low-rank transformation of this optimizer projects exactly "
+                f"{', '.join(map(jax.tree_util.keystr, paths))}, as this state does; "
+                "was the state made by this optimizer, for these parameters?"
+            )
+        return found[0]
+
+    def own(self, tree: Any, node: LowRankState) -> Any:
+        """Returns the part of a tree that the transformation of a state sees.
+
+        Args:
+            tree: Like the parameters of the whole optimizer.
+            node: One of the low-rank states in the optimizer's state.
+        """
+        given = self.of(node).plans
+        leaves = dict(jax.tree.leaves_with_path(tree))
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: leaves[path] if path in given else optax.MaskedNode(),
+            node.subspaces,
+            is_leaf=is_slot,
+        )
+
+    def projectors(self, tree: Any, node: LowRankState) -> dict[tuple, Projector]:
+        """Returns the projectors of the leaves that a low-rank state has subspaces of.
+
+        Args:
+            tree: Parameters of the whole optimizer, or their shapes.
+            node: One of the low-rank states in the optimizer's state.
+
+        Raises:
+            ValueError: If the state does not fit the parameters.
+        """
+        own = self.own(tree, node)
+        return projectors_of_state(own, slots_of(node), self.of(node).parts)
+
+    @property
+    def shared(self) -> Set[tuple]:
+        """Key paths of projected leaves that another transformation is given too.
+
+        That one sees their gradient at full size: it cannot be projected beforehand.
+        """
+        given = [path for who in self.transformations for path in who.plans]
+        return {path for path in self.projected if given.count(path) > 1}
+
+    @property
+    def projected(self) -> Mapping[tuple, LeafPlan]:
+        """Key path -> plan of every projected leaf."""
+        return {
+            path: who.plans[path]
+            for who in self.transformations
+            for path in who.plans
+            if who.plans[path].is_projected
+        }
+
+
+def bind(optimizer: optax.GradientTransformation, params: Any) -> Binding:
+    """Returns what an optimizer's low-rank transformations do with which leaf.
+
+    The optimizer's own ``init`` is asked, on shapes only, so that the answer is what it
+    will do, however deeply chained, masked or partitioned it is.
+
+    Args:
+        optimizer: Any Optax transformation.
+        params: Parameters, or their shapes.
+
+    Raises:
+        ValueError: If two transformations project the same leaf.
+    """
+    heard: list[Bound] = []
+    token = _listeners.set(heard)
+    try:
+        # A function of its own each time: eval_shape would remember init, and not call.
+        jax.eval_shape(lambda p: optimizer.init(p), jax.tree.map(abstract, params))
+    finally:
+        _listeners.reset(token)
+    seen: set[tuple] = set()
+    for who in heard:
+        twice = seen & who.projected
+        if twice:
+            raise ValueError(
+                f"{', '.join(map(jax.tree_util.keystr, twice))}: two low-rank "
+                "transformations project it; leave it to one of them, by "
+                "dimension_numbers, optax.masked or optax.partition."
+            )
+        seen |= who.projected
+    return Binding(tuple(heard))

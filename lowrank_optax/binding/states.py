@@ -1,0 +1,184 @@
+"""Low-rank states where they stand: anywhere inside the state of any optimizer."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import optax
+
+from lowrank_optax.binding.moments import owner_and_field
+from lowrank_optax.projected import Projected, is_projected
+from lowrank_optax.rules.schedules import Trend
+from lowrank_optax.storage.codes import coded_record, is_coded, shape_of
+from lowrank_optax.subspace import LowRankState, Subspace
+
+
+def is_low_rank(node: Any) -> bool:
+    """Returns whether a node is the state of a low-rank transformation."""
+    return isinstance(node, LowRankState) or _is_mapping_of(node, LowRankState)
+
+
+def low_rank_record(node: Any) -> LowRankState:
+    """Returns a state again where ``flax.nnx.Optimizer`` has made mappings of it."""
+    if not isinstance(node, LowRankState):
+        node = LowRankState(**node)
+    slots = jax.tree.map(_slot, node.subspaces, is_leaf=is_slot)
+    return node._replace(subspaces=slots)
+
+
+def is_slot(node: Any) -> bool:
+    """Returns whether a node is what one leaf has in ``LowRankState.subspaces``."""
+    return isinstance(node, (Subspace, optax.MaskedNode)) or _is_mapping_of(
+        node, Subspace
+    )
+
+
+def _slot(node: Any) -> Any:
+    """Returns a subspace, and a coded basis and a trend in it, again."""
+    if isinstance(node, Mapping):
+        node = Subspace(**{"basis": (), "trend": (), "residual": (), **node})
+    if not isinstance(node, Subspace):
+        if jax.tree.leaves(node):
+            raise ValueError(
+                "the state's subspaces must be Subspace or, for a leaf at full size, "
+                f"optax.MaskedNode(); got {type(node).__name__}."
+            )
+        return node
+    trend = node.trend
+    trend = Trend(**trend) if isinstance(trend, Mapping) and trend else trend
+    return node._replace(basis=coded_record(node.basis), trend=trend)
+
+
+# Fields that are empty, and so not there any more, where a record became a mapping.
+_MAY_BE_EMPTY = {"basis", "trend", "residual", "inner_state"}
+
+
+def _is_mapping_of(node: Any, record: Any) -> bool:
+    if not isinstance(node, Mapping):
+        return False
+    fields = set(record._fields)
+    return fields - _MAY_BE_EMPTY <= set(node) <= fields
+
+
+def low_rank_states(state: Any) -> list[LowRankState]:
+    """Returns the states of all low-rank transformations in a state."""
+    nodes = jax.tree.leaves(state, is_leaf=is_low_rank)
+    return [low_rank_record(node) for node in nodes if is_low_rank(node)]
+
+
+def map_low_rank_states(function: Callable[[LowRankState], Any], state: Any) -> Any:
+    """Returns a state with a function of each low-rank state in its place."""
+
+    def of_node(node):
+        return function(low_rank_record(node)) if is_low_rank(node) else node
+
+    return jax.tree.map(of_node, state, is_leaf=is_low_rank)
+
+
+def slots_of(node: LowRankState) -> dict[tuple, Subspace]:
+    """Returns the subspaces of a state by their leaves' key paths."""
+    slots = jax.tree.leaves_with_path(node.subspaces, is_leaf=is_slot)
+    return {path: slot for path, slot in slots if isinstance(slot, Subspace)}
+
+
+def with_slots(subspaces: Any, slots: Mapping[tuple, Subspace]) -> Any:
+    """Returns the tree of a state's subspaces with others in their places.
+
+    Args:
+        subspaces: Of a low-rank state.
+        slots: Key path -> subspace, of all projected leaves.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, slot: slots.get(path, slot), subspaces, is_leaf=is_slot
+    )
+
+
+def stored_slots(state: Any) -> dict[tuple, Subspace]:
+    """Returns the subspaces with a stored basis, of all low-rank states in a state."""
+    return {
+        path: slot
+        for node in low_rank_states(state)
+        for path, slot in slots_of(node).items()
+        if jax.tree.leaves(slot.basis)
+    }
+
+
+# (key path, subspace) -> subspace; (key path, field, array) -> array
+OfSlot = Callable[[tuple, Subspace], Subspace]
+OfArray = Callable[[tuple, str, Any], Any]
+
+
+def map_columns(state: Any, of_slot: OfSlot, of_array: OfArray) -> Any:
+    """Returns a state with functions of each subspace, and each array with columns.
+
+    The arrays are bases, moments, and sums of projected gradients, coded or not; of
+    leaves with a stored basis.
+
+    Args:
+        state: State of any optimizer that contains low-rank transformations.
+        of_slot: Of each leaf's subspace, before its basis.
+        of_array: Of each array: "basis", a field of the inner state, or "sums".
+    """
+    stored = stored_slots(state)
+
+    def has_columns(path, node) -> bool:
+        if path not in stored or not (is_coded(node) or hasattr(node, "shape")):
+            return False
+        stack, shape = stored[path].rank.shape, shape_of(node)
+        ends_in_columns = shape[-1:] == shape_of(stored[path].basis)[-1:]
+        is_stack = len(shape) == len(stack) + 2 and shape[: len(stack)] == stack
+        return is_stack and ends_in_columns
+
+    def of_slot_and_basis(path, node):
+        if path not in stored or not isinstance(node, Subspace):
+            return node
+        return of_slot(path, node)._replace(basis=of_array(path, "basis", node.basis))
+
+    def of_node(path, node):
+        if is_projected(node):
+            owner, field = owner_and_field(path, stored.keys())
+            if owner is None:
+                return node
+            return Projected(of_array(owner, field, node.coordinates))
+        if not is_low_rank(node):
+            return node
+        node = low_rank_record(node)
+        slots = jax.tree.leaves_with_path(node.subspaces, is_leaf=is_slot)
+        owners = {path for path, _ in slots}
+
+        def of_moment(path, node):
+            owner, field = owner_and_field(path, owners)
+            return of_array(owner, field, node) if has_columns(owner, node) else node
+
+        return node._replace(
+            subspaces=jax.tree_util.tree_map_with_path(
+                of_slot_and_basis, node.subspaces, is_leaf=is_slot
+            ),
+            inner_state=jax.tree_util.tree_map_with_path(
+                of_moment, node.inner_state, is_leaf=is_coded
+            ),
+        )
+
+    return jax.tree_util.tree_map_with_path(
+        of_node, state, is_leaf=lambda node: is_projected(node) or is_low_rank(node)
+    )
+
+
+def arrays_by_leaf(state: Any) -> dict[tuple, dict[str, Any]]:
+    """Returns the arrays with columns by field, of each leaf with a stored basis.
+
+    Args:
+        state: State of any optimizer that contains low-rank transformations.
+
+    Returns:
+        Key path of the parameter -> "basis", fields of the inner state, "sums" of
+        micro-batches -> array, coded or not.
+    """
+    found: dict[tuple, dict[str, Any]] = {}
+
+    def collect(path, field, node):
+        found.setdefault(path, {})[field] = node
+        return node
+
+    map_columns(state, lambda path, slot: slot, collect)
+    return found

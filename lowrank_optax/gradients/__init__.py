@@ -1,0 +1,1 @@
+"""Gradients inside the subspaces: products whose reverse rules are others."""

@@ -1,0 +1,1 @@
+"""A parameter leaf seen as a stack of oriented matrices."""

@@ -1,0 +1,131 @@
+"""Shardings of the state, from those of the parameters; explicit meshes made automatic.
+
+Both of JAX's sharding modes reach the same code: under explicit axis types it runs in a
+region whose axes are automatic, and comes out with the shardings that went in.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from lowrank_optax.matrix.view import MatrixView
+
+
+def with_automatic_axes(function: Callable, out_like: Any, *args: Any) -> Any:
+    """Returns function(*args), computed with the mesh's explicit axes automatic.
+
+    svd, qr, cholesky and eigh refuse operands sharded explicitly over their matrix
+    axes, and a product over a sharded axis must name its output's sharding; the
+    compiler's partitioner needs neither.
+
+    Args:
+        function: Any function of arrays.
+        out_like: Tree whose leaves have the shardings of the function's outputs.
+        args: Its arguments, trees of arrays.
+    """
+    mesh = _explicit_mesh(args)
+    if mesh is None:
+        return function(*args)
+    out_sharding = jax.tree.map(_explicit_sharding, out_like)
+    automatic = jax.sharding.auto_axes(function, out_sharding=out_sharding)
+    return automatic(*args)
+
+
+def _explicit_mesh(tree: Any):
+    for leaf in jax.tree.leaves(tree):
+        mesh = jax.typeof(leaf).sharding.mesh
+        if AxisType.Explicit in getattr(mesh, "axis_types", ()):
+            return mesh
+    return None
+
+
+def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Returns shape, dtype and, if it is known, the sharding over a mesh of a leaf."""
+    sharding = _named_sharding(leaf)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def zeros_beside(
+    leaf: Any, shape: tuple[int, ...], dtype: Any, axes: tuple[tuple[int, ...], ...]
+) -> jax.Array:
+    """Returns zeros sharded as the given axes of ``leaf`` are.
+
+    Args:
+        leaf: Parameter: array, tracer, or ShapeDtypeStruct.
+        shape: Shape of the result.
+        dtype: Its dtype.
+        axes: For each axis of the result, the axes of ``leaf`` merged in it; () for one
+            that is never sharded, such as the rank. An axis that the mesh does not
+            divide is not sharded either.
+    """
+    sharding = _named_sharding(leaf)
+    if sharding is None:
+        return jnp.zeros(shape, dtype)
+    spec = tuple(sharding.spec) + (None,) * (leaf.ndim - len(sharding.spec))
+    parts = [_merged(spec, group) for group in axes]
+    merged = PartitionSpec(
+        *(
+            part if length % _shards(sharding.mesh, part) == 0 else None
+            for length, part in zip(shape, parts, strict=True)
+        )
+    )
+    sharding = NamedSharding(sharding.mesh, merged)
+    if isinstance(leaf, Tracer):
+        return jnp.zeros(shape, dtype, out_sharding=sharding)
+    return jnp.zeros(shape, dtype, device=sharding)
+
+
+def zeros_like_update(leaf: Any, update: Any) -> jax.Array:
+    """Returns zeros of the dtype of an update, shaped and sharded as its leaf is."""
+    axes = tuple((axis,) for axis in range(leaf.ndim))
+    return zeros_beside(leaf, leaf.shape, update.dtype, axes)
+
+
+def _explicit_sharding(leaf: Any) -> NamedSharding:
+    is_abstract = isinstance(leaf, jax.ShapeDtypeStruct)
+    return leaf.sharding if is_abstract else jax.typeof(leaf).sharding
+
+
+def _named_sharding(leaf: Any) -> NamedSharding | None:
+    if isinstance(leaf, Tracer):
+        # A tracer knows its sharding under explicit axis types only.
+        sharding = jax.typeof(leaf).sharding
+        explicit = AxisType.Explicit in getattr(sharding.mesh, "axis_types", ())
+        return sharding if explicit else None
+    sharding = getattr(leaf, "sharding", None)
+    return sharding if isinstance(sharding, NamedSharding) else None
+
+
+def _merged(spec: tuple, axes: tuple[int, ...]):
+    """Returns the partition of merged axes: the outermost one's, if no other has."""
+    parts = [spec[axis] for axis in axes]
+    return parts[0] if parts and not any(parts[1:]) else None
+
+
+def _shards(mesh: Any, part: Any) -> int:
+    names = part if isinstance(part, tuple) else (part,)
+    return math.prod(mesh.shape[name] for name in names if name is not None)
+
+
+def basis_axes(view: MatrixView) -> tuple[tuple[int, ...], ...]:
+    """Returns the leaf's axes behind each axis of a basis (*stack, b/c, r).
+
+    Blocks of a sharded side lie on one device each: their length b/c is whole.
+    """
+    projected = view.projected_axes if view.granularity == 1 else ()
+    return (*stack_axes(view), projected, ())
+
+
+def coordinate_axes(view: MatrixView) -> tuple[tuple[int, ...], ...]:
+    """Returns the leaf's axes behind each axis of coordinates (*stack, a*c, r)."""
+    return (*stack_axes(view), view.kept_axes, ())
+
+
+def stack_axes(view: MatrixView) -> tuple[tuple[int, ...], ...]:
+    """Returns the leaf's axes behind each axis of a number per matrix (*stack,)."""
+    return tuple((axis,) for axis in view.stack_axes)

@@ -1,0 +1,173 @@
+"""AdaRankGrad: Adam in a subspace whose rank and moment of renewal adapt."""
+
+import jax
+import optax
+
+from lowrank_optax.matrix.dimension_numbers import DimensionNumbers
+from lowrank_optax.matrix.view import Side
+from lowrank_optax.methods.optimizer import Mask, as_optimizer, checked_adam
+from lowrank_optax.rules.bases import BasisRule, range_finder
+from lowrank_optax.rules.ranks import FixedRank, RankRule, as_rank_rule, energy_rank
+from lowrank_optax.rules.rebase import RebaseRule
+from lowrank_optax.rules.schedules import RefreshRule, on_convergence
+from lowrank_optax.transform import scale_by_low_rank
+
+
+def adarankgrad(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int | RankRule = 128,
+    threshold: jax.typing.ArrayLike = 0.0003,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Mask | None = None,
+    *,
+    scale: jax.typing.ArrayLike = 1.0,
+    basis: BasisRule | None = None,
+    refresh: RefreshRule | None = None,
+    rebase: str | RebaseRule = "square",
+    side: Side = "short",
+    dimension_numbers: DimensionNumbers | None = None,
+    seed: jax.typing.ArrayLike = 0,
+    eps_root: jax.typing.ArrayLike = 0.0,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """AdaRankGrad: Adam in a subspace whose rank and moment of renewal adapt.
+
+    :func:`scale_by_adarankgrad`, which has equations, state, cost and references, then
+    decoupled weight decay and the learning rate.
+
+    Args:
+        learning_rate: Step size, or a schedule of it by update.
+        rank, threshold, b1, b2, eps: see :func:`scale_by_adarankgrad`.
+        weight_decay: Decoupled decay of the parameters, times the learning rate; >= 0.
+        mask: Which leaves decay: a tree of bools, or a function from the parameters to
+            one. None: all.
+        scale, basis, refresh, rebase, side, dimension_numbers, seed, eps_root, mu_dtype:
+            see :func:`scale_by_adarankgrad`.
+
+    Returns:
+        An optimizer; its ``update`` needs ``params``, for the weight decay.
+
+    Raises:
+        ValueError: If a value is out of its range.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> params = {"w": jnp.ones((64, 16))}
+        >>> state = adarankgrad(1e-3, rank=4).init(params)
+        >>> state[0].subspaces["w"].basis.shape
+        (16, 4)
+    """
+    transformation = scale_by_adarankgrad(
+        rank,
+        threshold,
+        b1,
+        b2,
+        eps,
+        scale=scale,
+        basis=basis,
+        refresh=refresh,
+        rebase=rebase,
+        side=side,
+        dimension_numbers=dimension_numbers,
+        seed=seed,
+        eps_root=eps_root,
+        mu_dtype=mu_dtype,
+    )
+    return as_optimizer(transformation, learning_rate, weight_decay, mask)
+
+
+def scale_by_adarankgrad(
+    rank: int | RankRule = 128,
+    threshold: jax.typing.ArrayLike = 0.0003,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    *,
+    scale: jax.typing.ArrayLike = 1.0,
+    basis: BasisRule | None = None,
+    refresh: RefreshRule | None = None,
+    rebase: str | RebaseRule = "square",
+    side: Side = "short",
+    dimension_numbers: DimensionNumbers | None = None,
+    seed: jax.typing.ArrayLike = 0,
+    eps_root: jax.typing.ArrayLike = 0.0,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adam in a subspace whose rank and moment of renewal adapt.
+
+    :func:`scale_by_low_rank`, which has equations, state and cost, around
+    ``optax.scale_by_adam`` with the rank by energy, a randomized basis, renewal on
+    convergence, and moments re-based.
+
+    Args:
+        rank: Capacity, the largest rank, >= 1, with seven eighths of it as the least
+            one: ranks that fell lower cost loss (``RESULTS.md``). Or a rank rule, which
+            then replaces ``threshold`` too: ``energy_rank(128, 0.05, min_rank=4)`` for
+            ranks that fall as the paper's do, and bytes that :func:`compact
+            <lowrank_optax.compact>` can free; or a :func:`lowrank_optax.budget` of
+            bytes.
+        threshold: Share of a gradient's squared norm that its subspace may lose; in
+            (0, 1). Of ``energy_rank`` and, as sqrt(1 - threshold), of
+            ``on_convergence``.
+        b1: Decay of the first moment, in [0, 1).
+        b2: Decay of the second moment, in [0, 1).
+        eps: Added to the root of the second moment, > 0.
+        scale: Factor on the updates of projected leaves.
+        basis: Basis rule; None: ``range_finder(power_iterations=2)``.
+        refresh: Refresh rule; None: ``on_convergence`` from 200 to 300 updates, with
+            fraction sqrt(1 - threshold).
+        rebase: Re-basing rule or its name.
+        side: "short" or "long"; see :func:`scale_by_low_rank`.
+        dimension_numbers: See :func:`scale_by_low_rank`.
+        seed: Seed of the random sketches.
+        eps_root: Added to the second moment, under the root; >= 0.
+        mu_dtype: Dtype of the first moment; None: the gradient's.
+
+    Returns:
+        A transformation; see :func:`scale_by_low_rank`.
+
+    Raises:
+        ValueError: If a value is out of its range.
+
+    References:
+        Refael et al., `AdaRankGrad <https://arxiv.org/abs/2410.17881>`_, 2024.
+        Differences from the paper:
+
+        - Algorithm 1's basis is not ordered; ours is, so that its first columns are the
+          ones to keep, and a power iteration sharpens it.
+        - Algorithm 2's binary search does not end as printed; a cumulative sum answers.
+          The threshold is on squared norms, as in Equation 2.
+        - The printed rank is what one gradient asks for, started low. Gradients of
+          early pre-training ask for one or two directions and later for many more: that
+          rule collapses every layer. Here the rank starts at the capacity, moves both
+          ways, is smoothed over refreshes, and has a floor.
+        - The second moment's V <- R V of Block 2 can be negative; the ``rebase`` rules
+          are not.
+        - Block 3 compares the raw norm of one mini-batch's projected gradient; ours is
+          smoothed, and the interval is bounded from both sides.
+        - The inner counter runs on over refreshes, as printed: bias correction is not
+          repeated.
+        - Update by layer during backpropagation is left to the training loop.
+    """
+    # energy_rank checks the threshold too, but a rule in rank would go without.
+    if isinstance(threshold, (int, float)) and not 0 < threshold < 1:
+        raise ValueError(f"threshold must be inside (0, 1), got {threshold}.")
+    if refresh is None:
+        refresh = on_convergence(fraction=(1 - threshold) ** 0.5)
+    rule = as_rank_rule(rank)
+    if isinstance(rule, FixedRank):
+        rule = energy_rank(rule.capacity, threshold)
+    return scale_by_low_rank(
+        checked_adam(b1, b2, eps, eps_root, mu_dtype),
+        rule,
+        basis=range_finder(power_iterations=2) if basis is None else basis,
+        refresh=refresh,
+        rebase=rebase,
+        side=side,
+        dimension_numbers=dimension_numbers,
+        scale=scale,
+        seed=seed,
+    )

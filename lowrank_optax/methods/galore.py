@@ -1,0 +1,132 @@
+"""GaLore: Adam in the subspace of the leading singular vectors of a gradient."""
+
+import jax
+import optax
+
+from lowrank_optax.matrix.dimension_numbers import DimensionNumbers
+from lowrank_optax.matrix.view import Side
+from lowrank_optax.methods.optimizer import Mask, as_optimizer, checked_adam
+from lowrank_optax.rules.bases import BasisRule, exact_svd
+from lowrank_optax.rules.ranks import RankRule
+from lowrank_optax.rules.schedules import every
+from lowrank_optax.transform import scale_by_low_rank
+
+
+def galore(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int | RankRule = 128,
+    update_proj_gap: int = 200,
+    scale: jax.typing.ArrayLike = 0.25,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Mask | None = None,
+    *,
+    basis: BasisRule | None = None,
+    side: Side = "short",
+    dimension_numbers: DimensionNumbers | None = None,
+    seed: jax.typing.ArrayLike = 0,
+    eps_root: jax.typing.ArrayLike = 0.0,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """GaLore: Adam in the subspace of the leading singular vectors of a gradient.
+
+    :func:`scale_by_galore`, which has equations, state, cost and references, then
+    decoupled weight decay and the learning rate.
+
+    Args:
+        learning_rate: Step size, or a schedule of it by update.
+        rank, update_proj_gap, scale, b1, b2, eps: see :func:`scale_by_galore`.
+        weight_decay: Decoupled decay of the parameters, times the learning rate; >= 0.
+        mask: Which leaves decay: a tree of bools, or a function from the parameters to
+            one. None: all.
+        basis, side, dimension_numbers, seed, eps_root, mu_dtype:
+            see :func:`scale_by_galore`.
+
+    Returns:
+        An optimizer; its ``update`` needs ``params``, for the weight decay.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+    transformation = scale_by_galore(
+        rank,
+        update_proj_gap,
+        scale,
+        b1,
+        b2,
+        eps,
+        basis=basis,
+        side=side,
+        dimension_numbers=dimension_numbers,
+        seed=seed,
+        eps_root=eps_root,
+        mu_dtype=mu_dtype,
+    )
+    return as_optimizer(transformation, learning_rate, weight_decay, mask)
+
+
+def scale_by_galore(
+    rank: int | RankRule = 128,
+    update_proj_gap: int = 200,
+    scale: jax.typing.ArrayLike = 0.25,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    *,
+    basis: BasisRule | None = None,
+    side: Side = "short",
+    dimension_numbers: DimensionNumbers | None = None,
+    seed: jax.typing.ArrayLike = 0,
+    eps_root: jax.typing.ArrayLike = 0.0,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adam in the subspace of the leading singular vectors of a gradient.
+
+    :func:`scale_by_low_rank`, which has equations, state and cost, around
+    ``optax.scale_by_adam`` with an exact SVD of every projected leaf each
+    ``update_proj_gap`` updates, on the same update for all, and moments kept as they
+    are when the basis changes.
+
+    Args:
+        rank: Columns of the bases, >= 1; or a :func:`lowrank_optax.budget` of bytes.
+        update_proj_gap: Updates between two SVDs, >= 1.
+        scale: Factor on the updates of projected leaves.
+        b1: Decay of the first moment, in [0, 1).
+        b2: Decay of the second moment, in [0, 1).
+        eps: Added to the root of the second moment, > 0.
+        basis: Basis rule; None: ``exact_svd()``. ``range_finder()`` is several times
+            faster (``benchmarks/``) and captures nearly as much.
+        side: "short" or "long"; see :func:`scale_by_low_rank`.
+        dimension_numbers: See :func:`scale_by_low_rank`. Published runs leave embedding
+            and head at full size: give None for them, or use ``optax.partition``.
+        seed: Seed of a randomized ``basis``.
+        eps_root: Added to the second moment, under the root; >= 0.
+        mu_dtype: Dtype of the first moment; None: the gradient's.
+
+    Returns:
+        A transformation; see :func:`scale_by_low_rank`.
+
+    Raises:
+        ValueError: If a value is out of its range.
+
+    References:
+        Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024, with the
+        authors' defaults. ``optax.contrib.galore`` projects the long side and has
+        ``scale`` 1; ``side="long"``, ``scale=1.0`` reproduce it, on stacked leaves too.
+        The first SVD is that of the first gradient, as in the authors' code. A zero or
+        non-finite gradient keeps the old basis here and the SVD is repeated at the next
+        update.
+    """
+    return scale_by_low_rank(
+        checked_adam(b1, b2, eps, eps_root, mu_dtype),
+        rank,
+        basis=exact_svd() if basis is None else basis,
+        refresh=every(update_proj_gap, stagger=False),
+        rebase="keep",
+        side=side,
+        dimension_numbers=dimension_numbers,
+        scale=scale,
+        seed=seed,
+    )

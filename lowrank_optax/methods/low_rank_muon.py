@@ -1,0 +1,151 @@
+"""Muon with its momentum in a subspace, and the last gradient outside of it."""
+
+import jax
+import optax
+
+from lowrank_optax.matrix.dimension_numbers import DimensionNumbers
+from lowrank_optax.methods.optimizer import Mask, as_optimizer
+from lowrank_optax.methods.sumo import by_kind, check_beta
+from lowrank_optax.rules.bases import BasisRule, range_finder
+from lowrank_optax.rules.ranks import RankRule
+from lowrank_optax.rules.rebase import RebaseRule
+from lowrank_optax.rules.residual import orthogonalized_residual
+from lowrank_optax.rules.schedules import RefreshRule, every
+from lowrank_optax.transform import scale_by_low_rank
+
+
+def low_rank_muon(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int | RankRule = 128,
+    beta: jax.typing.ArrayLike = 0.95,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Mask | None = None,
+    *,
+    residual: jax.typing.ArrayLike = 4.0,
+    nesterov: bool = True,
+    ns_steps: int = 5,
+    rms: jax.typing.ArrayLike = 0.2,
+    basis: BasisRule | None = None,
+    refresh: RefreshRule | None = None,
+    rebase: str | RebaseRule = "square",
+    dimension_numbers: DimensionNumbers | None = None,
+    seed: jax.typing.ArrayLike = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """Muon with its momentum in a subspace, and the last gradient outside of it.
+
+    :func:`scale_by_low_rank_muon`, which has equations, state, cost and references, then
+    decoupled weight decay and the learning rate.
+
+    Args:
+        learning_rate: Step size, or a schedule of it by update.
+        rank, beta: see :func:`scale_by_low_rank_muon`.
+        weight_decay: Decoupled decay of the parameters, times the learning rate; >= 0.
+        mask: Which leaves decay: a tree of bools, or a function from the parameters to
+            one. None: all.
+        residual, nesterov, ns_steps, rms, basis, refresh, rebase, dimension_numbers, seed:
+            see :func:`scale_by_low_rank_muon`.
+
+    Returns:
+        An optimizer; its ``update`` needs ``params``, for the weight decay.
+
+    Raises:
+        ValueError: If a value is out of its range.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> state = low_rank_muon(1e-3, rank=4).init({"w": jnp.ones((64, 16))})
+        >>> [x.shape for x in jax.tree.leaves(state) if x.ndim == 2]
+        [(16, 4), (64, 4)]
+    """
+    transformation = scale_by_low_rank_muon(
+        rank,
+        beta,
+        residual=residual,
+        nesterov=nesterov,
+        ns_steps=ns_steps,
+        rms=rms,
+        basis=basis,
+        refresh=refresh,
+        rebase=rebase,
+        dimension_numbers=dimension_numbers,
+        seed=seed,
+    )
+    return as_optimizer(transformation, learning_rate, weight_decay, mask)
+
+
+def scale_by_low_rank_muon(
+    rank: int | RankRule = 128,
+    beta: jax.typing.ArrayLike = 0.95,
+    *,
+    residual: jax.typing.ArrayLike = 4.0,
+    nesterov: bool = True,
+    ns_steps: int = 5,
+    rms: jax.typing.ArrayLike = 0.2,
+    basis: BasisRule | None = None,
+    refresh: RefreshRule | None = None,
+    rebase: str | RebaseRule = "square",
+    dimension_numbers: DimensionNumbers | None = None,
+    seed: jax.typing.ArrayLike = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Muon with its momentum in a subspace, and the last gradient outside of it.
+
+    For a gradient matrix G_t (n, m), its short side b and its long one a, R_t the
+    projection of G_t onto the basis P (b, r), written for b = m:
+
+    .. math::
+        M_t = \beta M_{t-1} + R_t, \quad N_t = R_t + \beta M_t, \quad
+        U_t = 0.2 \sqrt{a} \; \mathrm{orth}(N_t P^\top + \phi (G_t - R_t P^\top))
+
+    with orth(U S V^T) = U V^T and phi = ``residual``: along the directions of the basis
+    the momentum is that of many steps, along the others it is the last gradient, phi
+    times. Both are orthogonalized together, so that every direction gets a step of the
+    same size; phi decides from which singular value on. With phi = 1 + beta it is Muon
+    (Nesterov's) that forgets its momentum outside the subspace at every step.
+
+    State: that of :func:`scale_by_sumo`, (a + b) r numbers, float32. Cost: Muon's
+    orthogonalization at full size, and 4 a b r flops. Needs the full gradient at every
+    update: no subspace gradients, and ``accumulate`` adds up full ones. Leaves at full
+    size as for :func:`scale_by_sumo`.
+
+    Args:
+        rank: Columns r of the bases, >= 1, or a rule.
+        beta: Decay of the momentum, in [0, 1).
+        residual: Weight phi of the residual G - R P^T, where one gradient weighs
+            1 + beta inside the subspace; >= 0. 0: nothing leaves the subspace, as in
+            :func:`scale_by_sumo`, which is cheaper then. 3 to 6 were alike (``RESULTS.md``).
+        nesterov: Whether the gradient counts once more in what is orthogonalized.
+        ns_steps: Newton-Schulz iterations, >= 1; singular values come to 0.7 ... 1.2
+            in 5, those under 1/500 of the norm to less.
+        rms: Root mean square of an update of full rank, in [0, 1).
+        basis: Basis rule; None: ``range_finder(power_iterations=1)``.
+        refresh: Refresh rule; None: ``every(200)``.
+        rebase: Re-basing rule or its name; of the momentum, which follows exactly.
+        dimension_numbers: See :func:`scale_by_low_rank`.
+        seed: Seed of the random sketches.
+
+    Returns:
+        A transformation; see :func:`scale_by_low_rank`.
+
+    Raises:
+        ValueError: If a value is out of its range.
+
+    References:
+        Of this library. Jordan, `Muon <https://kellerjordan.github.io/posts/muon/>`_,
+        2024, for the update; Refael et al., `SUMO <https://arxiv.org/abs/2505.24749>`_,
+        2025, for the momentum in the subspace of a gradient; Chen et al., `Fira
+        <https://arxiv.org/abs/2410.01623>`_, 2024, adds what the subspace does not
+        hold, scaled by row, to Adam's update.
+    """
+    check_beta(beta)
+    if isinstance(residual, (int, float)) and not residual >= 0:
+        raise ValueError(f"residual must be >= 0, got {residual}.")
+    return scale_by_low_rank(
+        by_kind(matrix=optax.trace(beta, nesterov=nesterov)),
+        rank,
+        basis=range_finder(power_iterations=1) if basis is None else basis,
+        refresh=every(200) if refresh is None else refresh,
+        rebase=rebase,
+        residual=orthogonalized_residual(residual, ns_steps, rms),
+        dimension_numbers=dimension_numbers,
+        seed=seed,
+    )

@@ -1,0 +1,52 @@
+"""What the methods by name share: Adam with its arguments checked, and their end."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+Mask = Any | Callable[[Any], Any]
+
+
+def checked_adam(
+    b1: jax.typing.ArrayLike,
+    b2: jax.typing.ArrayLike,
+    eps: jax.typing.ArrayLike,
+    eps_root: jax.typing.ArrayLike = 0.0,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformation:
+    """Returns ``optax.scale_by_adam``.
+
+    Raises:
+        ValueError: If a value is out of its range. Traced values
+            (``optax.inject_hyperparams``) cannot be checked.
+    """
+    for name, value in (("b1", b1), ("b2", b2)):
+        if isinstance(value, (int, float)) and not 0 <= value < 1:
+            raise ValueError(f"{name} must be inside [0, 1), got {value}.")
+    if isinstance(eps, (int, float)) and eps <= 0:
+        raise ValueError(f"eps must be above 0, got {eps}.")
+    if isinstance(eps_root, (int, float)) and eps_root < 0:
+        raise ValueError(f"eps_root must be >= 0, got {eps_root}.")
+    return optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype)
+
+
+def as_optimizer(
+    transformation: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: Any,
+    mask: Mask | None,
+) -> optax.GradientTransformationExtraArgs:
+    """Returns a transformation, then decoupled weight decay and the learning rate.
+
+    Raises:
+        ValueError: If ``weight_decay`` is negative.
+    """
+    if isinstance(weight_decay, (int, float)) and weight_decay < 0:
+        raise ValueError(f"weight_decay must be >= 0, got {weight_decay}.")
+    return optax.chain(
+        transformation,
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )

@@ -1,0 +1,172 @@
+"""SUMO: Muon inside a subspace, the momentum orthogonalized there."""
+
+import functools
+
+import jax
+import optax
+
+from lowrank_optax.matrix.dimension_numbers import DimensionNumbers
+from lowrank_optax.methods.optimizer import Mask, as_optimizer
+from lowrank_optax.rules.bases import BasisRule, range_finder
+from lowrank_optax.rules.ranks import RankRule
+from lowrank_optax.rules.rebase import RebaseRule
+from lowrank_optax.rules.residual import (
+    check_orthogonalization,
+    last_two_axes,
+    scaled_by_side,
+)
+from lowrank_optax.rules.schedules import RefreshRule, every
+from lowrank_optax.transform import scale_by_low_rank
+
+
+def sumo(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int | RankRule = 128,
+    beta: jax.typing.ArrayLike = 0.95,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Mask | None = None,
+    *,
+    nesterov: bool = True,
+    ns_steps: int = 5,
+    rms: jax.typing.ArrayLike = 0.2,
+    basis: BasisRule | None = None,
+    refresh: RefreshRule | None = None,
+    rebase: str | RebaseRule = "square",
+    dimension_numbers: DimensionNumbers | None = None,
+    seed: jax.typing.ArrayLike = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """SUMO: Muon inside a subspace, the momentum orthogonalized there.
+
+    :func:`scale_by_sumo`, which has equations, state, cost and references, then
+    decoupled weight decay and the learning rate.
+
+    Args:
+        learning_rate: Step size, or a schedule of it by update.
+        rank, beta: see :func:`scale_by_sumo`.
+        weight_decay: Decoupled decay of the parameters, times the learning rate; >= 0.
+        mask: Which leaves decay: a tree of bools, or a function from the parameters to
+            one. None: all.
+        nesterov, ns_steps, rms, basis, refresh, rebase, dimension_numbers, seed:
+            see :func:`scale_by_sumo`.
+
+    Returns:
+        An optimizer; its ``update`` needs ``params``, for the weight decay.
+
+    Raises:
+        ValueError: If a value is out of its range.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> state = sumo(1e-3, rank=4).init({"w": jnp.ones((64, 16))})
+        >>> [x.shape for x in jax.tree.leaves(state) if x.ndim == 2]
+        [(16, 4), (64, 4)]
+    """
+    transformation = scale_by_sumo(
+        rank,
+        beta,
+        nesterov=nesterov,
+        ns_steps=ns_steps,
+        rms=rms,
+        basis=basis,
+        refresh=refresh,
+        rebase=rebase,
+        dimension_numbers=dimension_numbers,
+        seed=seed,
+    )
+    return as_optimizer(transformation, learning_rate, weight_decay, mask)
+
+
+def scale_by_sumo(
+    rank: int | RankRule = 128,
+    beta: jax.typing.ArrayLike = 0.95,
+    *,
+    nesterov: bool = True,
+    ns_steps: int = 5,
+    rms: jax.typing.ArrayLike = 0.2,
+    basis: BasisRule | None = None,
+    refresh: RefreshRule | None = None,
+    rebase: str | RebaseRule = "square",
+    dimension_numbers: DimensionNumbers | None = None,
+    seed: jax.typing.ArrayLike = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Muon inside a subspace, the momentum orthogonalized there.
+
+    ``scale_by_low_rank`` around ``optax.contrib.scale_by_muon``. For a gradient matrix
+    oriented to (a, b), b its short side, and R_t = G_t P:
+
+    .. math::
+        M_t = \beta M_{t-1} + (1 - \beta) R_t, \quad
+        U_t = 0.2 \sqrt{a} \; \mathrm{orth}(\hat M_t) P^\top
+
+    with orth(U S V^T) = U V^T and M^ the momentum with its bias corrected, and with
+    Nesterov's step. sqrt(a) is sqrt(max(n, m)), so that 0.2 is the root mean square of
+    an update of full rank. One moment and the basis: (a + b) r numbers, float32, where
+    Adam in the subspace has (2 a + b) r and AdamW 2 a b. Leaves at full size have Muon
+    on their last two axes, whatever ``dimension_numbers`` says of them; vectors have
+    Adam with the same learning rate. Embedding, head and stacks of vectors (norms of
+    scanned layers) want another optimizer: ``optax.partition``.
+
+    Args:
+        rank: Columns r of the bases, >= 1, or a rule.
+        beta: Decay of the momentum, in [0, 1).
+        nesterov: Whether the gradient counts once more in what is orthogonalized.
+        ns_steps: Newton-Schulz iterations, >= 1; singular values come to 0.7 ... 1.2
+            in 5.
+        rms: Root mean square of an update of full rank, in [0, 1).
+        basis: Basis rule; None: ``range_finder(power_iterations=1)``.
+        refresh: Refresh rule; None: ``every(200)``.
+        rebase: Re-basing rule or its name; of the momentum, which follows exactly.
+        dimension_numbers: See :func:`scale_by_low_rank`.
+        seed: Seed of the random sketches.
+
+    Returns:
+        A transformation; see :func:`scale_by_low_rank`.
+
+    Raises:
+        ValueError: If a value is out of its range.
+
+    References:
+        Refael et al., `SUMO <https://arxiv.org/abs/2505.24749>`_, 2025. An exact SVD
+        orthogonalizes there, Newton-Schulz here; the norm-growth limiter and its
+        factor on the update are not here; Nesterov's step is not there.
+    """
+    check_beta(beta)
+    check_orthogonalization(ns_steps, rms)
+    inner = by_kind(
+        matrix=optax.chain(
+            optax.contrib.scale_by_muon(
+                beta=beta,
+                nesterov=nesterov,
+                ns_steps=ns_steps,
+                weight_dimension_numbers=last_two_axes,
+            ),
+            optax.stateless(lambda tree, _: scaled_by_side(tree, rms)),
+        )
+    )
+    return scale_by_low_rank(
+        inner,
+        rank,
+        basis=range_finder(power_iterations=1) if basis is None else basis,
+        refresh=every(200) if refresh is None else refresh,
+        rebase=rebase,
+        dimension_numbers=dimension_numbers,
+        seed=seed,
+    )
+
+
+def check_beta(beta: jax.typing.ArrayLike) -> None:
+    """Raises ValueError if a decay is out of its range."""
+    if isinstance(beta, (int, float)) and not 0 <= beta < 1:
+        raise ValueError(f"beta must be inside [0, 1), got {beta}.")
+
+
+def by_kind(
+    matrix: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Returns ``matrix`` for matrices and their stacks, Adam for vectors."""
+    return optax.partition(
+        {"matrix": matrix, "vector": optax.scale_by_adam()},
+        functools.partial(
+            jax.tree.map, lambda leaf: "matrix" if leaf.ndim > 1 else "vector"
+        ),
+    )

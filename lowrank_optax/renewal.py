@@ -1,0 +1,311 @@
+"""Renewal: when a basis is due, and how it and the moments in it follow.
+
+The only code with a condition, a decomposition or a draw of a new basis. One
+conditional stands in front of all leaves; behind it each kind of leaf has one loop,
+which runs once for each leaf that is due, and not at all for the others.
+"""
+
+import functools
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_optax.binding.moments import Moment, locate_moments
+from lowrank_optax.binding.optimizer import Binding
+from lowrank_optax.binding.states import (
+    map_low_rank_states,
+    slots_of,
+    with_slots,
+)
+from lowrank_optax.projected import gradients_by_path, is_projected
+from lowrank_optax.rules.bases import captured_energies
+from lowrank_optax.rules.random_bases import RandomBasis
+from lowrank_optax.rules.rebase import RebaseRule, random_transfer, transfer
+from lowrank_optax.storage.codes import coded_record, decode, encode, is_coded
+from lowrank_optax.subspace import (
+    LowRankState,
+    Parts,
+    Projector,
+    Subspace,
+    projectors_of_state,
+)
+
+# A matrix in which no basis is found is asked again after 1, 2, 4, ... updates, up to
+# 2 to this power.
+LONGEST_WAIT = 7
+
+
+def is_due(subspace: Subspace, count: jax.Array, parts: Parts) -> jax.Array:
+    """Returns whether the next update is to renew a basis, bool (*stack,).
+
+    Args:
+        subspace: Of the leaf.
+        count: Updates done.
+        parts: Of the transformation.
+    """
+    wanted = parts.refresh.is_due(subspace.age, subspace.trend)
+    # All that wait ask on the same updates: one of them makes its whole stack compute.
+    doublings = jnp.clip(subspace.failures - 1, 0, LONGEST_WAIT)
+    is_asked = count % jnp.left_shift(1, doublings) == 0
+    return is_asked & (wanted | (subspace.refreshes == 0))
+
+
+def renewed(
+    gradients: Any,
+    state: LowRankState,
+    like: Any,
+    parts: Parts,
+    allowed: jax.typing.ArrayLike = True,
+) -> LowRankState:
+    """Returns the state with the bases renewed that are due, and moments that follow.
+
+    Args:
+        gradients: Tree like the parameters of gradients at full size. A leaf whose
+            gradient is :class:`Projected` keeps its basis. Random bases need none.
+        state: Of the transformation.
+        like: Tree of the same with the shapes at full size.
+        parts: Of the transformation.
+        allowed: Whether anything may be renewed now; (), bool.
+    """
+    subspaces = slots_of(state)
+    found = gradients_by_path(gradients)
+    projectors = projectors_of_state(like, subspaces, parts)
+    shapes = {path: projector.shape for path, projector in projectors.items()}
+    others = found.keys() - shapes.keys()
+    located = locate_moments(state.inner_state, shapes, others, parts.moments)
+    inner, treedef = jax.tree.flatten(state.inner_state, is_leaf=is_coded)
+    inner = list(map(coded_record, inner))
+    leaves = {
+        path: _Leaf(
+            projector,
+            located[path],
+            None if parts.is_random else found[path],
+            allowed & is_due(subspaces[path], state.count, parts),
+            _Renewable(subspaces[path], [inner[x.index] for x in located[path]]),
+        )
+        for path, projector in projectors.items()
+        if parts.is_random or not is_projected(found[path])
+    }
+    if not leaves:
+        return state
+    kinds = _kinds(leaves.values())
+    before = [[leaf.renewable for leaf in kind] for kind in kinds]
+
+    def renew_all():
+        return [_renew_kind(kind, state.count) for kind in kinds]
+
+    any_due = functools.reduce(
+        jnp.logical_or, (jnp.any(leaf.due) for leaf in leaves.values())
+    )
+    after = jax.lax.cond(any_due, renew_all, lambda: before)
+    for kind, new in zip(kinds, after, strict=True):
+        for leaf, (subspace, moments) in zip(kind, new, strict=True):
+            subspaces[leaf.projector.path] = subspace
+            for moment, array in zip(leaf.moments, moments, strict=True):
+                inner[moment.index] = array
+    return state._replace(
+        subspaces=with_slots(state.subspaces, subspaces),
+        inner_state=treedef.unflatten(inner),
+    )
+
+
+def renewed_everywhere(
+    gradients: Any, state: Any, like: Any, binding: Binding, allowed: Any, kept: Any
+) -> Any:
+    """Returns an optimizer's state with the bases renewed that are due, as they may be.
+
+    Args:
+        gradients: Tree like the parameters of the whole optimizer.
+        state: Of the whole optimizer.
+        like: Tree like the gradients with the shapes at full size.
+        binding: Of the optimizer.
+        allowed: Whether anything may be renewed now; (), bool.
+        kept: Function of the parts of a transformation: whether its bases are left
+            alone.
+    """
+
+    def of_node(node):
+        if not slots_of(node) or kept(binding.of(node).parts):
+            return node
+        own, own_like = binding.own(gradients, node), binding.own(like, node)
+        return renewed(own, node, own_like, binding.of(node).parts, allowed)
+
+    return map_low_rank_states(of_node, state)
+
+
+class _Renewable(NamedTuple):
+    """What a renewal changes of one leaf.
+
+    Attributes:
+        subspace: Its subspace.
+        moments: Its moments, in few bits or not.
+    """
+
+    subspace: Subspace
+    moments: list[Any]
+
+
+class _Leaf(NamedTuple):
+    """One leaf, and whether its matrices are due.
+
+    Attributes:
+        projector: How it is projected.
+        moments: What each of its moments is.
+        gradient: At full size; None, where the basis is random.
+        due: bool (*stack,).
+        renewable: What is to be renewed.
+    """
+
+    projector: Projector
+    moments: Sequence[Moment]
+    gradient: Any
+    due: jax.Array
+    renewable: _Renewable
+
+
+def _kinds(leaves: Iterable[_Leaf]) -> list[list[_Leaf]]:
+    """Returns the leaves in groups that one program renews, one after the other.
+
+    They are the same place of several layers: their arrays are alike, and their paths
+    differ in numbers alone. Such leaves are sharded alike too, and a program that picks
+    one of them moves nothing.
+    """
+    kinds: dict[Any, list[_Leaf]] = {}
+    for leaf in leaves:
+        arrays = jax.tree.leaves((leaf.renewable, leaf.gradient))
+        place = jax.tree_util.keystr(leaf.projector.path)
+        key = (
+            re.sub(r"\d+", "", place),
+            leaf.projector.view,
+            tuple(moment.kind for moment in leaf.moments),
+            jax.tree.structure(leaf.renewable),
+            tuple((x.shape, jnp.dtype(x.dtype)) for x in arrays),
+        )
+        kinds.setdefault(key, []).append(leaf)
+    return list(kinds.values())
+
+
+def _renew_kind(kind: Sequence[_Leaf], count: jax.Array) -> list[_Renewable]:
+    """Returns what has become of each leaf of one kind."""
+    pending = jnp.stack([jnp.any(leaf.due) for leaf in kind])
+    names = jnp.asarray([leaf.projector.name_hash for leaf in kind], jnp.uint32)
+    fractions = jnp.asarray([leaf.projector.fraction for leaf in kind], jnp.float32)
+
+    def one_leaf(carry):
+        pending, renewables = carry
+        index = jnp.argmax(pending).astype(jnp.int32)
+        leaf = kind[0]._replace(
+            gradient=_pick(index, [leaf.gradient for leaf in kind]),
+            due=_pick(index, [leaf.due for leaf in kind]),
+            renewable=_pick(index, renewables),
+        )
+        new = _renew_leaf(leaf, count, names[index], fractions[index])
+        return pending.at[index].set(False), _put(index, new, renewables)
+
+    start = (pending, [leaf.renewable for leaf in kind])
+    return jax.lax.while_loop(lambda carry: jnp.any(carry[0]), one_leaf, start)[1]
+
+
+def _pick(index: jax.Array, trees: Sequence[Any]) -> Any:
+    """Returns the tree with this number, without a copy of all of them."""
+    if len(trees) == 1:
+        return trees[0]
+    return jax.tree.map(lambda *arrays: jax.lax.select_n(index, *arrays), *trees)
+
+
+def _put(index: jax.Array, new: Any, trees: Sequence[Any]) -> list[Any]:
+    """Returns the trees with ``new`` in the place of that with this number."""
+    if len(trees) == 1:
+        return [new]
+    return [
+        jax.tree.map(lambda x, y, i=i: jnp.where(index == i, x, y), new, old)
+        for i, old in enumerate(trees)
+    ]
+
+
+def _renew_leaf(
+    leaf: _Leaf, count: jax.Array, name_hash: jax.Array, fraction: jax.Array
+) -> _Renewable:
+    """Returns subspace and moments, renewed for the matrices that are due."""
+    projector, (subspace, moments) = leaf.projector, leaf.renewable
+    parts, is_first = projector.parts, subspace.refreshes == 0
+    new = subspace._replace(
+        age=jnp.where(is_first, parts.refresh.first_age(fraction), 0).astype(jnp.int32),
+        refreshes=subspace.refreshes + 1,
+        failures=jnp.zeros_like(subspace.failures),
+    )
+    if parts.is_random:
+        found = jnp.ones_like(leaf.due)
+        # Drawn together: half the program to compile.
+        numbers = jnp.stack([subspace.refreshes, new.refreshes]) - 1
+        r = random_transfer(*projector.drawn(numbers, name_hash))
+    else:
+        new, found = _with_basis_of(leaf.gradient, new, projector, name_hash)
+        r = transfer(decode(subspace.basis), decode(new.basis))
+        # What is selected below then waits for r: it is written over the old basis,
+        # which XLA would copy at every update if r might still need it.
+        found &= jnp.all(jnp.isfinite(r), axis=(-1, -2))
+    wide = [decode(moment) for moment in moments]
+    rebased = _rebased(wide, leaf.moments, r, count, parts.rebase)
+    rebased = [encode(x, old) for x, old in zip(rebased, moments, strict=True)]
+    renews = leaf.due & found
+    failures = subspace.failures + (leaf.due & ~found).astype(jnp.int32)
+    return _Renewable(
+        _where(renews, new, subspace._replace(failures=failures)),
+        # Before the first basis there is nothing to follow.
+        _where(renews & ~is_first, rebased, moments),
+    )
+
+
+def _with_basis_of(
+    gradient: jax.Array, subspace: Subspace, projector: Projector, name_hash: jax.Array
+) -> tuple[Subspace, jax.Array]:
+    """Returns the subspace with a basis of the gradient, and where there is one."""
+    parts = projector.parts
+    assert not isinstance(parts.basis, RandomBasis)
+    matrix = projector.view.oriented(gradient).astype(projector.dtype)
+    seeds = projector.seeds(subspace.refreshes - 1, name_hash)
+    columns = parts.basis.compute(matrix, decode(subspace.basis), seeds)
+    # By squares, which keep NaN: XLA's maximum may pass over it (jaxlib 0.10 and 0.11,
+    # CPU).
+    squares = jnp.sum(columns**2, axis=-2)
+    found = jnp.all(jnp.isfinite(squares) & (squares > 0), axis=-1)
+    # A product with the gradient, which the compiler drops for a fixed rank.
+    energies = captured_energies(matrix, columns)
+    rank, demand = parts.rank.select(energies, subspace.demand)
+    position = jax.lax.broadcasted_iota(jnp.int32, columns.shape, columns.ndim - 1)
+    columns = jnp.where(position < rank[..., None, None], columns, 0)
+    basis = encode(columns.astype(projector.dtype), subspace.basis)
+    return subspace._replace(basis=basis, rank=rank, demand=demand), found
+
+
+def _rebased(moments, kinds, r, count, rebase: RebaseRule) -> list[jax.Array]:
+    """Returns the moments of the old basis in the new one."""
+    wide = [moment.astype(r.dtype) for moment in moments]
+    firsts = [
+        x for x, moment in zip(wide, kinds, strict=True) if moment.kind == "first"
+    ]
+
+    def follow(moment, kind):
+        if kind == "first":
+            return rebase.first(moment, r)
+        mean = firsts[0] if firsts else jnp.zeros_like(moment)
+        return rebase.second(moment, mean, r, count)
+
+    return [
+        follow(x, kind).astype(moment.dtype)
+        for x, (_, kind), moment in zip(wide, kinds, moments, strict=True)
+    ]
+
+
+def _where(condition: jax.Array, new: Any, old: Any) -> Any:
+    """Selects per matrix of the stack, leaf by leaf."""
+
+    def select(x, y):
+        axes = tuple(range(condition.ndim, y.ndim))
+        return jnp.where(jnp.expand_dims(condition, axes), x, y)
+
+    return jax.tree.map(select, new, old)

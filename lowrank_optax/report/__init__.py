@@ -1,0 +1,1 @@
+"""What an optimizer does, and what a state holds, for people."""

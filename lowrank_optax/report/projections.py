@@ -1,0 +1,47 @@
+"""``projections``: what an optimizer projects, how, and what it does not and why."""
+
+from typing import Any
+
+import jax
+import optax
+
+from lowrank_optax.binding.optimizer import bind
+from lowrank_optax.matrix.plan import LeafPlan
+
+
+def projections(
+    optimizer: optax.GradientTransformation, params: Any
+) -> dict[str, LeafPlan]:
+    """Lists what ``optimizer`` projects, how, and what it does not and why.
+
+    The optimizer's own ``init`` is asked, on shapes only, so that the answer is what it
+    will do, however deeply chained, masked or partitioned it is.
+
+    Args:
+        optimizer: Any Optax transformation.
+        params: Parameters: arrays or ``jax.ShapeDtypeStruct``.
+
+    Returns:
+        Key path -> plan, for each leaf of ``params``. Printing a plan gives a sentence.
+
+    Example:
+        >>> import jax.numpy as jnp, lowrank_optax
+        >>> params = {"w": jnp.ones((64, 32)), "b": jnp.ones(32)}
+        >>> plans = projections(lowrank_optax.galore(1e-2, rank=4), params)
+        >>> print(plans["['w']"])
+        ['w'] 64x32: (64 x 32), columns projected, 32 -> 4
+        >>> print(plans["['b']"])
+        ['b'] 32: full size, fewer than two axes
+    """
+    binding = bind(optimizer, params)
+    plans = [plan for who in binding.transformations for plan in who.plans.values()]
+    # Of a leaf that several are given, the one that projects it speaks.
+    by_path = {plan.path: plan for plan in sorted(plans, key=lambda x: x.is_projected)}
+
+    def plan_of(path, leaf):
+        name = jax.tree_util.keystr(path) or "(the whole tree)"
+        reason = "not given to a low-rank transformation"
+        return by_path.get(name, LeafPlan(name, tuple(leaf.shape), None, 0, reason))
+
+    found = (plan_of(*leaf) for leaf in jax.tree.leaves_with_path(params))
+    return {plan.path: plan for plan in found}

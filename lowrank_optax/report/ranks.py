@@ -1,0 +1,46 @@
+"""What a state holds, read on the host: ranks and bytes."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from lowrank_optax.binding.states import low_rank_states, slots_of
+from lowrank_optax.subspace import Subspace
+
+
+def subspaces(state: Any) -> dict[str, Subspace]:
+    """Returns the subspace of each projected leaf by its path.
+
+    Args:
+        state: State of any optimizer that contains low-rank transformations.
+
+    Returns:
+        Key path of the parameter, as ``jax.tree_util.keystr`` writes it, -> subspace.
+    """
+    return {
+        jax.tree_util.keystr(path): slot
+        for node in low_rank_states(state)
+        for path, slot in slots_of(node).items()
+    }
+
+
+def ranks(state: Any) -> dict[str, np.ndarray]:
+    """Returns the rank in use of each projected leaf by its path.
+
+    Args:
+        state: State of any optimizer that contains low-rank transformations. Its arrays
+            are read, so this waits for the device.
+
+    Returns:
+        Key path -> ranks, int32, shape (*stack,): () for a single matrix. Leaves that
+        are not projected have no entry; :func:`lowrank_optax.projections` says why.
+
+    Example:
+        >>> import lowrank_optax, jax.numpy as jnp
+        >>> params = {"blocks": jnp.ones((3, 64, 16)), "bias": jnp.ones(16)}
+        >>> ranks(lowrank_optax.galore(1e-2, rank=4).init(params))
+        {"['blocks']": array([4, 4, 4], dtype=int32)}
+    """
+    in_use = {path: subspace.rank for path, subspace in subspaces(state).items()}
+    return jax.tree.map(np.asarray, jax.device_get(in_use))

@@ -1,0 +1,1 @@
+"""One choice each: basis, rank, refresh, re-basing, residual."""

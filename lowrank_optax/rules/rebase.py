@@ -1,0 +1,130 @@
+"""Moments of the old basis, expressed in the new one: a rule per moment.
+
+With the transfer R = P_old^T P_new (r, r), moments M, V (a, r) have their columns in
+the subspace, so R M of the paper is M R here. Random bases are not orthonormal: theirs
+is :func:`random_transfer`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_optax.rules.lapack import one_by_one
+from lowrank_optax.rules.orthonormal import HIGHEST
+
+# (second moment V, first moment M or zeros, transfer R, updates done) -> new V
+SecondMomentRule = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+# (first moment M, transfer R) -> new M
+FirstMomentRule = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class RebaseRule:
+    """How the two kinds of moments follow a change of basis.
+
+    Attributes:
+        first: (M, R) -> M in the new basis; anything linear in the gradients.
+        second: (V, M, R, count) -> V in the new basis; anything that averages squares.
+            M is the first moment before the change (zeros, where the inner
+            transformation has none), count the updates done.
+    """
+
+    first: FirstMomentRule
+    second: SecondMomentRule
+
+
+def transfer(old: jax.Array, new: jax.Array) -> jax.Array:
+    """Returns R = P_old^T P_new, (*stack, r_old, r_new)."""
+    return jnp.einsum("...br,...bs->...rs", old, new, precision=HIGHEST)
+
+
+def random_transfer(old: jax.Array, new: jax.Array) -> jax.Array:
+    r"""Returns R = (P_old^T P_old)^-1 P_old^T P_new, (*stack, r_old, r_new).
+
+    For bases that are not orthonormal: M (P_old^T P_old)^-1 P_old^T is the least
+    gradient whose projection is M, and M R its projection by the new basis. Columns of
+    a small basis may coincide: 1e-6 of the mean diagonal is added to it.
+    """
+    products = jnp.einsum("...br,...bs->...rs", old, old, precision=HIGHEST)
+    mean = jnp.trace(products, axis1=-2, axis2=-1) / products.shape[-1]
+    eye = jnp.broadcast_to(jnp.eye(products.shape[-1], dtype=old.dtype), products.shape)
+    ridge = 1e-6 * mean[..., None, None] * eye
+    return one_by_one(jnp.linalg.solve, products + ridge, transfer(old, new))
+
+
+def _exact(moment: jax.Array, r: jax.Array) -> jax.Array:
+    return jnp.einsum("...ar,...rs->...as", moment, r, precision=HIGHEST)
+
+
+def _kept(moment: jax.Array, r: jax.Array) -> jax.Array:
+    del r
+    return moment
+
+
+def _zeros(moment: jax.Array, r: jax.Array) -> jax.Array:
+    del r
+    return jnp.zeros_like(moment)
+
+
+def ldadam_rebase(b2: jax.typing.ArrayLike = 0.999) -> RebaseRule:
+    r"""The rule of LDAdam: transports the variance and the mean separately.
+
+    .. math::
+        V' = (1 - b_2^t) \, | (V / (1 - b_2^t) - M^2) (R \circ R) + (M R)^2 |
+
+    Args:
+        b2: Decay of the second moment of the inner Adam; in (0, 1).
+
+    References:
+        Robert et al., `LDAdam <https://arxiv.org/abs/2410.16103>`_, 2024.
+    """
+
+    def second(nu, mu, r, count):
+        # count is 0 only before the first basis, where the moments are zero.
+        correction = 1 - jnp.asarray(b2, nu.dtype) ** jnp.maximum(count, 1)
+        variance = _exact(nu / correction - mu**2, r**2)
+        return correction * jnp.abs(variance + _exact(mu, r) ** 2)
+
+    return RebaseRule(_exact, second)
+
+
+REBASE_RULES: dict[str, RebaseRule] = {
+    "square": RebaseRule(_exact, lambda nu, mu, r, count: _exact(nu, r**2)),
+    "abs": RebaseRule(_exact, lambda nu, mu, r, count: jnp.abs(_exact(nu, r))),
+    "ldadam": ldadam_rebase(),
+    "clamp": RebaseRule(_exact, lambda nu, mu, r, count: jnp.maximum(_exact(nu, r), 0)),
+    "first": RebaseRule(_exact, lambda nu, mu, r, count: nu),
+    "keep": RebaseRule(_kept, lambda nu, mu, r, count: nu),
+    "zero": RebaseRule(_zeros, lambda nu, mu, r, count: jnp.zeros_like(nu)),
+}
+"""The named rules. The first moment follows exactly, M R, but for "keep" and "zero".
+
+========  ==========================================================================
+name      second moment
+========  ==========================================================================
+square    V (R o R): exact for uncorrelated coordinates; the default
+abs       | V R |: depends on the signs of the basis' columns, which are arbitrary
+ldadam    see :func:`ldadam_rebase`, with b2 = 0.999
+clamp     max(V R, 0): the paper's rule, kept from going negative; it starves columns
+first     V: the expectation, where bases are random; the default there
+keep      V, and M too: GaLore
+zero      0, and M too: the optimizer starts again in the new subspace
+========  ==========================================================================
+
+No rule gives a negative second moment from a non-negative one.
+"""
+
+
+def as_rebase_rule(rule: "str | RebaseRule") -> RebaseRule:
+    """Returns a rule from its name, or the rule itself.
+
+    Raises:
+        ValueError: If no rule has this name.
+    """
+    if isinstance(rule, RebaseRule):
+        return rule
+    if rule not in REBASE_RULES:
+        raise ValueError(f"rebase must be one of {sorted(REBASE_RULES)}, got {rule!r}.")
+    return REBASE_RULES[rule]

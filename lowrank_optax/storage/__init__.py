@@ -1,0 +1,1 @@
+"""How many bytes a state takes, and how they are changed."""

@@ -1,0 +1,162 @@
+"""Which leaf gets how many columns, so that given bytes capture the most energy."""
+
+import heapq
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank_optax.binding.moments import KNOWN_FIELDS
+from lowrank_optax.binding.states import arrays_by_leaf
+from lowrank_optax.storage.codes import decode
+from lowrank_optax.storage.resize import Columns, columns, resized
+
+
+def reallocate(
+    state: Any,
+    limit: int | None = None,
+    *,
+    bucket: int = 8,
+    weight: Literal["share", "energy"] = "share",
+) -> Any:
+    r"""Spreads the columns over the leaves anew, by the energy that each captures.
+
+    The energy of column j of leaf l is what its second moment has averaged, e_lj = sum
+    over rows (and layers) of V, which is the mean of the squared projected gradient
+    (squares of the first moment, where there is no second one). Beyond the columns that
+    a leaf has, the power law through its middle and its last one goes on. Columns are
+    given out in buckets, each time to the leaf that gains most per byte,
+
+    .. math:: \max_k \sum_l w_l \sum_{j \le k_l} e_{lj} \quad \text{so that} \quad
+        \sum_l k_l \, \mathrm{bytes}_l \le \text{limit},
+
+    with w_l = 1 for "energy" and 1 / sum_j e_lj for "share": captured energy in all, or
+    as a share of each leaf's. Adam's updates do not depend on a leaf's scale, "share"
+    does not either. Leaves that lose columns lose their last ones, which capture least,
+    with their moments; those that gain have empty columns until their next refresh.
+
+    For a fixed rank, or a :func:`lowrank_optax.budget`, once some gradients have been
+    seen. Not inside ``jax.jit``.
+
+    Args:
+        state: State of any optimizer that contains low-rank transformations.
+        limit: Bytes for all that has columns: bases, moments, sums of micro-batches.
+            None: what they take now.
+        bucket: Columns given out at a time, and the least of each leaf; >= 1.
+        weight: w_l, see above.
+
+    Returns:
+        The state with other capacities.
+
+    Raises:
+        ValueError: If a value is unknown, or the limit is below one bucket per leaf.
+    """
+    if bucket < 1 or weight not in ("share", "energy"):
+        raise ValueError(
+            f"bucket must be >= 1 and weight 'share' or 'energy', got {bucket=}, "
+            f"{weight=}."
+        )
+    found = columns(state)
+    if limit is None:
+        limit = int(sum(x.capacity * x.bytes_per_column for x in found.values()))
+    wanted = allocate(found, energies(state), limit, bucket, weight)
+    by_name = {jax.tree_util.keystr(path): path for path in arrays_by_leaf(state)}
+    return resized(state, {by_name[name]: k for name, k in wanted.items()})
+
+
+def energies(state: Any) -> dict[str, np.ndarray]:
+    """Returns the mean energy that each column has captured, by its leaf's path.
+
+    Args:
+        state: State of any optimizer that contains low-rank transformations.
+
+    Returns:
+        Key path of the parameter -> energies, in squared gradients, (capacity,).
+
+    Raises:
+        ValueError: If a leaf has no moment that the library knows.
+    """
+    squares = {}
+    for path, arrays in arrays_by_leaf(state).items():
+        kinds = {KNOWN_FIELDS.get(field): x for field, x in arrays.items()}
+        if "second" in kinds:
+            values = decode(kinds["second"])
+        elif "first" in kinds:
+            values = decode(kinds["first"]) ** 2
+        else:
+            raise ValueError(
+                f"{jax.tree_util.keystr(path)}: there is no moment in the subspace to "
+                f"read energies from; its arrays are {', '.join(arrays)}."
+            )
+        squares[jax.tree_util.keystr(path)] = jnp.sum(
+            values.reshape(-1, values.shape[-1]), axis=0
+        )
+    return {path: np.asarray(x) for path, x in jax.device_get(squares).items()}
+
+
+def allocate(
+    found: Mapping[str, Columns],
+    captured: Mapping[str, np.ndarray],
+    limit: int,
+    bucket: int,
+    weight: str,
+) -> dict[str, int]:
+    """Returns the columns of each leaf; see :func:`reallocate`.
+
+    The gains of a leaf are made to fall from bucket to bucket, and then giving the next
+    bucket to the largest gain per byte is the best that whole buckets can do, up to the
+    last one.
+    """
+    most = {path: min(leaf.side, leaf.rows) - 1 for path, leaf in found.items()}
+    wanted = {path: min(bucket, most[path]) for path in found}
+    spent = sum(wanted[path] * leaf.bytes_per_column for path, leaf in found.items())
+    if spent > limit:
+        raise ValueError(
+            f"{limit:,} bytes are below the least, {int(np.ceil(spent)):,}: {bucket} "
+            f"columns for each of {len(found)} leaves."
+        )
+    spectra = {path: spectrum(captured[path], most[path]) for path in found}
+    if weight == "share":
+        spectra = {path: x / max(x.sum(), 1e-38) for path, x in spectra.items()}
+
+    def gain(path: str) -> tuple[float, str]:
+        start = wanted[path]
+        more = spectra[path][start : start + bucket]
+        return (-float(more.mean()) / found[path].bytes_per_column, path)
+
+    queue = [gain(path) for path in found if wanted[path] < most[path]]
+    heapq.heapify(queue)
+    while queue:
+        _, path = heapq.heappop(queue)
+        step = min(bucket, most[path] - wanted[path])
+        cost = step * found[path].bytes_per_column
+        if spent + cost > limit:
+            continue
+        spent += cost
+        wanted[path] += step
+        if wanted[path] < most[path]:
+            heapq.heappush(queue, gain(path))
+    return wanted
+
+
+def spectrum(captured: np.ndarray, length: int) -> np.ndarray:
+    """Returns energies of so many columns, falling: the known ones, then a power law.
+
+    Args:
+        captured: Energies of the columns that there are; (capacity,).
+        length: Of the result.
+    """
+    known = np.sort(np.maximum(np.asarray(captured, np.float64), 0))[::-1]
+    # Columns that have not been filled yet say nothing.
+    known = known[known > 0]
+    if not len(known):
+        return np.zeros(length)
+    count, middle = len(known), max(1, len(known) // 2)
+    slope = 1.0
+    if count > middle:
+        slope = np.log(known[middle - 1] / known[-1]) / np.log(count / middle)
+    positions = np.arange(count + 1, max(length, count) + 1)
+    tail = known[-1] * (count / positions) ** max(slope, 0.5)
+    return np.concatenate([known, tail])[:length]

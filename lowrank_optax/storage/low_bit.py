@@ -1,0 +1,253 @@
+"""``low_bit``: the moments of any optimizer in 8 bits, bases in 8 or 4."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.core import Tracer
+
+from lowrank_optax.binding.moments import KNOWN_FIELDS, Kind, owner_and_field
+from lowrank_optax.binding.states import is_low_rank, low_rank_record, slots_of
+from lowrank_optax.matrix.sharding import with_automatic_axes, zeros_beside
+from lowrank_optax.projected import gradients_by_path
+from lowrank_optax.storage.budget import stored_as
+from lowrank_optax.storage.codes import (
+    Coded,
+    Format,
+    coded_like,
+    coded_record,
+    decode,
+    encode,
+    format_of,
+    is_coded,
+    shape_of,
+)
+
+_MOMENTS: dict[str, Format] = {"first": "signed", "second": "root"}
+_BASES: dict[int, Format] = {8: "signed", 4: "packed"}
+_CODED_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+def low_bit(
+    optimizer: optax.GradientTransformation,
+    bits: Literal[8] | None = 8,
+    basis_bits: Literal[8, 4] | None = None,
+    *,
+    block: int = 256,
+    min_size: int = 4096,
+    moments: Mapping[str, Kind] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Keeps the moments of ``optimizer`` in 8 bits, its bases in 8 or 4.
+
+    Each block of values has a scale s in float32, the largest magnitude in it:
+
+    .. math::
+        \text{first moments: } m \approx \frac{q}{127} s, \quad
+        \text{second: } v \approx \Big(\frac{q}{254} s\Big)^2, \quad
+        \text{bases: } p \approx \frac{q}{127} s \text{ or } \frac{q}{7} s
+
+    with integers q, rounded to nearest; s is of the roots for second moments, of which
+    none above zero becomes zero. Every update decodes what it needs, computes in
+    float32, and encodes again. A basis is encoded once, at its refresh; from then on it
+    is what it is stored as, for the moments that follow it too.
+
+    The format is a property of the arrays: :class:`Coded` ones in the place of float32
+    ones, in an otherwise unchanged state. Whatever else reads a state reads them:
+    ``accumulate``, ``ranks``, ``compact``, checkpoints. ::
+
+        low_bit(galore(1e-2))                    # 8-bit GaLore
+        low_bit(adarankgrad(1e-3))               # 8-bit AdaRankGrad
+        low_bit(galore(1e-2), basis_bits=4)      # with Q-GaLore's INT4 projection
+        low_bit(optax.adamw(1e-3))               # 8-bit Adam
+
+    Blocks of a moment in a subspace, and of a basis, are pieces of one column, because
+    columns differ most and may be cut off; those of an array at full size are pieces of
+    a row: of a token, in an embedding. A value takes 1 + 4 / block bytes. What is coded
+    depends on an array's global shape, not on how it is sharded.
+    Moments that ``optimizer`` would keep in half precision come to it as float32.
+
+    Args:
+        optimizer: Any Optax transformation, low-rank ones anywhere inside.
+        bits: 8 for the moments; None: they stay in float32.
+        basis_bits: 8 or 4 for the bases of low-rank transformations; None: they stay in
+            float32. Random bases are not stored anyway.
+        block: Values of a block, at most; >= 2.
+        min_size: Arrays of fewer values stay in float32; >= 1. There is little to save
+            on norms and biases, and they suffer most.
+        moments: What fields of the state are, beside the known ones (``mu``, ``nu``,
+            ``trace``, ...): name -> "first", "second" or "constant" (left alone).
+
+    Returns:
+        A transformation with the updates of ``optimizer`` up to the error of the codes.
+        A moment that is not finite is coded as not a number, alone: its block is not
+        touched.
+
+    Raises:
+        ValueError: If a number is out of its range; in ``update``, if a state holds
+            other formats than these.
+
+    Example:
+        >>> params = {"w": jnp.ones((512, 64))}
+        >>> state = low_bit(optax.scale_by_adam()).init(params)
+        >>> state.mu["w"].codes.dtype, state.mu["w"].absmax.shape
+        (dtype('int8'), (512, 1))
+
+    References:
+        Dettmers et al., `8-bit optimizers <https://arxiv.org/abs/2110.02861>`_, 2021:
+        blocks and their scales; codes are a table of 256 values there, even steps here,
+        of the root for second moments. `Q-GaLore
+        <https://arxiv.org/abs/2407.08296>`_: the basis in 4 bits; its lazy refresh and
+        INT8 weights are not here.
+    """
+    if bits not in (8, None):
+        raise ValueError(f"bits must be 8 or None, got {bits!r}.")
+    if basis_bits not in (8, 4, None):
+        raise ValueError(f"basis_bits must be 8, 4 or None, got {basis_bits!r}.")
+    if block < 2 or min_size < 1:
+        raise ValueError(
+            f"block must be >= 2 and min_size >= 1, got {block=}, {min_size=}."
+        )
+    kinds: dict[str, Kind] = {**KNOWN_FIELDS, **(moments or {})}
+    rule = _Rule(bits, basis_bits, block, min_size, kinds)
+    inner = optax.with_extra_args_support(optimizer)
+
+    def init(params):
+        with stored_as(rule.encoded):
+            state = inner.init(params)
+        return rule.encoded(state, params)
+
+    def update(updates, state, params=None, **extra_args):
+        rule.check(state, updates)
+        decoded = jax.tree.map(_decoded, state, is_leaf=_is_array)
+        updates, new_state = inner.update(updates, decoded, params, **extra_args)
+        new_state = jax.tree.map(_encoded, state, new_state, is_leaf=_is_array)
+        return updates, new_state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _is_array(node: Any) -> bool:
+    """Returns whether a node is one array here; low-rank states decode their own."""
+    return is_coded(node) or is_low_rank(node)
+
+
+def _decoded(node: Any) -> Any:
+    if not is_coded(node):
+        return node
+    coded = coded_record(node)
+    return with_automatic_axes(decode, coded.codes, coded)
+
+
+def _encoded(old: Any, new: Any) -> Any:
+    """Returns the new array in the format of the old one."""
+    if not is_coded(old):
+        return new
+    coded = coded_record(old)
+    return with_automatic_axes(encode, coded, new, coded)
+
+
+def _first_encoded(array: jax.Array, like: Coded) -> Coded:
+    """Returns an array in a format, sharded as it is."""
+    rows_and_columns = tuple((axis,) for axis in range(array.ndim))
+    codes_axes = rows_and_columns
+    if like.codes.shape != array.shape:
+        codes_axes = (*rows_and_columns[:-1], ())
+    zeros = Coded(
+        zeros_beside(array, like.codes.shape, like.codes.dtype, codes_axes),
+        zeros_beside(array, like.absmax.shape, like.absmax.dtype, rows_and_columns),
+    )
+    # One program a shape: eagerly, each of its twenty operations is one.
+    coded = jax.jit(_encoded)(zeros, array)
+    if isinstance(array, Tracer):
+        return coded
+    return jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), coded, zeros)
+
+
+class _Array(NamedTuple):
+    """One array of a state, and what is to become of it.
+
+    Attributes:
+        path: Its key path in the state.
+        node: Array, coded array, or their shapes.
+        kind: Format that its role asks for; None: it stays as it is.
+        like: Shapes in that format; None: it is too small for it, or stays as it is.
+    """
+
+    path: tuple
+    node: Any
+    kind: Format | None
+    like: Coded | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rule:
+    """Which arrays of a state are coded, and how; see :func:`low_bit`."""
+
+    bits: int | None
+    basis_bits: int | None
+    block: int
+    min_size: int
+    kinds: Mapping[str, Kind]
+
+    def encoded(self, state: Any, params: Any) -> Any:
+        """Returns a state of float32 arrays with those encoded that are to be."""
+        formats = {array.path: array.like for array in self._arrays(state, params)}
+
+        def encode_leaf(path, leaf):
+            like = formats[path]
+            return leaf if like is None else _first_encoded(leaf, like)
+
+        return jax.tree_util.tree_map_with_path(encode_leaf, state)
+
+    def check(self, state: Any, params: Any) -> None:
+        """Raises if a state was made under another rule."""
+        for path, node, kind, like in self._arrays(state, params):
+            found = format_of(coded_record(node)) if is_coded(node) else None
+            # What is in few bits stays so, however small it has been cut.
+            if found == (kind if like or found else None):
+                continue
+            raise ValueError(
+                f"state{jax.tree_util.keystr(path)} is {found or 'float32'}, where "
+                f"low_bit with bits={self.bits}, basis_bits={self.basis_bits}, "
+                f"min_size={self.min_size} has {kind or 'float32'}; give it the "
+                "arguments that the state was made with."
+            )
+
+    def _arrays(self, state: Any, params: Any) -> Iterator[_Array]:
+        owners = gradients_by_path(params).keys()
+        for prefix, node in jax.tree.leaves_with_path(state, is_leaf=_is_array):
+            if not is_low_rank(node):
+                yield self._array(prefix, node, self._moment(prefix, owners), False)
+                continue
+            node = low_rank_record(node)
+            in_subspace = slots_of(node)
+            for path, leaf in jax.tree.leaves_with_path(node, is_leaf=is_coded):
+                if path[0] == _SUBSPACES:
+                    # A NamedTuple's field, or a mapping's inside flax.nnx.Optimizer.
+                    is_basis = jax.tree_util.keystr(path[-1:], simple=True) == "basis"
+                    kind = _BASES.get(self.basis_bits or 0) if is_basis else None
+                    yield self._array((*prefix, *path), leaf, kind, True)
+                else:
+                    owner, _ = owner_and_field(path, owners)
+                    kind = self._moment(path, owners)
+                    by_column = owner in in_subspace
+                    yield self._array((*prefix, *path), leaf, kind, by_column)
+
+    def _moment(self, path, owners) -> Format | None:
+        _, field = owner_and_field(path, owners)
+        return _MOMENTS.get(self.kinds.get(field, "")) if self.bits else None
+
+    def _array(self, path, node, kind: Format | None, by_column: bool) -> _Array:
+        shape = shape_of(node)
+        is_wide = not is_coded(node) and node.dtype not in _CODED_DTYPES
+        is_large = math.prod(shape) >= self.min_size and not is_wide
+        tile = (self.block, 1) if by_column else (1, self.block)
+        like = coded_like(shape, tile, kind) if kind and shape and is_large else None
+        return _Array(path, node, kind, like)
+
+
+_SUBSPACES = jax.tree_util.GetAttrKey("subspaces")

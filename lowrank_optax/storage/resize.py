@@ -1,0 +1,242 @@
+"""Capacity: the columns that a state's arrays have, cut or grown between two steps.
+
+XLA's shapes are static: a rank that falls inside ``update`` frees nothing. The arrays
+decide: ``update``, checkpoints and shardings follow the shapes that a state has. What
+is here runs on the host, between steps; the next step is compiled for the new shapes.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank_optax.binding.states import arrays_by_leaf, map_columns, stored_slots
+from lowrank_optax.storage.codes import bytes_of, shape_of, with_columns
+from lowrank_optax.subspace import Subspace
+
+
+class Columns(NamedTuple):
+    """The columns of one projected leaf.
+
+    Attributes:
+        capacity: Columns of its arrays.
+        rank: Columns in use, the most of any matrix of its stack.
+        demand: Smoothed demand of its rank rule, the most of any matrix of its stack.
+        side: Length b/c of the projected side.
+        rows: Number a*c of rows of coordinates.
+        bytes_per_column: Bytes of the whole state that one column takes.
+    """
+
+    capacity: int
+    rank: int
+    demand: float
+    side: int
+    rows: int
+    bytes_per_column: float
+
+
+def capacities(state: Any) -> dict[str, int]:
+    """Returns the columns that the arrays of each leaf with a stored basis have.
+
+    Args:
+        state: State of any optimizer that contains low-rank transformations; arrays or
+            shapes.
+
+    Returns:
+        Key path of the parameter, as ``jax.tree_util.keystr`` writes it, -> columns.
+
+    Example:
+        >>> import lowrank_optax
+        >>> state = lowrank_optax.galore(1e-2, rank=4).init({"w": jnp.ones((64, 16))})
+        >>> capacities(state)
+        {"['w']": 4}
+    """
+    return {
+        jax.tree_util.keystr(path): shape_of(slot.basis)[-1]
+        for path, slot in stored_slots(state).items()
+    }
+
+
+def resize(state: Any, ranks: int | Mapping[str, int]) -> Any:
+    """Cuts or grows the arrays of projected leaves to so many columns.
+
+    Columns at and above the rank in use are zero, so that a cut changes no update but
+    for rounding; new ones are zero until the leaf's next refresh fills them. Arrays of
+    a mesh stay sharded as they are. An array coded by :func:`lowrank_optax.low_bit`
+    keeps the codes of the columns that remain.
+
+    Args:
+        state: State of any optimizer that contains low-rank transformations; arrays,
+            or shapes (then ranks in use are not looked at). Not inside ``jax.jit``.
+        ranks: Columns of every leaf with a stored basis, or key path of the parameter
+            -> columns, leaving the others as they are.
+
+    Returns:
+        The state with the new shapes; the arrays that did not change are the same ones.
+
+    Raises:
+        ValueError: If a leaf is unknown, has no stored basis, or the columns are below
+            the rank in use or above the projected side.
+
+    Example:
+        >>> import lowrank_optax
+        >>> state = lowrank_optax.galore(1e-2, rank=4).init({"w": jnp.ones((64, 16))})
+        >>> capacities(resize(state, 8))
+        {"['w']": 8}
+    """
+    slots = stored_slots(state)
+    by_name = {jax.tree_util.keystr(path): path for path in slots}
+    wanted = dict.fromkeys(by_name, ranks) if isinstance(ranks, int) else dict(ranks)
+    for name, columns in wanted.items():
+        if name not in by_name:
+            raise ValueError(
+                f"{name} has no stored basis in this state; those with one are "
+                f"{', '.join(by_name) or 'none'}."
+            )
+        _check_columns(name, columns, slots[by_name[name]])
+    return resized(state, {by_name[name]: k for name, k in wanted.items()})
+
+
+def compact(
+    state: Any,
+    bucket: int = 16,
+    *,
+    peaks: Mapping[str, int] | None = None,
+    min_saving: float = 0.0,
+) -> Any:
+    """Frees the columns that no matrix of a leaf uses, in whole buckets.
+
+    Each leaf's capacity falls to its rank in use or the smoothed demand of its rank
+    rule, whichever is more, rounded up to a multiple of ``bucket``; it never rises.
+    Leaves of a fixed rank use all of theirs and stay.
+
+    Args:
+        state: State of any optimizer that contains low-rank transformations. Not inside
+            ``jax.jit``; its ranks are read, so this waits for the device.
+        bucket: Columns; capacities become multiples of it, so that few programs are
+            compiled; >= 1.
+        peaks: Key path -> columns that a leaf keeps at least, such as the most it has
+            used over a while.
+        min_saving: Share of the state's bytes; where less would be freed, nothing is.
+
+    Returns:
+        The smaller state, or ``state`` itself where nothing is to be freed.
+
+    Raises:
+        ValueError: If ``bucket`` is below 1.
+    """
+    if bucket < 1:
+        raise ValueError(f"bucket must be >= 1, got {bucket}.")
+    found = columns(state)
+    smaller = {}
+    for name, leaf in found.items():
+        needed = max(wanted_columns(leaf, bucket), (peaks or {}).get(name, 0))
+        if needed < leaf.capacity:
+            smaller[name] = needed
+    freed = sum(
+        (found[name].capacity - k) * found[name].bytes_per_column
+        for name, k in smaller.items()
+    )
+    if not smaller or freed < min_saving * bytes_of(state):
+        return state
+    return resize(state, smaller)
+
+
+def wanted_columns(leaf: Columns, bucket: int) -> int:
+    """Returns the columns that a leaf needs now: whole buckets, up to its capacity.
+
+    Args:
+        leaf: From :func:`columns`.
+        bucket: Columns; >= 1.
+    """
+    needed = max(leaf.rank, int(np.ceil(leaf.demand)), 1)
+    return min(leaf.capacity, -(-needed // bucket) * bucket)
+
+
+def columns(state: Any) -> dict[str, Columns]:
+    """Returns what the columns of each leaf with a stored basis are used for, and cost.
+
+    Args:
+        state: Arrays; ranks and demands are read, so this waits for the device.
+    """
+    slots = stored_slots(state)
+    read = jax.device_get([(slot.rank, slot.demand) for slot in slots.values()])
+    numbers = dict(zip(slots, read, strict=True))
+    arrays = arrays_by_leaf(state)
+    return {
+        jax.tree_util.keystr(path): Columns(
+            capacity=shape_of(slot.basis)[-1],
+            rank=int(np.max(numbers[path][0])),
+            demand=float(np.max(numbers[path][1])),
+            side=shape_of(slot.basis)[-2],
+            rows=_rows(arrays[path]),
+            bytes_per_column=bytes_of(arrays[path]) / shape_of(slot.basis)[-1],
+        )
+        for path, slot in slots.items()
+    }
+
+
+def _rows(arrays: Mapping[str, Any]) -> int:
+    return next(shape_of(x)[-2] for name, x in arrays.items() if name != "basis")
+
+
+def _check_columns(name: str, columns: int, slot: Subspace) -> None:
+    side = shape_of(slot.basis)[-2]
+    is_int = isinstance(columns, int) and not isinstance(columns, bool)
+    if not is_int or not 1 <= columns <= side:
+        raise ValueError(
+            f"{name}: a basis of its side of {side} has 1 to {side} columns, not "
+            f"{columns!r}."
+        )
+    if isinstance(slot.rank, jax.ShapeDtypeStruct):
+        return
+    rank = int(np.max(jax.device_get(slot.rank)))
+    if columns < rank:
+        raise ValueError(
+            f"{name}: {columns} columns are below the rank in use, {rank}; give at "
+            "least that many."
+        )
+
+
+def resized(state: Any, wanted: Mapping[tuple, int]) -> Any:
+    """Returns a state with so many columns of leaves by key path; ranks cut too."""
+
+    def fit(path, field, node):
+        del field
+        is_other = path in wanted and shape_of(node)[-1] != wanted[path]
+        return _with_columns(node, wanted[path]) if is_other else node
+
+    def cut(path, slot: Subspace) -> Subspace:
+        if path not in wanted or isinstance(slot.rank, jax.ShapeDtypeStruct):
+            return slot
+        least = wanted[path]
+        if least >= shape_of(slot.basis)[-1]:
+            return slot
+        rank = jnp.minimum(slot.rank, least)
+        demand = jnp.minimum(slot.demand, least)
+        return slot._replace(
+            rank=_beside(rank, slot.rank), demand=_beside(demand, slot.demand)
+        )
+
+    return map_columns(state, cut, fit)
+
+
+def _with_columns(node: Any, columns: int) -> Any:
+    """Returns :func:`with_columns` of an array, sharded as it was."""
+    cut = with_columns
+    arrays = [x for x in jax.tree.leaves(node) if isinstance(x, jax.Array)]
+    if arrays and all(len(x.sharding.device_set) == 1 for x in arrays):
+        # One program, and not one for each operation.
+        cut = jax.jit(with_columns, static_argnums=1)
+    return _beside(cut(node, columns), node)
+
+
+def _beside(new: Any, old: Any) -> Any:
+    """Returns a resized array, sharded as it was."""
+
+    def put(x, y):
+        return jax.device_put(x, y.sharding) if isinstance(x, jax.Array) else x
+
+    return jax.tree.map(put, new, old)

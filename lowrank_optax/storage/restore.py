@@ -1,0 +1,50 @@
+"""``like_saved``: the shapes that a checkpoint was written with."""
+
+from typing import Any
+
+import jax
+
+
+def like_saved(state: Any, saved: Any) -> Any:
+    """Returns the shapes of a state with the capacities of a saved one.
+
+    A checkpoint holds the shapes that it was written with, and restoring asks for a
+    tree of the shapes to expect. With Orbax::
+
+        checkpointer = ocp.StandardCheckpointer()
+        state = jax.eval_shape(optimizer.init, params)
+        saved = checkpointer.metadata(path).item_metadata.tree
+        state = checkpointer.restore(path, lowrank_optax.like_saved(state, saved))
+
+    Args:
+        state: Shapes, or arrays, of the optimizer's first state, or a tree that has it
+            inside; shardings of shapes are kept.
+        saved: Tree with the same names, whose leaves have a ``shape``: Orbax's
+            metadata, or another state.
+
+    Returns:
+        A tree like ``state`` of ``jax.ShapeDtypeStruct``.
+
+    Raises:
+        ValueError: If an array is missing in ``saved``, which happens where the state
+            was saved with another optimizer or other arguments of ``low_bit``.
+    """
+    leaves = jax.tree.leaves_with_path(saved)
+    shapes = {_names(path): tuple(leaf.shape) for path, leaf in leaves}
+
+    def of_leaf(path, leaf):
+        names = _names(path)
+        if names not in shapes or len(shapes[names]) != len(leaf.shape):
+            raise ValueError(
+                f"{jax.tree_util.keystr(path)} of shape {tuple(leaf.shape)} is "
+                f"{shapes.get(names, 'not there')} in the saved state; was that made "
+                "by another optimizer, or with other bits or basis_bits of low_bit?"
+            )
+        sharding = getattr(leaf, "sharding", None)
+        return jax.ShapeDtypeStruct(shapes[names], leaf.dtype, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(of_leaf, state)
+
+
+def _names(path: tuple) -> tuple[str, ...]:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)

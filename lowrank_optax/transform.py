@@ -1,0 +1,485 @@
+"""``scale_by_low_rank``: any Optax transformation, run inside a low-rank subspace.
+
+Every method of this library is a choice of six parts around an inner transformation:
+
+=============  ============  =========  ==============  ==========  ==============
+method         basis         rank       refresh         re-basing   residual
+=============  ============  =========  ==============  ==========  ==============
+GaLore         exact_svd     fixed      every(200)      keep        dropped
+AdaRankGrad    range_finder  by energy  on_convergence  square      dropped
+VLoRP          random        fixed      every(25)       first       dropped
+LDAdam         range_finder  fixed      every(1)        ldadam      dropped
+Fira           range_finder  fixed      every(200)      square      scaled
+SUMO           range_finder  fixed      every(200)      square      dropped
+low_rank_muon  range_finder  fixed      every(200)      square      orthogonalized
+=============  ============  =========  ==============  ==========  ==============
+
+with Adam in the subspace, Muon for SUMO, momentum for low_rank_muon. APOLLO scales the
+gradient itself, and ProjFactor has its second moment at full size: a core of its own.
+
+An update is: project, core, lift. What renews a basis is :mod:`lowrank_optax.renewal`.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax.binding.moments import Kind, locate_moments
+from lowrank_optax.binding.optimizer import announce, unheard
+from lowrank_optax.binding.states import low_rank_record, slots_of, with_slots
+from lowrank_optax.matrix.dimension_numbers import DimensionNumbers
+from lowrank_optax.matrix.sharding import with_automatic_axes
+from lowrank_optax.matrix.view import Side
+from lowrank_optax.projected import full_size, gradients_by_path, is_projected
+from lowrank_optax.renewal import renewed
+from lowrank_optax.rules.bases import BasisRule, range_finder
+from lowrank_optax.rules.random_bases import RandomBasis
+from lowrank_optax.rules.ranks import FixedRank, RankRule, as_rank_rule
+from lowrank_optax.rules.rebase import RebaseRule, as_rebase_rule
+from lowrank_optax.rules.residual import Dropped, Pieces, ResidualRule
+from lowrank_optax.rules.schedules import RefreshRule, every
+from lowrank_optax.storage.budget import Budget, as_stored, largest_fitting
+from lowrank_optax.storage.codes import bytes_of, decoded_tree, encoded_tree
+from lowrank_optax.subspace import (
+    LowRankState,
+    Parts,
+    Projector,
+    Subspace,
+    initial_projectors,
+    projectors_of_state,
+)
+
+
+def scale_by_low_rank(
+    inner: optax.GradientTransformation,
+    rank: int | RankRule = 128,
+    *,
+    basis: BasisRule | RandomBasis | None = None,
+    refresh: RefreshRule | None = None,
+    rebase: str | RebaseRule = "square",
+    residual: ResidualRule | None = None,
+    side: Side = "short",
+    granularity: int = 1,
+    dimension_numbers: DimensionNumbers | None = None,
+    scale: jax.typing.ArrayLike = 1.0,
+    moments: Mapping[str, Kind] | None = None,
+    seed: jax.typing.ArrayLike = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Runs ``inner`` on each gradient matrix inside a low-rank subspace of it.
+
+    For a gradient matrix oriented to G_t (a, b), its projected side last, and the basis
+    P (b, r) in use:
+
+    .. math::
+        R_t = G_t P, \quad N_t = \mathrm{inner}(R_t), \quad
+        U_t = \mathrm{scale} \cdot N_t P^\top
+
+    On a refresh P becomes a basis of the current gradient, or the next random one, and
+    the moments inside ``inner`` follow under the ``rebase`` rule, before R_t is
+    computed: by P_old^T P_new, for random bases by (P_old^T P_old)^-1 P_old^T P_new.
+    Stacked leaves (scanned layers, experts) are treated matrix by matrix: each gets the
+    update that it would get alone. Leaves without a matrix whose short side is above
+    the rank pass to ``inner`` at full size, and come out as ``inner`` makes them.
+
+    Stored per projected matrix at granularity c: (b / c) r numbers (the basis; none if
+    it is random) and a c r for each moment of ``inner``, in float32, and a few scalars.
+    An update costs 4 a b r flops beside what ``inner`` does to an (a c, r) matrix; a
+    refresh costs what the basis rule says.
+
+    Args:
+        inner: Transformation of gradients that needs no parameters, such as
+            ``optax.scale_by_adam()``, ``optax.trace(0.9)``, ``optax.scale_by_lion()``,
+            ``optax.scale_by_rms()``, ``optax.contrib.scale_by_muon(...)`` (whose own
+            ``weight_dimension_numbers`` must fit (*stack, a*c, r)).
+        rank: Columns r of the bases, >= 1, or a rule such as
+            :func:`lowrank_optax.energy_rank`, or a :func:`lowrank_optax.budget`.
+        basis: :func:`lowrank_optax.range_finder` (None) or
+            :func:`lowrank_optax.exact_svd`, computed and stored;
+            :func:`lowrank_optax.gaussian` or :func:`lowrank_optax.rademacher`, drawn
+            and not stored, for a rank that is an int.
+        refresh: :func:`lowrank_optax.every`, ``every(200)`` if None, or
+            :func:`lowrank_optax.on_convergence`.
+        rebase: Name of a rule in ``lowrank_optax.REBASE_RULES``, or a rule.
+        residual: What becomes of G - R P^T, which the subspace does not hold:
+            :func:`lowrank_optax.scaled_residual`, ``sign_residual``,
+            ``normalized_residual``, ``orthogonalized_residual``. None: nothing.
+        side: Which side of each matrix is projected. "short", b = min(n, m), keeps more
+            of a gradient's energy; "long" stores less, b r + 2 a r with a = min(n, m).
+        granularity: c, >= 1: each matrix is seen as (a*c, b/c) before it is projected;
+            where c does not divide b, at the nearest divisor below, which
+            ``lowrank_optax.projections`` lists. The moments then take a * (c r).
+        dimension_numbers: Which axes of a leaf form its matrix: a tree like the
+            parameters of ``LowRankDimensionNumbers`` (None: leave the leaf at full
+            size), or a function from the parameters (or gradients: only their shapes
+            count) to such a tree. None: ``lowrank_optax.dimension_numbers_by_shape``.
+        scale: Factor on the updates of projected leaves (GaLore's alpha).
+        moments: What the fields of ``inner``'s state are, for transformations that the
+            library does not know: name -> "first", "second" or "constant".
+        seed: Seed of the random sketches. A draw is a function of the seed, the leaf's
+            path and the number of the refresh: resuming repeats it bit for bit, and
+            another leaf changes nothing in it.
+
+    Returns:
+        A transformation whose updates have the gradients' shapes and, for projected
+        leaves, their dtypes. Its ``update`` takes gradients at full size, or
+        :class:`lowrank_optax.Projected` for any of the projected leaves; it does not
+        refresh those, and needs ``params`` for their shapes. Else it ignores
+        ``params``.
+
+        ``update(..., refresh=False)``, a Python bool, leaves the renewal of bases out
+        of the program: no conditional, no decomposition. A training loop runs it on all
+        steps but those on which a basis is due. A leaf that has no basis yet does not
+        move in it.
+
+    Raises:
+        TypeError: If ``rank`` is neither an int nor a rule; in ``update``, if
+            ``refresh`` is no Python bool.
+        ValueError: If a rank, granularity, side or rule is unknown, or a random basis
+            has a rank by energy; in ``init``, if ``inner`` needs
+            parameters, has a state that no re-basing rule knows, or dimension numbers
+            do not fit a leaf; in ``update``, if a gradient does not fit the state.
+
+    Example:
+        A basis of rank 2 and moments of 2 columns instead of 16:
+
+        >>> params = {"w": jnp.ones((64, 16))}
+        >>> tx = scale_by_low_rank(optax.scale_by_adam(), rank=2)
+        >>> state = tx.init(params)
+        >>> state.subspaces["w"].basis.shape, state.inner_state.nu["w"].shape
+        ((16, 2), (64, 2))
+
+    References:
+        GaLore (https://arxiv.org/abs/2403.03507), AdaRankGrad
+        (https://arxiv.org/abs/2410.17881). :func:`lowrank_optax.galore` and
+        :func:`lowrank_optax.adarankgrad` say where they differ.
+    """
+    parts = make_parts(
+        rank=rank,
+        basis=range_finder() if basis is None else basis,
+        refresh=every(200) if refresh is None else refresh,
+        rebase=rebase,
+        side=side,
+        granularity=granularity,
+        dimension_numbers=dimension_numbers,
+        moments=moments,
+        residual=residual,
+        seed=seed,
+    )
+    return inside_subspace(inner, parts, scale)
+
+
+def make_parts(
+    *,
+    rank: int | RankRule,
+    basis: BasisRule | RandomBasis,
+    refresh: RefreshRule,
+    rebase: str | RebaseRule,
+    residual: ResidualRule | None = None,
+    side: Side = "short",
+    granularity: int = 1,
+    dimension_numbers: DimensionNumbers | None = None,
+    moments: Mapping[str, Kind] | None = None,
+    seed: jax.typing.ArrayLike = 0,
+) -> Parts:
+    """Returns the parts, checked.
+
+    Raises:
+        TypeError: If ``rank`` is neither an int nor a rule.
+        ValueError: If a value is unknown or out of its range.
+    """
+    if side not in ("short", "long"):
+        raise ValueError(f"side must be 'short' or 'long', got {side!r}.")
+    is_int = isinstance(granularity, int) and not isinstance(granularity, bool)
+    if not is_int or granularity < 1:
+        raise ValueError(f"granularity must be an int >= 1, got {granularity!r}.")
+    rule = as_rank_rule(rank)
+    if isinstance(basis, RandomBasis) and not isinstance(rule, FixedRank):
+        raise ValueError(
+            "a random basis captures no energy that a rank rule could go by; give an "
+            f"int as rank, got {rank!r}."
+        )
+    return Parts(
+        rank=rule,
+        basis=basis,
+        refresh=refresh,
+        rebase=as_rebase_rule(rebase),
+        residual=Dropped() if residual is None else residual,
+        side=side,
+        granularity=granularity,
+        dimension_numbers=dimension_numbers,
+        moments=moments or {},
+        seed=seed,
+    )
+
+
+class InLeaf(NamedTuple):
+    """One projected leaf during an update.
+
+    Attributes:
+        projector: How it is projected.
+        subspace: Its subspace, renewed.
+        basis: P; (*stack, b/c, r).
+        gradient: At full size; None, if it came projected.
+    """
+
+    projector: Projector
+    subspace: Subspace
+    basis: jax.Array
+    gradient: jax.Array | None
+
+
+class Core(Protocol):
+    """What a low-rank transformation does with gradients that are projected."""
+
+    def init(
+        self, params: Any, coordinates: Any, projectors: Mapping[tuple, Projector]
+    ) -> Any:
+        """Returns its state.
+
+        Args:
+            params: Parameters, or their shapes; only those and shardings count.
+            coordinates: Tree like the parameters; a projected leaf has shape
+                (*stack, a*c, r).
+            projectors: Of the projected leaves.
+        """
+        ...
+
+    def check(self, coordinates: Any, state: Any) -> None:
+        """Raises ValueError if something else is wrong with the state."""
+        ...
+
+    def update(
+        self,
+        coordinates: Any,
+        state: Any,
+        leaves: Mapping[tuple, InLeaf],
+        count: jax.Array,
+        extra_args: Mapping[str, Any],
+    ) -> tuple[Any, Any, Mapping[tuple, Any]]:
+        """Returns updates at full size, its new state, and the residual rule's states.
+
+        Args:
+            coordinates: Gradients; those of projected leaves are (*stack, a*c, r).
+            state: Of the core.
+            leaves: The projected leaves by their key paths.
+            count: Updates done; (), int32.
+            extra_args: For an inner transformation.
+        """
+        ...
+
+
+class InsideSubspace(NamedTuple):
+    """The core of :func:`scale_by_low_rank`: any transformation, then the lift."""
+
+    inner: optax.GradientTransformationExtraArgs
+    residual: ResidualRule
+    scale: jax.typing.ArrayLike
+
+    def init(self, params, coordinates, projectors):
+        """Returns the state of ``inner``; see :class:`Core`."""
+        del params, projectors
+        return self.inner.init(coordinates)
+
+    def check(self, coordinates, state):
+        """Raises if ``inner`` needs parameters; see :class:`Core`."""
+        if jax.tree.leaves(coordinates):
+            _check_needs_no_params(self.inner, coordinates, state)
+
+    def update(self, coordinates, state, leaves, count, extra_args):
+        """Returns scale N P^T and what the residual adds; see :class:`Core`."""
+        del count
+        narrow, state = self.inner.update(coordinates, state, None, **extra_args)
+        residuals = {}
+
+        def lifted(path, n, r):
+            if path not in leaves:
+                return self.residual.at_full_size(n)
+            projector, subspace, basis, gradient = leaves[path]
+            pieces = Pieces(projector.view, gradient, r, n, basis, self.scale)
+            update, residuals[path] = self.residual.update(pieces, subspace.residual)
+            return update
+
+        updates = jax.tree_util.tree_map_with_path(lifted, narrow, coordinates)
+        return updates, state, residuals
+
+
+def inside_subspace(
+    inner: optax.GradientTransformation, parts: Parts, scale: jax.typing.ArrayLike = 1.0
+) -> optax.GradientTransformationExtraArgs:
+    """Returns the transformation that runs ``inner`` inside the subspaces."""
+    inner = optax.with_extra_args_support(inner)
+    core = InsideSubspace(inner, parts.residual, scale)
+    return low_rank_transformation(core, parts)
+
+
+def low_rank_transformation(
+    core: Core, parts: Parts
+) -> optax.GradientTransformationExtraArgs:
+    """Returns the transformation that projects, runs the core, and renews bases."""
+
+    def init_fn(params):
+        return _init(params, core, _with_rank_of_budget(params, core, parts))
+
+    def update_fn(updates, state, params=None, *, refresh=True, **extra_args):
+        if not isinstance(refresh, bool):
+            raise TypeError(
+                "refresh must be the Python value True or False, for it decides what "
+                f"is compiled; got {type(refresh).__name__}. Under jax.jit close over "
+                "it, or name it in static_argnames."
+            )
+        like = full_size(updates, params)
+
+        def update(updates, state):
+            return _update(updates, state, like, core, parts, refresh, extra_args)
+
+        record = low_rank_record(state)
+        return with_automatic_axes(update, (like, record), updates, record)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _with_rank_of_budget(params: Any, core: Core, parts: Parts) -> Parts:
+    """Returns the parts with the rank that a budget of bytes comes to."""
+    if not isinstance(parts.rank, Budget):
+        return parts
+
+    def of_rank(rank: int) -> Parts:
+        return parts._replace(rank=FixedRank(rank))
+
+    def bytes_at(rank: int) -> int:
+        def init(params):
+            return as_stored(_init(params, core, of_rank(rank)), params)
+
+        with unheard():
+            return bytes_of(jax.eval_shape(init, params))
+
+    return of_rank(largest_fitting(bytes_at, parts.rank.limit, _most(params, parts)))
+
+
+def _most(params: Any, parts: Parts) -> int:
+    """Returns the largest rank at which some leaf is projected."""
+    plans, _ = initial_projectors(params, parts._replace(rank=FixedRank(1)))
+    views = [plan.view for plan in plans.values() if plan.view is not None]
+    return max((min(v.kept_size, v.projected_size) - 1 for v in views), default=1)
+
+
+def _init(params: Any, core: Core, parts: Parts) -> LowRankState:
+    plans, projectors = initial_projectors(params, parts)
+    announce(plans, parts)
+
+    def subspace(path, leaf):
+        if path not in projectors:
+            return optax.MaskedNode()
+        return projectors[path].initial(leaf)
+
+    def coordinates(path, leaf):
+        if path not in projectors:
+            return leaf
+        return projectors[path].coordinates_beside(leaf)
+
+    in_subspace = jax.tree_util.tree_map_with_path(coordinates, params)
+    inner_state = core.init(params, in_subspace, projectors)
+    shapes = {path: projector.shape for path, projector in projectors.items()}
+    locate_moments(inner_state, shapes, plans.keys() - shapes.keys(), parts.moments)
+    core.check(in_subspace, inner_state)
+    subspaces = jax.tree_util.tree_map_with_path(subspace, params)
+    return LowRankState(jnp.zeros([], jnp.int32), subspaces, inner_state)
+
+
+def _check_needs_no_params(inner, coordinates, state) -> None:
+    """Raises if ``inner`` needs parameters."""
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (coordinates, state)
+    )
+    try:
+        jax.eval_shape(lambda u, s: inner.update(u, s, None), *like)
+    except Exception as error:
+        # Only if parameters are what was missing: other faults surface in update.
+        try:
+            jax.eval_shape(lambda u, s: inner.update(u, s, u), *like)
+        except Exception:
+            return
+        raise ValueError(
+            "the inner transformation of scale_by_low_rank needs parameters, which "
+            "have no meaning in the subspace; put weight decay and the like outside: "
+            "optax.chain(scale_by_low_rank(optax.scale_by_adam(), ...), "
+            "optax.add_decayed_weights(...), optax.scale_by_learning_rate(...))."
+        ) from error
+
+
+def _update(
+    updates, state: LowRankState, like, core: Core, parts: Parts, refresh, extra_args
+):
+    gradients = gradients_by_path(updates)
+    projectors = projectors_of_state(like, slots_of(state), parts)
+    _check_projected(gradients, projectors, parts)
+    if refresh:
+        state = renewed(updates, state, like, parts)
+    leaves, subspaces = {}, slots_of(state)
+    for path, projector in projectors.items():
+        gradient = None if is_projected(gradients[path]) else gradients[path]
+        basis = projector.basis(subspaces[path])
+        leaves[path] = InLeaf(projector, subspaces[path], basis, gradient)
+
+    def projected(path, gradient):
+        if is_projected(gradient):
+            return gradient.coordinates
+        if path not in leaves:
+            return gradient
+        return leaves[path].projector.view.project(gradient, leaves[path].basis)
+
+    coordinates = jax.tree_util.tree_map_with_path(
+        projected, updates, is_leaf=is_projected
+    )
+    new_updates, inner_state, residuals = core.update(
+        coordinates, decoded_tree(state.inner_state), leaves, state.count, extra_args
+    )
+
+    def in_own_dtype(path, update, leaf):
+        return update.astype(leaf.dtype) if path in leaves else update
+
+    narrow = dict(jax.tree.leaves_with_path(coordinates))
+    for path, (projector, subspace, *_) in leaves.items():
+        aged = projector.aged(subspace, narrow[path])
+        subspaces[path] = aged._replace(residual=residuals.get(path, aged.residual))
+    new_state = LowRankState(
+        jnp.asarray(optax.safe_increment(state.count)),
+        with_slots(state.subspaces, subspaces),
+        encoded_tree(inner_state, state.inner_state),
+    )
+    return jax.tree_util.tree_map_with_path(in_own_dtype, new_updates, like), new_state
+
+
+def _check_projected(
+    gradients: Mapping[tuple, Any], projectors: Mapping[tuple, Projector], parts: Parts
+) -> None:
+    """Raises if a gradient is projected, and should not be, or not so."""
+    for path, gradient in gradients.items():
+        if not is_projected(gradient):
+            continue
+        shape = gradient.coordinates.shape
+        expected = projectors[path].shape if path in projectors else None
+        if shape != expected:
+            where = expected or "which it does not have here"
+            raise ValueError(
+                f"{jax.tree_util.keystr(path)}: a projected gradient of shape {shape} "
+                f"does not fit its subspace, {where}."
+            )
+        check_subspace_is_enough(parts, path)
+
+
+def check_subspace_is_enough(parts: Parts, path: tuple) -> None:
+    """Raises if gradients inside the subspace do not do for a transformation.
+
+    Args:
+        parts: Of the transformation.
+        path: Key path of a leaf whose gradient is projected before the update.
+    """
+    if parts.needs_full_gradients:
+        raise ValueError(
+            f"{jax.tree_util.keystr(path)}: this method needs the full gradient at "
+            "every update; use jax.value_and_grad."
+        )
