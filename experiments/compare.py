@@ -23,16 +23,16 @@ import tyro
 from rich.console import Console
 
 from experiments.arguments import check_choice, flag, parse_arguments
-from experiments.comparison import write_report
-from experiments.config import complete, parse
+from experiments.comparison.ledger import RUNS, Ledger, best_rates, rates_of
+from experiments.comparison.outcome import loss_of, outcome
+from experiments.comparison.report import write_report
+from experiments.comparison.search import Point, best_point, next_point
+from experiments.comparison.suites import SUITES, Contender, Suite
 from experiments.errors import UserError
-from experiments.ledger import RUNS, Ledger, best_rates, rates_of
-from experiments.metrics import CHECKPOINTS, SUMMARY_FILE
-from experiments.model import MODELS
-from experiments.optimizers import OPTIMIZERS
-from experiments.outcome import loss_of, outcome
-from experiments.search import Point, best_point, next_point
-from experiments.suites import SUITES, Contender, Suite
+from experiments.model.llama import MODELS
+from experiments.optim.methods import OPTIMIZERS
+from experiments.run.config import complete, parse
+from experiments.run.metrics import CHECKPOINTS, SUMMARY_FILE
 
 # Ways to be told to stop; a lost terminal is one.
 _STOPS = [

@@ -6,9 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.adapters import has_adapters, merged, restarted, with_adapters
-from experiments.model import init_params
-from experiments.optimizers import (
+from experiments.model.adapters import has_adapters, merged, restarted, with_adapters
+from experiments.model.llama import init_params
+from experiments.optim.methods import (
     OptimizerOptions,
     build_optimizer,
     parameter_groups,

@@ -18,10 +18,11 @@ try:
 except ImportError:
     fcntl = None
 
-from experiments import compare, suites
-from experiments.comparison import front, rows_of, table
-from experiments.config import complete, parse
-from experiments.search import best_point, next_point
+from experiments import compare
+from experiments.comparison import suites
+from experiments.comparison.report import front, rows_of, table
+from experiments.comparison.search import best_point, next_point
+from experiments.run.config import complete, parse
 from tests.experiments.small_runs import one_error_line, write_inputs
 
 ROOT = Path(__file__).parents[2]
@@ -405,7 +406,8 @@ def test_a_terminated_comparison_ends_its_runs_each_with_a_checkpoint(tmp_path):
     flags = dict(zip(*[iter(write_inputs(inputs))] * 2, strict=True))
     script = f"""
 import sys
-from experiments import compare, suites
+from experiments import compare
+from experiments.comparison import suites
 flags = {{"initial_weights": {flags["--initial-weights"]!r}, "steps": 5_000}}
 adamw = suites.Contender("adamw", {{"optimizer": "adamw"}}, 0.125)
 suite = suites.Suite("one", {{**flags, "model": "tiny"}}, (adamw,))

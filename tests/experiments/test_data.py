@@ -3,9 +3,9 @@ import json
 import numpy as np
 import pytest
 
-from experiments.data import make_data
+from experiments.data.pipeline import make_data
+from experiments.data.tokenizers import ByteTokenizer
 from experiments.errors import UserError
-from experiments.tokenizers import ByteTokenizer
 
 LENGTH = 16
 

@@ -1,6 +1,6 @@
 import pytest
 
-from experiments.embedded import standard_library
+from experiments.data.embedded_text import standard_library
 from experiments.errors import UserError
 
 

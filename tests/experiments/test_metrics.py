@@ -5,7 +5,7 @@ import json
 import pytest
 
 from experiments.errors import UserError
-from experiments.metrics import (
+from experiments.run.metrics import (
     MetricsLog,
     check_is_free,
     make_directory,

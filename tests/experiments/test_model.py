@@ -8,7 +8,8 @@ import pytest
 from flax import nnx
 
 from experiments.errors import UserError
-from experiments.model import (
+from experiments.model.hugging_face import load_llama
+from experiments.model.llama import (
     MODELS,
     Llama,
     LlamaConfig,
@@ -17,7 +18,6 @@ from experiments.model import (
     init_params,
     preset,
 )
-from experiments.weights import load_llama
 from tests.experiments import llama_reference
 
 SMALL = LlamaConfig(

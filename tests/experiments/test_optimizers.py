@@ -8,15 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.memory import (
-    adamw_memory_by_kind,
-    adamw_state_bytes,
-    block_leaves,
-    block_state,
-    memory_by_kind,
-    optimizer_state_bytes,
-)
-from experiments.optimizers import (
+from experiments.optim.methods import (
     OPTIMIZERS,
     OptimizerOptions,
     build_optimizer,
@@ -24,7 +16,15 @@ from experiments.optimizers import (
     parameter_groups,
     with_defaults,
 )
-from experiments.unstacked import unstacked
+from experiments.optim.unstacked import unstacked
+from experiments.run.memory import (
+    adamw_memory_by_kind,
+    adamw_state_bytes,
+    block_leaves,
+    block_state,
+    memory_by_kind,
+    optimizer_state_bytes,
+)
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 

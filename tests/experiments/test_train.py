@@ -7,9 +7,10 @@ import types
 import numpy as np
 import pytest
 
-from experiments import compaction, train
-from experiments.checkpoint import Checkpoints
-from experiments.progress import TrainingProgress
+from experiments.optim import compaction
+from experiments.run import train
+from experiments.run.checkpoint import Checkpoints
+from experiments.run.terminal import TrainingProgress
 from tests.experiments.small_runs import (
     assert_same_run,
     read_lines,

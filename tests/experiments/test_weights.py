@@ -9,8 +9,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from experiments.errors import UserError
-from experiments.model import LlamaConfig
-from experiments.weights import load_llama, save_llama
+from experiments.model.hugging_face import load_llama, save_llama
+from experiments.model.llama import LlamaConfig
 from tests.experiments import llama_reference
 
 CONFIG = LlamaConfig(

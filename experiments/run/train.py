@@ -13,26 +13,25 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
 import lowrank_optax
-from experiments.adapters import merged, restarted
-from experiments.assemble import Parts
-from experiments.checkpoint import Checkpoints, RunRecord
-from experiments.clock import Clock
-from experiments.compaction import Compaction
-from experiments.config import to_json
 from experiments.errors import UserError
-from experiments.interrupts import StopRequest
-from experiments.memory import optimizer_state_bytes
-from experiments.metrics import (
+from experiments.model.adapters import merged, restarted
+from experiments.model.llama import apply
+from experiments.optim.compaction import Compaction
+from experiments.optim.methods import OPTIMIZERS
+from experiments.run.assemble import Parts
+from experiments.run.checkpoint import Checkpoints, RunRecord
+from experiments.run.clock import Clock
+from experiments.run.config import to_json
+from experiments.run.interrupts import StopRequest
+from experiments.run.memory import optimizer_state_bytes
+from experiments.run.metrics import (
     CHECKPOINTS,
     CONFIG_FILE,
     MetricsLog,
     make_directory,
     write_json,
 )
-from experiments.model import apply
-from experiments.optimizers import OPTIMIZERS
-from experiments.progress import TrainingProgress
-from experiments.step import (
+from experiments.run.step import (
     BATCH,
     initial_state,
     make_eval_step,
@@ -41,6 +40,7 @@ from experiments.step import (
     shard_batch,
     validation_loss,
 )
+from experiments.run.terminal import TrainingProgress
 
 # So far may Python run ahead of the device: enough to keep it busy, and few enough that
 # a signal is answered soon.
@@ -96,7 +96,7 @@ def train(parts: Parts, console: Console) -> Trained:
     SIGINT ends the step, and a validation under way, and saves a checkpoint.
 
     Args:
-        parts: From :func:`experiments.assemble.assemble`.
+        parts: From :func:`experiments.run.assemble.assemble`.
         console: Where to show progress.
 
     Raises:

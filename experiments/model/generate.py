@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.errors import UserError
-from experiments.model import LlamaConfig, Params, apply
+from experiments.model.llama import LlamaConfig, Params, apply
 
 
 def generate(

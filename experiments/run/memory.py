@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from experiments.optimizers import parameter_groups
+from experiments.optim.methods import parameter_groups
 
 
 def optimizer_state_bytes(opt_state: Any) -> int:

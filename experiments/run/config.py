@@ -12,8 +12,8 @@ import tyro
 import lowrank_optax
 from experiments.arguments import check_choice, flag, parse_arguments
 from experiments.errors import UserError
-from experiments.model import MODELS
-from experiments.optimizers import OPTIMIZERS, OptimizerOptions, with_defaults
+from experiments.model.llama import MODELS
+from experiments.optim.methods import OPTIMIZERS, OptimizerOptions, with_defaults
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

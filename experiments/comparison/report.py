@@ -10,8 +10,8 @@ import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from experiments.outcome import loss_of
-from experiments.suites import Suite
+from experiments.comparison.outcome import loss_of
+from experiments.comparison.suites import Suite
 
 T = TypeVar("T")
 _MARKERS = "os^vD<>pPX*"

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 import grain
 import numpy as np
 
+from experiments.data.packing import Windows, join_documents, padded_batches
+from experiments.data.sources import open_source
+from experiments.data.streaming import load_c4, packed_batches
+from experiments.data.tokenizers import Tokenizer
 from experiments.errors import UserError
-from experiments.packing import Windows, join_documents, padded_batches
-from experiments.sources import open_source
-from experiments.streaming import load_c4, packed_batches
-from experiments.tokenizers import Tokenizer
 
 _MAX_HELD_OUT_TOKENS = 500_000
 # The tokens are in memory already: more threads would only contend for the
@@ -88,7 +88,7 @@ def make_data(
 
     Args:
         spec: ``embedded`` (the standard library's sources), ``c4`` (streamed from
-            Hugging Face), or a path or glob, see :mod:`experiments.documents`.
+            Hugging Face), or a path or glob, see :mod:`experiments.data.documents`.
         tokenizer: Encodes the documents.
         batch_size: Windows per batch, >= 1.
         sequence_length: Targets per window, >= 1.

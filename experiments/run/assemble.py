@@ -13,17 +13,17 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import lowrank_optax
-from experiments.adapters import with_adapters
-from experiments.checkpoint import Checkpoints, RunRecord
-from experiments.config import Config, complete, differences
-from experiments.data import Data, make_data
+from experiments.data.pipeline import Data, make_data
+from experiments.data.tokenizers import load_tokenizer
 from experiments.errors import UserError
-from experiments.metrics import CHECKPOINTS, check_is_free
-from experiments.model import LlamaConfig, Params, init_params, preset
-from experiments.optimizers import OPTIMIZERS, build_optimizer, make_schedule
-from experiments.step import data_mesh, replicate
-from experiments.tokenizers import load_tokenizer
-from experiments.weights import load_llama
+from experiments.model.adapters import with_adapters
+from experiments.model.hugging_face import load_llama
+from experiments.model.llama import LlamaConfig, Params, init_params, preset
+from experiments.optim.methods import OPTIMIZERS, build_optimizer, make_schedule
+from experiments.run.checkpoint import Checkpoints, RunRecord
+from experiments.run.config import Config, complete, differences
+from experiments.run.metrics import CHECKPOINTS, check_is_free
+from experiments.run.step import data_mesh, replicate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Parts:
     Attributes:
         config: With every default filled in.
         directory: Where the results go.
-        tokenizer: See :mod:`experiments.tokenizers`.
-        data: See :mod:`experiments.data`.
+        tokenizer: See :mod:`experiments.data.tokenizers`.
+        data: See :mod:`experiments.data.pipeline`.
         model: Shape of the model.
         schedule: Learning rate of embedding, head and norms by update.
         tx: The optimizer.

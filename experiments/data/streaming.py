@@ -18,8 +18,8 @@ from typing import Any
 import grain
 import numpy as np
 
+from experiments.data.tokenizers import Tokenizer
 from experiments.errors import UserError
-from experiments.tokenizers import Tokenizer
 
 _SHUFFLED_DOCUMENTS = 1024
 _PREFETCHED_BATCHES = 8

@@ -18,7 +18,7 @@ def draw_figures(
     Args:
         directory: Where to; made if missing.
         records: The lines of metrics.jsonl, at least one.
-        summary: From :func:`experiments.report.summarize`.
+        summary: From :func:`experiments.run.summary.summarize`.
 
     Returns:
         The files.

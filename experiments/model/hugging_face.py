@@ -18,7 +18,7 @@ from flax import traverse_util
 from safetensors.numpy import save_file
 
 from experiments.errors import UserError
-from experiments.model import LlamaConfig, Params, init_params
+from experiments.model.llama import LlamaConfig, Params, init_params
 
 # LlamaConfig field: its name in config.json, type, and Hugging Face's default if any.
 _FIELDS: dict[str, tuple[str, type, Any]] = {
@@ -111,7 +111,7 @@ def save_llama(directory: str | Path, config: LlamaConfig, params: Params) -> No
     Args:
         directory: Created if absent; must be empty if not.
         config: The model.
-        params: The tree of :func:`experiments.model.init_params`.
+        params: The tree of :func:`experiments.model.llama.init_params`.
 
     Raises:
         UserError: If the directory holds anything, or is a file.

@@ -13,8 +13,8 @@ import optax
 import tyro
 
 import lowrank_optax
-from experiments.finite import skip_nonfinite
-from experiments.unstacked import unstacked
+from experiments.optim.skip_nonfinite import skip_nonfinite
+from experiments.optim.unstacked import unstacked
 
 Rebase = Literal["abs", "clamp", "first", "keep", "ldadam", "square", "zero"]
 
@@ -33,7 +33,7 @@ class Method:
             steps that renew a basis.
         rank_share: Default of --rank, as a share of the hidden size.
         adapters: Parameterisation of the block matrices whose factors it trains, of
-            :mod:`experiments.adapters`. None: it trains the matrices.
+            :mod:`experiments.model.adapters`. None: it trains the matrices.
     """
 
     make: Callable[..., optax.GradientTransformation]

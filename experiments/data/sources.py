@@ -5,10 +5,10 @@ import itertools
 import platform
 from collections.abc import Iterable
 
-from experiments.documents import find_files, read_documents
-from experiments.embedded import standard_library
+from experiments.data.documents import find_files, read_documents
+from experiments.data.embedded_text import standard_library
+from experiments.data.streaming import load_c4, texts
 from experiments.errors import UserError
-from experiments.streaming import load_c4, texts
 
 _STREAMED_VALIDATION_TOKENS = 500_000
 
@@ -19,7 +19,7 @@ class Source:
 
     Attributes:
         name: The training text, in words.
-        train: Its documents; None: streamed, see :mod:`experiments.streaming`.
+        train: Its documents; None: streamed, see :mod:`experiments.data.streaming`.
         validation_name: The validation text, in words.
         validation: Its documents; None: to be held out of the training text.
         max_validation_tokens: How much of ``validation`` to use; None: all.

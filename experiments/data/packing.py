@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 import grain
 import numpy as np
 
-from experiments.tokenizers import Tokenizer
+from experiments.data.tokenizers import Tokenizer
 
 _CHUNK_CHARACTERS = 1 << 20
 _REPORT_SECONDS = 5.0

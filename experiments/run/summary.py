@@ -10,10 +10,10 @@ import optax
 from rich.console import Console
 from rich.table import Table
 
-from experiments.adapters import merged
-from experiments.assemble import Parts
-from experiments.generate import generate
-from experiments.memory import (
+from experiments.model.adapters import merged
+from experiments.model.generate import generate
+from experiments.run.assemble import Parts
+from experiments.run.memory import (
     adamw_memory_by_kind,
     adamw_state_bytes,
     block_leaves,
@@ -21,7 +21,7 @@ from experiments.memory import (
     memory_by_kind,
     optimizer_state_bytes,
 )
-from experiments.train import Trained
+from experiments.run.train import Trained
 
 _PACKAGES = ("jax", "jaxlib", "optax", "flax", "orbax-checkpoint", "lowrank_optax")
 
