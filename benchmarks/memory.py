@@ -14,7 +14,8 @@ import optax
 
 import lowrank_optax
 from benchmarks import harness
-from experiments.model.llama import apply, init_params, preset
+from experiments.model.llama import apply, init_params
+from experiments.model.shape import preset
 from experiments.optim.unstacked import unstacked
 
 VOCABULARY = 32_000

@@ -18,8 +18,9 @@ import optax
 import lowrank_optax
 from benchmarks import harness
 from benchmarks.memory import bytes_of, loss_of
-from experiments.model.llama import init_params, preset
-from experiments.optim.methods import parameter_groups
+from experiments.model.groups import parameter_groups
+from experiments.model.llama import init_params
+from experiments.model.shape import preset
 from experiments.optim.unstacked import unstacked
 
 SEQUENCES, TOKENS = 8, 256

@@ -29,7 +29,7 @@ from experiments.comparison.report import write_report
 from experiments.comparison.search import Point, best_point, next_point
 from experiments.comparison.suites import SUITES, Contender, Suite
 from experiments.errors import UserError
-from experiments.model.llama import MODELS
+from experiments.model.shape import MODELS
 from experiments.optim.methods import OPTIMIZERS
 from experiments.run.config import complete, parse
 from experiments.run.metrics import CHECKPOINTS, SUMMARY_FILE

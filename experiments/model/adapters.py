@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments.optim.methods import parameter_groups
+from experiments.model.groups import parameter_groups
 
 Kind = Literal["lora", "relora", "low_rank"]
 

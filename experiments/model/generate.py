@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.errors import UserError
-from experiments.model.llama import LlamaConfig, Params, apply
+from experiments.model.llama import Params, apply
+from experiments.model.shape import LlamaConfig
 
 
 def generate(

@@ -18,7 +18,8 @@ from flax import traverse_util
 from safetensors.numpy import save_file
 
 from experiments.errors import UserError
-from experiments.model.llama import LlamaConfig, Params, init_params
+from experiments.model.llama import Params, init_params
+from experiments.model.shape import LlamaConfig
 
 # LlamaConfig field: its name in config.json, type, and Hugging Face's default if any.
 _FIELDS: dict[str, tuple[str, type, Any]] = {

@@ -18,8 +18,11 @@ from experiments.data.tokenizers import load_tokenizer
 from experiments.errors import UserError
 from experiments.model.adapters import with_adapters
 from experiments.model.hugging_face import load_llama
-from experiments.model.llama import LlamaConfig, Params, init_params, preset
-from experiments.optim.methods import OPTIMIZERS, build_optimizer, make_schedule
+from experiments.model.llama import Params, init_params
+from experiments.model.shape import LlamaConfig, preset
+from experiments.optim.build import build_optimizer
+from experiments.optim.methods import OPTIMIZERS
+from experiments.optim.schedule import make_schedule
 from experiments.run.checkpoint import Checkpoints, RunRecord
 from experiments.run.config import Config, complete, differences
 from experiments.run.metrics import CHECKPOINTS, check_is_free

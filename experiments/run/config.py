@@ -12,8 +12,9 @@ import tyro
 import lowrank_optax
 from experiments.arguments import check_choice, flag, parse_arguments
 from experiments.errors import UserError
-from experiments.model.llama import MODELS
-from experiments.optim.methods import OPTIMIZERS, OptimizerOptions, with_defaults
+from experiments.model.shape import MODELS
+from experiments.optim.methods import OPTIMIZERS
+from experiments.optim.options import OptimizerOptions, with_defaults
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from experiments.optim.methods import parameter_groups
+from experiments.model.groups import parameter_groups
 
 
 def optimizer_state_bytes(opt_state: Any) -> int:
@@ -21,7 +21,7 @@ def adamw_state_bytes(params: Any) -> int:
 
 
 def block_state(opt_state: Any) -> Any:
-    """Returns the part of the state of :func:`build_optimizer` that blocks have."""
+    """Returns the part that blocks have of the state of ``build_optimizer``."""
     # Methods may be partitioned themselves; what has "blocks" is ours.
     found = optax.tree.get_all_with_path(opt_state, "inner_states")
     return next(groups["blocks"] for _, groups in found if "blocks" in groups)

@@ -70,7 +70,7 @@ def make_train_step(
 
     Args:
         apply_fn: The model.
-        tx: From :func:`experiments.optim.methods.build_optimizer`.
+        tx: From :func:`experiments.optim.build.build_optimizer`.
         mesh: From :func:`data_mesh`.
         accumulate: Micro-batches of a batch; above 1 ``tx`` is a
             ``lowrank_optax.Accumulation``.

@@ -9,7 +9,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from experiments.model.hugging_face import save_llama
-from experiments.model.llama import LlamaConfig, init_params
+from experiments.model.llama import init_params
+from experiments.model.shape import LlamaConfig
 from experiments.pretrain_llama import main
 
 MODEL = LlamaConfig(

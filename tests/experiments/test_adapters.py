@@ -7,13 +7,10 @@ import optax
 import pytest
 
 from experiments.model.adapters import has_adapters, merged, restarted, with_adapters
+from experiments.model.groups import parameter_groups
 from experiments.model.llama import init_params
-from experiments.optim.methods import (
-    OptimizerOptions,
-    build_optimizer,
-    parameter_groups,
-    with_defaults,
-)
+from experiments.optim.build import build_optimizer
+from experiments.optim.options import OptimizerOptions, with_defaults
 from tests.experiments.small_runs import MODEL
 
 RANK = 4

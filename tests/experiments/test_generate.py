@@ -5,7 +5,8 @@ import pytest
 from experiments.errors import UserError
 from experiments.model.generate import generate
 from experiments.model.hugging_face import load_llama
-from experiments.model.llama import LlamaConfig, apply
+from experiments.model.llama import apply
+from experiments.model.shape import LlamaConfig
 from tests.experiments import llama_reference
 
 CONFIG = LlamaConfig(

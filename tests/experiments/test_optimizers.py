@@ -8,14 +8,11 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.optim.methods import (
-    OPTIMIZERS,
-    OptimizerOptions,
-    build_optimizer,
-    make_schedule,
-    parameter_groups,
-    with_defaults,
-)
+from experiments.model.groups import parameter_groups
+from experiments.optim.build import build_optimizer
+from experiments.optim.methods import OPTIMIZERS
+from experiments.optim.options import OptimizerOptions, with_defaults
+from experiments.optim.schedule import make_schedule
 from experiments.optim.unstacked import unstacked
 from experiments.run.memory import (
     adamw_memory_by_kind,

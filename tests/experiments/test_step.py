@@ -7,7 +7,8 @@ import optax
 import pytest
 
 from experiments.errors import UserError
-from experiments.optim.methods import OptimizerOptions, build_optimizer
+from experiments.optim.build import build_optimizer
+from experiments.optim.options import OptimizerOptions
 from experiments.run.step import (
     data_mesh,
     initial_state,

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from experiments.errors import UserError
 from experiments.model.hugging_face import load_llama, save_llama
-from experiments.model.llama import LlamaConfig
+from experiments.model.shape import LlamaConfig
 from tests.experiments import llama_reference
 
 CONFIG = LlamaConfig(
