@@ -4,23 +4,19 @@ import collections
 import contextlib
 import dataclasses
 import signal
-import time
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
-import lowrank_optax
 from experiments.errors import UserError
-from experiments.model.adapters import merged, restarted
-from experiments.model.llama import apply
-from experiments.optim.compaction import Compaction
 from experiments.optim.methods import OPTIMIZERS
 from experiments.run.assemble import Parts
 from experiments.run.checkpoint import Checkpoints, RunRecord
 from experiments.run.clock import Clock
+from experiments.run.columns import capacities_line, ranks_by_name
+from experiments.run.compiled import Programs, first_due
 from experiments.run.config import to_json
 from experiments.run.interrupts import StopRequest
 from experiments.run.memory import optimizer_state_bytes
@@ -31,11 +27,9 @@ from experiments.run.metrics import (
     make_directory,
     write_json,
 )
+from experiments.run.progress import Progress, saved_progress
 from experiments.run.step import (
-    BATCH,
     initial_state,
-    make_eval_step,
-    make_train_step,
     replicate,
     shard_batch,
     validation_loss,
@@ -46,26 +40,6 @@ from experiments.run.terminal import TrainingProgress
 # a signal is answered soon.
 _STEPS_IN_FLIGHT = 2
 _REJECTED_IN_A_ROW = 20
-
-
-@dataclasses.dataclass
-class Progress:
-    """Numbers of a run that its checkpoints carry on.
-
-    Attributes:
-        step: Updates done.
-        seconds: Spent on them, input and logging included; compilation, validation
-            and checkpoints left out.
-        initial_validation_loss: Nats per token before the first update.
-        validation_loss: The newest one.
-        compaction: Of --compact.
-    """
-
-    step: int = 0
-    seconds: float = 0.0
-    initial_validation_loss: float = float("nan")
-    validation_loss: float = float("nan")
-    compaction: Compaction = dataclasses.field(default_factory=Compaction)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,8 +97,8 @@ def train(parts: Parts, console: Console) -> Trained:
         params=loop.params,
         opt_state=loop.opt_state,
         progress=loop.progress,
-        compile_seconds=loop.compile_seconds,
-        compilations=loop.compilations,
+        compile_seconds=loop.programs.compile_seconds,
+        compilations=loop.programs.compilations,
         stopped_by=stop.signal,
     )
 
@@ -141,9 +115,7 @@ class _Loop:
             self.params = parts.initial_params()
             self.opt_state = initial_state(parts.tx, self.params, parts.mesh)
         else:
-            saved = dict(parts.resumed.progress)
-            compaction = Compaction(**saved.pop("compaction"))
-            self.progress = Progress(**saved, compaction=compaction)
+            self.progress = saved_progress(parts.resumed.progress)
             self.params, self.opt_state = checkpoints.restore_state(
                 *parts.abstract_state()
             )
@@ -151,71 +123,8 @@ class _Loop:
         self.clock = Clock(self.progress.seconds)
         self.in_flight = collections.deque()
         self.logged = dataclasses.replace(self.progress)
-        config = parts.config
-        method = OPTIMIZERS[config.optimizer]
-        self.in_subspace = (
-            config.gradients == "subspace" and method.takes_subspace_gradients
-        )
-        self.due = self._first_due()
-        whole = NamedSharding(parts.mesh, PartitionSpec())
-        self.restart = jax.jit(restarted, donate_argnums=(0, 1), out_shardings=whole)
-        self.compile_seconds, self.compilations = 0.0, 0
-        self._compile_train_step()
-        started = time.monotonic()
-        eval_step = make_eval_step(self._apply, parts.mesh)
-        batch = self._abstract_batch()
-        self.eval_step = eval_step.lower(self.params, batch).compile()
-        self.compile_seconds += time.monotonic() - started
-
-    def _first_due(self) -> dict[str, jax.Array]:
-        gradient = lowrank_optax.subspace_value_and_grad(lambda: None, self.parts.tx)
-        return jax.jit(gradient.due)(self.params, self.opt_state)
-
-    def _abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        config = self.parts.config
-        shape = (config.batch_size, config.sequence_length)
-        return {name: jax.ShapeDtypeStruct(shape, t) for name, t in BATCH.items()}
-
-    def _apply(self, params: Any, tokens: jax.Array) -> jax.Array:
-        return apply(self.parts.model, merged(params), tokens)
-
-    def _compile_train_step(self) -> None:
-        """Compiles the step; with gradients in subspaces, those that renew bases too.
-
-        Random bases need no full gradients, and none of those.
-        """
-        started = time.monotonic()
-        kinds: list[tuple[str, ...] | None] = [() if self.in_subspace else None]
-        if self.in_subspace and self.due:
-            apart = self.parts.config.refresh == "apart"
-            kinds += [(path,) for path in self.due] if apart else [None]
-        self.train_steps = {kind: self._compiled_step(kind) for kind in kinds}
-        self.compile_seconds += time.monotonic() - started
-        self.compilations += 1
-
-    def _kind(self) -> tuple[str, ...] | None:
-        """Returns which leaves' bases the next step renews; None: all that are due."""
-        if not self.in_subspace:
-            return None
-        due = [path for path, is_due in self.due.items() if is_due]
-        if not due:
-            return ()
-        if self.parts.config.refresh == "together":
-            return None
-        # In turns, where more are due than there are steps.
-        return (due[self.progress.step % len(due)],)
-
-    def _compiled_step(self, renewed: tuple[str, ...] | None):
-        parts = self.parts
-        batch = self._abstract_batch()
-        train_step = make_train_step(
-            self._apply,
-            parts.tx,
-            parts.mesh,
-            parts.config.accumulate,
-            renewed=renewed,
-        )
-        return train_step.lower(self.params, self.opt_state, batch).compile()
+        self.due = first_due(parts, self.params, self.opt_state)
+        self.programs = Programs(parts, self.params, self.opt_state, self.due)
 
     def run(self, log: MetricsLog, shown: TrainingProgress, stop: StopRequest) -> None:
         """Trains to the last step or to a signal, and saves."""
@@ -250,7 +159,7 @@ class _Loop:
                 "give more text or fewer --steps"
             ) from None
         # Waits for the step before, which says which bases are due now.
-        train_step = self.train_steps[self._kind()]
+        train_step = self.programs.train_step(self.due, self.progress.step)
         self.params, self.opt_state, metrics = train_step(
             self.params, self.opt_state, shard_batch(batch, self.parts.mesh)
         )
@@ -269,7 +178,9 @@ class _Loop:
         if OPTIMIZERS[config.optimizer].adapters != "relora" or not is_due:
             return
         key = jax.random.fold_in(jax.random.key(config.seed), self.progress.step)
-        self.params, self.opt_state = self.restart(self.params, self.opt_state, key)
+        self.params, self.opt_state = self.programs.restart(
+            self.params, self.opt_state, key
+        )
 
     def _compact(self, shown: TrainingProgress) -> None:
         """Looks at the state, and may cut its arrays and compile the step anew."""
@@ -283,12 +194,13 @@ class _Loop:
         before, after = map(optimizer_state_bytes, (old, self.opt_state))
         self.opt_state = replicate(self.opt_state, self.parts.mesh)
         del old
-        self._compile_train_step()
+        self.programs.compile_train_steps(self.params, self.opt_state, self.due)
         entry = {"step": progress.step, "bytes_before": before, "bytes_after": after}
         progress.compaction.done.append(entry)
         shown.say(
             f"optimizer state {before:,} -> {after:,} bytes at step {progress.step}: "
-            f"{_capacities_line(self.opt_state)}; compilation {self.compilations}"
+            f"{capacities_line(self.opt_state)}; "
+            f"compilation {self.programs.compilations}"
         )
         self.clock.start()
 
@@ -335,7 +247,7 @@ class _Loop:
     def _validate(self) -> float:
         self.clock.stop(self.params)
         return validation_loss(
-            self.eval_step,
+            self.programs.eval_step,
             self.params,
             self.parts.data.validation_batches(self.parts.config.eval_tokens),
             self.parts.mesh,
@@ -354,19 +266,3 @@ class _Loop:
                 progress=dataclasses.asdict(self.progress),
             ),
         )
-
-
-def _capacities_line(opt_state: Any) -> str:
-    """Returns the columns of each leaf in words."""
-    found = lowrank_optax.capacities(opt_state)
-    return ", ".join(f"{_name(path)} {count}" for path, count in found.items())
-
-
-def _name(path: str) -> str:
-    return path.strip("[']").replace("']['", "/")
-
-
-def ranks_by_name(opt_state: Any) -> dict[str, Any]:
-    """Returns the rank in use per projected leaf: an int, or a list of a stack's."""
-    ranks = lowrank_optax.ranks(opt_state)
-    return {_name(path): np.asarray(rank).tolist() for path, rank in ranks.items()}
