@@ -15,7 +15,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks import harness
-from experiments.comparison.report import front
+from experiments.comparison.rows import front
 from experiments.run.config import FREE_FIELDS
 
 # What the label of a row is made of, and how it is said.

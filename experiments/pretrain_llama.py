@@ -23,7 +23,8 @@ from experiments.optim.methods import OPTIMIZERS, OWN_OPTIONS
 from experiments.run.assemble import Parts, assemble
 from experiments.run.config import command_line, parse
 from experiments.run.figures import draw_figures
-from experiments.run.metrics import SUMMARY_FILE, read_metrics, write_json
+from experiments.run.files import SUMMARY_FILE, write_json
+from experiments.run.metrics import read_metrics
 from experiments.run.summary import print_summary, sample_text, summarize
 from experiments.run.train import Trained, train
 

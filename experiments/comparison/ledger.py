@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.comparison.report import rows_of
+from experiments.comparison.rows import rows_of
 from experiments.errors import UserError
-from experiments.run.metrics import CHECKPOINTS, make_directory, read_lines, write_json
+from experiments.run.files import CHECKPOINTS, make_directory, read_lines, write_json
 
 try:
     import fcntl

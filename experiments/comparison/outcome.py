@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.run.metrics import CHECKPOINTS, CONFIG_FILE, SUMMARY_FILE, read_metrics
+from experiments.run.files import CHECKPOINTS, CONFIG_FILE, SUMMARY_FILE
+from experiments.run.metrics import read_metrics
 
 # Of summary.json.
 _KEPT = (

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Mapping
 
+from experiments.comparison.suites import Contender
+
 # Doublings of the rate of embedding, head and norms, and of that of the blocks.
 Point = tuple[int, int]
 _NEIGHBOURS: tuple[Point, ...] = ((0, 1), (0, -1), (1, 0), (-1, 0))
@@ -35,3 +37,10 @@ def next_point(losses: Mapping[Point, float], most: int) -> Point | None:
 def best_point(losses: Mapping[Point, float]) -> Point:
     """Returns the point of the least loss; of equal ones the nearest to the start."""
     return min(losses, key=lambda point: (losses[point], math.hypot(*point), point))
+
+
+def rates_at(contender: Contender, point: Point) -> tuple[float, float]:
+    """Returns both learning rates, of the rest and of the blocks, at a point."""
+    rest, blocks = point
+    start = contender.learning_rate
+    return start * 2.0**rest, start * contender.block_scale * 2.0**blocks

@@ -25,7 +25,7 @@ from experiments.optim.methods import OPTIMIZERS
 from experiments.optim.schedule import make_schedule
 from experiments.run.checkpoint import Checkpoints, RunRecord
 from experiments.run.config import Config, complete, differences
-from experiments.run.metrics import CHECKPOINTS, check_is_free
+from experiments.run.files import CHECKPOINTS, check_is_free
 from experiments.run.step import data_mesh, replicate
 
 

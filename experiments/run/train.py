@@ -18,15 +18,10 @@ from experiments.run.clock import Clock
 from experiments.run.columns import capacities_line, ranks_by_name
 from experiments.run.compiled import Programs, first_due
 from experiments.run.config import to_json
+from experiments.run.files import CHECKPOINTS, CONFIG_FILE, make_directory, write_json
 from experiments.run.interrupts import StopRequest
 from experiments.run.memory import optimizer_state_bytes
-from experiments.run.metrics import (
-    CHECKPOINTS,
-    CONFIG_FILE,
-    MetricsLog,
-    make_directory,
-    write_json,
-)
+from experiments.run.metrics import MetricsLog
 from experiments.run.progress import Progress, saved_progress
 from experiments.run.step import (
     initial_state,
