@@ -7,6 +7,12 @@ import numpy as np
 import lowrank_optax
 
 
+def ranks_by_name(opt_state: Any) -> dict[str, Any]:
+    """Returns the rank in use per projected leaf: an int, or a list of a stack's."""
+    ranks = lowrank_optax.ranks(opt_state)
+    return {_name(path): np.asarray(rank).tolist() for path, rank in ranks.items()}
+
+
 def capacities_line(opt_state: Any) -> str:
     """Returns the columns of each leaf in words."""
     found = lowrank_optax.capacities(opt_state)
@@ -15,9 +21,3 @@ def capacities_line(opt_state: Any) -> str:
 
 def _name(path: str) -> str:
     return path.strip("[']").replace("']['", "/")
-
-
-def ranks_by_name(opt_state: Any) -> dict[str, Any]:
-    """Returns the rank in use per projected leaf: an int, or a list of a stack's."""
-    ranks = lowrank_optax.ranks(opt_state)
-    return {_name(path): np.asarray(rank).tolist() for path, rank in ranks.items()}
