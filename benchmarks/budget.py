@@ -17,10 +17,10 @@ import optax
 
 import lowrank_optax
 from benchmarks import harness
-from experiments.assemble import assemble
-from experiments.config import parse
-from experiments.model import apply
-from experiments.step import initial_state, make_train_step, shard_batch
+from experiments.model.llama import apply
+from experiments.run.assemble import assemble
+from experiments.run.config import parse
+from experiments.run.step import initial_state, make_train_step, shard_batch
 
 BATCHES = 8
 

@@ -14,8 +14,9 @@ import optax
 
 import lowrank_optax
 from benchmarks import harness
-from experiments.model import apply, init_params, preset
-from experiments.unstacked import unstacked
+from experiments.model.llama import apply, init_params
+from experiments.model.shape import preset
+from experiments.optim.unstacked import unstacked
 
 VOCABULARY = 32_000
 SEQUENCES, TOKENS = 8, 256  # of a micro-batch

@@ -15,8 +15,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks import harness
-from experiments.comparison import front
-from experiments.config import FREE_FIELDS
+from experiments.comparison.rows import front
+from experiments.run.config import FREE_FIELDS
 
 # What the label of a row is made of, and how it is said.
 _OPTIONS = {

@@ -13,8 +13,9 @@ import optax
 
 import lowrank_optax
 from benchmarks import harness
-from experiments.model import init_params, preset
-from experiments.optimizers import parameter_groups
+from experiments.model.groups import parameter_groups
+from experiments.model.llama import init_params
+from experiments.model.shape import preset
 
 VOCABULARY = 32_000
 RANKS = {"60m": 128, "130m": 256, "350m": 256, "1b": 512, "7b": 1024}

@@ -18,9 +18,10 @@ import optax
 import lowrank_optax
 from benchmarks import harness
 from benchmarks.memory import bytes_of, loss_of
-from experiments.model import init_params, preset
-from experiments.optimizers import parameter_groups
-from experiments.unstacked import unstacked
+from experiments.model.groups import parameter_groups
+from experiments.model.llama import init_params
+from experiments.model.shape import preset
+from experiments.optim.unstacked import unstacked
 
 SEQUENCES, TOKENS = 8, 256
 INTERVAL = 200  # steps between two refreshes

@@ -1,4 +1,9 @@
-"""LLaMA pre-training with low-rank optimizers: one command, every part importable."""
+"""LLaMA pre-training with low-rank optimizers: its commands, every part importable.
+
+``pretrain_llama``, ``compare`` and ``plan_memory`` are commands. Below them, a room
+imports only those that come before it: ``data``, ``model``, ``optim``, ``run`` and
+``comparison``.
+"""
 
 import os
 

@@ -20,8 +20,10 @@ from rich.table import Table
 import lowrank_optax
 from experiments.arguments import check_choice, flag, parse_arguments
 from experiments.errors import UserError
-from experiments.model import MODELS, init_params, preset
-from experiments.optimizers import OptimizerOptions, build_optimizer, with_defaults
+from experiments.model.llama import init_params
+from experiments.model.shape import MODELS, preset
+from experiments.optim.build import build_optimizer
+from experiments.optim.options import OptimizerOptions, with_defaults
 
 # Ranks of the published runs.
 _RANKS = {"60m": 128, "130m": 256, "350m": 256, "1b": 512, "7b": 1024}

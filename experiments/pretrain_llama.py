@@ -10,23 +10,23 @@ from pathlib import Path
 from typing import Any
 
 if not __package__:
-    # As a script, its own folder comes first: experiments/tokenizers.py would then
-    # stand in for the library of that name.
+    # As a script, its own folder comes first, not the one that `experiments` is in.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from rich.console import Console
 
-from experiments.adapters import merged
 from experiments.arguments import flag
-from experiments.assemble import Parts, assemble
-from experiments.config import command_line, parse
 from experiments.errors import UserError
-from experiments.figures import draw_figures
-from experiments.metrics import SUMMARY_FILE, read_metrics, write_json
-from experiments.optimizers import OPTIMIZERS, OWN_OPTIONS
-from experiments.report import print_summary, sample_text, summarize
-from experiments.train import Trained, train
-from experiments.weights import save_llama
+from experiments.model.adapters import merged
+from experiments.model.hugging_face import save_llama
+from experiments.optim.methods import OPTIMIZERS, OWN_OPTIONS
+from experiments.run.assemble import Parts, assemble
+from experiments.run.config import command_line, parse
+from experiments.run.figures import draw_figures
+from experiments.run.files import SUMMARY_FILE, write_json
+from experiments.run.metrics import read_metrics
+from experiments.run.summary import print_summary, sample_text, summarize
+from experiments.run.train import Trained, train
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.model import init_params
+from experiments.model.llama import init_params
 
 SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
 STORIES = SHARED_DATA / "stories260K"

@@ -8,9 +8,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from experiments.model import LlamaConfig, init_params
+from experiments.model.hugging_face import save_llama
+from experiments.model.llama import init_params
+from experiments.model.shape import LlamaConfig
 from experiments.pretrain_llama import main
-from experiments.weights import save_llama
 
 MODEL = LlamaConfig(
     vocab_size=257,

@@ -6,14 +6,11 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.adapters import has_adapters, merged, restarted, with_adapters
-from experiments.model import init_params
-from experiments.optimizers import (
-    OptimizerOptions,
-    build_optimizer,
-    parameter_groups,
-    with_defaults,
-)
+from experiments.model.adapters import has_adapters, merged, restarted, with_adapters
+from experiments.model.groups import parameter_groups
+from experiments.model.llama import init_params
+from experiments.optim.build import build_optimizer
+from experiments.optim.options import OptimizerOptions, with_defaults
 from tests.experiments.small_runs import MODEL
 
 RANK = 4

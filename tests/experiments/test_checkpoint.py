@@ -9,8 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.checkpoint import Checkpoints, RunRecord
 from experiments.errors import UserError
+from experiments.run.checkpoint import Checkpoints, RunRecord
 
 RECORD = RunRecord({"rank": 4}, "digest", {"next": 3}, {"step": 2, "seconds": 0.5})
 

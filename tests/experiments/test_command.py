@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import tokenizers
 
+from experiments.model.hugging_face import load_llama
 from experiments.pretrain_llama import main
-from experiments.weights import load_llama
 from tests.experiments.small_runs import (
     MODEL,
     assert_same_run,
@@ -241,7 +241,7 @@ def test_a_process_hit_by_a_signal_is_resumed_bit_for_bit(number, long_run, tmp_
 
 
 def test_the_file_runs_as_a_script_from_anywhere(tmp_path):
-    # Its folder holds tokenizers.py, which must not hide the library of that name.
+    # Its own folder comes first then, and is not the one that `experiments` is in.
     words = tokenizers.models.WordLevel({"</s>": 0, "low": 1}, unk_token="</s>")
     tokenizers.Tokenizer(words).save(str(tmp_path / "words.json"))
     flags = ["--tokenizer", "words.json", "--data", "nowhere.txt"]

@@ -18,10 +18,15 @@ try:
 except ImportError:
     fcntl = None
 
-from experiments import compare, suites
-from experiments.comparison import front, rows_of, table
-from experiments.config import complete, parse
-from experiments.search import best_point, next_point
+from experiments import compare
+from experiments.comparison import suites
+from experiments.comparison.flags import words_of
+from experiments.comparison.processes import Processes
+from experiments.comparison.report import table
+from experiments.comparison.rows import front, rows_of
+from experiments.comparison.search import best_point, next_point
+from experiments.optim.methods import OPTIMIZERS
+from experiments.run.config import complete, parse
 from tests.experiments.small_runs import one_error_line, write_inputs
 
 ROOT = Path(__file__).parents[2]
@@ -94,7 +99,7 @@ DIVERGES = {("sumo", 0.016)}
 @pytest.fixture
 def started(monkeypatch):
     """Runs of the suite are functions; returns the list of those that were started."""
-    monkeypatch.setitem(compare.SUITES, "cpu-small", SUITE)
+    monkeypatch.setitem(suites.SUITES, "cpu-small", SUITE)
     calls = []
 
     def process(self, flags, log):
@@ -104,13 +109,13 @@ def started(monkeypatch):
         calls.append(arguments)
         return write_run(arguments, log)
 
-    monkeypatch.setattr(compare.Comparison, "_process", process)
+    monkeypatch.setattr(Processes, "run", process)
     return calls
 
 
 def write_run(arguments, log):
     """Writes what a run leaves behind; its loss is a bowl of the rates."""
-    directory = compare.Path(arguments["--out"])
+    directory = Path(arguments["--out"])
     assert directory.exists() == ("--resume" in arguments)
     directory.mkdir(exist_ok=True)
     rest = float(arguments["--learning-rate"])
@@ -201,18 +206,18 @@ def test_an_interrupted_comparison_resumed_has_the_same_table(
     whole.mkdir()
     assert run(whole) == 0
     started.clear()
-    process = compare.Comparison._process
+    process = Processes.run
 
     def interrupted(self, flags, log):
         if len(started) == stop_after:
             # A run that was stopped before its first checkpoint.
-            compare.Path(flags[flags.index("--out") + 1]).mkdir()
+            Path(flags[flags.index("--out") + 1]).mkdir()
             raise KeyboardInterrupt
         return process(self, flags, log)
 
-    monkeypatch.setattr(compare.Comparison, "_process", interrupted)
+    monkeypatch.setattr(Processes, "run", interrupted)
     assert run(tmp_path) == 128 + signal.SIGINT
-    monkeypatch.setattr(compare.Comparison, "_process", process)
+    monkeypatch.setattr(Processes, "run", process)
     assert run(tmp_path) == 0
     assert len(started) == 10, "a run that was done was run again"
     assert results(tmp_path) == results(whole)
@@ -288,7 +293,7 @@ def test_a_run_that_fails_for_another_reason_stops_and_is_named(
         log.write_text("error: --data nowhere: no such file")
         return 2
 
-    monkeypatch.setattr(compare.Comparison, "_process", process)
+    monkeypatch.setattr(Processes, "run", process)
     assert run(tmp_path, "--only", "adamw") == 2
     error = one_error_line(capsys)
     assert "adamw-0.008-0.001-0-" in error
@@ -299,19 +304,19 @@ def test_a_run_that_fails_for_another_reason_stops_and_is_named(
 def test_a_run_that_was_stopped_from_outside_is_not_taken_for_diverged(
     started, tmp_path, monkeypatch, capsys
 ):
-    process = compare.Comparison._process
+    process = Processes.run
 
     def stopped(self, flags, log):
         process(self, flags, log)
-        (compare.Path(flags[flags.index("--out") + 1]) / "summary.json").unlink()
+        (Path(flags[flags.index("--out") + 1]) / "summary.json").unlink()
         log.write_text("stopped by SIGTERM and saved at step 10")
         return 0
 
-    monkeypatch.setattr(compare.Comparison, "_process", stopped)
+    monkeypatch.setattr(Processes, "run", stopped)
     assert run(tmp_path, "--only", "adamw") == 2
     assert "ended with status 0" in one_error_line(capsys)
     assert not (tmp_path / "out/results.jsonl").exists()
-    monkeypatch.setattr(compare.Comparison, "_process", process)
+    monkeypatch.setattr(Processes, "run", process)
     started.clear()
     assert run(tmp_path, "--only", "adamw") == 0
     assert len(started) == 5
@@ -325,16 +330,16 @@ def test_a_method_whose_settings_have_changed_is_run_again(
     first, second = SUITE.contenders
     changed = dataclasses.replace(second, flags={**second.flags, "momentum": 0.9})
     suite = dataclasses.replace(SUITE, contenders=(first, changed))
-    monkeypatch.setitem(compare.SUITES, "cpu-small", suite)
+    monkeypatch.setitem(suites.SUITES, "cpu-small", suite)
     started.clear()
     assert run(tmp_path) == 0
     assert [call["--momentum"] for call in started] == 5 * ["0.9"]
     assert "5 results are of settings" in capsys.readouterr().out
     assert (tmp_path / "out/table.md").read_text().count("| 5 |") == 2
     # A default of the method counts as much as a flag.
-    method = compare.OPTIMIZERS["adamw"]
+    method = OPTIMIZERS["adamw"]
     changed = dataclasses.replace(method, own={"momentum": 0.5})
-    monkeypatch.setitem(compare.OPTIMIZERS, "adamw", changed)
+    monkeypatch.setitem(OPTIMIZERS, "adamw", changed)
     started.clear()
     assert run(tmp_path, "--only", "adamw") == 0
     assert len(started) == 5
@@ -355,12 +360,10 @@ def test_what_was_cut_off_is_run_again(started, tmp_path):
 def test_a_directory_where_nothing_was_done_takes_other_data(
     started, tmp_path, monkeypatch
 ):
-    process = compare.Comparison._process
-    monkeypatch.setattr(
-        compare.Comparison, "_process", lambda self, flags, log: log.write_text("no")
-    )
+    process = Processes.run
+    monkeypatch.setattr(Processes, "run", lambda self, flags, log: log.write_text("no"))
     assert run(tmp_path, "--data", "tpyo") == 2
-    monkeypatch.setattr(compare.Comparison, "_process", process)
+    monkeypatch.setattr(Processes, "run", process)
     assert run(tmp_path, "--data", "typo") == 0
     assert {call["--data"] for call in started} == {"typo"}
 
@@ -381,16 +384,16 @@ def test_rates_are_not_taken_from_a_search_that_has_not_ended(
 ):
     source = tmp_path / "source"
     source.mkdir()
-    process = compare.Comparison._process
+    process = Processes.run
 
     def interrupted(self, flags, log):
         if len(started) == 3:
             raise KeyboardInterrupt
         return process(self, flags, log)
 
-    monkeypatch.setattr(compare.Comparison, "_process", interrupted)
+    monkeypatch.setattr(Processes, "run", interrupted)
     assert run(source) == 128 + signal.SIGINT
-    monkeypatch.setattr(compare.Comparison, "_process", process)
+    monkeypatch.setattr(Processes, "run", process)
     capsys.readouterr()
     started.clear()
     flags = ["--rates-from", str(source / "out"), "--data", "other"]
@@ -405,11 +408,12 @@ def test_a_terminated_comparison_ends_its_runs_each_with_a_checkpoint(tmp_path):
     flags = dict(zip(*[iter(write_inputs(inputs))] * 2, strict=True))
     script = f"""
 import sys
-from experiments import compare, suites
+from experiments import compare
+from experiments.comparison import suites
 flags = {{"initial_weights": {flags["--initial-weights"]!r}, "steps": 5_000}}
 adamw = suites.Contender("adamw", {{"optimizer": "adamw"}}, 0.125)
 suite = suites.Suite("one", {{**flags, "model": "tiny"}}, (adamw,))
-compare.SUITES["cpu-small"] = suite
+suites.SUITES["cpu-small"] = suite
 out, data = {str(tmp_path / "out")!r}, {flags["--data"]!r}
 sys.exit(compare.main(["cpu-small", "--out", out, "--data", data]))
 """
@@ -438,7 +442,7 @@ def test_an_ablation_of_the_rank_has_the_capacity_as_its_floor():
         (contender,) = (
             c for c in suites.SUITES["ablation-adaptive"].contenders if c.name == name
         )
-        words = compare.words_of(dict(contender.flags))
+        words = words_of(dict(contender.flags))
         config = complete(parse(words), hidden_size=128)
         assert config.min_rank == config.rank
 
@@ -451,7 +455,7 @@ def test_a_variant_takes_the_rates_of_its_method(
     )
     first, second = SUITE.contenders
     suite = dataclasses.replace(SUITE, contenders=(variant, first, second))
-    monkeypatch.setitem(compare.SUITES, "cpu-small", suite)
+    monkeypatch.setitem(suites.SUITES, "cpu-small", suite)
     assert run(tmp_path, "--only", "sumo r=4") == 2
     assert "no rates of 'sumo 8 bits'" in one_error_line(capsys)
     assert not started
@@ -486,7 +490,7 @@ def test_suites_name_methods_and_flags_that_exist():
         assert len(set(names)) == len(names), name
         for contender in suite.contenders:
             flags = {**suite.flags, **contender.flags}
-            words = compare.words_of({**flags, "out": "x"})
+            words = words_of({**flags, "out": "x"})
             config = parse(words)
             assert config.optimizer == contender.flags["optimizer"]
 
@@ -503,7 +507,7 @@ def test_a_real_run_is_started_and_recorded(tmp_path, monkeypatch):
         seeds=(0,),
         search=1,
     )
-    monkeypatch.setitem(compare.SUITES, "cpu-small", suite)
+    monkeypatch.setitem(suites.SUITES, "cpu-small", suite)
     assert run(tmp_path, "--data", data) == 0
     (record,) = results(tmp_path)
     assert record["status"] == "finished"

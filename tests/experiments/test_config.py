@@ -7,7 +7,9 @@ import shlex
 import pytest
 
 from experiments.arguments import flag
-from experiments.config import (
+from experiments.errors import UserError
+from experiments.optim.methods import OPTIMIZERS
+from experiments.run.config import (
     FREE_FIELDS,
     Config,
     command_line,
@@ -16,8 +18,6 @@ from experiments.config import (
     parse,
     to_json,
 )
-from experiments.errors import UserError
-from experiments.optimizers import OPTIMIZERS
 
 MISTAKES = [
     ("--optimizer adamww", "'adamww' is not known.*adarankgrad.*mean adamw?"),

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from experiments.documents import find_files, read_documents
+from experiments.data.documents import find_files, read_documents
 from experiments.errors import UserError
 
 COMPRESS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}

@@ -3,7 +3,7 @@
 import pytest
 from matplotlib.figure import Figure
 
-from experiments import figures
+from experiments.run import figures
 
 MEMORY = {"parameters": 4e6, "basis": 0, "block moments": 2e6}
 SUMMARY = {

@@ -3,9 +3,10 @@ import numpy as np
 import pytest
 
 from experiments.errors import UserError
-from experiments.generate import generate
-from experiments.model import LlamaConfig, apply
-from experiments.weights import load_llama
+from experiments.model.generate import generate
+from experiments.model.hugging_face import load_llama
+from experiments.model.llama import apply
+from experiments.model.shape import LlamaConfig
 from tests.experiments import llama_reference
 
 CONFIG = LlamaConfig(

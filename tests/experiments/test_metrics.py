@@ -5,13 +5,8 @@ import json
 import pytest
 
 from experiments.errors import UserError
-from experiments.metrics import (
-    MetricsLog,
-    check_is_free,
-    make_directory,
-    read_metrics,
-    write_json,
-)
+from experiments.run.files import check_is_free, make_directory, write_json
+from experiments.run.metrics import MetricsLog, read_metrics
 
 
 def write_lines(directory, steps, after=0):

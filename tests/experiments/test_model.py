@@ -8,16 +8,9 @@ import pytest
 from flax import nnx
 
 from experiments.errors import UserError
-from experiments.model import (
-    MODELS,
-    Llama,
-    LlamaConfig,
-    _rotation,
-    apply,
-    init_params,
-    preset,
-)
-from experiments.weights import load_llama
+from experiments.model.hugging_face import load_llama
+from experiments.model.llama import Llama, _rotation, apply, init_params
+from experiments.model.shape import MODELS, LlamaConfig, preset
 from tests.experiments import llama_reference
 
 SMALL = LlamaConfig(

@@ -8,7 +8,13 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.memory import (
+from experiments.model.groups import parameter_groups
+from experiments.optim.build import build_optimizer
+from experiments.optim.methods import OPTIMIZERS
+from experiments.optim.options import OptimizerOptions, with_defaults
+from experiments.optim.schedule import make_schedule
+from experiments.optim.unstacked import unstacked
+from experiments.run.memory import (
     adamw_memory_by_kind,
     adamw_state_bytes,
     block_leaves,
@@ -16,15 +22,6 @@ from experiments.memory import (
     memory_by_kind,
     optimizer_state_bytes,
 )
-from experiments.optimizers import (
-    OPTIMIZERS,
-    OptimizerOptions,
-    build_optimizer,
-    make_schedule,
-    parameter_groups,
-    with_defaults,
-)
-from experiments.unstacked import unstacked
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 

@@ -3,9 +3,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments import packing
-from experiments.packing import Windows, join_documents, padded_batches
-from experiments.tokenizers import ByteTokenizer
+from experiments.data import packing
+from experiments.data.packing import Windows, join_documents, padded_batches
+from experiments.data.tokenizers import ByteTokenizer
 
 SIZES = {"count": st.integers(2, 200), "length": st.integers(1, 40)}
 

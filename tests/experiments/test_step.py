@@ -7,8 +7,9 @@ import optax
 import pytest
 
 from experiments.errors import UserError
-from experiments.optimizers import OptimizerOptions, build_optimizer
-from experiments.step import (
+from experiments.optim.build import build_optimizer
+from experiments.optim.options import OptimizerOptions
+from experiments.run.step import (
     data_mesh,
     initial_state,
     make_eval_step,

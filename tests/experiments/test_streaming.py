@@ -5,13 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import data as data_module
-from experiments import sources, streaming
-from experiments.data import make_data
+from experiments.data import pipeline, sources, streaming
+from experiments.data.packing import Windows, join_documents
+from experiments.data.pipeline import make_data
+from experiments.data.streaming import ShardedDocuments, load_c4, packed_batches, texts
+from experiments.data.tokenizers import ByteTokenizer
 from experiments.errors import UserError
-from experiments.packing import Windows, join_documents
-from experiments.streaming import ShardedDocuments, load_c4, packed_batches, texts
-from experiments.tokenizers import ByteTokenizer
 
 datasets = pytest.importorskip(
     "datasets", reason="needs Hugging Face datasets: pip install lowrank_optax[c4]"
@@ -238,7 +237,7 @@ def local_c4(monkeypatch, tmp_path):
         return json_dataset(tmp_path, DOCUMENTS, shards=1)
 
     monkeypatch.setattr(sources, "load_c4", load)
-    monkeypatch.setattr(data_module, "load_c4", load)
+    monkeypatch.setattr(pipeline, "load_c4", load)
     return opened
 
 

@@ -7,8 +7,8 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from experiments.data.tokenizers import load_tokenizer
 from experiments.errors import UserError
-from experiments.tokenizers import load_tokenizer
 from tests.experiments.llama_reference import SHARED_DATA
 
 MISTRAL = SHARED_DATA / "tokenizer" / "mistral-v1.model"

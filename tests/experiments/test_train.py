@@ -2,14 +2,14 @@
 
 import json
 import signal
-import types
 
 import numpy as np
 import pytest
 
-from experiments import compaction, train
-from experiments.checkpoint import Checkpoints
-from experiments.progress import TrainingProgress
+from experiments.optim import compaction
+from experiments.run.checkpoint import Checkpoints
+from experiments.run.compiled import bases_to_renew
+from experiments.run.terminal import TrainingProgress
 from tests.experiments.small_runs import (
     assert_same_run,
     read_lines,
@@ -121,15 +121,7 @@ def test_memory_is_resumed_bit_for_bit(name, inputs, tmp_path, stop_at, monkeypa
     ],
 )
 def test_which_bases_the_next_step_renews(refresh, due, step, expected):
-    loop = types.SimpleNamespace(
-        in_subspace=True,
-        due=due,
-        parts=types.SimpleNamespace(config=types.SimpleNamespace(refresh=refresh)),
-        progress=types.SimpleNamespace(step=step),
-    )
-    assert train._Loop._kind(loop) == expected
-    loop.in_subspace = False
-    assert train._Loop._kind(loop) is None
+    assert bases_to_renew(due, step, refresh) == expected
 
 
 def _parameters(directory, *steps):

@@ -1,0 +1,133 @@
+"""What a comparison has done so far: suite.json and results.jsonl in one directory."""
+
+import json
+import shutil
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments.comparison.rows import rows_of
+from experiments.errors import UserError
+from experiments.run.files import CHECKPOINTS, make_directory, read_lines, write_json
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+RESULTS_FILE = "results.jsonl"
+SUITE_FILE = "suite.json"
+RUNS = "runs"
+LOCK_FILE = ".lock"
+
+
+class Ledger:
+    """The records of one comparison, open for one process and those that it starts.
+
+    Args:
+        directory: Of the comparison; made if it is not there.
+        definition: What makes results comparable, by name.
+
+    Raises:
+        UserError: If the directory cannot be made, holds something else or another
+            comparison, or is at work.
+
+    Attributes:
+        directory: Of the comparison.
+        records: One for each run that has ended: the lines of results.jsonl.
+    """
+
+    def __init__(self, directory: Path, definition: Mapping[str, Any]):
+        self.directory = directory
+        _check(directory, definition)
+        make_directory(directory)
+        self._lock_file = (directory / LOCK_FILE).open("w")
+        if fcntl is not None:
+            try:
+                fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                self._lock_file.close()
+                raise UserError(
+                    f"a comparison, or a run that it left behind, is at work in "
+                    f"{directory}; wait for it, or stop it"
+                ) from error
+        write_json(directory / SUITE_FILE, definition)
+        self.records = read_lines(directory / RESULTS_FILE)
+        # Without a line that was cut off: the next one would be written behind it.
+        if self.records:
+            text = "".join(json.dumps(record) + "\n" for record in self.records)
+            (directory / RESULTS_FILE).write_text(text)
+        self._lock = threading.Lock()
+
+    @property
+    def held(self) -> int:
+        """Descriptor that keeps the directory, for processes to inherit."""
+        return self._lock_file.fileno()
+
+    def close(self) -> None:
+        """Lets another process have the directory, once runs have ended."""
+        self._lock_file.close()
+
+    def find(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Returns the record that has these entries, None if there is none."""
+        with self._lock:
+            for record in self.records:
+                if all(record.get(name) == value for name, value in key.items()):
+                    return record
+        return None
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Appends a record."""
+        with self._lock:
+            self.records.append(record)
+            with (self.directory / RESULTS_FILE).open("a") as file:
+                file.write(json.dumps(record) + "\n")
+
+
+def rates_of(directory: Path) -> dict[str, tuple[float, float]]:
+    """Returns the best rates of each method that a comparison has done.
+
+    Raises:
+        UserError: If the directory holds no comparison.
+    """
+    if not (directory / SUITE_FILE).exists():
+        raise UserError(f"--rates-from {directory} holds no comparison ({SUITE_FILE})")
+    seeds = json.loads((directory / SUITE_FILE).read_text())["seeds"]
+    return best_rates(read_lines(directory / RESULTS_FILE), len(seeds))
+
+
+def best_rates(
+    records: Iterable[Mapping[str, Any]], seeds: int
+) -> dict[str, tuple[float, float]]:
+    """Returns them for each method that has been run with as many seeds."""
+    return {
+        row.method: (row.learning_rate, row.block_learning_rate)
+        for row in rows_of(records)
+        if len(row.losses) >= seeds
+    }
+
+
+def _check(directory: Path, definition: Mapping[str, Any]) -> None:
+    """Raises if the directory holds something else than this comparison."""
+    path = directory / SUITE_FILE
+    if not path.exists():
+        if directory.is_dir() and any(directory.iterdir()):
+            raise UserError(f"--out {directory} is not empty; give another one")
+        return
+    saved = json.loads(path.read_text())
+    changed = [
+        f"{name} was {saved.get(name)}, is {value}"
+        for name, value in definition.items()
+        if saved.get(name) != value
+    ]
+    if not changed:
+        return
+    has_results = (directory / RESULTS_FILE).exists()
+    if has_results or any(directory.glob(f"{RUNS}/*/{CHECKPOINTS}")):
+        raise UserError(
+            f"{directory} holds another comparison: {'; '.join(changed)}; give another "
+            "--out"
+        )
+    # Nothing was done: a mistake in the data, say, that has been mended.
+    shutil.rmtree(directory / RUNS, ignore_errors=True)

@@ -1,0 +1,230 @@
+"""The runs of one suite in one directory: which are made, and what they came to."""
+
+import concurrent.futures
+import hashlib
+import json
+import shutil
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from experiments.comparison.flags import resolved, words_of
+from experiments.comparison.ledger import RUNS, Ledger, best_rates, rates_of
+from experiments.comparison.options import Options, chosen_names
+from experiments.comparison.outcome import loss_of, outcome
+from experiments.comparison.processes import Processes
+from experiments.comparison.report import write_report
+from experiments.comparison.search import Point, best_point, next_point, rates_at
+from experiments.comparison.suites import SUITES, Contender, Suite
+from experiments.errors import UserError
+from experiments.run.files import CHECKPOINTS, SUMMARY_FILE
+
+
+class Comparison:
+    """The runs of one suite in one directory.
+
+    Attributes:
+        directory: Of the results.
+    """
+
+    def __init__(self, options: Options, console: Console):
+        self.suite: Suite = SUITES[options.suite]
+        self.directory = options.out or Path("runs") / f"compare-{options.suite}"
+        self._options, self._console = options, console
+        self._chosen = [
+            c for c in self.suite.contenders if c.name in chosen_names(options)
+        ]
+        self._flags_of = {
+            c.name: resolved(c, self.suite) for c in self.suite.contenders
+        }
+        self._rates = options.rates_from and rates_of(options.rates_from)
+        self._lock = threading.Lock()
+        self._started, self._done_here = time.monotonic(), 0
+        self._ledger = Ledger(self.directory, self._definition())
+        self._processes = Processes(options.jobs, self._ledger.held)
+
+    def _definition(self) -> dict[str, Any]:
+        """Returns what makes results comparable; more methods may join."""
+        options = self._options
+        return {
+            "suite": options.suite,
+            "data": options.data,
+            "validation_data": options.validation_data,
+            "tokenizer": options.tokenizer,
+            "flags": dict(self.suite.flags),
+            "seeds": list(self.suite.seeds),
+            "search": self.suite.search,
+            "rates_from": options.rates_from and str(options.rates_from),
+        }
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """Those of the suite's methods as they are defined now."""
+        return [
+            record
+            for record in list(self._ledger.records)
+            if self._flags_of.get(record["method"]) == record["flags"]
+        ]
+
+    def close(self) -> None:
+        """Writes the table and the figures of what is done."""
+        records = self.records
+        if earlier := len(self._ledger.records) - len(records):
+            self._console.print(
+                f"{earlier} results are of settings that the suite's methods no longer "
+                "have: left out of the table"
+            )
+        if records:
+            write_report(self.directory, self._options.suite, self.suite, records)
+            self._console.print(f"results in {self.directory}", soft_wrap=True)
+        self._ledger.close()
+
+    def run(self) -> None:
+        """Runs what is not done yet."""
+        chosen = self._chosen
+        # Those that take the rates of another come after it.
+        first = [c for c in chosen if not self._is_variant(c)]
+        self._check_rates({c.name for c in first if self._rates is None})
+        with concurrent.futures.ThreadPoolExecutor(
+            self._options.jobs, initializer=self._processes.take_cores
+        ) as pool:
+            try:
+                for some in (first, [c for c in chosen if c not in first]):
+                    futures = [pool.submit(self._run_contender, c) for c in some]
+                    for future in concurrent.futures.as_completed(futures):
+                        future.result()
+            except BaseException:
+                self._processes.stop()
+                raise
+
+    def _check_rates(self, searched: set[str]) -> None:
+        """Raises, before anything is run, if rates are wanted that nobody finds.
+
+        Args:
+            searched: Methods whose rates this run searches.
+        """
+        for contender in self._chosen:
+            if contender.name not in searched and contender.like not in searched:
+                self._rates_like(contender)
+
+    def _is_variant(self, contender: Contender) -> bool:
+        """Returns whether its rates are those of another method of the suite."""
+        return any(contender.like == other.name for other in self.suite.contenders)
+
+    def _run_contender(self, contender: Contender) -> None:
+        suite = self.suite
+        first, *others = suite.seeds
+        if self._rates is not None or self._is_variant(contender):
+            rates = self._rates_like(contender)
+        else:
+            losses: dict[Point, float] = {}
+            while (point := next_point(losses, suite.search)) is not None:
+                record = self._result(contender, rates_at(contender, point), first)
+                losses[point] = loss_of(record)
+            rates = rates_at(contender, best_point(losses))
+        for seed in (first, *others):
+            self._result(contender, rates, seed)
+
+    def _rates_like(self, contender: Contender) -> tuple[float, float]:
+        """Returns the best rates of the method that a contender takes them from."""
+        name = contender.like or contender.name
+        found = self._rates
+        if found is None:
+            found = best_rates(self.records, len(self.suite.seeds))
+        if name not in found:
+            where = self._options.rates_from or self.directory
+            raise UserError(
+                f"{where} has no rates of {name!r}, which {contender.name!r} takes; "
+                "run that first, or leave this one out with --only"
+            )
+        return found[name]
+
+    def _result(self, contender: Contender, rates, seed: int) -> dict[str, Any]:
+        """Returns the record of a run, from the file or from running it."""
+        key = {
+            "method": contender.name,
+            "flags": self._flags_of[contender.name],
+            "learning_rate": rates[0],
+            "block_learning_rate": rates[1],
+            "seed": seed,
+        }
+        if self._processes.stopped:
+            raise concurrent.futures.CancelledError
+        record = self._ledger.find(key)
+        if record is None:
+            record = {**key, **self._run(contender, rates, seed)}
+            self._ledger.add(record)
+            with self._lock:
+                self._done_here += 1
+                self._say(record)
+        return record
+
+    def _most(self, contender: Contender) -> int:
+        """Returns how many runs it may take."""
+        is_searched = self._rates is None and not self._is_variant(contender)
+        search = self.suite.search if is_searched else 1
+        return search + len(self.suite.seeds) - 1
+
+    def _say(self, record: Mapping[str, Any]) -> None:
+        loss, status = record["validation_loss"], record["status"]
+        spent = (time.monotonic() - self._started) / self._done_here
+        methods = [x["method"] for x in self.records]
+        most = sum(map(self._most, self._chosen))
+        # A method may have more runs than it can need: of an earlier search, say.
+        done = sum(min(methods.count(c.name), self._most(c)) for c in self._chosen)
+        left = (most - done) * spent
+        ended = f"{loss:.4f}" if status == "finished" else status
+        self._console.print(
+            f"{record['method']}, rates {record['learning_rate']:g} and "
+            f"{record['block_learning_rate']:g}, seed {record['seed']}: {ended}; "
+            f"{done} of at most {most} runs, at most "
+            f"{left / 60:.0f} min left",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def _run(self, contender: Contender, rates, seed: int) -> dict[str, Any]:
+        """Runs one process to its end; returns what its directory says."""
+        settings = json.dumps(self._flags_of[contender.name], sort_keys=True)
+        digest = hashlib.sha256(settings.encode()).hexdigest()[:6]
+        name = f"{contender.name}-{rates[0]:g}-{rates[1]:g}-{seed}-{digest}"
+        name = name.replace(" ", "-")
+        directory = self.directory / RUNS / name
+        if not (directory / SUMMARY_FILE).exists():
+            is_resumed = (directory / CHECKPOINTS).is_dir() and any(
+                path.name.isdigit() for path in (directory / CHECKPOINTS).iterdir()
+            )
+            if not is_resumed:
+                shutil.rmtree(directory, ignore_errors=True)
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            flags = self._flags(contender, rates, seed, directory)
+            log = directory.with_suffix(directory.suffix + ".log")
+            code = self._processes.run([*flags, *(["--resume"] * is_resumed)], log)
+            if self._processes.stopped:
+                raise concurrent.futures.CancelledError
+            is_done = (directory / SUMMARY_FILE).exists()
+            if not is_done and (code == 0 or "not finite" not in log.read_text()):
+                # Stopped from outside, or for a reason that is no divergence.
+                raise UserError(f"{name} ended with status {code}; {log} says why")
+        return outcome(directory)
+
+    def _flags(self, contender, rates, seed: int, directory: Path) -> list[str]:
+        options = self._options
+        fields: dict[str, Any] = {
+            **self.suite.flags,
+            **contender.flags,
+            "data": options.data,
+            "tokenizer": options.tokenizer,
+            "learning_rate": rates[0],
+            "block_scale": rates[1] / rates[0],
+            "seed": seed,
+            "keep_checkpoints": 1,
+            "out": directory,
+        }
+        if options.validation_data is not None:
+            fields["validation_data"] = options.validation_data
+        return words_of(fields)

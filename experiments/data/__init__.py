@@ -1,0 +1,1 @@
+"""Where the text comes from, and how it becomes batches."""

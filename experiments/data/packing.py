@@ -1,0 +1,138 @@
+"""Documents joined into one row of tokens, and that row cut into training windows."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+import grain
+import numpy as np
+
+from experiments.data.tokenizers import Tokenizer
+
+_CHUNK_CHARACTERS = 1 << 20
+_REPORT_SECONDS = 5.0
+
+
+@dataclasses.dataclass(frozen=True)
+class JoinedDocuments:
+    """Documents as tokens, each followed by the end-of-document token.
+
+    Attributes:
+        tokens: Shape (n,), the smallest unsigned dtype that holds the vocabulary.
+        documents: Documents read.
+        empty: Those of them that have no tokens of their own.
+    """
+
+    tokens: np.ndarray
+    documents: int
+    empty: int
+
+    def __str__(self) -> str:
+        empty = f" ({self.empty:,} empty)" if self.empty else ""
+        return f"{len(self.tokens):,} tokens in {self.documents:,} documents{empty}"
+
+
+def join_documents(
+    documents: Iterable[str],
+    tokenizer: Tokenizer,
+    *,
+    max_tokens: int | None = None,
+    report: Callable[[str], None] | None = None,
+) -> JoinedDocuments:
+    """Tokenizes documents and joins them.
+
+    Args:
+        documents: Text; read once, no further than needed.
+        tokenizer: Encodes them.
+        max_tokens: Stop here, in the middle of a document if need be; None: read all.
+        report: Called with a line of progress every few seconds.
+    """
+    last_token = max(tokenizer.vocab_size - 1, tokenizer.end_of_document)
+    dtype = np.min_scalar_type(last_token)
+    end = np.asarray([tokenizer.end_of_document], dtype)
+    pieces, count, empty, total = [], 0, 0, 0
+    last_report = time.monotonic()
+    for chunk in _chunks(documents):
+        for ids in tokenizer.encode_batch(chunk):
+            pieces += [np.asarray(ids).astype(dtype), end]
+            count += 1
+            empty += len(ids) == 0
+            total += len(ids) + 1
+        if max_tokens is not None and total >= max_tokens:
+            break
+        if report is not None and time.monotonic() - last_report > _REPORT_SECONDS:
+            report(f"tokenized {count:,} documents, {total:,} tokens")
+            last_report = time.monotonic()
+    tokens = np.concatenate(pieces) if pieces else np.zeros(0, dtype)
+    return JoinedDocuments(tokens[:max_tokens], count, empty)
+
+
+class Windows:
+    """Random access to windows of ``length`` targets; a Grain data source.
+
+    Window i predicts ``tokens[i * length + 1 : (i + 1) * length + 1]`` from the tokens
+    one place before, so every token but the first is a target in exactly one window.
+    The last window is padded with token 0 and weight 0.
+
+    Attributes:
+        tokens: Shape (n,), n >= 2, integer.
+        length: Targets per window, T, >= 1.
+    """
+
+    def __init__(self, tokens: np.ndarray, length: int):
+        self.tokens = tokens
+        self.length = length
+
+    @property
+    def target_count(self) -> int:
+        return len(self.tokens) - 1
+
+    def __len__(self) -> int:
+        return -(-self.target_count // self.length)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """Returns ``inputs`` and ``targets`` (T,) int32, ``weights`` (T,) float32."""
+        start = index * self.length
+        piece = self.tokens[start : start + self.length + 1]
+        padded = np.zeros(self.length + 1, np.int32)
+        padded[: len(piece)] = piece
+        weights = np.zeros(self.length, np.float32)
+        weights[: len(piece) - 1] = 1
+        return {"inputs": padded[:-1], "targets": padded[1:], "weights": weights}
+
+
+def padded_batches(
+    windows: Windows, batch_size: int, max_targets: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yields batches whose weights sum to min(max_targets, windows.target_count).
+
+    The windows are spread evenly over the text, so that a small ``max_targets`` still
+    sees all of it, and each is used once. Always the same batches.
+
+    Args:
+        windows: What to read.
+        batch_size: Windows per batch; the last batch is filled up with weight 0.
+        max_targets: Targets of weight 1 in all, >= 1.
+    """
+    remaining = min(max_targets, windows.target_count)
+    count = -(-remaining // windows.length)
+    chosen = np.arange(count) * len(windows) // count
+    for first in range(0, count, batch_size):
+        batch = [windows[index] for index in chosen[first : first + batch_size]]
+        for window in batch:
+            window["weights"][remaining:] = 0
+            remaining = max(remaining - windows.length, 0)
+        yield grain.experimental.batch_and_pad(batch, batch_size=batch_size)
+
+
+def _chunks(documents):
+    """Yields lists of documents of about a million characters in all."""
+    chunk, size = [], 0
+    for document in documents:
+        chunk.append(document)
+        size += len(document)
+        if size >= _CHUNK_CHARACTERS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk

@@ -1,0 +1,188 @@
+"""From ``--data`` to batches: deterministic, prefetched, resumable bit for bit."""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Iterator
+
+import grain
+import numpy as np
+
+from experiments.data.packing import Windows, join_documents, padded_batches
+from experiments.data.sources import open_source
+from experiments.data.streaming import load_c4, packed_batches
+from experiments.data.tokenizers import Tokenizer
+from experiments.errors import UserError
+
+_MAX_HELD_OUT_TOKENS = 500_000
+# The tokens are in memory already: more threads would only contend for the
+# interpreter, and one is enough to have the next batches ready.
+_READ_OPTIONS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Input of a training run.
+
+    A batch is a dict of ``inputs`` and ``targets``, int32, and ``weights``, float32, of
+    shape (batch_size, sequence_length); weight 0 marks padding.
+
+    Attributes:
+        description: What is trained and what is validated on, a line each.
+        train_tokens: Tokens of one epoch, ends of documents included; None: streamed.
+        validation_tokens: The same for the validation text.
+        token_digest: Hex digest of all tokens (of ``spec`` and the validation tokens
+            where training is streamed): a resumed run refuses another one.
+        train_dataset: Endless batches.
+        validation_windows: The validation text.
+        batch_size: Windows per batch.
+    """
+
+    description: str
+    train_tokens: int | None
+    validation_tokens: int
+    token_digest: str
+    train_dataset: grain.IterDataset
+    validation_windows: Windows
+    batch_size: int
+
+    def train_iterator(self) -> grain.DatasetIterator:
+        """Returns a new iterator over training batches, from the start, without end.
+
+        Its ``get_state()`` is JSON-able, and ``set_state`` continues exactly behind the
+        batch returned last. ``close()`` ends its prefetching thread.
+        """
+        return self.train_dataset.__iter__()
+
+    def validation_batches(
+        self, max_tokens: int | None = None
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Returns the same batches on every call and for every seed.
+
+        Args:
+            max_tokens: Targets of weight 1 in all, >= 1, taken in windows that are
+                spread evenly over the text; None or more than there are: each of the
+                ``validation_tokens - 1`` targets once.
+
+        Raises:
+            UserError: If ``max_tokens`` is below 1.
+        """
+        if max_tokens is None:
+            max_tokens = self.validation_windows.target_count
+        if max_tokens < 1:
+            raise UserError(f"validation needs at least 1 token, got {max_tokens}")
+        return padded_batches(self.validation_windows, self.batch_size, max_tokens)
+
+
+def make_data(
+    spec: str,
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int,
+    sequence_length: int,
+    seed: int,
+    validation_spec: str | None = None,
+    report: Callable[[str], None] | None = None,
+) -> Data:
+    """Reads, tokenizes and packs text.
+
+    Args:
+        spec: ``embedded`` (the standard library's sources), ``c4`` (streamed from
+            Hugging Face), or a path or glob, see :mod:`experiments.data.documents`.
+        tokenizer: Encodes the documents.
+        batch_size: Windows per batch, >= 1.
+        sequence_length: Targets per window, >= 1.
+        seed: Seed of the training order, in [0, 2**32).
+        validation_spec: Path or glob of the validation text. None: ``embedded`` and
+            ``c4`` have their own; of files, the last 5 % of the tokens are held out,
+            at least one window and at most 500,000.
+        report: Called with a line of progress every few seconds while tokenizing.
+
+    Raises:
+        UserError: If a number is out of range, the text cannot be read, a file is in
+            both parts, or there is less than one window to train on (and one to hold
+            out).
+    """
+    _check_numbers(batch_size, sequence_length, seed)
+    join = functools.partial(join_documents, tokenizer=tokenizer, report=report)
+    source = open_source(spec, validation_spec)
+    train, description = None, f"training: {source.name}"
+    if source.train is not None:
+        text = join(source.train)
+        train, description = text.tokens, f"{description}: {text}"
+
+    if source.validation is not None:
+        text = join(source.validation, max_tokens=source.max_validation_tokens)
+        validation = text.tokens
+        description += f"\nvalidation: {source.validation_name}: {text}"
+        _check_enough(validation, 1, source.validation_name)
+    else:
+        train, validation = _hold_out(train, sequence_length, source.name)
+        description += f"\nvalidation: the last {len(validation):,} of them, held out"
+
+    if train is None:
+        dataset = packed_batches(
+            load_c4("train"),
+            tokenizer,
+            batch_size=batch_size,
+            sequence_length=sequence_length,
+            seed=seed,
+        )
+    else:
+        _check_enough(train, sequence_length, source.name)
+        dataset = _shuffled_batches(Windows(train, sequence_length), batch_size, seed)
+    return Data(
+        description=description,
+        train_tokens=None if train is None else len(train),
+        validation_tokens=len(validation),
+        token_digest=_digest(spec.encode() if train is None else train, validation),
+        train_dataset=dataset,
+        validation_windows=Windows(validation, sequence_length),
+        batch_size=batch_size,
+    )
+
+
+def _check_numbers(batch_size, sequence_length, seed):
+    sizes = {"batch size": batch_size, "sequence length": sequence_length}
+    for name, value in sizes.items():
+        if value < 1:
+            raise UserError(f"the {name} must be at least 1, got {value}")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"the seed must be at least 0 and below 2**32, got {seed}")
+
+
+def _hold_out(tokens, length, name):
+    """Splits tokens of shape (n,) into (all but the last 5 %, the last 5 %)."""
+    needed = 2 * (length + 1)
+    if len(tokens) < needed:
+        raise UserError(
+            f"{name} has {len(tokens):,} tokens, but a window of {length:,} to train "
+            f"on and one to hold out for validation take {needed:,}; give more text, "
+            "a shorter sequence or a validation text of its own"
+        )
+    held_out = max(min(len(tokens) // 20, _MAX_HELD_OUT_TOKENS), length + 1)
+    return tokens[:-held_out], tokens[-held_out:]
+
+
+def _check_enough(tokens, targets, name):
+    if len(tokens) < targets + 1:
+        raise UserError(
+            f"{name} has {len(tokens):,} tokens, but {targets + 1:,} are needed to "
+            f"predict {targets:,}; give more text or a shorter sequence"
+        )
+
+
+def _shuffled_batches(windows, batch_size, seed):
+    """Returns endless batches: all windows once per epoch, each in a new order."""
+    # `seed` before `shuffle` hashes the seed; `shuffle(seed)` would give epoch 1 of
+    # seed 0 the order of epoch 0 of seed 1. A batch may hold the end of one epoch and
+    # the beginning of the next, so that none is cut short.
+    dataset = grain.MapDataset.source(windows).seed(seed).shuffle().repeat()
+    return dataset.batch(batch_size).to_iter_dataset(_READ_OPTIONS)
+
+
+def _digest(*parts):
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(hashlib.sha256(part).digest())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""What is trained: the LLaMA, its weights on disk and its adapters."""

@@ -1,0 +1,199 @@
+"""LLaMA in Flax NNX: layers created stacked, scanned and rematerialized.
+
+The parameters are a plain nested dict of arrays, ready for Optax and Orbax:
+
+    {"embedding": (V, d),
+     "blocks": {"attention_norm": (L, d), "mlp_norm": (L, d),
+                "attention": {"query": (L, d, H·h), "key": (L, d, K·h),
+                              "value": (L, d, K·h), "output": (L, H·h, d)},
+                "mlp": {"gate": (L, d, f), "up": (L, d, f), "down": (L, f, d)}},
+     "norm": (d,),
+     "head": (d, V)}          # absent with tied embeddings
+
+V is the vocabulary, d the hidden size, f the intermediate size, L the layers, H and K
+the query and key/value heads, h = d / H. Kernels come input first, y = x @ W.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from experiments.model.shape import LlamaConfig
+
+Params = dict[str, Any]
+
+
+def init_params(config: LlamaConfig, key: jax.Array) -> Params:
+    """Draws the parameters; also runs under :func:`jax.eval_shape`.
+
+    Embedding, head and kernels are normal with standard deviation 0.02; the two kernels
+    that write to the residual stream, ``output`` and ``down``, have 0.02 / √(2 L), so
+    that the stream's variance does not grow with depth (GPT-2's rule). Norm scales
+    are one.
+
+    Args:
+        config: The model.
+        key: A key of :func:`jax.random.key`.
+
+    Returns:
+        The tree in this module's docstring, in ``config.param_dtype``.
+    """
+    state = nnx.state(Llama(config, rngs=nnx.Rngs(key)), nnx.Param)
+    return nnx.to_pure_dict(state)
+
+
+def apply(
+    config: LlamaConfig, params: Params, tokens: jax.Array | np.ndarray
+) -> jax.Array:
+    """Computes the logits of the next token at every position.
+
+    Args:
+        config: The model.
+        params: The tree of :func:`init_params`.
+        tokens: (B, T) integers in [0, V); any other gives logits of NaN.
+
+    Returns:
+        (B, T, V) float32 logits; position t depends on tokens 0..t only.
+    """
+    abstract = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    return nnx.merge(nnx.graphdef(abstract), params)(jnp.asarray(tokens))
+
+
+class Llama(nnx.Module):
+    """Token embedding, L blocks stacked on axis 0, final norm and head."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        self.config = config
+
+        @nnx.split_rngs(splits=config.num_layers)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def create_blocks(rngs: nnx.Rngs) -> Block:
+            return Block(config, rngs=rngs)
+
+        vocab, hidden = config.vocab_size, config.hidden_size
+        self.embedding = _kernel(config, rngs, (vocab, hidden))
+        self.blocks = create_blocks(rngs)
+        self.norm = _scale(config)
+        if not config.tie_embeddings:
+            self.head = _kernel(config, rngs, (hidden, vocab))
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Maps (B, T) integers to (B, T, V) float32 logits."""
+        config = self.config
+        # Without remat the kernels' outputs are kept, but never the T x T scores:
+        # storing them costs more time than computing them again, even on a CPU.
+        kernel_products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        policy = None if config.remat else kernel_products
+
+        @nnx.scan(in_axes=(nnx.Carry, 0, None), out_axes=nnx.Carry)
+        # The loop itself keeps XLA from merging the recomputation into the forward.
+        @nnx.remat(policy=policy, prevent_cse=False)
+        def run_blocks(hidden, block, rotation):
+            return block(hidden, rotation)
+
+        hidden = jnp.take(self.embedding[...], tokens, axis=0)
+        hidden = hidden.astype(config.compute_dtype)
+        hidden = run_blocks(hidden, self.blocks, _rotation(config, tokens.shape[1]))
+        hidden = _rms_norm(hidden, self.norm[...], config.rms_norm_eps)
+        head = self.embedding[...].T if config.tie_embeddings else self.head[...]
+        return _linear(hidden, head, jnp.float32)
+
+
+class Block(nnx.Module):
+    """x += attention(norm(x)), then x += mlp(norm(x)), on x of shape (B, T, d)."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        self.eps = config.rms_norm_eps
+        self.attention_norm = _scale(config)
+        self.attention = Attention(config, rngs=rngs)
+        self.mlp_norm = _scale(config)
+        self.mlp = SwiGLU(config, rngs=rngs)
+
+    def __call__(self, x: jax.Array, rotation: tuple[jax.Array, jax.Array]):
+        normed = _rms_norm(x, self.attention_norm[...], self.eps)
+        x = x + self.attention(normed, rotation)
+        return x + self.mlp(_rms_norm(x, self.mlp_norm[...], self.eps))
+
+
+class Attention(nnx.Module):
+    """Causal grouped-query attention with rotary positions, (B, T, d) to (B, T, d)."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        self.head_dim = config.head_dim
+        hidden, kv = config.hidden_size, config.num_kv_heads * config.head_dim
+        self.query = _kernel(config, rngs, (hidden, hidden))
+        self.key = _kernel(config, rngs, (hidden, kv))
+        self.value = _kernel(config, rngs, (hidden, kv))
+        self.output = _kernel(config, rngs, (hidden, hidden), writes_residual=True)
+
+    def __call__(self, x: jax.Array, rotation: tuple[jax.Array, jax.Array]):
+        query, key, value = (
+            _linear(x, kernel[...]).reshape(*x.shape[:2], -1, self.head_dim)
+            for kernel in (self.query, self.key, self.value)
+        )
+        mixed = jax.nn.dot_product_attention(
+            _rotate(query, rotation), _rotate(key, rotation), value, is_causal=True
+        )
+        return _linear(mixed.reshape(x.shape), self.output[...])
+
+
+class SwiGLU(nnx.Module):
+    """down(silu(gate(x)) * up(x)), (B, T, d) to (B, T, d)."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.gate = _kernel(config, rngs, (hidden, inner))
+        self.up = _kernel(config, rngs, (hidden, inner))
+        self.down = _kernel(config, rngs, (inner, hidden), writes_residual=True)
+
+    def __call__(self, x: jax.Array):
+        gate, up = _linear(x, self.gate[...]), _linear(x, self.up[...])
+        return _linear(jax.nn.silu(gate) * up, self.down[...])
+
+
+def _kernel(config, rngs, shape, *, writes_residual=False):
+    std = 0.02 / (2 * config.num_layers) ** 0.5 if writes_residual else 0.02
+    init = nnx.initializers.normal(std)
+    return nnx.Param(init(rngs.params(), shape, jnp.dtype(config.param_dtype)))
+
+
+def _scale(config):
+    return nnx.Param(jnp.ones(config.hidden_size, jnp.dtype(config.param_dtype)))
+
+
+def _rms_norm(x, scale, eps):
+    """Returns x / rms(x) * scale over the last axis in x's dtype; float32 inside."""
+    wide = x.astype(jnp.float32)
+    wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (wide * scale).astype(x.dtype)
+
+
+def _linear(x, kernel, dtype=None):
+    """(..., n) by (n, m) in x's dtype, accumulated and returned in ``dtype`` or x's."""
+    # As one matrix: for a (B, T, n) operand, XLA's CPU backend transposes the cotangent
+    # in every kernel's gradient, a fifth of a training step.
+    flat = jnp.dot(
+        x.reshape(-1, x.shape[-1]),
+        kernel.astype(x.dtype),
+        preferred_element_type=dtype,
+    )
+    return flat.reshape(*x.shape[:-1], -1)
+
+
+def _rotation(config, length):
+    """Returns cos and sin of position times frequency, each (T, 1, h / 2) float32."""
+    half = config.head_dim // 2
+    frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = jnp.arange(length, dtype=jnp.float32)[:, None, None] * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def _rotate(x, rotation):
+    """Rotates the pairs (i, i + h / 2) of (B, T, heads, h): Hugging Face's order."""
+    cos, sin = rotation
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)

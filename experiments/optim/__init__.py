@@ -1,0 +1,1 @@
+"""What trains it: the optimizers by name, their flags and how they are put together."""

@@ -1,0 +1,68 @@
+"""One optimizer for the whole model: a method for the blocks, AdamW for the rest."""
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import optax
+
+import lowrank_optax
+from experiments.model.groups import parameter_groups
+from experiments.optim.methods import OPTIMIZERS, adafactor
+from experiments.optim.options import OptimizerOptions
+from experiments.optim.skip_nonfinite import skip_nonfinite
+
+
+def build_optimizer(
+    options: OptimizerOptions,
+    schedule: optax.Schedule,
+    seed: int = 0,
+    accumulate: int = 1,
+) -> optax.GradientTransformation:
+    """Returns clipping, then the method for the block matrices and AdamW for the rest.
+
+    A gradient that is not finite changes neither parameters nor state; the state's
+    ``notfinite_count`` and ``total_notfinite`` count them. With micro-batches, the
+    norm that is clipped is that of their mean in the subspaces.
+
+    Args:
+        options: The flags, filled in by
+            :func:`experiments.optim.options.with_defaults`.
+        schedule: Learning rate of the rest; the blocks' is ``block_scale`` times it.
+        seed: Seed of what the method draws.
+        accumulate: Micro-batches per update; above 1 the result is a
+            ``lowrank_optax.Accumulation``.
+    """
+    method = OPTIMIZERS[options.optimizer]
+    scale = method.block_scale if options.block_scale is None else options.block_scale
+    own = {name: getattr(options, name) for name in method.own}
+    if options.block_state_bytes is not None:
+        own["rank"] = lowrank_optax.budget(options.block_state_bytes)
+    adam: dict[str, Any] = {"b1": options.b1, "b2": options.b2, "eps": options.eps}
+    decay: dict[str, Any] = {"weight_decay": options.weight_decay}
+
+    def of_method(rate):
+        made = method.make(rate, seed=seed, **adam, **decay, **own)
+        if options.moment_bits is None and options.basis_bits is None:
+            return made
+        return lowrank_optax.low_bit(made, options.moment_bits, options.basis_bits)
+
+    adamw = optax.adamw(schedule, **adam, **decay)
+    vocabulary: dict[str, Callable[[], optax.GradientTransformation]] = {
+        "adamw": lambda: adamw,
+        "low_bit": lambda: lowrank_optax.low_bit(adamw),
+        "projected": lambda: of_method(schedule),
+        "factored": lambda: adafactor(schedule, **decay),
+    }
+    groups: dict[Hashable, optax.GradientTransformation] = {
+        "blocks": of_method(lambda count: scale * schedule(count)),
+        "rest": vocabulary[options.vocabulary](),
+        "norms": optax.adamw(schedule, **adam, weight_decay=0.0),
+        "frozen": optax.set_to_zero(),
+    }
+    grouped = optax.partition(groups, parameter_groups)
+    if options.rounding == "stochastic":
+        grouped = optax.chain(grouped, lowrank_optax.stochastic_rounding(seed))
+    if options.clip_norm is not None:
+        grouped = optax.chain(optax.clip_by_global_norm(options.clip_norm), grouped)
+    tx = skip_nonfinite(grouped)
+    return lowrank_optax.accumulate(tx, accumulate) if accumulate > 1 else tx

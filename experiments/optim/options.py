@@ -1,0 +1,139 @@
+"""The flags of the optimizer, and what each method has where they are silent."""
+
+import dataclasses
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from experiments.optim.methods import OPTIMIZERS
+
+Rebase = Literal["abs", "clamp", "first", "keep", "ldadam", "square", "zero"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerOptions:
+    """The flags of the optimizer; where None, the chosen optimizer has its own."""
+
+    #: Method of the block matrices (attention and MLP kernels). Norms always have
+    #: AdamW; embedding and head what --vocabulary says.
+    optimizer: Annotated[
+        str, tyro.conf.arg(metavar="{" + ",".join(OPTIMIZERS) + "}")
+    ] = "adarankgrad"
+    #: Optimizer of embedding and head: adamw; low_bit (AdamW with its moments in 8
+    #: bits); projected (the method of the block matrices); factored (Adafactor: a
+    #: factored second moment, no first one).
+    vocabulary: Literal["adamw", "low_bit", "projected", "factored"] = "adamw"
+    #: Gradients of projected matrices: subspace, computed inside their subspaces, but
+    #: for steps that renew a basis (norms, and clipping by them, then see the projected
+    #: gradients); or full. Methods without subspaces, or that look at more than them
+    #: (fira, apollo, ldadam, low_rank_muon, optax_galore), have full ones anyway.
+    gradients: Literal["subspace", "full"] = "subspace"
+    #: With gradients inside subspaces: renew all bases that are due on the same step,
+    #: which holds full gradients of everything; or apart, one leaf's a step, which
+    #: holds that leaf's only and compiles a step for each leaf.
+    refresh: Literal["together", "apart"] = "together"
+    #: Bits of the moments of the block matrices' method: 8, in blocks of 256 values
+    #: (arrays of fewer than 4,096 values stay in float32). None: float32.
+    moment_bits: Literal[8] | None = None
+    #: Bits of the projections of the block matrices: 8 or 4. None: float32.
+    basis_bits: Literal[8, 4] | None = None
+    #: Rounding of updated bfloat16 parameters (--param-dtype): stochastic, which is
+    #: right on average, or nearest, which drops small updates.
+    rounding: Literal["stochastic", "nearest"] = "stochastic"
+    #: Peak learning rate of embedding, head and norms; above 0.
+    learning_rate: float = 8e-3
+    #: Learning rate of the block matrices, as a multiple of --learning-rate; above 0.
+    #: None: adamw and adafactor 0.125, adapters 0.25, sumo 1, the others 0.5. It takes
+    #: the place of GaLore's scale.
+    block_scale: float | None = None
+    #: Steps of linear warm-up from zero, below --steps. None: a tenth of --steps.
+    warmup_steps: int | None = None
+    #: The cosine ends at this fraction of the peak; 0 to 1.
+    final_learning_rate_fraction: float = 0.1
+    #: Decoupled decay per step, times the learning rate, of all but the norms; 0 or
+    #: more.
+    weight_decay: float = 0.0
+    #: Decay of Adam's first moment per step; in [0, 1).
+    b1: float = 0.9
+    #: Decay of Adam's second moment per step; in [0, 1).
+    b2: float = 0.999
+    #: Added to the root of Adam's second moment; above 0.
+    eps: float = 1e-8
+    #: Largest global norm of the gradient; above 0. None: no clipping.
+    clip_norm: float | None = 1.0
+    #: Rank of the projection, in columns; at least 1. None: a quarter of the hidden
+    #: size, three eighths for adarankgrad, over --granularity. A matrix whose shorter
+    #: side is not above it is not projected.
+    rank: int | None = None
+    #: Bytes of the state of the block matrices, like 600MB, in the place of --rank: the
+    #: largest rank that fits, of galore and adarankgrad (which then has no --threshold,
+    #: but for its refreshes). None: --rank decides.
+    block_state_bytes: str | None = None
+    #: Pieces that each row of a gradient is cut into before it is projected; at least
+    #: 1. Moments take as much as for a rank of --rank times this. None: 4 of vlorp and
+    #: projfactor, the only ones that have it.
+    granularity: int | None = None
+    #: Share of a gradient's squared norm that the rank may lose; in (0, 1). None:
+    #: 0.0003 of adarankgrad, the only one that has it.
+    threshold: float | None = None
+    #: Least rank in use, in columns; 1 to --rank. None: seven eighths of --rank for
+    #: adarankgrad, the only one that has it.
+    min_rank: int | None = None
+    #: Least steps between two refreshes of a basis; at least 1. None: 200 of
+    #: adarankgrad, the only one that has it.
+    min_refresh_interval: int | None = None
+    #: Most steps between two refreshes of a basis; at least --min-refresh-interval.
+    #: None: 300 of adarankgrad, the only one that has it.
+    max_refresh_interval: int | None = None
+    #: Steps between two refreshes of a basis, or restarts of relora; at least 1. None:
+    #: 25 of vlorp and projfactor, 200 of the others that have it (not adarankgrad,
+    #: ldadam).
+    update_proj_gap: int | None = None
+    #: Times that a sketched basis is sharpened by the gradient; a multiple of 0.5, 0 or
+    #: more. None: 2 of adarankgrad, 1 of sumo and low_rank_muon, the only ones that
+    #: have it.
+    power_iterations: float | None = None
+    #: Rule by which moments follow a new basis. None: square of adarankgrad, sumo and
+    #: low_rank_muon, the only ones that have it.
+    rebase: Rebase | None = None
+    #: Side of each matrix that is projected. None: short of adarankgrad and galore, the
+    #: only ones that have it.
+    side: Literal["short", "long"] | None = None
+    #: Decay of the momentum that is orthogonalized, per step; in [0, 1). None: 0.95 of
+    #: muon, sumo and low_rank_muon, the only ones that have it.
+    momentum: float | None = None
+    #: Weight of the last gradient outside the subspace, beside the momentum inside; 0
+    #: or more. None: 4 of low_rank_muon, the only one that has it.
+    residual: float | None = None
+
+
+def with_defaults(
+    options: OptimizerOptions, *, steps: int, hidden_size: int
+) -> dict[str, Any]:
+    """Returns the values of the options that are None and that the optimizer uses.
+
+    Args:
+        options: The flags; ``options.optimizer`` is a key of :data:`OPTIMIZERS`.
+        steps: Length of the run.
+        hidden_size: Of the model; the default rank is a share of it.
+    """
+    method = OPTIMIZERS[options.optimizer]
+    granularity = method.own.get("granularity") and options.granularity
+    granularity = granularity or method.own.get("granularity", 1)
+    rank = options.rank or max(1, int(method.rank_share * hidden_size) // granularity)
+    defaults = {
+        "warmup_steps": steps // 10,
+        "block_scale": method.block_scale,
+        **method.own,
+    }
+    if "rank" in method.own:
+        defaults["rank"] = rank
+    if "min_refresh_interval" in method.own and options.max_refresh_interval:
+        least = min(method.own["min_refresh_interval"], options.max_refresh_interval)
+        defaults["min_refresh_interval"] = least
+    if "max_refresh_interval" in method.own and options.min_refresh_interval:
+        most = max(method.own["max_refresh_interval"], options.min_refresh_interval)
+        defaults["max_refresh_interval"] = most
+    if "min_rank" in method.own:
+        defaults["min_rank"] = max(1, 7 * rank // 8)
+    return {k: v for k, v in defaults.items() if getattr(options, k) is None}

@@ -1,0 +1,1 @@
+"""What one run does: from its flags to its summary."""

@@ -1,0 +1,206 @@
+"""The parts of a run, built from its configuration; nothing is written yet."""
+
+import dataclasses
+import datetime
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import lowrank_optax
+from experiments.data.pipeline import Data, make_data
+from experiments.data.tokenizers import load_tokenizer
+from experiments.errors import UserError
+from experiments.model.adapters import with_adapters
+from experiments.model.hugging_face import load_llama
+from experiments.model.llama import Params, init_params
+from experiments.model.shape import LlamaConfig, preset
+from experiments.optim.build import build_optimizer
+from experiments.optim.methods import OPTIMIZERS
+from experiments.optim.schedule import make_schedule
+from experiments.run.checkpoint import Checkpoints, RunRecord
+from experiments.run.config import Config, complete, differences
+from experiments.run.files import CHECKPOINTS, check_is_free
+from experiments.run.step import data_mesh, replicate
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a run is made of.
+
+    Attributes:
+        config: With every default filled in.
+        directory: Where the results go.
+        tokenizer: See :mod:`experiments.data.tokenizers`.
+        data: See :mod:`experiments.data.pipeline`.
+        model: Shape of the model.
+        schedule: Learning rate of embedding, head and norms by update.
+        tx: The optimizer.
+        mesh: The devices.
+        initial_params: Returns the parameters of step 0, one copy per device.
+        resumed: The record of the checkpoint to continue from; None: a fresh run.
+    """
+
+    config: Config
+    directory: Path
+    tokenizer: Any
+    data: Data
+    model: LlamaConfig
+    schedule: optax.Schedule
+    tx: optax.GradientTransformation
+    mesh: Mesh
+    initial_params: Callable[[], Params]
+    resumed: RunRecord | None
+
+    def abstract_state(self) -> tuple[Any, Any]:
+        """Returns parameters and optimizer state as shapes with shardings."""
+        params = jax.eval_shape(self.initial_params)
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
+            (params, jax.eval_shape(self.tx.init, params)),
+        )
+
+
+def assemble(config: Config, report: Callable[[str], None]) -> Parts:
+    """Builds the parts of a run.
+
+    Args:
+        config: Checked.
+        report: Called with lines that say how long work comes along.
+
+    Raises:
+        UserError: If the configuration does not fit the machine, the data, the weights
+            or the run to be resumed, or the directory holds another run.
+    """
+    directory = config.out or _new_directory(config)
+    mesh = data_mesh(config.batch_size, config.accumulate)
+    weights = config.initial_weights and load_llama(config.initial_weights)
+    tokenizer = load_tokenizer(config.tokenizer)
+    model = _model(config, tokenizer, weights)
+    config = complete(config, model.hidden_size)
+    resumed = None
+    if config.resume:
+        resumed = _read_checkpoint(config, directory)
+    else:
+        check_is_free(directory)
+    data = make_data(
+        config.data,
+        tokenizer,
+        batch_size=config.batch_size,
+        sequence_length=config.sequence_length,
+        seed=config.seed,
+        validation_spec=config.validation_data,
+        report=report,
+    )
+    if resumed is not None and resumed.token_digest != data.token_digest:
+        raise UserError(
+            f"--data {config.data} has other text now than when the run in {directory} "
+            "was started; give the same files and the same version of Python"
+        )
+    schedule = make_schedule(config, config.steps)
+    tx = build_optimizer(config, schedule, config.seed, config.accumulate)
+    _check_projects(config, model, tx)
+    return Parts(
+        config=config,
+        directory=directory,
+        tokenizer=tokenizer,
+        data=data,
+        model=model,
+        schedule=schedule,
+        tx=tx,
+        mesh=mesh,
+        initial_params=functools.partial(_initial_params, model, config, weights, mesh),
+        resumed=resumed,
+    )
+
+
+def _check_projects(config, model, tx):
+    """Raises if a low-rank method would leave every block matrix at full size."""
+    is_ours = config.optimizer != "optax_galore"
+    method = OPTIMIZERS[config.optimizer]
+    if not is_ours or "rank" not in method.own or method.adapters:
+        return
+    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    try:
+        plans = lowrank_optax.projections(tx, params).values()
+    except ValueError as error:
+        if config.block_state_bytes is None:
+            raise
+        raise UserError(
+            f"--block-state-bytes {config.block_state_bytes}: {error}"
+        ) from error
+    if not any(plan.is_projected for plan in plans):
+        granularity = config.granularity or 1
+        raise UserError(
+            f"--rank {config.rank} at granularity {granularity} leaves every block "
+            f"matrix at full size; choose a --rank below "
+            f"{model.hidden_size // granularity}"
+        )
+
+
+def _new_directory(config):
+    started = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / f"{started}-{config.model_name}-{config.optimizer}"
+
+
+def _model(config, tokenizer, weights):
+    numerics = {"compute_dtype": config.compute_dtype, "remat": config.remat}
+    if config.param_dtype is not None:
+        numerics["param_dtype"] = config.param_dtype
+    if not weights:
+        if config.kv_heads is not None:
+            numerics["num_kv_heads"] = config.kv_heads
+        return preset(
+            config.model,
+            tokenizer.vocab_size,
+            tie_embeddings=config.tied_embeddings,
+            **numerics,
+        )
+    model = dataclasses.replace(weights[0], **numerics)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise UserError(
+            f"--tokenizer {config.tokenizer} has {tokenizer.vocab_size} tokens, the "
+            f"model in {config.initial_weights} only {model.vocab_size}; give the "
+            "tokenizer that it was trained with"
+        )
+    return model
+
+
+def _initial_params(model, config, weights, mesh):
+    key = jax.random.key(config.seed)
+    kind = OPTIMIZERS[config.optimizer].adapters
+
+    def parameterised(params):
+        if kind is None:
+            return params
+        return with_adapters(params, kind, config.rank, jax.random.fold_in(key, 1))
+
+    if weights:
+        dtype = jnp.dtype(model.param_dtype)
+        params = jax.tree.map(lambda x: jnp.asarray(x, dtype), weights[1])
+        return replicate(parameterised(params), mesh)
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def draw(key):
+        return parameterised(init_params(model, key))
+
+    return jax.jit(draw, out_shardings=whole)(key)
+
+
+def _read_checkpoint(config, directory):
+    path = directory / CHECKPOINTS
+    with Checkpoints(path, config.keep_checkpoints, resume=True) as checkpoints:
+        record = checkpoints.restore_run()
+    changed = differences(record.config, config)
+    if changed:
+        raise UserError(
+            f"the run in {directory} has another configuration: {', '.join(changed)}; "
+            "give the flags it was started with, or a new --out without --resume"
+        )
+    return record

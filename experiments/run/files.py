@@ -1,0 +1,82 @@
+"""The directory of a run: what its files are called, and how they are written."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments.errors import UserError
+
+METRICS_FILE = "metrics.jsonl"
+CONFIG_FILE = "config.json"
+SUMMARY_FILE = "summary.json"
+CHECKPOINTS = "checkpoints"
+
+
+def check_is_free(directory: Path) -> None:
+    """Checks that a fresh run may write to a directory, without making it.
+
+    Raises:
+        UserError: If it is a file, or holds another run.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"--out {directory} is a file; give a directory")
+    for name in (CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, CHECKPOINTS):
+        if (directory / name).exists():
+            raise UserError(
+                f"--out {directory} holds another run ({name}); continue it with "
+                "--resume or give another --out"
+            )
+
+
+def make_directory(directory: Path) -> None:
+    """Makes the directory of a run.
+
+    Raises:
+        UserError: If that is not allowed or possible.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot make --out {directory} ({error.strerror}); give another one"
+        ) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a file that is whole or not there; numbers that are not finite as null."""
+    write_whole(path, json.dumps(finite(value), indent=2) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Returns the objects of a file's lines, none where it is absent.
+
+    A last line that was cut off is left out.
+    """
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def finite(value: Any) -> Any:
+    """Returns the value with None for each number that JSON has no word for."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that is whole or not there."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(text)
+    os.replace(unfinished, path)

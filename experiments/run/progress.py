@@ -1,0 +1,33 @@
+"""How far a run has come: the numbers that its checkpoints carry on."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from experiments.optim.compaction import Compaction
+
+
+@dataclasses.dataclass
+class Progress:
+    """Numbers of a run that its checkpoints carry on.
+
+    Attributes:
+        step: Updates done.
+        seconds: Spent on them, input and logging included; compilation, validation
+            and checkpoints left out.
+        initial_validation_loss: Nats per token before the first update.
+        validation_loss: The newest one.
+        compaction: Of --compact.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    initial_validation_loss: float = float("nan")
+    validation_loss: float = float("nan")
+    compaction: Compaction = dataclasses.field(default_factory=Compaction)
+
+
+def saved_progress(saved: Mapping[str, Any]) -> Progress:
+    """Returns the progress that a checkpoint holds as a dict."""
+    compaction = Compaction(**saved["compaction"])
+    return Progress(**{**saved, "compaction": compaction})

@@ -1,0 +1,165 @@
+"""One training step and one validation, jitted, data parallel over local devices."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+import lowrank_optax
+from experiments.errors import UserError
+
+Batch = Mapping[str, Any]
+# (params, tokens (B, T) int32) -> logits (B, T, V) float32
+ApplyFn = Callable[[Any, jax.Array], jax.Array]
+# Name and dtype of a batch's arrays, each (batch_size, sequence_length).
+BATCH = {"inputs": np.int32, "targets": np.int32, "weights": np.float32}
+
+
+def data_mesh(batch_size: int, accumulate: int = 1) -> Mesh:
+    """Returns the local devices in a row; micro-batches are cut over them.
+
+    Raises:
+        UserError: If the sequences of a batch cannot be shared out evenly.
+    """
+    devices = jax.local_devices()
+    if batch_size % (len(devices) * accumulate):
+        times = f", times --accumulate {accumulate}" if accumulate > 1 else ""
+        raise UserError(
+            f"--batch-size {batch_size} is not a multiple of the {len(devices)} "
+            f"devices of this machine{times}; choose one that is"
+        )
+    return Mesh(np.asarray(devices), ("data",), axis_types=(AxisType.Auto,))
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Returns the tree with a whole copy of each leaf on each device."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def initial_state(tx: optax.GradientTransformation, params: Any, mesh: Mesh) -> Any:
+    """Returns the optimizer's state of step 0, a whole copy on each device."""
+    # Compiled as one program: eagerly, each of its hundreds of arrays is one.
+    whole = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(tx.init, out_shardings=whole)(params)
+
+
+def shard_batch(batch: Batch, mesh: Mesh) -> Batch:
+    """Returns the batch on the devices, each having its share of the sequences."""
+    return jax.device_put(dict(batch), NamedSharding(mesh, PartitionSpec("data")))
+
+
+def make_train_step(
+    apply_fn: ApplyFn,
+    tx: Any,
+    mesh: Mesh,
+    accumulate: int = 1,
+    *,
+    renewed: tuple[str, ...] | None = None,
+):
+    """Returns the jitted (params, opt_state, batch) -> (params, opt_state, metrics).
+
+    Parameters and state are donated. The metrics are scalars: ``loss``, nats per token
+    averaged by weight, and ``grad_norm``, before clipping, both float32 (with
+    micro-batches or inside subspaces the norm of what is projected); ``rejected`` and
+    ``rejected_in_a_row``, int32, the updates left out so far because a gradient was not
+    finite; ``due``, key path -> bool, which bases the next step has to renew.
+
+    Args:
+        apply_fn: The model.
+        tx: From :func:`experiments.optim.build.build_optimizer`.
+        mesh: From :func:`data_mesh`.
+        accumulate: Micro-batches of a batch; above 1 ``tx`` is a
+            ``lowrank_optax.Accumulation``.
+        renewed: Key paths of the projected leaves that get full gradients, and whose
+            bases are renewed where they are due; the others get gradients in their
+            subspaces. None: all leaves get full ones.
+    """
+
+    def loss_fn(params, batch):
+        summed, weight = _summed_loss(apply_fn, params, batch)
+        # A micro-batch may be padding alone.
+        return summed / jnp.maximum(weight, 1), weight
+
+    subspace = lowrank_optax.subspace_value_and_grad(loss_fn, tx, has_aux=True)
+    gradient = subspace.full if renewed is None else subspace.renewing(*renewed)
+
+    def whole_batch(params, opt_state, batch):
+        (loss, _), grads, opt_state = gradient(params, opt_state, batch)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return loss, optax.tree.norm(grads), updates, opt_state
+
+    def micro_batches(params, opt_state, batch):
+        def add(carry, micro_batch):
+            opt_state, nats, tokens = carry
+            (loss, weight), grads, opt_state = gradient(params, opt_state, micro_batch)
+            opt_state = tx.add(grads, opt_state, weight, params)
+            return (opt_state, nats + loss * weight, tokens + weight), None
+
+        # Every k-th sequence: each device cuts up its own share.
+        cut = jax.tree.map(
+            lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch
+        )
+        start = (opt_state, jnp.float32(0), jnp.float32(0))
+        (opt_state, nats, tokens), _ = jax.lax.scan(add, start, cut)
+        norm = optax.tree.norm(opt_state.sums) / tokens
+        updates, opt_state = tx.finish(opt_state, params)
+        return nats / tokens, norm, updates, opt_state
+
+    def step(params, opt_state, batch):
+        way = micro_batches if accumulate > 1 else whole_batch
+        loss, norm, updates, opt_state = way(params, opt_state, batch)
+        params = optax.apply_updates(params, updates)
+        metrics = {
+            "loss": loss,
+            "grad_norm": norm,
+            "rejected": optax.tree.get(opt_state, "total_notfinite"),
+            "rejected_in_a_row": optax.tree.get(opt_state, "notfinite_count"),
+            "due": subspace.due(params, opt_state),
+        }
+        return params, opt_state, metrics
+
+    whole = NamedSharding(mesh, PartitionSpec())
+    cut = NamedSharding(mesh, PartitionSpec("data"))
+    return jax.jit(
+        step,
+        in_shardings=(whole, whole, cut),
+        out_shardings=whole,
+        donate_argnums=(0, 1),
+    )
+
+
+def make_eval_step(apply_fn: ApplyFn, mesh: Mesh):
+    """Returns the jitted (params, batch) -> (summed nats, summed weights), float32."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    cut = NamedSharding(mesh, PartitionSpec("data"))
+    return jax.jit(
+        lambda params, batch: _summed_loss(apply_fn, params, batch),
+        in_shardings=(whole, cut),
+        out_shardings=whole,
+    )
+
+
+def validation_loss(
+    eval_step: Callable, params: Any, batches: Iterable[Batch], mesh: Mesh
+) -> float:
+    """Returns the nats per token over all batches: the mean over tokens.
+
+    Not the mean of the batches' means, in which the tokens of a short last batch would
+    count for more.
+    """
+    nats = tokens = 0.0
+    for batch in batches:
+        summed, weight = eval_step(params, shard_batch(batch, mesh))
+        nats += float(summed)
+        tokens += float(weight)
+    return nats / tokens
+
+
+def _summed_loss(apply_fn, params, batch):
+    logits = apply_fn(params, batch["inputs"])
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+    return jnp.sum(batch["weights"] * nats), jnp.sum(batch["weights"])

@@ -1,0 +1,156 @@
+"""What a finished run says of itself: summary.json, a table and a sample of text."""
+
+import importlib.metadata
+import platform
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from rich.console import Console
+from rich.table import Table
+
+from experiments.model.adapters import merged
+from experiments.model.generate import generate
+from experiments.run.assemble import Parts
+from experiments.run.memory import (
+    adamw_memory_by_kind,
+    adamw_state_bytes,
+    block_leaves,
+    block_state,
+    memory_by_kind,
+    optimizer_state_bytes,
+)
+from experiments.run.train import Trained
+
+_PACKAGES = ("jax", "jaxlib", "optax", "flax", "orbax-checkpoint", "lowrank_optax")
+
+
+def summarize(
+    parts: Parts, trained: Trained, records: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Returns what summary.json holds.
+
+    Losses are nats per token, averaged over tokens. ``tokens_per_second`` counts
+    training steps with their input and logging; compilation, validation and checkpoints
+    are left out. Bytes are those of the arrays of one device.
+
+    Args:
+        parts: Of the run.
+        trained: Its end.
+        records: The lines of metrics.jsonl.
+    """
+    config, progress = parts.config, trained.progress
+    tokens = progress.step * config.batch_size * config.sequence_length
+    params = trained.params
+    model = jax.eval_shape(merged, params)
+    device = jax.devices()[0]
+    return {
+        "optimizer": config.optimizer,
+        "model": config.model_name,
+        "steps": progress.step,
+        "tokens": tokens,
+        "parameter_count": sum(leaf.size for leaf in jax.tree.leaves(model)),
+        "initial_validation_loss": progress.initial_validation_loss,
+        "validation_loss": progress.validation_loss,
+        "tokens_per_second": tokens / progress.seconds,
+        "training_seconds": progress.seconds,
+        "compile_seconds": trained.compile_seconds,
+        "compilations": trained.compilations,
+        "compactions": progress.compaction.done,
+        "optimizer_state_bytes": optimizer_state_bytes(trained.opt_state),
+        "adamw_state_bytes": adamw_state_bytes(model),
+        "block_state_bytes": optimizer_state_bytes(block_state(trained.opt_state)),
+        "block_adamw_state_bytes": adamw_state_bytes(block_leaves(model)),
+        "memory": memory_by_kind(params, trained.opt_state),
+        "adamw_memory": adamw_memory_by_kind(model),
+        "mean_ranks": mean_ranks(records),
+        "rejected_updates": int(optax.tree.get(trained.opt_state, "total_notfinite")),
+        "data": parts.data.description,
+        "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        },
+    }
+
+
+def mean_ranks(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns each leaf's rank, averaged over the lines: a number or one per layer."""
+    lines = [record["ranks"] for record in records if "ranks" in record]
+    if not lines:
+        return {}
+    return {
+        name: np.mean([line[name] for line in lines], axis=0).tolist()
+        for name in lines[0]
+    }
+
+
+def sample_text(parts: Parts, params: Any) -> tuple[str, str]:
+    """Returns the beginning of the validation text, and how the model goes on from it.
+
+    The prompt is a quarter of a sequence; ``--sample-tokens`` follow it.
+    """
+    config, tokenizer = parts.config, parts.tokenizer
+    window = next(parts.data.validation_batches(1))["inputs"][0]
+    prompt = window[: max(1, config.sequence_length // 4)]
+    tokens = generate(
+        parts.model,
+        jax.device_put(merged(params), jax.devices()[0]),
+        prompt,
+        config.sample_tokens,
+        temperature=config.sample_temperature,
+        key=jax.random.key(config.seed),
+    )
+    # A model may have more tokens than its tokenizer, to fill up its last shard.
+    known = [token for token in tokens if token < tokenizer.vocab_size]
+    continuation = tokenizer.decode(known[len(prompt) :])
+    return _printable(tokenizer.decode(prompt)), _printable(continuation)
+
+
+def print_summary(console: Console, summary: dict[str, Any]) -> None:
+    """Prints the short table of a run."""
+    table = Table(show_header=False)
+    for name, text in _rows(summary).items():
+        table.add_row(name, text)
+    console.print(table)
+
+
+def _printable(text):
+    """Keeps what a model makes up from steering the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+def _rows(summary):
+    ours, adamw = summary["optimizer_state_bytes"], summary["adamw_state_bytes"]
+    blocks, adamw_blocks = (
+        summary["block_state_bytes"],
+        summary["block_adamw_state_bytes"],
+    )
+    rows = {
+        "optimizer": summary["optimizer"],
+        "model": f"{summary['model']}, {summary['parameter_count']:,} parameters",
+        "steps": f"{summary['steps']:,}, {summary['tokens']:,} tokens",
+        "validation loss": (
+            f"{summary['initial_validation_loss']:.4f} at first, "
+            f"{summary['validation_loss']:.4f} at last (nats per token)"
+        ),
+        "tokens per second": (
+            f"{summary['tokens_per_second']:,.0f} "
+            f"({summary['training_seconds']:.1f} s of training; "
+            f"compilation {summary['compile_seconds']:.1f} s, "
+            f"{summary['compilations']} x the step)"
+        ),
+        "optimizer state": f"{ours:,} bytes, {ours / adamw:.2f} of AdamW's {adamw:,}",
+        "of block matrices": (
+            f"{blocks:,} bytes, {blocks / adamw_blocks:.2f} of AdamW's {adamw_blocks:,}"
+        ),
+    }
+    if summary["mean_ranks"]:
+        ranks = np.concatenate([np.ravel(r) for r in summary["mean_ranks"].values()])
+        rows["mean rank"] = (
+            f"{ranks.mean():.1f} ({ranks.min():.1f} to {ranks.max():.1f} by layer)"
+        )
+    if summary["rejected_updates"]:
+        rows["rejected updates"] = f"{summary['rejected_updates']} (not finite)"
+    return rows

@@ -1,0 +1,263 @@
+"""The training loop: steps, validations, metrics, checkpoints, and how it stops."""
+
+import collections
+import contextlib
+import dataclasses
+import signal
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from experiments.errors import UserError
+from experiments.optim.methods import OPTIMIZERS
+from experiments.run.assemble import Parts
+from experiments.run.checkpoint import Checkpoints, RunRecord
+from experiments.run.clock import Clock
+from experiments.run.columns import capacities_line, ranks_by_name
+from experiments.run.compiled import Programs, first_due
+from experiments.run.config import to_json
+from experiments.run.files import CHECKPOINTS, CONFIG_FILE, make_directory, write_json
+from experiments.run.interrupts import StopRequest
+from experiments.run.memory import optimizer_state_bytes
+from experiments.run.metrics import MetricsLog
+from experiments.run.progress import Progress, saved_progress
+from experiments.run.step import (
+    initial_state,
+    replicate,
+    shard_batch,
+    validation_loss,
+)
+from experiments.run.terminal import TrainingProgress
+
+# So far may Python run ahead of the device: enough to keep it busy, and few enough that
+# a signal is answered soon.
+_STEPS_IN_FLIGHT = 2
+_REJECTED_IN_A_ROW = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """Where a run stands when its process ends.
+
+    Attributes:
+        params: Parameters.
+        opt_state: Optimizer state.
+        progress: How far it came.
+        compile_seconds: For the steps of training and validation, in this process.
+        compilations: Of the training step, in this process.
+        stopped_by: The signal that stopped it; None: all steps are done.
+    """
+
+    params: Any
+    opt_state: Any
+    progress: Progress
+    compile_seconds: float
+    compilations: int
+    stopped_by: signal.Signals | None
+
+
+def train(parts: Parts, console: Console) -> Trained:
+    """Trains from the first step, or from the checkpoint, to the last or to a signal.
+
+    Writes configuration, metrics and checkpoints to the run's directory. A SIGTERM or
+    SIGINT ends the step, and a validation under way, and saves a checkpoint.
+
+    Args:
+        parts: From :func:`experiments.run.assemble.assemble`.
+        console: Where to show progress.
+
+    Raises:
+        UserError: If gradients stay non-finite, the data ends, or a file cannot be
+            written or restored.
+    """
+    config, directory = parts.config, parts.directory
+    if parts.resumed is None:
+        make_directory(directory)
+        write_json(directory / CONFIG_FILE, to_json(config))
+    checkpoints = Checkpoints(
+        directory / CHECKPOINTS,
+        config.keep_checkpoints,
+        resume=parts.resumed is not None,
+    )
+    batches = contextlib.closing(parts.data.train_iterator())
+    with StopRequest() as stop, checkpoints, batches as iterator:
+        loop = _Loop(parts, checkpoints, iterator)
+        step = loop.progress.step
+        shown = TrainingProgress(console, config.steps, step)
+        with MetricsLog(directory, step) as metrics, shown:
+            loop.run(metrics, shown, stop)
+    return Trained(
+        params=loop.params,
+        opt_state=loop.opt_state,
+        progress=loop.progress,
+        compile_seconds=loop.programs.compile_seconds,
+        compilations=loop.programs.compilations,
+        stopped_by=stop.signal,
+    )
+
+
+class _Loop:
+    """The state of a run in this process, and what is done with it."""
+
+    def __init__(self, parts: Parts, checkpoints: Checkpoints, batches: Any):
+        self.parts = parts
+        self.checkpoints = checkpoints
+        self.batches = batches
+        if parts.resumed is None:
+            self.progress = Progress()
+            self.params = parts.initial_params()
+            self.opt_state = initial_state(parts.tx, self.params, parts.mesh)
+        else:
+            self.progress = saved_progress(parts.resumed.progress)
+            self.params, self.opt_state = checkpoints.restore_state(
+                *parts.abstract_state()
+            )
+            self.batches.set_state(parts.resumed.data_state)
+        self.clock = Clock(self.progress.seconds)
+        self.in_flight = collections.deque()
+        self.logged = dataclasses.replace(self.progress)
+        self.due = first_due(parts, self.params, self.opt_state)
+        self.programs = Programs(parts, self.params, self.opt_state, self.due)
+
+    def run(self, log: MetricsLog, shown: TrainingProgress, stop: StopRequest) -> None:
+        """Trains to the last step or to a signal, and saves."""
+        config, progress = self.parts.config, self.progress
+        if progress.step == 0:
+            progress.initial_validation_loss = self._validate()
+            shown.say(
+                f"validation loss {progress.initial_validation_loss:.4f} at first"
+            )
+        while progress.step < config.steps and stop.signal is None:
+            self.clock.start()
+            metrics = self._step()
+            shown.advance(progress.step)
+            is_last = progress.step == config.steps
+            validate = is_last or progress.step % config.eval_every == 0
+            save = is_last or progress.step % config.checkpoint_every == 0
+            if validate or progress.step == 1 or progress.step % config.log_every == 0:
+                self._log(metrics, log, shown, validate)
+            if config.compact and progress.step % config.compact_every == 0:
+                self._compact(shown)
+            if save:
+                self._save()
+        self._save()
+
+    def _step(self) -> dict[str, jax.Array]:
+        """Hands one update to the device."""
+        try:
+            batch = next(self.batches)
+        except StopIteration:
+            raise UserError(
+                f"--data {self.parts.config.data} ended at step {self.progress.step}; "
+                "give more text or fewer --steps"
+            ) from None
+        # Waits for the step before, which says which bases are due now.
+        train_step = self.programs.train_step(self.due, self.progress.step)
+        self.params, self.opt_state, metrics = train_step(
+            self.params, self.opt_state, shard_batch(batch, self.parts.mesh)
+        )
+        self.due = metrics["due"]
+        self.progress.step += 1
+        self._restart()
+        self.in_flight.append(metrics)
+        if len(self.in_flight) > _STEPS_IN_FLIGHT:
+            self._check(self.in_flight.popleft())
+        return metrics
+
+    def _restart(self) -> None:
+        """Merges the adapters of ReLoRA, and starts them anew, where that is due."""
+        config = self.parts.config
+        is_due = self.progress.step % (config.update_proj_gap or 1) == 0
+        if OPTIMIZERS[config.optimizer].adapters != "relora" or not is_due:
+            return
+        key = jax.random.fold_in(jax.random.key(config.seed), self.progress.step)
+        self.params, self.opt_state = self.programs.restart(
+            self.params, self.opt_state, key
+        )
+
+    def _compact(self, shown: TrainingProgress) -> None:
+        """Looks at the state, and may cut its arrays and compile the step anew."""
+        progress, old = self.progress, self.opt_state
+        has_budget = self.parts.config.block_state_bytes is not None
+        progress.seconds = self.clock.stop(self.params)
+        self.opt_state = progress.compaction.look(old, has_budget)
+        if self.opt_state is old:
+            self.clock.start()
+            return
+        before, after = map(optimizer_state_bytes, (old, self.opt_state))
+        self.opt_state = replicate(self.opt_state, self.parts.mesh)
+        del old
+        self.programs.compile_train_steps(self.params, self.opt_state, self.due)
+        entry = {"step": progress.step, "bytes_before": before, "bytes_after": after}
+        progress.compaction.done.append(entry)
+        shown.say(
+            f"optimizer state {before:,} -> {after:,} bytes at step {progress.step}: "
+            f"{capacities_line(self.opt_state)}; "
+            f"compilation {self.programs.compilations}"
+        )
+        self.clock.start()
+
+    def _check(self, metrics: dict[str, jax.Array]) -> None:
+        """Waits for a step, and gives up where nothing has been learned for long."""
+        if int(metrics["rejected_in_a_row"]) >= _REJECTED_IN_A_ROW:
+            raise UserError(
+                f"the gradients of {_REJECTED_IN_A_ROW} steps in a row, up to about "
+                f"step {self.progress.step}, were not finite; lower --learning-rate or "
+                "--block-scale, or train with --compute-dtype float32"
+            )
+
+    def _log(self, metrics, log, shown, validate: bool) -> None:
+        config, progress = self.parts.config, self.progress
+        progress.seconds = self.clock.stop(self.params)
+        self.clock.start()
+        while self.in_flight:
+            self._check(self.in_flight.popleft())
+        batch_tokens = config.batch_size * config.sequence_length
+        speed = (progress.step - self.logged.step) * batch_tokens
+        speed /= progress.seconds - self.logged.seconds
+        self.logged = dataclasses.replace(progress)
+        record = {
+            "step": progress.step,
+            "tokens": progress.step * batch_tokens,
+            "loss": float(metrics["loss"]),
+            "learning_rate": np.asarray(self.parts.schedule(progress.step - 1)).item(),
+            "grad_norm": float(metrics["grad_norm"]),
+            "tokens_per_second": speed,
+            "optimizer_state_bytes": optimizer_state_bytes(self.opt_state),
+            "rejected_updates": int(metrics["rejected"]),
+        }
+        ranks = ranks_by_name(self.opt_state)
+        if ranks:
+            record["ranks"] = ranks
+        left = progress.seconds / progress.step * (config.steps - progress.step)
+        shown.show(progress.step, record["loss"], speed, left)
+        if validate:
+            loss = progress.validation_loss = self._validate()
+            record["validation_loss"] = loss
+            shown.say(f"validation loss {loss:.4f} at step {progress.step}")
+        log.write(record)
+
+    def _validate(self) -> float:
+        self.clock.stop(self.params)
+        return validation_loss(
+            self.programs.eval_step,
+            self.params,
+            self.parts.data.validation_batches(self.parts.config.eval_tokens),
+            self.parts.mesh,
+        )
+
+    def _save(self) -> None:
+        self.progress.seconds = self.clock.stop(self.params)
+        self.checkpoints.save(
+            self.progress.step,
+            self.params,
+            self.opt_state,
+            RunRecord(
+                config=to_json(self.parts.config),
+                token_digest=self.parts.data.token_digest,
+                data_state=self.batches.get_state(),
+                progress=dataclasses.asdict(self.progress),
+            ),
+        )
