@@ -1,0 +1,155 @@
+"""What is measured, the most telling first."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+from benchmarks.accelerator import records, steps, updates
+
+BYTE_LIMIT = 24 * 10**9  # of stage d
+_STACKED = ("range_finder(0.5)", "adarankgrad", "low_rank_muon")
+_BASES = ("range_finder(0)", "range_finder(0.5)", "range_finder(1)", "range_finder(2)")
+_TOY = (
+    *(("vocab_size", 96), ("hidden_size", 64), ("num_layers", 2)),
+    *(("num_heads", 2), ("num_kv_heads", 2)),
+    # XLA's CPU backend lacks some products of bfloat16 matrices into float32.
+    ("compute_dtype", "float32"),
+)
+_TOY_UPDATE = {"kernels": ("down",), "seconds": 0.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """One measurement.
+
+    Attributes:
+        stage: "a", "b", "c" or "d".
+        name: Inside its stage.
+        process: Units in a row with the same one share a process.
+        least: Seconds without which it is not begun.
+        most: Seconds after which it is ended.
+        measure: Called with ``write`` and the deadline.
+        byte_limit: What the device's allocator is held to; None: all there is.
+    """
+
+    stage: str
+    name: str
+    process: str
+    least: float
+    most: float
+    measure: Callable[[records.Write, float], None]
+    byte_limit: int | None = None
+
+
+def catalogue(is_smoke: bool) -> list[Unit]:
+    """Returns the units in their order; toys of all of them for a smoke test."""
+    return _toys() if is_smoke else _all()
+
+
+def _all() -> list[Unit]:
+    telling = (
+        ("adamw", False),
+        ("galore", True),
+        ("adarankgrad", True),
+        ("low_rank_muon 8-bit", False),
+        ("contrib.galore", False),
+    )
+    others = (
+        ("sumo", True),
+        ("galore", False),
+        ("adarankgrad", False),
+        ("sumo", False),
+    )
+    sizes = {"350m": 256, "1b": 512}
+
+    def of_steps(size, rows):
+        for optimizer, in_subspace in rows:
+            case = steps.Case(size, optimizer, sizes[size], in_subspace, sequences=16)
+            yield _step_unit("b", case, least=25, most=90)
+
+    def of_24_gb(optimizer):
+        case = steps.Case("7b", optimizer, 256, True, 2, byte_limit=BYTE_LIMIT)
+        return _step_unit("d", case, least=40, most=120)
+
+    return [
+        *of_steps("350m", telling),
+        of_24_gb("galore 8-bit, basis 8-bit"),
+        *_update_units("60m", is_stacked=True, apart=("contrib.galore",)),
+        *_update_units("1b", is_stacked=True),
+        _refresh_unit("60m"),
+        _refresh_unit("1b-one-layer"),
+        *of_steps("1b", telling),
+        of_24_gb("adarankgrad 8-bit, basis 4-bit"),
+        *of_steps("350m", others),
+        *_update_units("60m", is_stacked=False, apart=("contrib.galore",)),
+        *of_steps("1b", others),
+        *_update_units("1b", is_stacked=False),
+    ]
+
+
+def _toys() -> list[Unit]:
+    rows = [
+        *((name, True) for name in ("galore", "adarankgrad", "sumo")),
+        *((name, False) for name in ("adamw", "contrib.galore")),
+        ("low_rank_muon 8-bit", False),
+    ]
+    toy = functools.partial(steps.Case, "tiny", rank=8, sequences=2, tokens=16)
+    toy = functools.partial(toy, overrides=_TOY)
+    limited = toy("galore 8-bit, basis 8-bit", in_subspace=True, byte_limit=BYTE_LIMIT)
+    units = [
+        *(_step_unit("b", toy(name, in_subspace=x), 5, 30) for name, x in rows),
+        _step_unit("d", limited, 5, 30),
+        *_update_units("toy", True, ("contrib.galore",), **_TOY_UPDATE),
+        *_update_units("toy", False, ("contrib.galore",), **_TOY_UPDATE),
+        _refresh_unit("toy", **_TOY_UPDATE),
+    ]
+    # There is no peak to measure on a CPU, and starting a process takes seconds.
+    return [dataclasses.replace(unit, process=unit.stage) for unit in units]
+
+
+def _step_unit(stage: str, case: steps.Case, least: float, most: float) -> Unit:
+    kind = "subspace" if case.in_subspace else "full"
+    name = f"{case.model} {case.optimizer}, {kind} gradients"
+    measure = functools.partial(_measure_step, case)
+    return Unit(stage, name, name, least, most, measure, case.byte_limit)
+
+
+def _measure_step(case: steps.Case, write: records.Write, deadline: float) -> None:
+    steps.measure(write, case, deadline)
+
+
+def _update_units(
+    size: str, is_stacked: bool, apart: tuple[str, ...] = (), **options
+) -> list[Unit]:
+    """Returns an update outside a renewal, and one with it."""
+    layout = "stacked" if is_stacked else "not stacked"
+    theirs = ("adamw", "contrib.galore", "contrib.muon")
+
+    def unit(kind, renews, together, apart):
+        case = updates.Case(size, is_stacked, renews, **options)
+        measure = functools.partial(_measure_update, case, together, apart)
+        process = f"{size}, {layout}"
+        return Unit("a", f"{process}, {kind}", process, 20, 70, measure)
+
+    return [
+        unit("without renewal", False, (*theirs, *_STACKED), ()),
+        unit("with renewal", True, ("adamw", *_STACKED), apart),
+    ]
+
+
+def _refresh_unit(size: str, **options) -> Unit:
+    # At rank 512 a layer of 1b takes an exact SVD seconds: the slow ones stand apart.
+    case = updates.Case(size, is_stacked=True, renews=True, **options)
+    apart = ("contrib.galore", "exact_svd")
+    measure = functools.partial(_measure_update, case, _BASES, apart)
+    return Unit("c", size, f"c {size}", 20, 90, measure)
+
+
+def _measure_update(
+    case: updates.Case,
+    together: tuple[str, ...],
+    apart: tuple[str, ...],
+    write: records.Write,
+    deadline: float,
+) -> None:
+    updates.measure(write, case, together, apart, deadline)
