@@ -1,5 +1,7 @@
 """Gradients with the shapes of LLaMA's block matrices and a decaying spectrum."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -42,7 +44,7 @@ def unstacked(stacked: dict[str, jax.Array]) -> dict[str, list[jax.Array]]:
 
 
 def ours(
-    rank: int, side: lowrank_optax.Side = "short", power_iterations: float = 0.5
+    rank: int, side: Literal["short", "long"] = "short", power_iterations: float = 0.5
 ) -> optax.GradientTransformation:
     """Returns Adam in the range finder's subspace, due at the first update."""
     return lowrank_optax.scale_by_low_rank(

@@ -88,7 +88,7 @@ def in_micro_batches(model, tx: Any) -> Callable:
             loss, grads = gradient(params, tokens)
             return tx.add(grads, state), loss
 
-        if not isinstance(tx, lowrank_optax.Accumulation):
+        if not hasattr(tx, "finish"):
             (params, state), losses = jax.lax.scan(micro_step, (params, state), tokens)
             return params, state, jnp.mean(losses)
         state, losses = jax.lax.scan(add, state, tokens)

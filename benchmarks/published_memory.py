@@ -44,7 +44,7 @@ def on_blocks(blocks: optax.GradientTransformation) -> optax.GradientTransformat
     return optax.partition(groups, parameter_groups)
 
 
-def numbers(plan: lowrank_optax.MemoryPlan) -> int:
+def numbers(plan: Any) -> int:
     """Returns the values of parameters and state, scalars of subspaces left out."""
     total = 0
     for leaf in plan.leaves:

@@ -5,17 +5,19 @@ against AdamW's and Adafactor's.
 """
 
 import argparse
+from typing import Literal
 
 import optax
 
 import lowrank_optax
 from benchmarks import harness, llama
 
-SIDES: tuple[lowrank_optax.Side, ...] = ("short", "long")
+Side = Literal["short", "long"]
+SIDES: tuple[Side, ...] = ("short", "long")
 
 
 def measure(
-    size: str, rank: int, side: lowrank_optax.Side, rounds: int, stacked: bool = True
+    size: str, rank: int, side: Side, rounds: int, stacked: bool = True
 ) -> dict:
     """Times the transformation alone, ours and optax.contrib.galore's."""
     stacks = llama.block_gradients(size)

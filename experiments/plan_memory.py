@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def plans_by_name(options: Options) -> dict[str, lowrank_optax.MemoryPlan]:
+def plans_by_name(options: Options) -> dict[str, Any]:
     """Returns the plan of each row of the table."""
     model = preset(
         options.model, options.vocabulary_size, param_dtype=options.param_dtype
@@ -134,7 +134,7 @@ def _parse(argv: Sequence[str]) -> Options:
     options = parse_arguments(Options, "python -m experiments.plan_memory", argv)
     check_choice("--model", options.model, MODELS)
     try:
-        lowrank_optax.parse_bytes(options.memory)
+        lowrank_optax.budget(options.memory).limit
     except ValueError as error:
         raise UserError(f"--memory: {error}") from error
     for name in ("vocabulary_size", "rank"):
@@ -144,14 +144,14 @@ def _parse(argv: Sequence[str]) -> Options:
     return options
 
 
-def _chosen(plans, name: str) -> lowrank_optax.MemoryPlan:
+def _chosen(plans, name: str) -> Any:
     if name not in plans:
         raise UserError(f"--leaves-of {name!r} is none of: {'; '.join(plans)}")
     return plans[name]
 
 
 def _print_table(plans, options: Options) -> None:
-    memory = lowrank_optax.parse_bytes(options.memory)
+    memory = lowrank_optax.budget(options.memory).limit
     first = next(iter(plans.values()))
     table = Table(title=f"LLaMA {options.model}, {options.param_dtype}, in GB (10^9)")
     table.add_column("optimizer")

@@ -40,7 +40,7 @@ from lowrank_optax.storage.low_bit import low_bit
 from lowrank_optax.storage.resize import capacities, columns, compact, resize
 from lowrank_optax.storage.restore import like_saved
 from lowrank_optax.storage.rounding import stochastic_rounding
-from lowrank_optax.subspace import LowRankState, Subspace
+from lowrank_optax.subspace import ScaleByLowRankState, Subspace
 from lowrank_optax.training.accumulate import accumulate
 from lowrank_optax.training.finite import apply_if_finite
 from lowrank_optax.transform import scale_by_low_rank
@@ -48,7 +48,7 @@ from lowrank_optax.transform import scale_by_low_rank
 __all__ = [
     "REBASE_RULES",
     "LowRankDimensionNumbers",
-    "LowRankState",
+    "ScaleByLowRankState",
     "Projected",
     "RebaseRule",
     "ScaleByProjfactorState",

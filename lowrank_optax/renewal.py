@@ -26,7 +26,7 @@ from lowrank_optax.rules.random_bases import RandomBasis
 from lowrank_optax.rules.rebase import RebaseRule, random_transfer, transfer
 from lowrank_optax.storage.codes import coded_record, decode, encode, is_coded
 from lowrank_optax.subspace import (
-    LowRankState,
+    ScaleByLowRankState,
     Parts,
     Projector,
     Subspace,
@@ -55,11 +55,11 @@ def is_due(subspace: Subspace, count: jax.Array, parts: Parts) -> jax.Array:
 
 def renewed(
     gradients: Any,
-    state: LowRankState,
+    state: ScaleByLowRankState,
     like: Any,
     parts: Parts,
     allowed: jax.typing.ArrayLike = True,
-) -> LowRankState:
+) -> ScaleByLowRankState:
     """Returns the state with the bases renewed that are due, and moments that follow.
 
     Args:

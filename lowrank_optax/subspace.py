@@ -55,7 +55,7 @@ class Subspace(NamedTuple):
     residual: Any
 
 
-class LowRankState(NamedTuple):
+class ScaleByLowRankState(NamedTuple):
     """State of :func:`scale_by_low_rank`.
 
     Attributes:

@@ -44,7 +44,7 @@ from lowrank_optax.rules.schedules import RefreshRule, every
 from lowrank_optax.storage.budget import Budget, as_stored, largest_fitting
 from lowrank_optax.storage.codes import bytes_of, decoded_tree, encoded_tree
 from lowrank_optax.subspace import (
-    LowRankState,
+    ScaleByLowRankState,
     Parts,
     Projector,
     Subspace,
@@ -366,7 +366,7 @@ def _most(params: Any, parts: Parts) -> int:
     return max((min(v.kept_size, v.projected_size) - 1 for v in views), default=1)
 
 
-def _init(params: Any, core: Core, parts: Parts) -> LowRankState:
+def _init(params: Any, core: Core, parts: Parts) -> ScaleByLowRankState:
     plans, projectors = initial_projectors(params, parts)
     announce(plans, parts)
 
@@ -386,7 +386,7 @@ def _init(params: Any, core: Core, parts: Parts) -> LowRankState:
     locate_moments(inner_state, shapes, plans.keys() - shapes.keys(), parts.moments)
     core.check(in_subspace, inner_state)
     subspaces = jax.tree_util.tree_map_with_path(subspace, params)
-    return LowRankState(jnp.zeros([], jnp.int32), subspaces, inner_state)
+    return ScaleByLowRankState(jnp.zeros([], jnp.int32), subspaces, inner_state)
 
 
 def _check_needs_no_params(inner, coordinates, state) -> None:
@@ -411,7 +411,7 @@ def _check_needs_no_params(inner, coordinates, state) -> None:
 
 
 def _update(
-    updates, state: LowRankState, like, core: Core, parts: Parts, refresh, extra_args
+    updates, state: ScaleByLowRankState, like, core: Core, parts: Parts, refresh, extra_args
 ):
     gradients = gradients_by_path(updates)
     projectors = projectors_of_state(like, slots_of(state), parts)
@@ -445,7 +445,7 @@ def _update(
     for path, (projector, subspace, *_) in leaves.items():
         aged = projector.aged(subspace, narrow[path])
         subspaces[path] = aged._replace(residual=residuals.get(path, aged.residual))
-    new_state = LowRankState(
+    new_state = ScaleByLowRankState(
         jnp.asarray(optax.safe_increment(state.count)),
         with_slots(state.subspaces, subspaces),
         encoded_tree(inner_state, state.inner_state),

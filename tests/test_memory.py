@@ -12,13 +12,11 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lowrank_optax
-from experiments.model import apply, init_params, preset
-from experiments.optimizers import (
-    OPTIMIZERS,
-    OptimizerOptions,
-    build_optimizer,
-    with_defaults,
-)
+from experiments.model.llama import apply, init_params
+from experiments.model.shape import preset
+from experiments.optim.build import build_optimizer
+from experiments.optim.methods import OPTIMIZERS
+from experiments.optim.options import OptimizerOptions, with_defaults
 from lowrank_optax import memory_plan
 from lowrank_optax.storage.codes import bytes_of
 from tests.suite import ROWS
@@ -108,7 +106,7 @@ def test_each_leaf_says_what_it_takes_and_why():
     assert not small.is_projected
     assert "not above rank 8" in small.projection
     assert dict(small.bytes.state) == {"mu": 144, "nu": 144}
-    # LowRankState's and Adam's.
+    # ScaleByLowRankState's and Adam's.
     assert plan.other_bytes == 8
     whole = memory_plan(optax.adam(0.1), params)
     assert plan.full_rank_bytes == whole.optimizer_bytes + 4

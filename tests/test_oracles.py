@@ -58,7 +58,7 @@ def run(optimizer: optax.GradientTransformation, grads: dict) -> Run:
         low_rank = next(
             x
             for x in jax.tree.leaves(state, is_leaf=_is_low_rank)
-            if isinstance(x, lowrank_optax.LowRankState)
+            if isinstance(x, lowrank_optax.ScaleByLowRankState)
         )
         return state, (updates, low_rank)
 
@@ -70,7 +70,7 @@ def run(optimizer: optax.GradientTransformation, grads: dict) -> Run:
 
 
 def _is_low_rank(node):
-    return isinstance(node, lowrank_optax.LowRankState)
+    return isinstance(node, lowrank_optax.ScaleByLowRankState)
 
 
 @functools.cache

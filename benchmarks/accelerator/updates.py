@@ -55,7 +55,7 @@ class Case:
         return 1 if self.renews else NEVER
 
     @property
-    def refresh(self) -> lowrank_optax.RefreshRule:
+    def refresh(self) -> Any:
         """The same as a rule."""
         return lowrank_optax.every(self.gap, stagger=False)
 
@@ -64,7 +64,7 @@ Make = Callable[[Case], optax.GradientTransformation]
 
 
 def _scaled_by_low_rank(
-    case: Case, basis: lowrank_optax.BasisRule
+    case: Case, basis: Any
 ) -> optax.GradientTransformation:
     return optax.chain(
         lowrank_optax.scale_by_low_rank(

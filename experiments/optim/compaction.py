@@ -36,7 +36,7 @@ class Compaction:
         """
         self.looks += 1
         for path, leaf in lowrank_optax.columns(opt_state).items():
-            wanted = lowrank_optax.wanted_columns(leaf, BUCKET)
+            wanted = leaf.wanted(BUCKET)
             self.peaks[path] = max(wanted, self.peaks.get(path, 0))
         if self.looks < LOOKS:
             return opt_state

@@ -12,7 +12,7 @@ import optax
 from lowrank_optax.binding.states import is_slot, slots_of
 from lowrank_optax.matrix.plan import LeafPlan
 from lowrank_optax.matrix.sharding import abstract
-from lowrank_optax.subspace import LowRankState, Parts, Projector, projectors_of_state
+from lowrank_optax.subspace import ScaleByLowRankState, Parts, Projector, projectors_of_state
 
 
 class Bound(NamedTuple):
@@ -64,7 +64,7 @@ class Binding:
 
     transformations: tuple[Bound, ...]
 
-    def of(self, node: LowRankState) -> Bound:
+    def of(self, node: ScaleByLowRankState) -> Bound:
         """Returns the transformation that one of the optimizer's states belongs to.
 
         Raises:
@@ -80,7 +80,7 @@ class Binding:
             )
         return found[0]
 
-    def own(self, tree: Any, node: LowRankState) -> Any:
+    def own(self, tree: Any, node: ScaleByLowRankState) -> Any:
         """Returns the part of a tree that the transformation of a state sees.
 
         Args:
@@ -95,7 +95,7 @@ class Binding:
             is_leaf=is_slot,
         )
 
-    def projectors(self, tree: Any, node: LowRankState) -> dict[tuple, Projector]:
+    def projectors(self, tree: Any, node: ScaleByLowRankState) -> dict[tuple, Projector]:
         """Returns the projectors of the leaves that a low-rank state has subspaces of.
 
         Args:

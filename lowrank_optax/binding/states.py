@@ -10,24 +10,24 @@ from lowrank_optax.binding.moments import owner_and_field
 from lowrank_optax.projected import Projected, is_projected
 from lowrank_optax.rules.schedules import Trend
 from lowrank_optax.storage.codes import coded_record, is_coded, shape_of
-from lowrank_optax.subspace import LowRankState, Subspace
+from lowrank_optax.subspace import ScaleByLowRankState, Subspace
 
 
 def is_low_rank(node: Any) -> bool:
     """Returns whether a node is the state of a low-rank transformation."""
-    return isinstance(node, LowRankState) or _is_mapping_of(node, LowRankState)
+    return isinstance(node, ScaleByLowRankState) or _is_mapping_of(node, ScaleByLowRankState)
 
 
-def low_rank_record(node: Any) -> LowRankState:
+def low_rank_record(node: Any) -> ScaleByLowRankState:
     """Returns a state again where ``flax.nnx.Optimizer`` has made mappings of it."""
-    if not isinstance(node, LowRankState):
-        node = LowRankState(**node)
+    if not isinstance(node, ScaleByLowRankState):
+        node = ScaleByLowRankState(**node)
     slots = jax.tree.map(_slot, node.subspaces, is_leaf=is_slot)
     return node._replace(subspaces=slots)
 
 
 def is_slot(node: Any) -> bool:
-    """Returns whether a node is what one leaf has in ``LowRankState.subspaces``."""
+    """Returns whether a node is what one leaf has in ``ScaleByLowRankState.subspaces``."""
     return isinstance(node, (Subspace, optax.MaskedNode)) or _is_mapping_of(
         node, Subspace
     )
@@ -60,13 +60,13 @@ def _is_mapping_of(node: Any, record: Any) -> bool:
     return fields - _MAY_BE_EMPTY <= set(node) <= fields
 
 
-def low_rank_states(state: Any) -> list[LowRankState]:
+def low_rank_states(state: Any) -> list[ScaleByLowRankState]:
     """Returns the states of all low-rank transformations in a state."""
     nodes = jax.tree.leaves(state, is_leaf=is_low_rank)
     return [low_rank_record(node) for node in nodes if is_low_rank(node)]
 
 
-def map_low_rank_states(function: Callable[[LowRankState], Any], state: Any) -> Any:
+def map_low_rank_states(function: Callable[[ScaleByLowRankState], Any], state: Any) -> Any:
     """Returns a state with a function of each low-rank state in its place."""
 
     def of_node(node):
@@ -75,7 +75,7 @@ def map_low_rank_states(function: Callable[[LowRankState], Any], state: Any) -> 
     return jax.tree.map(of_node, state, is_leaf=is_low_rank)
 
 
-def slots_of(node: LowRankState) -> dict[tuple, Subspace]:
+def slots_of(node: ScaleByLowRankState) -> dict[tuple, Subspace]:
     """Returns the subspaces of a state by their leaves' key paths."""
     slots = jax.tree.leaves_with_path(node.subspaces, is_leaf=is_slot)
     return {path: slot for path, slot in slots if isinstance(slot, Subspace)}

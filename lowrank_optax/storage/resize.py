@@ -36,6 +36,15 @@ class Columns(NamedTuple):
     rows: int
     bytes_per_column: float
 
+    def wanted(self, bucket: int) -> int:
+        """Returns the columns needed now: whole buckets, up to the capacity.
+
+        Args:
+            bucket: Columns; >= 1.
+        """
+        needed = max(self.rank, int(np.ceil(self.demand)), 1)
+        return min(self.capacity, -(-needed // bucket) * bucket)
+
 
 def capacities(state: Any) -> dict[str, int]:
     """Returns the columns that the arrays of each leaf with a stored basis have.
@@ -132,7 +141,7 @@ def compact(
     found = columns(state)
     smaller = {}
     for name, leaf in found.items():
-        needed = max(wanted_columns(leaf, bucket), (peaks or {}).get(name, 0))
+        needed = max(leaf.wanted(bucket), (peaks or {}).get(name, 0))
         if needed < leaf.capacity:
             smaller[name] = needed
     freed = sum(
@@ -142,17 +151,6 @@ def compact(
     if not smaller or freed < min_saving * bytes_of(state):
         return state
     return resize(state, smaller)
-
-
-def wanted_columns(leaf: Columns, bucket: int) -> int:
-    """Returns the columns that a leaf needs now: whole buckets, up to its capacity.
-
-    Args:
-        leaf: From :func:`columns`.
-        bucket: Columns; >= 1.
-    """
-    needed = max(leaf.rank, int(np.ceil(leaf.demand)), 1)
-    return min(leaf.capacity, -(-needed // bucket) * bucket)
 
 
 def columns(state: Any) -> dict[str, Columns]:
