@@ -172,7 +172,8 @@ def measure(write: records.Write, case: Case, deadline: float) -> None:
 def _model(case: Case) -> tuple[Any, Callable[[Any, jax.Array], jax.Array]]:
     """Returns the parameters' shapes and the mean loss of the next token."""
     # Here and nowhere else, so that the other stages do without the model.
-    from experiments.model import apply, init_params, preset
+    from experiments.model.llama import apply, init_params
+    from experiments.model.shape import preset
 
     overrides: dict[str, Any] = {
         "remat": True,

@@ -63,9 +63,7 @@ class Case:
 Make = Callable[[Case], optax.GradientTransformation]
 
 
-def _scaled_by_low_rank(
-    case: Case, basis: Any
-) -> optax.GradientTransformation:
+def _scaled_by_low_rank(case: Case, basis: Any) -> optax.GradientTransformation:
     return optax.chain(
         lowrank_optax.scale_by_low_rank(
             optax.scale_by_adam(), case.rank, basis=basis, refresh=case.refresh

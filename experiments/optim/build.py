@@ -9,7 +9,6 @@ import lowrank_optax
 from experiments.model.groups import parameter_groups
 from experiments.optim.methods import OPTIMIZERS, adafactor
 from experiments.optim.options import OptimizerOptions
-from experiments.optim.skip_nonfinite import skip_nonfinite
 
 
 def build_optimizer(
@@ -30,7 +29,7 @@ def build_optimizer(
         schedule: Learning rate of the rest; the blocks' is ``block_scale`` times it.
         seed: Seed of what the method draws.
         accumulate: Micro-batches per update; above 1 the result is a
-            ``lowrank_optax.Accumulation``.
+            :func:`lowrank_optax.accumulate`.
     """
     method = OPTIMIZERS[options.optimizer]
     scale = method.block_scale if options.block_scale is None else options.block_scale
@@ -64,5 +63,5 @@ def build_optimizer(
         grouped = optax.chain(grouped, lowrank_optax.stochastic_rounding(seed))
     if options.clip_norm is not None:
         grouped = optax.chain(optax.clip_by_global_norm(options.clip_norm), grouped)
-    tx = skip_nonfinite(grouped)
+    tx = lowrank_optax.apply_if_finite(grouped)
     return lowrank_optax.accumulate(tx, accumulate) if accumulate > 1 else tx

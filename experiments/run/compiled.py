@@ -1,7 +1,6 @@
 """What is compiled for a run: its steps, by the bases they renew, and validation."""
 
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,11 +11,8 @@ from experiments.model.adapters import merged, restarted
 from experiments.model.llama import apply
 from experiments.optim.methods import OPTIMIZERS
 from experiments.run.assemble import Parts
+from experiments.run.renewals import Renewals, Renewed
 from experiments.run.step import BATCH, make_eval_step, make_train_step
-
-# Key paths of the leaves whose bases a step renews; None: of all that are due, or all
-# gradients are full ones anyway.
-Renewed = tuple[str, ...] | None
 
 
 class Programs:
@@ -26,18 +22,16 @@ class Programs:
         parts: Of the run.
         params: Parameters.
         opt_state: Optimizer state.
-        due: From :func:`first_due`.
 
     Attributes:
+        bases: Key paths of the leaves that have bases.
         eval_step: From :func:`experiments.run.step.make_eval_step`.
         restart: :func:`experiments.model.adapters.restarted`.
         compile_seconds: For the steps of training and validation.
         compilations: Of the training step.
     """
 
-    def __init__(
-        self, parts: Parts, params: Any, opt_state: Any, due: Mapping[str, jax.Array]
-    ):
+    def __init__(self, parts: Parts, params: Any, opt_state: Any):
         self._parts = parts
         config = parts.config
         method = OPTIMIZERS[config.optimizer]
@@ -47,51 +41,60 @@ class Programs:
         whole = NamedSharding(parts.mesh, PartitionSpec())
         self.restart = jax.jit(restarted, donate_argnums=(0, 1), out_shardings=whole)
         self.compile_seconds, self.compilations = 0.0, 0
-        self.compile_train_steps(params, opt_state, due)
+        self.compile_train_steps(params, opt_state)
         started = time.monotonic()
         eval_step = make_eval_step(self._apply, parts.mesh)
         self.eval_step = eval_step.lower(params, self._abstract_batch()).compile()
         self.compile_seconds += time.monotonic() - started
 
-    def compile_train_steps(
-        self, params: Any, opt_state: Any, due: Mapping[str, jax.Array]
-    ) -> None:
-        """Compiles the step; with gradients in subspaces, those that renew bases too.
-
-        Random bases need no full gradients, and none of those.
-        """
+    def compile_train_steps(self, params: Any, opt_state: Any) -> None:
+        """Compiles the step, and those that renew bases too."""
         started = time.monotonic()
-        kinds: list[Renewed] = [() if self._in_subspace else None]
-        if self._in_subspace and due:
-            apart = self._parts.config.refresh == "apart"
-            kinds += [(path,) for path in due] if apart else [None]
-        self._train_steps = {
-            kind: self._compiled_step(kind, params, opt_state) for kind in kinds
-        }
+        gradient = lowrank_optax.subspace_value_and_grad(lambda: None, self._parts.tx)
+
+        def names(drawn):
+            return list(
+                jax.eval_shape(
+                    lambda p, s: gradient.due(p, s, drawn=drawn), params, opt_state
+                )
+            )
+
+        self.bases, computed = names(drawn=True), names(drawn=False)
+        kinds: list[Renewed] = [()]
+        if self._in_subspace and computed and self._parts.config.refresh == "apart":
+            kinds += [(path,) for path in self.bases]
+        elif self.bases:
+            kinds += [None]
+
+        def compiled(kind: Renewed):
+            # A computed basis is renewed by a full gradient.
+            full = kind is None and bool(computed)
+            train_step = make_train_step(
+                self._apply,
+                self._parts.tx,
+                self._parts.mesh,
+                self._parts.config.accumulate,
+                in_subspace=self._in_subspace and not full,
+                renewed=kind,
+                bases=self.bases,
+            )
+            return train_step.lower(params, opt_state, self._abstract_batch()).compile()
+
+        self._train_steps = {kind: compiled(kind) for kind in kinds}
         self.compile_seconds += time.monotonic() - started
         self.compilations += 1
 
-    def train_step(self, due: Mapping[str, jax.Array], step: int):
-        """Returns the program of the next step; waits for what is due.
+    def renewals(self, known: dict[str, Any] | None) -> Renewals:
+        """Returns what says which program is next.
 
         Args:
-            due: Which bases the step before has left to renew.
-            step: Updates done.
+            known: Of a checkpoint; None: the run starts.
         """
-        if not self._in_subspace:
-            return self._train_steps[None]
-        return self._train_steps[bases_to_renew(due, step, self._parts.config.refresh)]
+        return Renewals(self.bases, None in self._train_steps, known)
 
-    def _compiled_step(self, renewed: Renewed, params: Any, opt_state: Any):
-        parts = self._parts
-        train_step = make_train_step(
-            self._apply,
-            parts.tx,
-            parts.mesh,
-            parts.config.accumulate,
-            renewed=renewed,
-        )
-        return train_step.lower(params, opt_state, self._abstract_batch()).compile()
+    def train_step(self, renewed: Renewed):
+        """Returns the program that renews these bases."""
+        return self._train_steps[renewed]
 
     def _abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         config = self._parts.config
@@ -100,26 +103,3 @@ class Programs:
 
     def _apply(self, params: Any, tokens: jax.Array) -> jax.Array:
         return apply(self._parts.model, merged(params), tokens)
-
-
-def first_due(parts: Parts, params: Any, opt_state: Any) -> dict[str, jax.Array]:
-    """Returns which bases the first step has to renew, by key path."""
-    gradient = lowrank_optax.subspace_value_and_grad(lambda: None, parts.tx)
-    return jax.jit(gradient.due)(params, opt_state)
-
-
-def bases_to_renew(due: Mapping[str, Any], step: int, refresh: str) -> Renewed:
-    """Returns which leaves' bases the next step renews; None: all that are due.
-
-    Args:
-        due: Which leaves' are due, by key path.
-        step: Updates done.
-        refresh: The flag: ``together`` or ``apart``.
-    """
-    paths = [path for path, is_due in due.items() if is_due]
-    if not paths:
-        return ()
-    if refresh == "together":
-        return None
-    # In turns, where more are due than there are steps.
-    return (paths[step % len(paths)],)

@@ -18,6 +18,7 @@ class Progress:
         initial_validation_loss: Nats per token before the first update.
         validation_loss: The newest one.
         compaction: Of --compact.
+        renewals: Which bases the next steps renew; None before the first checkpoint.
     """
 
     step: int = 0
@@ -25,6 +26,7 @@ class Progress:
     initial_validation_loss: float = float("nan")
     validation_loss: float = float("nan")
     compaction: Compaction = dataclasses.field(default_factory=Compaction)
+    renewals: dict[str, Any] | None = None
 
 
 def saved_progress(saved: Mapping[str, Any]) -> Progress:

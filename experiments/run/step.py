@@ -1,6 +1,6 @@
 """One training step and one validation, jitted, data parallel over local devices."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import lowrank_optax
 from experiments.errors import UserError
+from experiments.run.renewals import AHEAD, Renewed
 
 Batch = Mapping[str, Any]
 # (params, tokens (B, T) int32) -> logits (B, T, V) float32
@@ -58,7 +59,9 @@ def make_train_step(
     mesh: Mesh,
     accumulate: int = 1,
     *,
-    renewed: tuple[str, ...] | None = None,
+    in_subspace: bool,
+    renewed: Renewed,
+    bases: Sequence[str],
 ):
     """Returns the jitted (params, opt_state, batch) -> (params, opt_state, metrics).
 
@@ -66,7 +69,8 @@ def make_train_step(
     averaged by weight, and ``grad_norm``, before clipping, both float32 (with
     micro-batches or inside subspaces the norm of what is projected); ``rejected`` and
     ``rejected_in_a_row``, int32, the updates left out so far because a gradient was not
-    finite; ``due``, key path -> bool, which bases the next step has to renew.
+    finite; and ``due``, bool (bases,), in the order of ``bases``: which of them a later
+    step has to renew, see :mod:`experiments.run.renewals`.
 
     Args:
         apply_fn: The model.
@@ -74,9 +78,11 @@ def make_train_step(
         mesh: From :func:`data_mesh`.
         accumulate: Micro-batches of a batch; above 1 ``tx`` is a
             ``lowrank_optax.Accumulation``.
-        renewed: Key paths of the projected leaves that get full gradients, and whose
-            bases are renewed where they are due; the others get gradients in their
-            subspaces. None: all leaves get full ones.
+        in_subspace: Whether gradients are computed inside the subspaces; random bases
+            are renewed there too.
+        renewed: Key paths of the leaves whose bases are renewed where they are due, by
+            their full gradients; (): no renewal is in the program. None: of all.
+        bases: Key paths of the leaves that have bases.
     """
 
     def loss_fn(params, batch):
@@ -85,18 +91,24 @@ def make_train_step(
         return summed / jnp.maximum(weight, 1), weight
 
     subspace = lowrank_optax.subspace_value_and_grad(loss_fn, tx, has_aux=True)
-    gradient = subspace.full if renewed is None else subspace.renewing(*renewed)
+    renews = renewed != ()
+    if not in_subspace:
+        gradient = subspace.full
+    elif not renews:
+        gradient = subspace.keeping
+    else:
+        gradient = subspace.renewing(*(renewed or ()))
 
     def whole_batch(params, opt_state, batch):
         (loss, _), grads, opt_state = gradient(params, opt_state, batch)
-        updates, opt_state = tx.update(grads, opt_state, params)
+        updates, opt_state = tx.update(grads, opt_state, params, refresh=renews)
         return loss, optax.tree.norm(grads), updates, opt_state
 
     def micro_batches(params, opt_state, batch):
         def add(carry, micro_batch):
             opt_state, nats, tokens = carry
             (loss, weight), grads, opt_state = gradient(params, opt_state, micro_batch)
-            opt_state = tx.add(grads, opt_state, weight, params)
+            opt_state = tx.add(grads, opt_state, weight, params, refresh=renews)
             return (opt_state, nats + loss * weight, tokens + weight), None
 
         # Every k-th sequence: each device cuts up its own share.
@@ -106,8 +118,12 @@ def make_train_step(
         start = (opt_state, jnp.float32(0), jnp.float32(0))
         (opt_state, nats, tokens), _ = jax.lax.scan(add, start, cut)
         norm = optax.tree.norm(opt_state.sums) / tokens
-        updates, opt_state = tx.finish(opt_state, params)
+        updates, opt_state = tx.finish(opt_state, params, refresh=renews)
         return nats / tokens, norm, updates, opt_state
+
+    def later(params, opt_state):
+        due = subspace.due(params, opt_state, AHEAD, drawn=True)
+        return jnp.array([due[path] for path in bases], bool)
 
     def step(params, opt_state, batch):
         way = micro_batches if accumulate > 1 else whole_batch
@@ -118,7 +134,7 @@ def make_train_step(
             "grad_norm": norm,
             "rejected": optax.tree.get(opt_state, "total_notfinite"),
             "rejected_in_a_row": optax.tree.get(opt_state, "notfinite_count"),
-            "due": subspace.due(params, opt_state),
+            "due": later(params, opt_state),
         }
         return params, opt_state, metrics
 

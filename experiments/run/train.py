@@ -16,13 +16,14 @@ from experiments.run.assemble import Parts
 from experiments.run.checkpoint import Checkpoints, RunRecord
 from experiments.run.clock import Clock
 from experiments.run.columns import capacities_line, ranks_by_name
-from experiments.run.compiled import Programs, first_due
+from experiments.run.compiled import Programs
 from experiments.run.config import to_json
 from experiments.run.files import CHECKPOINTS, CONFIG_FILE, make_directory, write_json
 from experiments.run.interrupts import StopRequest
 from experiments.run.memory import optimizer_state_bytes
 from experiments.run.metrics import MetricsLog
 from experiments.run.progress import Progress, saved_progress
+from experiments.run.renewals import AHEAD
 from experiments.run.step import (
     initial_state,
     replicate,
@@ -31,9 +32,6 @@ from experiments.run.step import (
 )
 from experiments.run.terminal import TrainingProgress
 
-# So far may Python run ahead of the device: enough to keep it busy, and few enough that
-# a signal is answered soon.
-_STEPS_IN_FLIGHT = 2
 _REJECTED_IN_A_ROW = 20
 
 
@@ -118,8 +116,8 @@ class _Loop:
         self.clock = Clock(self.progress.seconds)
         self.in_flight = collections.deque()
         self.logged = dataclasses.replace(self.progress)
-        self.due = first_due(parts, self.params, self.opt_state)
-        self.programs = Programs(parts, self.params, self.opt_state, self.due)
+        self.programs = Programs(parts, self.params, self.opt_state)
+        self.renewals = self.programs.renewals(self.progress.renewals)
 
     def run(self, log: MetricsLog, shown: TrainingProgress, stop: StopRequest) -> None:
         """Trains to the last step or to a signal, and saves."""
@@ -153,16 +151,18 @@ class _Loop:
                 f"--data {self.parts.config.data} ended at step {self.progress.step}; "
                 "give more text or fewer --steps"
             ) from None
-        # Waits for the step before, which says which bases are due now.
-        train_step = self.programs.train_step(self.due, self.progress.step)
+        renewed = self.renewals.next(self.progress.step)
+        train_step = self.programs.train_step(renewed)
         self.params, self.opt_state, metrics = train_step(
             self.params, self.opt_state, shard_batch(batch, self.parts.mesh)
         )
-        self.due = metrics["due"]
+        self.renewals.observe(metrics["due"])
         self.progress.step += 1
         self._restart()
         self.in_flight.append(metrics)
-        if len(self.in_flight) > _STEPS_IN_FLIGHT:
+        # So far may Python run ahead of the device: enough to keep it busy, and few
+        # enough that a signal is answered soon.
+        if len(self.in_flight) > AHEAD:
             self._check(self.in_flight.popleft())
         return metrics
 
@@ -189,7 +189,7 @@ class _Loop:
         before, after = map(optimizer_state_bytes, (old, self.opt_state))
         self.opt_state = replicate(self.opt_state, self.parts.mesh)
         del old
-        self.programs.compile_train_steps(self.params, self.opt_state, self.due)
+        self.programs.compile_train_steps(self.params, self.opt_state)
         entry = {"step": progress.step, "bytes_before": before, "bytes_after": after}
         progress.compaction.done.append(entry)
         shown.say(
@@ -250,6 +250,7 @@ class _Loop:
 
     def _save(self) -> None:
         self.progress.seconds = self.clock.stop(self.params)
+        self.progress.renewals = self.renewals.saved()
         self.checkpoints.save(
             self.progress.step,
             self.params,

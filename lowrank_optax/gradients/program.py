@@ -158,10 +158,9 @@ def _cond(equation, inputs) -> list[Any]:
 
 def _scan(equation, inputs) -> list[Any]:
     params = equation.params
-    n_consts, n_carry = params["num_consts"], params["num_carry"]
-    consts = inputs[:n_consts]
-    carry = inputs[n_consts : n_consts + n_carry]
-    scanned = [_leading(equation, x) for x in inputs[n_consts + n_carry :]]
+    consts, carry, over = _scan_inputs(params, inputs)
+    n_carry = len(carry)
+    scanned = [_leading(equation, x) for x in over]
     if any(isinstance(x, Followed) for x in carry):
         raise unsupported(equation, carry, "as a value that is carried on")
     flat, rebuilt = _flattened([x[0] for x in scanned])
@@ -186,7 +185,16 @@ def _scan(equation, inputs) -> list[Any]:
         reverse=params["reverse"],
         unroll=params["unroll"],
     )
-    return [*carry, *_with_passed(outputs, passed, inputs[n_consts + n_carry :])]
+    return [*carry, *_with_passed(outputs, passed, over)]
+
+
+def _scan_inputs(params, inputs: list[Any]) -> tuple[list[Any], ...]:
+    """Returns a scan's constants, what it carries, and what it runs over."""
+    if "num_consts" in params:  # jax before 0.11
+        first, second = params["num_consts"], params["num_carry"]
+        return inputs[:first], inputs[first : first + second], inputs[first + second :]
+    consts, carry, _ = (len(list(tree)) for tree in params["ft_in"].unpack())
+    return inputs[:consts], inputs[consts : consts + carry], inputs[consts + carry :]
 
 
 def _leading(equation, x) -> tuple[Any, Any]:

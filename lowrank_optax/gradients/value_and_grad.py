@@ -36,7 +36,10 @@ class SubspaceValueAndGrad:
 
     def __call__(self, params: Any, state: Any, *args: Any, **kwargs: Any):
         """Returns value, gradients and state; see :func:`subspace_value_and_grad`."""
-        state, followed = self._prepared(params, state)
+        return self._evaluated(params, state, args, kwargs, draws=True)
+
+    def _evaluated(self, params: Any, state: Any, args: tuple, kwargs: Any, draws: bool):
+        state, followed = self._prepared(params, state, draws)
         leaves, treedef = jax.tree.flatten_with_path(params)
         missing = set(self._full_gradients) - {
             jax.tree_util.keystr(p) for p, _ in leaves
@@ -90,6 +93,13 @@ class SubspaceValueAndGrad:
         gradients = treedef.unflatten(merged(map(Projected, narrow), full))
         return ((value, aux) if self._has_aux else value), gradients, state
 
+    def keeping(self, params: Any, state: Any, *args: Any, **kwargs: Any):
+        """Returns the same without a renewal of random bases in the program.
+
+        For steps on which none is due, beside ``update(..., refresh=False)``.
+        """
+        return self._evaluated(params, state, args, kwargs, draws=False)
+
     def full(self, params: Any, state: Any, *args: Any, **kwargs: Any):
         """Returns the same with full gradients: for updates on which a basis is due."""
         gradient = jax.value_and_grad(self._function, has_aux=self._has_aux)
@@ -122,7 +132,9 @@ class SubspaceValueAndGrad:
         found = self.due(params, state, ahead).values()
         return functools.reduce(jnp.logical_or, found, jnp.zeros([], bool))
 
-    def due(self, params: Any, state: Any, ahead: int = 0) -> dict[str, jax.Array]:
+    def due(
+        self, params: Any, state: Any, ahead: int = 0, *, drawn: bool = False
+    ) -> dict[str, jax.Array]:
         """Returns for which leaves the next update needs the full gradient.
 
         Args:
@@ -130,15 +142,17 @@ class SubspaceValueAndGrad:
             state: Of the optimizer.
             ahead: Updates between this state and the one that is asked about. Exact for
                 ``every``; ``on_convergence`` looks at the norms so far.
+            drawn: List leaves with random bases too, which are renewed without one.
 
         Returns:
-            Key path -> bool, (), whether a basis of its stack is due. Random bases need
-            no gradient: their leaves are not listed.
+            Key path -> bool, (), whether a basis of its stack is due.
         """
         binding = bind(self._optimizer, params)
         due = {}
         for node in low_rank_states(state):
-            if not slots_of(node) or binding.of(node).parts.is_random:
+            if not slots_of(node):
+                continue
+            if binding.of(node).parts.is_random and not drawn:
                 continue
             for path, slot in slots_of(node).items():
                 later = slot._replace(age=slot.age + ahead)
@@ -147,18 +161,19 @@ class SubspaceValueAndGrad:
                 due[jax.tree_util.keystr(path)] = jnp.any(found)
         return due
 
-    def _prepared(self, params, state):
+    def _prepared(self, params, state, draws: bool):
         """Returns the state with due random bases drawn, and projectors and bases."""
         binding = bind(self._optimizer, params)
-        # A draw looks at no gradient.
-        state = renewed_everywhere(
-            params,
-            state,
-            params,
-            binding,
-            allowed=True,
-            kept=lambda parts: not parts.is_random,
-        )
+        if draws:
+            # A draw looks at no gradient.
+            state = renewed_everywhere(
+                params,
+                state,
+                params,
+                binding,
+                allowed=True,
+                kept=lambda parts: not parts.is_random,
+            )
         followed: dict[tuple, _Projected] = {}
         for node in low_rank_states(state):
             slots = slots_of(node)

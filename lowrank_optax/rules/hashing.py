@@ -27,6 +27,6 @@ def hashed_uniform(start: jax.Array, shape: tuple[int, int], dtype) -> jax.Array
     full = (*start.shape, *shape)
     rows = jax.lax.broadcasted_iota(jnp.uint32, full, len(full) - 2)
     columns = jax.lax.broadcasted_iota(jnp.uint32, full, len(full) - 1)
-    # Two rounds: rows of one matrix, and matrices of close starts, have no relation.
-    words = hashed(hashed(start[..., None, None] + rows) + columns)
+    # Three rounds: rows of one matrix, and matrices of close starts, have no relation.
+    words = hashed(hashed(hashed(start)[..., None, None] + rows) + columns)
     return (2 * (words >> 8).astype(dtype) + 1) / 2**24 - 1
