@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import lowrank_optax
-from lowrank_optax.rules.bases import captured_energies, uniform
+from lowrank_optax.rules.bases import captured_energies
+from lowrank_optax.rules.hashing import hashed_uniform
 from tests import references
 
 ROWS, COLUMNS, RANK = 20, 14, 4
@@ -24,7 +25,7 @@ def compute(rule, matrix, previous=None, seed=0):
     if previous is None:
         previous = np.zeros((matrix.shape[1], RANK))
     arrays = (jnp.asarray(x, jnp.float32) for x in (matrix, previous))
-    basis = _compiled(rule)(*arrays, jax.random.key(seed))
+    basis = _compiled(rule)(*arrays, jnp.uint32(seed))
     return np.asarray(basis, np.float64)
 
 
@@ -59,7 +60,7 @@ def test_the_range_finder_is_its_equations(name):
     rule = FINDERS[name]
     on_projected_side = rule.warm_start or rule.power_iterations % 1
     length = COLUMNS if on_projected_side else ROWS
-    draw = uniform(jax.random.key(5), (RANK + 2, length), jnp.float32)
+    draw = hashed_uniform(jnp.uint32(5), (RANK + 2, length), jnp.float32)
     omega = np.asarray(draw, np.float64).T
     previous = np.linalg.qr(gradient(np.ones(RANK), 1)[:COLUMNS, :RANK])[0]
     # A column out of use: the warm start fills up with a random one.
@@ -171,19 +172,25 @@ def test_a_power_of_two_changes_nothing(name, scale):
     np.testing.assert_allclose(captured_energies(*arrays), expected, rtol=1e-5)
 
 
-def test_uniform_draws_are_spread_and_their_rows_independent():
-    draws = np.asarray(uniform(jax.random.split(jax.random.key(0)), (7, 999), float))
+def test_hashed_draws_are_spread_and_their_rows_independent():
+    draws = np.asarray(hashed_uniform(jnp.arange(2, dtype=jnp.uint32), (7, 999), float))
     assert draws.shape == (2, 7, 999)
-    np.testing.assert_array_equal(np.unique(draws), np.arange(-255, 256, 2) / 256)
-    # Four standard errors of 999 draws: of a mean, and of a correlation.
-    deviation = np.sqrt(1 / 3)
+    assert np.max(np.abs(draws)) < 1
     rows = draws.reshape(14, 999)
+    # Four standard errors of 999 draws: of a mean, a variance, and a correlation. The
+    # variance of u^2 is 1 / 5 - 1 / 9.
+    deviation = np.sqrt(1 / 3)
     assert np.all(np.abs(np.mean(rows, axis=1)) < 4 * deviation / np.sqrt(999))
+    error = np.sqrt((1 / 5 - 1 / 9) / 999)
+    assert np.all(np.abs(np.mean(rows**2, axis=1) - 1 / 3) < 4 * error)
     correlations = np.corrcoef(rows) - np.eye(14)
     assert np.all(np.abs(correlations) < 4 / np.sqrt(999))
+    # A hash of the place, not a table: columns of one matrix differ as rows do.
+    between = np.corrcoef(rows[:, 1:].ravel(), rows[:, :-1].ravel())[0, 1]
+    assert abs(between) < 4 / np.sqrt(14 * 998)
 
 
-def test_the_same_key_gives_the_same_bits_and_another_does_not():
+def test_the_same_seed_gives_the_same_bits_and_another_does_not():
     first, again = (compute(FINDERS["plain"], DECAYING, seed=3) for _ in "ab")
     other = compute(FINDERS["plain"], DECAYING, seed=4)
     np.testing.assert_array_equal(first, again)
@@ -194,12 +201,12 @@ def test_the_same_key_gives_the_same_bits_and_another_does_not():
 def test_each_matrix_of_a_stack_gets_the_basis_that_it_gets_alone(name):
     stack = np.stack([DECAYING, gradient([1.0], 1), gradient(0.6 ** np.arange(9), 2)])
     previous = np.zeros((3, COLUMNS, RANK))
-    keys = jax.random.split(jax.random.key(0), 3)
+    seeds = jnp.arange(3, dtype=jnp.uint32)
     arrays = (jnp.asarray(x, jnp.float32) for x in (stack, previous))
-    together = np.asarray(_compiled(RULES[name])(*arrays, keys))
-    for matrix, basis, key in zip(stack, together, keys, strict=True):
+    together = np.asarray(_compiled(RULES[name])(*arrays, seeds))
+    for matrix, basis, seed in zip(stack, together, seeds, strict=True):
         arrays = (jnp.asarray(x, jnp.float32) for x in (matrix, previous[0]))
-        alone = np.asarray(_compiled(RULES[name])(*arrays, key))
+        alone = np.asarray(_compiled(RULES[name])(*arrays, seed))
         # Projections of the matrix are compared: what completes a gradient of rank one
         # is rounding. Batched products may add in another order.
         np.testing.assert_allclose(

@@ -14,14 +14,14 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lowrank_optax
-from lowrank_optax import coded
+from lowrank_optax.storage import codes
 from lowrank_optax.storage.codes import Coded, is_coded
 from tests.suite import gradients, nnx_trained_beside, run, types
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 # One program each: eagerly, every operation on every shape is compiled for itself.
-decoded_tree, encoded_tree = jax.jit(coded.decoded_tree), jax.jit(coded.encoded_tree)
+decoded_tree, encoded_tree = jax.jit(codes.decoded_tree), jax.jit(codes.encoded_tree)
 
 RANK = 8
 SHAPES = {"w": (48, 20), "layers": (2, 24, 40), "bias": (20,)}

@@ -6,7 +6,7 @@ import optax
 import pytest
 
 import lowrank_optax
-from lowrank_optax.binding import locate_moments
+from lowrank_optax.binding.moments import locate_moments
 
 PARAMS = {"b": jnp.ones(5), "w": jnp.ones((6, 2))}
 W, B = (jax.tree_util.DictKey("w"),), (jax.tree_util.DictKey("b"),)

@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import lowrank_optax
-from lowrank_optax.rules.bases import uniform
+from lowrank_optax.rules.hashing import hashed, hashed_uniform
 from tests import references
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -38,6 +38,13 @@ class Run(NamedTuple):
     updates: dict
     subspaces: dict
     inner_state: tuple
+
+
+class Where(NamedTuple):
+    """A matrix: the path of its leaf, and its position in the stack."""
+
+    path: str
+    place: int
 
 
 class Method(NamedTuple):
@@ -87,18 +94,20 @@ def gradients() -> dict:
     return found
 
 
-def draw(path: str, seed: int, width: int, length: int, refresh: int) -> np.ndarray:
-    """The documented draw: a function of seed, path and number of the refresh."""
-    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
-    key = jax.random.fold_in(key, refresh)
-    return np.asarray(uniform(key, (width, length), jnp.float32), np.float64).T
+def draw(where: Where, seed: int, width: int, length: int, refresh: int) -> np.ndarray:
+    """The documented draw: of seed, path, place in the stack, number of the refresh."""
+    start = hashed(jnp.uint32(seed)) ^ jnp.uint32(zlib.crc32(where.path.encode()))
+    start = hashed(hashed(start) + jnp.uint32(where.place))
+    start = hashed(start + jnp.uint32(refresh))
+    sketch = hashed_uniform(start, (width, length), jnp.float32)
+    return np.asarray(sketch, np.float64).T
 
 
 def galore(side):
     return lowrank_optax.galore(0.1, rank=RANK, update_proj_gap=5, side=side)
 
 
-def galore_reference(grads, path, side, like):
+def galore_reference(grads, where, side, like):
     return references.galore(grads, 0.1, RANK, gap=5, side=side, like=like)
 
 
@@ -116,12 +125,12 @@ def adarankgrad(side):
     )
 
 
-def adarankgrad_reference(grads, path, side, like):
+def adarankgrad_reference(grads, where, side, like):
     return references.adarankgrad(
         grads,
         0.1,
         RANK,
-        functools.partial(draw, path, 3, RANK + 1),
+        functools.partial(draw, where, 3, RANK + 1),
         threshold=0.1,
         intervals=(3, 7),
         decay=0.5,
@@ -144,9 +153,9 @@ def composed(inner, rebase, side):
     )
 
 
-def composed_reference(inner, rebase, grads, path, side, like):
+def composed_reference(inner, rebase, grads, where, side, like):
     # Leaf i of n refreshes floor(i / n * interval) steps early once.
-    offset = sorted(PATHS).index(path) * 5 // len(PATHS)
+    offset = sorted(PATHS).index(where.path) * 5 // len(PATHS)
     return references.low_rank(
         grads,
         capacity=RANK,
@@ -168,14 +177,14 @@ def _composed(inner, reference, rebase) -> Method:
     )
 
 
-def relative_reference(inner, grads, path, side, like, *, rebase="square", lift=None):
+def relative_reference(inner, grads, where, side, like, *, rebase="square", lift=None):
     return references.low_rank(
         grads,
         capacity=RANK,
         inner=inner,
         basis=lambda a, p, i: references.exact_svd(a, RANK),
         rank=references.fixed_rank(RANK),
-        schedule=references.Every(5, sorted(PATHS).index(path) * 5 // len(PATHS)),
+        schedule=references.Every(5, sorted(PATHS).index(where.path) * 5 // len(PATHS)),
         rebase=references.rebase(rebase),
         side=side,
         scale=-0.1,
@@ -184,9 +193,9 @@ def relative_reference(inner, grads, path, side, like, *, rebase="square", lift=
     )
 
 
-def ldadam_reference(grads, path, side, like):
+def ldadam_reference(grads, where, side, like):
     def basis(a, p, i):
-        omega = draw(path, 3, RANK, a.shape[1], i)
+        omega = draw(where, 3, RANK, a.shape[1], i)
         return references.range_finder(a, references.warm_start(omega, p), RANK, 0.5)
 
     return references.low_rank(
@@ -287,11 +296,11 @@ def compared(name: str, side: str) -> list[Comparison]:
     inner = {f: _moment(found.inner_state, f) for f in ("mu", "trace", "nu")}
     comparisons = []
     for path, leaf in PATHS.items():
-        for layer in np.ndindex(*LEAVES[leaf][:-2]):
-            index = (slice(None), *layer)
+        for place, layer in enumerate(np.ndindex(*LEAVES[leaf][:-2])):
+            index, where = (slice(None), *layer), Where(path, place)
             subspace = jax.tree.map(operator.itemgetter(index), found.subspaces[path])
             updates, records = method.reference(
-                list(gradients()[leaf][index]), path, side, list(subspace.basis)
+                list(gradients()[leaf][index]), where, side, list(subspace.basis)
             )
             comparisons.append(
                 Comparison(

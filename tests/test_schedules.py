@@ -41,7 +41,7 @@ def test_on_convergence_is_due_when_the_reference_is(decay, check_interval):
         age += 1
         # Never the first after a refresh, which is that of the gradient it came from.
         norms[3] = np.inf if step % 7 == 0 and age[3] > 1 else norms[3]
-        trend = observe(age, trend, jnp.asarray(norms, jnp.float32))
+        trend = observe(age, trend, _of_norms(norms))
         for reference, norm in zip(expected, norms, strict=True):
             reference.observe(norm)
         due = [reference.is_due(step) for reference in expected]
@@ -51,6 +51,11 @@ def test_on_convergence_is_due_when_the_reference_is(decay, check_interval):
         age = np.where(due, 0, age)
         refreshes += sum(due)
     assert refreshes >= 10
+
+
+def _of_norms(norms):
+    """Returns coordinates (4, 2, 2) with these Frobenius norms."""
+    return jnp.broadcast_to(jnp.asarray(norms / 2, jnp.float32)[:, None, None], (4, 2, 2))
 
 
 def test_on_convergence_waits_for_min_interval_and_never_beyond_max_interval():
@@ -216,12 +221,18 @@ def test_a_basis_does_not_depend_on_the_size_of_the_gradient(scale):
 LAYERS, STEPS = 3, 16
 
 
+BASES = {
+    "exact_svd": lowrank_optax.exact_svd(),
+    "range_finder": lowrank_optax.range_finder(oversample=1, warm_start=True),
+}
+
+
 @functools.cache
-def _adaptive():
+def _adaptive(basis="range_finder"):
     tx = lowrank_optax.scale_by_low_rank(
         optax.scale_by_adam(),
         rank=lowrank_optax.energy_rank(4, threshold=0.1),
-        basis=lowrank_optax.range_finder(oversample=1, warm_start=True),
+        basis=BASES[basis],
         refresh=lowrank_optax.on_convergence(2, 6, 0.9, decay=0.5, check_interval=1),
     )
 
@@ -271,13 +282,30 @@ SITUATIONS = {
 }
 
 
+def _nothing_beside(grads, layer):
+    """The layer in its place, by which it has its draws, and zeros in the others."""
+    alone = jnp.zeros_like(grads).at[:, layer].set(grads[:, layer])
+    found = jax.device_get(_adaptive()(alone))
+    return jax.tree.map(lambda x: x[:, layer], found)
+
+
+ALONE = {
+    # An SVD draws nothing: the same as a leaf of its own.
+    "exact_svd": lambda grads, layer: jax.device_get(
+        _adaptive("exact_svd")(grads[:, layer])
+    ),
+    "range_finder": _nothing_beside,
+}
+
+
+@pytest.mark.parametrize("basis", ALONE)
 @pytest.mark.parametrize("situation", SITUATIONS)
-def test_each_layer_of_a_stack_gets_the_update_that_it_gets_alone(situation):
+def test_each_layer_of_a_stack_gets_the_update_that_it_gets_alone(situation, basis):
     grads = jnp.asarray(SITUATIONS[situation](), jnp.float32)
-    updates, subspaces = jax.device_get(_adaptive()(grads))
+    updates, subspaces = jax.device_get(_adaptive(basis)(grads))
     schedules = set()
     for layer in range(LAYERS):
-        alone, subspace = jax.device_get(_adaptive()(grads[:, layer]))
+        alone, subspace = ALONE[basis](grads, layer)
         np.testing.assert_array_equal(subspaces.rank[:, layer], subspace.rank)
         np.testing.assert_array_equal(subspaces.refreshes[:, layer], subspace.refreshes)
         assert np.all(np.isfinite(subspaces.basis[:, layer]))

@@ -1,6 +1,7 @@
 """Measures what the stages ask for, in the time there is; see the package."""
 
 import argparse
+import fnmatch
 import itertools
 import tempfile
 import time
@@ -15,6 +16,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accelerator")
     parser.add_argument("--out", type=Path, required=True, help="directory for JSON")
     parser.add_argument("--stages", nargs="+", choices=records.FILES, default=None)
+    parser.add_argument(
+        "--only", nargs="+", default=["*"], metavar="PATTERN", help="names of units"
+    )
     parser.add_argument("--minutes", type=float, default=8, help="to end within")
     parser.add_argument("--smoke", action="store_true", help="toys on a CPU")
     parser.add_argument("--commit", default="", help="to record; else git is asked")
@@ -31,7 +35,12 @@ def main() -> None:
     stages = options.stages or list(records.FILES)
     for stage in stages:
         records.start(options.out, stage, options.commit)
-    chosen = [x for x in units if x.stage in stages]
+    chosen = [
+        unit
+        for unit in units
+        if unit.stage in stages
+        and any(fnmatch.fnmatch(unit.name, pattern) for pattern in options.only)
+    ]
     with tempfile.TemporaryDirectory() as cache:
         seconds = 60 * options.minutes
         _run(chosen, options.out, seconds, Path(cache), options.smoke)
