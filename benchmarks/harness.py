@@ -29,17 +29,17 @@ def seconds(prepare: Callable[[], Callable[[], Any]]) -> float:
 
 
 def compiled_update(
-    tx: optax.GradientTransformation, gradients: Any, *params: Any
+    tx: optax.GradientTransformation, gradients: Any, *params: Any, **static: Any
 ) -> tuple[Callable[..., Any], Any, float]:
     """Returns the compiled update, a state for it and the seconds that compiling took.
 
     The state is donated, as in a training loop. Without ``params`` the gradients give
-    ``init`` its shapes.
+    ``init`` its shapes. ``static`` goes to ``update`` as it is: ``refresh=False``.
     """
     state = tx.init(*params or (gradients,))
     start = time.perf_counter()
     # A new function, for what JAX has compiled before would take no time.
-    jitted = jax.jit(lambda *args: tx.update(*args), donate_argnums=1)
+    jitted = jax.jit(lambda *args: tx.update(*args, **static), donate_argnums=1)
     compiled = jitted.lower(gradients, state, *params).compile()
     return compiled, state, time.perf_counter() - start
 

@@ -26,12 +26,9 @@ from lowrank_optax.rules.bases import exact_svd, range_finder
 from lowrank_optax.rules.random_bases import gaussian, rademacher
 from lowrank_optax.rules.ranks import energy_rank
 from lowrank_optax.rules.rebase import REBASE_RULES, RebaseRule, ldadam_rebase
-from lowrank_optax.rules.residual import (
-    normalized_residual,
-    orthogonalized_residual,
-    scaled_residual,
-    sign_residual,
-)
+from lowrank_optax.rules.residual_orthogonalized import orthogonalized_residual
+from lowrank_optax.rules.residual_scaled import scaled_residual
+from lowrank_optax.rules.residual_signs import normalized_residual, sign_residual
 from lowrank_optax.rules.schedules import every, on_convergence
 from lowrank_optax.storage.allocation import reallocate
 from lowrank_optax.storage.budget import budget
@@ -48,9 +45,9 @@ from lowrank_optax.transform import scale_by_low_rank
 __all__ = [
     "REBASE_RULES",
     "LowRankDimensionNumbers",
-    "ScaleByLowRankState",
     "Projected",
     "RebaseRule",
+    "ScaleByLowRankState",
     "ScaleByProjfactorState",
     "Subspace",
     "accumulate",

@@ -23,12 +23,12 @@ from lowrank_optax.binding.states import (
 from lowrank_optax.projected import gradients_by_path, is_projected
 from lowrank_optax.rules.bases import captured_energies
 from lowrank_optax.rules.random_bases import RandomBasis
-from lowrank_optax.rules.rebase import RebaseRule, random_transfer, transfer
+from lowrank_optax.rules.rebase import random_transfer, rebased, transfer
 from lowrank_optax.storage.codes import coded_record, decode, encode, is_coded
 from lowrank_optax.subspace import (
-    ScaleByLowRankState,
     Parts,
     Projector,
+    ScaleByLowRankState,
     Subspace,
     projectors_of_state,
 )
@@ -83,7 +83,7 @@ def renewed(
             projector,
             located[path],
             None if parts.is_random else found[path],
-            allowed & is_due(subspaces[path], state.count, parts),
+            jnp.logical_and(allowed, is_due(subspaces[path], state.count, parts)),
             _Renewable(subspaces[path], [inner[x.index] for x in located[path]]),
         )
         for path, projector in projectors.items()
@@ -249,14 +249,15 @@ def _renew_leaf(
         # which XLA would copy at every update if r might still need it.
         found &= jnp.all(jnp.isfinite(r), axis=(-1, -2))
     wide = [decode(moment) for moment in moments]
-    rebased = _rebased(wide, leaf.moments, r, count, parts.rebase)
-    rebased = [encode(x, old) for x, old in zip(rebased, moments, strict=True)]
+    kinds = [moment.kind for moment in leaf.moments]
+    followed = rebased(wide, kinds, r, count, parts.rebase)
+    followed = [encode(x, old) for x, old in zip(followed, moments, strict=True)]
     renews = leaf.due & found
     failures = subspace.failures + (leaf.due & ~found).astype(jnp.int32)
     return _Renewable(
         _where(renews, new, subspace._replace(failures=failures)),
         # Before the first basis there is nothing to follow.
-        _where(renews & ~is_first, rebased, moments),
+        _where(renews & ~is_first, followed, moments),
     )
 
 
@@ -280,25 +281,6 @@ def _with_basis_of(
     columns = jnp.where(position < rank[..., None, None], columns, 0)
     basis = encode(columns.astype(projector.dtype), subspace.basis)
     return subspace._replace(basis=basis, rank=rank, demand=demand), found
-
-
-def _rebased(moments, kinds, r, count, rebase: RebaseRule) -> list[jax.Array]:
-    """Returns the moments of the old basis in the new one."""
-    wide = [moment.astype(r.dtype) for moment in moments]
-    firsts = [
-        x for x, moment in zip(wide, kinds, strict=True) if moment.kind == "first"
-    ]
-
-    def follow(moment, kind):
-        if kind == "first":
-            return rebase.first(moment, r)
-        mean = firsts[0] if firsts else jnp.zeros_like(moment)
-        return rebase.second(moment, mean, r, count)
-
-    return [
-        follow(x, kind).astype(moment.dtype)
-        for x, (_, kind), moment in zip(wide, kinds, moments, strict=True)
-    ]
 
 
 def _where(condition: jax.Array, new: Any, old: Any) -> Any:

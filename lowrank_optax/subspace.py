@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.matrix.dimension_numbers import DimensionNumbers
 from lowrank_optax.matrix.plan import LeafPlan, plan_leaves
 from lowrank_optax.matrix.sharding import (
     basis_axes,
@@ -17,14 +16,10 @@ from lowrank_optax.matrix.sharding import (
     stack_axes,
     zeros_beside,
 )
-from lowrank_optax.matrix.view import MatrixView, Side
-from lowrank_optax.rules.bases import BasisRule
+from lowrank_optax.matrix.view import MatrixView
+from lowrank_optax.parts import Parts
 from lowrank_optax.rules.hashing import hashed
 from lowrank_optax.rules.random_bases import RandomBasis
-from lowrank_optax.rules.ranks import RankRule
-from lowrank_optax.rules.rebase import RebaseRule
-from lowrank_optax.rules.residual import ResidualRule
-from lowrank_optax.rules.schedules import RefreshRule
 from lowrank_optax.storage.codes import decode, shape_of
 
 
@@ -69,31 +64,6 @@ class ScaleByLowRankState(NamedTuple):
     count: jax.Array
     subspaces: Any
     inner_state: Any
-
-
-class Parts(NamedTuple):
-    """The choices that make a subspace; see :func:`scale_by_low_rank`."""
-
-    rank: RankRule
-    basis: BasisRule | RandomBasis
-    refresh: RefreshRule
-    rebase: RebaseRule
-    residual: ResidualRule
-    side: Side
-    granularity: int
-    dimension_numbers: DimensionNumbers | None
-    moments: Mapping[str, Any]
-    seed: jax.typing.ArrayLike
-
-    @property
-    def is_random(self) -> bool:
-        """Whether bases are drawn, and not stored."""
-        return isinstance(self.basis, RandomBasis)
-
-    @property
-    def needs_full_gradients(self) -> bool:
-        """Whether an update looks at more than projected gradients."""
-        return self.residual.needs_full_gradients
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,34 +21,32 @@ An update is: project, core, lift. What renews a basis is :mod:`lowrank_optax.re
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.binding.moments import Kind, locate_moments
-from lowrank_optax.binding.optimizer import announce, unheard
+from lowrank_optax.binding.moments import Kind
 from lowrank_optax.binding.states import low_rank_record, slots_of, with_slots
+from lowrank_optax.core import Core, InLeaf, InsideSubspace
+from lowrank_optax.initial import initial_state
 from lowrank_optax.matrix.dimension_numbers import DimensionNumbers
 from lowrank_optax.matrix.sharding import with_automatic_axes
 from lowrank_optax.matrix.view import Side
+from lowrank_optax.parts import Parts, make_parts
 from lowrank_optax.projected import full_size, gradients_by_path, is_projected
 from lowrank_optax.renewal import renewed
 from lowrank_optax.rules.bases import BasisRule, range_finder
 from lowrank_optax.rules.random_bases import RandomBasis
-from lowrank_optax.rules.ranks import FixedRank, RankRule, as_rank_rule
-from lowrank_optax.rules.rebase import RebaseRule, as_rebase_rule
-from lowrank_optax.rules.residual import Dropped, Pieces, ResidualRule
+from lowrank_optax.rules.ranks import RankRule
+from lowrank_optax.rules.rebase import RebaseRule
+from lowrank_optax.rules.residual import ResidualRule
 from lowrank_optax.rules.schedules import RefreshRule, every
-from lowrank_optax.storage.budget import Budget, as_stored, largest_fitting
-from lowrank_optax.storage.codes import bytes_of, decoded_tree, encoded_tree
+from lowrank_optax.storage.codes import decoded_tree, encoded_tree
 from lowrank_optax.subspace import (
-    ScaleByLowRankState,
-    Parts,
     Projector,
-    Subspace,
-    initial_projectors,
+    ScaleByLowRankState,
     projectors_of_state,
 )
 
@@ -168,148 +166,6 @@ def scale_by_low_rank(
         residual=residual,
         seed=seed,
     )
-    return inside_subspace(inner, parts, scale)
-
-
-def make_parts(
-    *,
-    rank: int | RankRule,
-    basis: BasisRule | RandomBasis,
-    refresh: RefreshRule,
-    rebase: str | RebaseRule,
-    residual: ResidualRule | None = None,
-    side: Side = "short",
-    granularity: int = 1,
-    dimension_numbers: DimensionNumbers | None = None,
-    moments: Mapping[str, Kind] | None = None,
-    seed: jax.typing.ArrayLike = 0,
-) -> Parts:
-    """Returns the parts, checked.
-
-    Raises:
-        TypeError: If ``rank`` is neither an int nor a rule.
-        ValueError: If a value is unknown or out of its range.
-    """
-    if side not in ("short", "long"):
-        raise ValueError(f"side must be 'short' or 'long', got {side!r}.")
-    is_int = isinstance(granularity, int) and not isinstance(granularity, bool)
-    if not is_int or granularity < 1:
-        raise ValueError(f"granularity must be an int >= 1, got {granularity!r}.")
-    rule = as_rank_rule(rank)
-    if isinstance(basis, RandomBasis) and not isinstance(rule, FixedRank):
-        raise ValueError(
-            "a random basis captures no energy that a rank rule could go by; give an "
-            f"int as rank, got {rank!r}."
-        )
-    return Parts(
-        rank=rule,
-        basis=basis,
-        refresh=refresh,
-        rebase=as_rebase_rule(rebase),
-        residual=Dropped() if residual is None else residual,
-        side=side,
-        granularity=granularity,
-        dimension_numbers=dimension_numbers,
-        moments=moments or {},
-        seed=seed,
-    )
-
-
-class InLeaf(NamedTuple):
-    """One projected leaf during an update.
-
-    Attributes:
-        projector: How it is projected.
-        subspace: Its subspace, renewed.
-        basis: P; (*stack, b/c, r).
-        gradient: At full size; None, if it came projected.
-    """
-
-    projector: Projector
-    subspace: Subspace
-    basis: jax.Array
-    gradient: jax.Array | None
-
-
-class Core(Protocol):
-    """What a low-rank transformation does with gradients that are projected."""
-
-    def init(
-        self, params: Any, coordinates: Any, projectors: Mapping[tuple, Projector]
-    ) -> Any:
-        """Returns its state.
-
-        Args:
-            params: Parameters, or their shapes; only those and shardings count.
-            coordinates: Tree like the parameters; a projected leaf has shape
-                (*stack, a*c, r).
-            projectors: Of the projected leaves.
-        """
-        ...
-
-    def check(self, coordinates: Any, state: Any) -> None:
-        """Raises ValueError if something else is wrong with the state."""
-        ...
-
-    def update(
-        self,
-        coordinates: Any,
-        state: Any,
-        leaves: Mapping[tuple, InLeaf],
-        count: jax.Array,
-        extra_args: Mapping[str, Any],
-    ) -> tuple[Any, Any, Mapping[tuple, Any]]:
-        """Returns updates at full size, its new state, and the residual rule's states.
-
-        Args:
-            coordinates: Gradients; those of projected leaves are (*stack, a*c, r).
-            state: Of the core.
-            leaves: The projected leaves by their key paths.
-            count: Updates done; (), int32.
-            extra_args: For an inner transformation.
-        """
-        ...
-
-
-class InsideSubspace(NamedTuple):
-    """The core of :func:`scale_by_low_rank`: any transformation, then the lift."""
-
-    inner: optax.GradientTransformationExtraArgs
-    residual: ResidualRule
-    scale: jax.typing.ArrayLike
-
-    def init(self, params, coordinates, projectors):
-        """Returns the state of ``inner``; see :class:`Core`."""
-        del params, projectors
-        return self.inner.init(coordinates)
-
-    def check(self, coordinates, state):
-        """Raises if ``inner`` needs parameters; see :class:`Core`."""
-        if jax.tree.leaves(coordinates):
-            _check_needs_no_params(self.inner, coordinates, state)
-
-    def update(self, coordinates, state, leaves, count, extra_args):
-        """Returns scale N P^T and what the residual adds; see :class:`Core`."""
-        del count
-        narrow, state = self.inner.update(coordinates, state, None, **extra_args)
-        residuals = {}
-
-        def lifted(path, n, r):
-            if path not in leaves:
-                return self.residual.at_full_size(n)
-            projector, subspace, basis, gradient = leaves[path]
-            pieces = Pieces(projector.view, gradient, r, n, basis, self.scale)
-            update, residuals[path] = self.residual.update(pieces, subspace.residual)
-            return update
-
-        updates = jax.tree_util.tree_map_with_path(lifted, narrow, coordinates)
-        return updates, state, residuals
-
-
-def inside_subspace(
-    inner: optax.GradientTransformation, parts: Parts, scale: jax.typing.ArrayLike = 1.0
-) -> optax.GradientTransformationExtraArgs:
-    """Returns the transformation that runs ``inner`` inside the subspaces."""
     inner = optax.with_extra_args_support(inner)
     core = InsideSubspace(inner, parts.residual, scale)
     return low_rank_transformation(core, parts)
@@ -321,7 +177,7 @@ def low_rank_transformation(
     """Returns the transformation that projects, runs the core, and renews bases."""
 
     def init_fn(params):
-        return _init(params, core, _with_rank_of_budget(params, core, parts))
+        return initial_state(params, core, parts)
 
     def update_fn(updates, state, params=None, *, refresh=True, **extra_args):
         if not isinstance(refresh, bool):
@@ -341,77 +197,14 @@ def low_rank_transformation(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _with_rank_of_budget(params: Any, core: Core, parts: Parts) -> Parts:
-    """Returns the parts with the rank that a budget of bytes comes to."""
-    if not isinstance(parts.rank, Budget):
-        return parts
-
-    def of_rank(rank: int) -> Parts:
-        return parts._replace(rank=FixedRank(rank))
-
-    def bytes_at(rank: int) -> int:
-        def init(params):
-            return as_stored(_init(params, core, of_rank(rank)), params)
-
-        with unheard():
-            return bytes_of(jax.eval_shape(init, params))
-
-    return of_rank(largest_fitting(bytes_at, parts.rank.limit, _most(params, parts)))
-
-
-def _most(params: Any, parts: Parts) -> int:
-    """Returns the largest rank at which some leaf is projected."""
-    plans, _ = initial_projectors(params, parts._replace(rank=FixedRank(1)))
-    views = [plan.view for plan in plans.values() if plan.view is not None]
-    return max((min(v.kept_size, v.projected_size) - 1 for v in views), default=1)
-
-
-def _init(params: Any, core: Core, parts: Parts) -> ScaleByLowRankState:
-    plans, projectors = initial_projectors(params, parts)
-    announce(plans, parts)
-
-    def subspace(path, leaf):
-        if path not in projectors:
-            return optax.MaskedNode()
-        return projectors[path].initial(leaf)
-
-    def coordinates(path, leaf):
-        if path not in projectors:
-            return leaf
-        return projectors[path].coordinates_beside(leaf)
-
-    in_subspace = jax.tree_util.tree_map_with_path(coordinates, params)
-    inner_state = core.init(params, in_subspace, projectors)
-    shapes = {path: projector.shape for path, projector in projectors.items()}
-    locate_moments(inner_state, shapes, plans.keys() - shapes.keys(), parts.moments)
-    core.check(in_subspace, inner_state)
-    subspaces = jax.tree_util.tree_map_with_path(subspace, params)
-    return ScaleByLowRankState(jnp.zeros([], jnp.int32), subspaces, inner_state)
-
-
-def _check_needs_no_params(inner, coordinates, state) -> None:
-    """Raises if ``inner`` needs parameters."""
-    like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (coordinates, state)
-    )
-    try:
-        jax.eval_shape(lambda u, s: inner.update(u, s, None), *like)
-    except Exception as error:
-        # Only if parameters are what was missing: other faults surface in update.
-        try:
-            jax.eval_shape(lambda u, s: inner.update(u, s, u), *like)
-        except Exception:
-            return
-        raise ValueError(
-            "the inner transformation of scale_by_low_rank needs parameters, which "
-            "have no meaning in the subspace; put weight decay and the like outside: "
-            "optax.chain(scale_by_low_rank(optax.scale_by_adam(), ...), "
-            "optax.add_decayed_weights(...), optax.scale_by_learning_rate(...))."
-        ) from error
-
-
 def _update(
-    updates, state: ScaleByLowRankState, like, core: Core, parts: Parts, refresh, extra_args
+    updates,
+    state: ScaleByLowRankState,
+    like,
+    core: Core,
+    parts: Parts,
+    refresh,
+    extra_args,
 ):
     gradients = gradients_by_path(updates)
     projectors = projectors_of_state(like, slots_of(state), parts)

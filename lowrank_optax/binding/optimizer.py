@@ -12,7 +12,9 @@ import optax
 from lowrank_optax.binding.states import is_slot, slots_of
 from lowrank_optax.matrix.plan import LeafPlan
 from lowrank_optax.matrix.sharding import abstract
-from lowrank_optax.subspace import ScaleByLowRankState, Parts, Projector, projectors_of_state
+from lowrank_optax.parts import Parts
+from lowrank_optax.projected import gradients_by_path
+from lowrank_optax.subspace import Projector, ScaleByLowRankState, projectors_of_state
 
 
 class Bound(NamedTuple):
@@ -88,14 +90,16 @@ class Binding:
             node: One of the low-rank states in the optimizer's state.
         """
         given = self.of(node).plans
-        leaves = dict(jax.tree.leaves_with_path(tree))
+        leaves = gradients_by_path(tree)
         return jax.tree_util.tree_map_with_path(
             lambda path, _: leaves[path] if path in given else optax.MaskedNode(),
             node.subspaces,
             is_leaf=is_slot,
         )
 
-    def projectors(self, tree: Any, node: ScaleByLowRankState) -> dict[tuple, Projector]:
+    def projectors(
+        self, tree: Any, node: ScaleByLowRankState
+    ) -> dict[tuple, Projector]:
         """Returns the projectors of the leaves that a low-rank state has subspaces of.
 
         Args:

@@ -15,7 +15,9 @@ from lowrank_optax.subspace import ScaleByLowRankState, Subspace
 
 def is_low_rank(node: Any) -> bool:
     """Returns whether a node is the state of a low-rank transformation."""
-    return isinstance(node, ScaleByLowRankState) or _is_mapping_of(node, ScaleByLowRankState)
+    return isinstance(node, ScaleByLowRankState) or _is_mapping_of(
+        node, ScaleByLowRankState
+    )
 
 
 def low_rank_record(node: Any) -> ScaleByLowRankState:
@@ -27,7 +29,7 @@ def low_rank_record(node: Any) -> ScaleByLowRankState:
 
 
 def is_slot(node: Any) -> bool:
-    """Returns whether a node is what one leaf has in ``ScaleByLowRankState.subspaces``."""
+    """Returns whether a node is what one leaf has in a low-rank state's subspaces."""
     return isinstance(node, (Subspace, optax.MaskedNode)) or _is_mapping_of(
         node, Subspace
     )
@@ -66,7 +68,9 @@ def low_rank_states(state: Any) -> list[ScaleByLowRankState]:
     return [low_rank_record(node) for node in nodes if is_low_rank(node)]
 
 
-def map_low_rank_states(function: Callable[[ScaleByLowRankState], Any], state: Any) -> Any:
+def map_low_rank_states(
+    function: Callable[[ScaleByLowRankState], Any], state: Any
+) -> Any:
     """Returns a state with a function of each low-rank state in its place."""
 
     def of_node(node):
@@ -121,7 +125,7 @@ def map_columns(state: Any, of_slot: OfSlot, of_array: OfArray) -> Any:
     """
     stored = stored_slots(state)
 
-    def has_columns(path, node) -> bool:
+    def has_columns(path: tuple, node: Any) -> bool:
         if path not in stored or not (is_coded(node) or hasattr(node, "shape")):
             return False
         stack, shape = stored[path].rank.shape, shape_of(node)
@@ -148,7 +152,9 @@ def map_columns(state: Any, of_slot: OfSlot, of_array: OfArray) -> Any:
 
         def of_moment(path, node):
             owner, field = owner_and_field(path, owners)
-            return of_array(owner, field, node) if has_columns(owner, node) else node
+            if owner is None or not has_columns(owner, node):
+                return node
+            return of_array(owner, field, node)
 
         return node._replace(
             subspaces=jax.tree_util.tree_map_with_path(

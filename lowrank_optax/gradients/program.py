@@ -12,14 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from lowrank_optax.gradients.uses import (
-    USES,
-    Followed,
-    UnsupportedError,
-    bound,
-    stack_place,
-    unsupported,
-)
+from lowrank_optax.gradients.followed import Followed, UnsupportedError, unsupported
+from lowrank_optax.gradients.uses import USES, bound, stack_place
 
 
 def evaluate(jaxpr: core.ClosedJaxpr, arguments: Sequence[Any]) -> list[Any]:

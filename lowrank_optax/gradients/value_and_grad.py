@@ -10,8 +10,8 @@ import optax
 
 from lowrank_optax.binding.optimizer import bind
 from lowrank_optax.binding.states import low_rank_states, slots_of
+from lowrank_optax.gradients.followed import follow
 from lowrank_optax.gradients.program import evaluate
-from lowrank_optax.gradients.uses import follow
 from lowrank_optax.projected import Projected
 from lowrank_optax.renewal import is_due, renewed_everywhere
 from lowrank_optax.subspace import Projector
@@ -38,7 +38,9 @@ class SubspaceValueAndGrad:
         """Returns value, gradients and state; see :func:`subspace_value_and_grad`."""
         return self._evaluated(params, state, args, kwargs, draws=True)
 
-    def _evaluated(self, params: Any, state: Any, args: tuple, kwargs: Any, draws: bool):
+    def _evaluated(
+        self, params: Any, state: Any, args: tuple, kwargs: Any, draws: bool
+    ):
         state, followed = self._prepared(params, state, draws)
         leaves, treedef = jax.tree.flatten_with_path(params)
         missing = set(self._full_gradients) - {

@@ -44,6 +44,7 @@ def dimension_numbers_by_shape(params: Any) -> Any:
         A tree like ``params`` of :class:`LowRankDimensionNumbers` or None.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> dimension_numbers_by_shape({"scan": jnp.ones((8, 4, 6)), "b": jnp.ones(6)})
         {'b': None, 'scan': LowRankDimensionNumbers(reduction_axis=1, output_axis=2)}
     """

@@ -7,7 +7,7 @@ from lowrank_optax.matrix.dimension_numbers import DimensionNumbers
 from lowrank_optax.methods.optimizer import Mask, as_optimizer, checked_adam
 from lowrank_optax.rules.bases import BasisRule
 from lowrank_optax.rules.random_bases import RandomBasis, gaussian
-from lowrank_optax.rules.residual import Scaled, check_growth
+from lowrank_optax.rules.residual_scaled import Scaled, check_growth
 from lowrank_optax.rules.schedules import every
 from lowrank_optax.transform import scale_by_low_rank
 

@@ -7,7 +7,7 @@ from lowrank_optax.matrix.dimension_numbers import DimensionNumbers
 from lowrank_optax.methods.optimizer import Mask, as_optimizer, checked_adam
 from lowrank_optax.rules.bases import BasisRule, range_finder
 from lowrank_optax.rules.ranks import RankRule
-from lowrank_optax.rules.residual import scaled_residual
+from lowrank_optax.rules.residual_scaled import scaled_residual
 from lowrank_optax.rules.schedules import every
 from lowrank_optax.transform import scale_by_low_rank
 

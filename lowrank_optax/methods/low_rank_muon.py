@@ -9,7 +9,7 @@ from lowrank_optax.methods.sumo import by_kind, check_beta
 from lowrank_optax.rules.bases import BasisRule, range_finder
 from lowrank_optax.rules.ranks import RankRule
 from lowrank_optax.rules.rebase import RebaseRule
-from lowrank_optax.rules.residual import orthogonalized_residual
+from lowrank_optax.rules.residual_orthogonalized import orthogonalized_residual
 from lowrank_optax.rules.schedules import RefreshRule, every
 from lowrank_optax.transform import scale_by_low_rank
 
@@ -33,8 +33,8 @@ def low_rank_muon(
 ) -> optax.GradientTransformationExtraArgs:
     """Muon with its momentum in a subspace, and the last gradient outside of it.
 
-    :func:`scale_by_low_rank_muon`, which has equations, state, cost and references, then
-    decoupled weight decay and the learning rate.
+    :func:`scale_by_low_rank_muon`, which has equations, state, cost and references,
+    then decoupled weight decay and the learning rate.
 
     Args:
         learning_rate: Step size, or a schedule of it by update.
@@ -42,7 +42,8 @@ def low_rank_muon(
         weight_decay: Decoupled decay of the parameters, times the learning rate; >= 0.
         mask: Which leaves decay: a tree of bools, or a function from the parameters to
             one. None: all.
-        residual, nesterov, ns_steps, rms, basis, refresh, rebase, dimension_numbers, seed:
+        residual, nesterov, ns_steps, rms, basis, refresh, rebase, dimension_numbers,
+            seed:
             see :func:`scale_by_low_rank_muon`.
 
     Returns:
@@ -112,7 +113,8 @@ def scale_by_low_rank_muon(
         beta: Decay of the momentum, in [0, 1).
         residual: Weight phi of the residual G - R P^T, where one gradient weighs
             1 + beta inside the subspace; >= 0. 0: nothing leaves the subspace, as in
-            :func:`scale_by_sumo`, which is cheaper then. 3 to 6 were alike (``RESULTS.md``).
+            :func:`scale_by_sumo`, which is cheaper then. 3 to 6 were alike
+            (``RESULTS.md``).
         nesterov: Whether the gradient counts once more in what is orthogonalized.
         ns_steps: Newton-Schulz iterations, >= 1; singular values come to 0.7 ... 1.2
             in 5, those under 1/500 of the norm to less.

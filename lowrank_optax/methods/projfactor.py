@@ -11,12 +11,13 @@ from lowrank_optax.matrix.dimension_numbers import DimensionNumbers
 from lowrank_optax.matrix.sharding import basis_axes, coordinate_axes, zeros_beside
 from lowrank_optax.matrix.view import Side
 from lowrank_optax.methods.optimizer import Mask, as_optimizer, checked_adam
+from lowrank_optax.parts import make_parts
 from lowrank_optax.rules.bases import BasisRule
 from lowrank_optax.rules.random_bases import RandomBasis, gaussian
 from lowrank_optax.rules.rebase import RebaseRule
 from lowrank_optax.rules.schedules import RefreshRule, every
 from lowrank_optax.subspace import Projector
-from lowrank_optax.transform import low_rank_transformation, make_parts
+from lowrank_optax.transform import low_rank_transformation
 
 
 class ScaleByProjfactorState(NamedTuple):
@@ -202,7 +203,7 @@ class FactoredAtFullSize(NamedTuple):
         return optax.scale_by_adam(self.b1, self.b2, self.eps)
 
     def init(self, params, coordinates, projectors):
-        """Returns zeros; see :class:`lowrank_optax.transform.Core`."""
+        """Returns zeros; see :class:`lowrank_optax.core.Core`."""
 
         def zeros(shape_and_axes):
             def per_leaf(path, leaf):
@@ -221,10 +222,10 @@ class FactoredAtFullSize(NamedTuple):
         )
 
     def check(self, coordinates, state):
-        """Does nothing; see :class:`lowrank_optax.transform.Core`."""
+        """Does nothing; see :class:`lowrank_optax.core.Core`."""
 
     def update(self, coordinates, state, leaves, count, extra_args):
-        """Returns the updates; see :class:`lowrank_optax.transform.Core`."""
+        """Returns the updates; see :class:`lowrank_optax.core.Core`."""
         del extra_args
         rest = _unprojected(coordinates, leaves)
         others, rest_state = self._adam.update(rest, state.rest)

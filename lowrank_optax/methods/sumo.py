@@ -10,7 +10,7 @@ from lowrank_optax.methods.optimizer import Mask, as_optimizer
 from lowrank_optax.rules.bases import BasisRule, range_finder
 from lowrank_optax.rules.ranks import RankRule
 from lowrank_optax.rules.rebase import RebaseRule
-from lowrank_optax.rules.residual import (
+from lowrank_optax.rules.residual_orthogonalized import (
     check_orthogonalization,
     last_two_axes,
     scaled_by_side,

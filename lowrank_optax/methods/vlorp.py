@@ -117,9 +117,9 @@ def scale_by_vlorp(
 
     References:
         `VLoRP <https://arxiv.org/abs/2505.01744>`_, 2025, the scheme that it calls SS;
-        see
-        :func:`scale_by_projfactor` for the other one. The momentum follows a new basis here,
-        and the basis does not change between the micro-batches of one update.
+        see :func:`scale_by_projfactor` for the other one. The momentum follows a new
+        basis here, and the basis does not change between the micro-batches of one
+        update.
     """
     return scale_by_low_rank(
         optax.scale_by_adam() if inner is None else inner,

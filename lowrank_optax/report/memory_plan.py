@@ -1,8 +1,6 @@
 """``memory_plan``: what a run is going to take, from shapes alone."""
 
-import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,179 +10,12 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from lowrank_optax.binding.moments import KNOWN_FIELDS, owner_and_field
 from lowrank_optax.projected import is_projected
+from lowrank_optax.report.memory import Bytes, LeafMemory, MemoryPlan
 from lowrank_optax.report.projections import projections
 from lowrank_optax.storage.codes import bytes_of, is_coded, shape_of
 
 _OF_SUBSPACE = {"rank", "demand", "age", "refreshes", "failures", "trend", "residual"}
 _SUMS = {"sums", "acc_grads"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Bytes:
-    """Bytes of one parameter, or of all.
-
-    Attributes:
-        parameters: Of the parameters.
-        gradients: Of their gradients, in the same dtype.
-        state: Of the optimizer's state by what it is: "basis", the fields of inner
-            transformations ("mu", "nu", ...), "sums" of micro-batches, "scalars".
-    """
-
-    parameters: int
-    gradients: int
-    state: Mapping[str, int]
-
-    @property
-    def optimizer(self) -> int:
-        """Of the optimizer's state in all."""
-        return sum(self.state.values())
-
-    @property
-    def total(self) -> int:
-        """Of all three."""
-        return self.parameters + self.gradients + self.optimizer
-
-
-@dataclasses.dataclass(frozen=True)
-class LeafMemory:
-    """One parameter.
-
-    Attributes:
-        path: As ``jax.tree_util.keystr`` writes it.
-        shape: Of the parameter.
-        dtype: Of the parameter.
-        projection: How it is projected, or why it is not, in words.
-        is_projected: Whether it is.
-        bytes: On all devices together, each array counted once.
-        full_rank_bytes: Of the state, if this leaf was not projected: each moment as
-            large as the parameter, in float32, no basis.
-        per_device: Of one device; None where shardings are not known.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    dtype: str
-    projection: str
-    is_projected: bool
-    bytes: Bytes
-    full_rank_bytes: int
-    per_device: Bytes | None
-
-
-@dataclasses.dataclass(frozen=True)
-class MemoryPlan:
-    """What a run takes; see :func:`memory_plan`. ``str`` gives a table.
-
-    Attributes:
-        leaves: One entry per parameter.
-        other_bytes: Of the part of the state that belongs to no parameter: counters.
-        compiled: Of a compiled step, by XLA: "arguments", "outputs", "aliased"
-            (arguments whose memory outputs take over), "temporaries", and "peak", which
-            is what has to be there at once. None, if none was given.
-    """
-
-    leaves: tuple[LeafMemory, ...]
-    other_bytes: int
-    compiled: Mapping[str, int] | None
-
-    @property
-    def parameter_bytes(self) -> int:
-        """Of all parameters."""
-        return sum(leaf.bytes.parameters for leaf in self.leaves)
-
-    @property
-    def gradient_bytes(self) -> int:
-        """Of all gradients."""
-        return sum(leaf.bytes.gradients for leaf in self.leaves)
-
-    @property
-    def optimizer_bytes(self) -> int:
-        """Of the optimizer's whole state: what its arrays take, to the byte."""
-        return sum(leaf.bytes.optimizer for leaf in self.leaves) + self.other_bytes
-
-    @property
-    def full_rank_bytes(self) -> int:
-        """Of the state, if nothing was projected and nothing in few bits."""
-        return sum(leaf.full_rank_bytes for leaf in self.leaves) + self.other_bytes
-
-    @property
-    def state_bytes(self) -> dict[str, int]:
-        """Of the optimizer's state by what it is."""
-        total: dict[str, int] = {}
-        for leaf in self.leaves:
-            for field, size in leaf.bytes.state.items():
-                total[field] = total.get(field, 0) + size
-        total["scalars"] = total.get("scalars", 0) + self.other_bytes
-        return total
-
-    @property
-    def per_device(self) -> Bytes | None:
-        """Of one device in all; None where shardings are not known."""
-        parts = [leaf.per_device for leaf in self.leaves]
-        if not all(parts):
-            return None
-        known = [part for part in parts if part is not None]
-        state = {"scalars": self.other_bytes}
-        for part in known:
-            for field, size in part.state.items():
-                state[field] = state.get(field, 0) + size
-        parameters = sum(part.parameters for part in known)
-        return Bytes(parameters, sum(part.gradients for part in known), state)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns everything as dicts, lists, strings and ints, for JSON."""
-        totals = {
-            "parameter_bytes": self.parameter_bytes,
-            "gradient_bytes": self.gradient_bytes,
-            "optimizer_bytes": self.optimizer_bytes,
-            "full_rank_bytes": self.full_rank_bytes,
-            "state_bytes": self.state_bytes,
-        }
-        per_device = self.per_device
-        if per_device is not None:
-            totals["per_device"] = dataclasses.asdict(per_device)
-        return {**totals, **dataclasses.asdict(self)}
-
-    def __str__(self) -> str:
-        rows: list[tuple[str, ...]] = [
-            ("leaf", "parameters", "gradients", "state", "full rank", "of it")
-        ]
-        for leaf in self.leaves:
-            of_it = ", ".join(f"{k} {_text(v)}" for k, v in leaf.bytes.state.items())
-            rows.append(
-                (
-                    leaf.projection,
-                    _text(leaf.bytes.parameters),
-                    _text(leaf.bytes.gradients),
-                    _text(leaf.bytes.optimizer),
-                    _text(leaf.full_rank_bytes),
-                    of_it,
-                )
-            )
-        of_it = ", ".join(f"{k} {_text(v)}" for k, v in self.state_bytes.items())
-        sums = (self.parameter_bytes, self.gradient_bytes, self.optimizer_bytes)
-        rows.append(("in all", *map(_text, (*sums, self.full_rank_bytes)), of_it))
-        widths = [max(len(row[i]) for row in rows) for i in range(5)]
-        lines = [
-            "  ".join(
-                [
-                    row[0].ljust(widths[0]),
-                    *(x.rjust(w) for x, w in zip(row[1:5], widths[1:], strict=True)),
-                    row[5],
-                ]
-            ).rstrip()
-            for row in rows
-        ]
-        if self.per_device is not None:
-            device = self.per_device
-            lines.append(
-                f"on each device: parameters {_text(device.parameters)}, gradients "
-                f"{_text(device.gradients)}, state {_text(device.optimizer)}"
-            )
-        if self.compiled is not None:
-            parts = (f"{name} {_text(size)}" for name, size in self.compiled.items())
-            lines.append("compiled step: " + ", ".join(parts))
-        return "\n".join(lines)
 
 
 def memory_plan(
@@ -211,7 +42,7 @@ def memory_plan(
         >>> params = {"w": jax.ShapeDtypeStruct((4096, 1024), jnp.bfloat16)}
         >>> plan = memory_plan(lowrank_optax.galore(1e-2, rank=128), params)
         >>> plan.parameter_bytes, plan.optimizer_bytes, plan.full_rank_bytes
-        (8388608, 4718616, 33554440)
+        (8388608, 4718620, 33554440)
     """
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     # A function of its own each time: eval_shape would remember init, and not call.
@@ -337,11 +168,3 @@ def _analysis(compiled: Any) -> dict[str, int]:
         "temporaries": temporaries,
         "peak": arguments + outputs - aliased + temporaries,
     }
-
-
-def _text(size: int) -> str:
-    """Returns bytes with a unit of 1000, to three digits or more."""
-    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if size >= scale:
-            return f"{size / scale:,.2f} {unit}"
-    return f"{size} B"

@@ -16,7 +16,7 @@ def hashed(words: jax.Array) -> jax.Array:
     return words ^ (words >> 16)
 
 
-def hashed_uniform(start: jax.Array, shape: tuple[int, int], dtype) -> jax.Array:
+def hashed_uniform(start: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
     """Returns matrices uniform on (-1, 1), one per start; (*start.shape, *shape).
 
     Args:

@@ -32,7 +32,7 @@ def one_by_one(decompose: Callable[..., Any], *stacks: jax.Array) -> Any:
 def _platform() -> str:
     """Returns what a program that is traced now is going to run on."""
     # Not jax.lax.platform_dependent: it leaves conditionals in the program.
-    device = jax.config.jax_default_device
+    device = getattr(jax.config, "jax_default_device")  # noqa: B009
     if device is None:
         return jax.default_backend()
     return device if isinstance(device, str) else device.platform

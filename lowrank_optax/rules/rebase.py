@@ -6,7 +6,7 @@ is :func:`random_transfer`.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -128,3 +128,34 @@ def as_rebase_rule(rule: "str | RebaseRule") -> RebaseRule:
     if rule not in REBASE_RULES:
         raise ValueError(f"rebase must be one of {sorted(REBASE_RULES)}, got {rule!r}.")
     return REBASE_RULES[rule]
+
+
+def rebased(
+    moments: Sequence[jax.Array],
+    kinds: Sequence[str],
+    r: jax.Array,
+    count: jax.Array,
+    rule: RebaseRule,
+) -> list[jax.Array]:
+    """Returns the moments of one leaf in the new basis, in their own dtypes.
+
+    Args:
+        moments: (*stack, a, r_old) each.
+        kinds: "first" or "second" each.
+        r: Transfer R; (*stack, r_old, r_new).
+        count: Updates done.
+        rule: How they follow.
+    """
+    wide = [moment.astype(r.dtype) for moment in moments]
+    firsts = [x for x, kind in zip(wide, kinds, strict=True) if kind == "first"]
+
+    def follow(moment, kind):
+        if kind == "first":
+            return rule.first(moment, r)
+        mean = firsts[0] if firsts else jnp.zeros_like(moment)
+        return rule.second(moment, mean, r, count)
+
+    return [
+        follow(x, kind).astype(moment.dtype)
+        for x, kind, moment in zip(wide, kinds, moments, strict=True)
+    ]

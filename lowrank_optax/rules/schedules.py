@@ -27,7 +27,7 @@ class RefreshRule(Protocol):
         """Returns whether a basis of this age is due, bool (*stack,)."""
         ...
 
-    def first_age(self, fraction: float) -> jax.typing.ArrayLike:
+    def first_age(self, fraction: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
         """Returns the age to start from after a leaf's first refresh.
 
         Args:
@@ -64,7 +64,7 @@ class Every:
         del trend
         return age >= self.interval
 
-    def first_age(self, fraction: float) -> jax.typing.ArrayLike:
+    def first_age(self, fraction: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
         """Returns the offset of a leaf; see :class:`RefreshRule`."""
         if not self.stagger:
             return 0
@@ -132,7 +132,7 @@ class OnConvergence:
         is_asked = (age >= self.min_interval) & (age % self.check_interval == 0)
         return (is_asked & has_converged) | (age >= self.max_interval)
 
-    def first_age(self, fraction: float) -> jax.typing.ArrayLike:
+    def first_age(self, fraction: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
         """Returns 0: the norms spread the refreshes."""
         del fraction
         return 0
@@ -141,21 +141,22 @@ class OnConvergence:
         """Returns the trend with one more norm; see :class:`RefreshRule`."""
         narrow = coordinates.astype(jnp.float32)
         norm = jnp.sqrt(jnp.sum(narrow * narrow, axis=(-1, -2)))
-        return _observed(age, trend, norm, self.decay)
+        # Subtracted here: of 0.95 in float32 it would be above 1 / 20.
+        return _observed(age, trend, norm, 1 - self.decay)
 
 
 # Leaves with stacks of one shape share it: what is traced and lowered for them is one.
 @jax.jit
-def _observed(age, trend: Trend, norm, decay) -> Trend:
-    # A plain mean over the first 1 / (1 - decay) norms, exponential from there on: the
+def _observed(age, trend: Trend, norm, share) -> Trend:
+    # A plain mean over the first 1 / share norms, exponential from there on: the
     # mean forgets the old basis at age 1 and needs no bias correction.
-    weight = jnp.maximum(1 / jnp.maximum(age, 1), 1 - decay)
+    weight = jnp.maximum(1 / jnp.maximum(age, 1), share)
     average = jnp.where(
         jnp.isfinite(norm),
         (1 - weight) * trend.average + weight * norm,
         trend.average,
     )
-    is_starting = age * (1 - decay) <= 1
+    is_starting = age * share <= 1
     reference = jnp.where(is_starting, average, trend.reference)
     return Trend(average.astype(jnp.float32), reference.astype(jnp.float32))
 

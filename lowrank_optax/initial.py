@@ -1,0 +1,69 @@
+"""The state before the first gradient, and the rank that a budget comes to."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax.binding.moments import locate_moments
+from lowrank_optax.binding.optimizer import announce, unheard
+from lowrank_optax.core import Core
+from lowrank_optax.parts import Parts
+from lowrank_optax.rules.ranks import FixedRank
+from lowrank_optax.storage.budget import Budget, as_stored, largest_fitting
+from lowrank_optax.storage.codes import bytes_of
+from lowrank_optax.subspace import ScaleByLowRankState, initial_projectors
+
+
+def initial_state(params: Any, core: Core, parts: Parts) -> ScaleByLowRankState:
+    """Returns the state of a transformation for parameters, or their shapes."""
+    return _init(params, core, _with_rank_of_budget(params, core, parts))
+
+
+def _with_rank_of_budget(params: Any, core: Core, parts: Parts) -> Parts:
+    """Returns the parts with the rank that a budget of bytes comes to."""
+    if not isinstance(parts.rank, Budget):
+        return parts
+
+    def of_rank(rank: int) -> Parts:
+        return parts._replace(rank=FixedRank(rank))
+
+    def bytes_at(rank: int) -> int:
+        def init(params):
+            return as_stored(_init(params, core, of_rank(rank)), params)
+
+        with unheard():
+            return bytes_of(jax.eval_shape(init, params))
+
+    return of_rank(largest_fitting(bytes_at, parts.rank.limit, _most(params, parts)))
+
+
+def _most(params: Any, parts: Parts) -> int:
+    """Returns the largest rank at which some leaf is projected."""
+    plans, _ = initial_projectors(params, parts._replace(rank=FixedRank(1)))
+    views = [plan.view for plan in plans.values() if plan.view is not None]
+    return max((min(v.kept_size, v.projected_size) - 1 for v in views), default=1)
+
+
+def _init(params: Any, core: Core, parts: Parts) -> ScaleByLowRankState:
+    plans, projectors = initial_projectors(params, parts)
+    announce(plans, parts)
+
+    def subspace(path, leaf):
+        if path not in projectors:
+            return optax.MaskedNode()
+        return projectors[path].initial(leaf)
+
+    def coordinates(path, leaf):
+        if path not in projectors:
+            return leaf
+        return projectors[path].coordinates_beside(leaf)
+
+    in_subspace = jax.tree_util.tree_map_with_path(coordinates, params)
+    inner_state = core.init(params, in_subspace, projectors)
+    shapes = {path: projector.shape for path, projector in projectors.items()}
+    locate_moments(inner_state, shapes, plans.keys() - shapes.keys(), parts.moments)
+    core.check(in_subspace, inner_state)
+    subspaces = jax.tree_util.tree_map_with_path(subspace, params)
+    return ScaleByLowRankState(jnp.zeros([], jnp.int32), subspaces, inner_state)

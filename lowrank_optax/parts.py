@@ -1,0 +1,84 @@
+"""The choices that make a low-rank transformation, beside what runs inside of it."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from lowrank_optax.matrix.dimension_numbers import DimensionNumbers
+from lowrank_optax.matrix.view import Side
+from lowrank_optax.rules.bases import BasisRule
+from lowrank_optax.rules.random_bases import RandomBasis
+from lowrank_optax.rules.ranks import FixedRank, RankRule, as_rank_rule
+from lowrank_optax.rules.rebase import RebaseRule, as_rebase_rule
+from lowrank_optax.rules.residual import Dropped, ResidualRule
+from lowrank_optax.rules.schedules import RefreshRule
+
+
+class Parts(NamedTuple):
+    """The choices that make a subspace; see :func:`scale_by_low_rank`."""
+
+    rank: RankRule
+    basis: BasisRule | RandomBasis
+    refresh: RefreshRule
+    rebase: RebaseRule
+    residual: ResidualRule
+    side: Side
+    granularity: int
+    dimension_numbers: DimensionNumbers | None
+    moments: Mapping[str, Any]
+    seed: jax.typing.ArrayLike
+
+    @property
+    def is_random(self) -> bool:
+        """Whether bases are drawn, and not stored."""
+        return isinstance(self.basis, RandomBasis)
+
+    @property
+    def needs_full_gradients(self) -> bool:
+        """Whether an update looks at more than projected gradients."""
+        return self.residual.needs_full_gradients
+
+
+def make_parts(
+    *,
+    rank: int | RankRule,
+    basis: BasisRule | RandomBasis,
+    refresh: RefreshRule,
+    rebase: str | RebaseRule,
+    residual: ResidualRule | None = None,
+    side: Side = "short",
+    granularity: int = 1,
+    dimension_numbers: DimensionNumbers | None = None,
+    moments: Mapping[str, Any] | None = None,
+    seed: jax.typing.ArrayLike = 0,
+) -> Parts:
+    """Returns the parts, checked.
+
+    Raises:
+        TypeError: If ``rank`` is neither an int nor a rule.
+        ValueError: If a value is unknown or out of its range.
+    """
+    if side not in ("short", "long"):
+        raise ValueError(f"side must be 'short' or 'long', got {side!r}.")
+    is_int = isinstance(granularity, int) and not isinstance(granularity, bool)
+    if not is_int or granularity < 1:
+        raise ValueError(f"granularity must be an int >= 1, got {granularity!r}.")
+    rule = as_rank_rule(rank)
+    if isinstance(basis, RandomBasis) and not isinstance(rule, FixedRank):
+        raise ValueError(
+            "a random basis captures no energy that a rank rule could go by; give an "
+            f"int as rank, got {rank!r}."
+        )
+    return Parts(
+        rank=rule,
+        basis=basis,
+        refresh=refresh,
+        rebase=as_rebase_rule(rebase),
+        residual=Dropped() if residual is None else residual,
+        side=side,
+        granularity=granularity,
+        dimension_numbers=dimension_numbers,
+        moments=moments or {},
+        seed=seed,
+    )
