@@ -1,7 +1,8 @@
 # Each target does its own set-up: it needs only make, Python 3.11 or later and pip.
 #   make pretrain            train the tiny LLaMA with AdaRankGrad on embedded text
 #   make pretrain ARGS="--model 60m --data c4 --tokenizer PATH"
-#   make test                everything that CI runs
+#   make test                the whole check, but for what is slow; under 15 minutes
+#   make test-slow           the rest: many processes, simulated devices, long runs
 PYTHON ?= python3
 ARGS ?=
 
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: pretrain test format bench clean
+.PHONY: pretrain test test-slow format bench clean
 
 pretrain: $(VENV)/.experiments
 	$(BIN)/python -m experiments.pretrain_llama $(ARGS)
@@ -19,7 +20,10 @@ test: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest --doctest-modules lowrank_optax
-	$(BIN)/python -m pytest tests -n 2 --dist worksteal --durations=15
+	$(BIN)/python -m pytest tests -m "not slow" -n 2 --dist worksteal --durations=15
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest tests -m slow --durations=15
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

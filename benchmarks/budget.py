@@ -90,14 +90,7 @@ def main() -> None:
         parts = assemble(parse(words), print)
     params = parts.initial_params()
     state = initial_state(parts.tx, params, parts.mesh)
-    step = make_train_step(
-        functools.partial(apply, parts.model),
-        parts.tx,
-        parts.mesh,
-        in_subspace=False,
-        renewed=None,
-        bases=(),
-    )
+    step = make_train_step(functools.partial(apply, parts.model), parts.tx, parts.mesh)
     batches = parts.data.train_iterator()
     for _ in range(arguments.steps):
         batch = shard_batch(next(batches), parts.mesh)

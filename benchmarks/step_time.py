@@ -56,10 +56,10 @@ def steps(model, rank: int) -> dict[str, tuple[Any, Any]]:
     gradient = lowrank_optax.subspace_value_and_grad(loss, ours)
     plain = jax.value_and_grad(loss)
 
-    def step(tx, gradient):
+    def step(tx, gradient, **static):
         def run(params, state, tokens):
             value, grads, state = gradient(params, state, tokens)
-            updates, state = tx.update(grads, state, params)
+            updates, state = tx.update(grads, state, params, **static)
             return optax.apply_updates(params, updates), state, value
 
         return jax.jit(run, donate_argnums=(0, 1))
@@ -69,7 +69,7 @@ def steps(model, rank: int) -> dict[str, tuple[Any, Any]]:
 
     adamw = optax.adamw(1e-3)
     return {
-        "subspace": (ours, step(ours, gradient)),
+        "subspace": (ours, step(ours, gradient, refresh=False)),
         "refresh": (ours, step(ours, gradient.full)),
         # The largest stack.
         "refresh apart": (

@@ -134,7 +134,7 @@ def _parse(argv: Sequence[str]) -> Options:
     options = parse_arguments(Options, "python -m experiments.plan_memory", argv)
     check_choice("--model", options.model, MODELS)
     try:
-        lowrank_optax.budget(options.memory).limit
+        lowrank_optax.budget(options.memory)
     except ValueError as error:
         raise UserError(f"--memory: {error}") from error
     for name in ("vocabulary_size", "rank"):

@@ -1,7 +1,7 @@
 """``Projected``: a gradient inside its leaf's subspace, told apart by its type."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -30,9 +30,9 @@ class Projected:
     size (``optax.MultiSteps``, coupled weight decay, momentum), raises an error that
     names this type, for that belongs behind the low-rank transformation.
 
-    A node of one array. Where a function of a tree makes a bool, a string or nothing of
-    that array, as those do that make labels and masks for ``optax.partition`` and
-    ``optax.masked``, the node goes with it, and what it made stands in its place.
+    A node of one array. Where a function of a tree makes a bool or a string of that
+    array, as those do that make masks and labels for ``optax.masked`` and
+    ``optax.partition``, the node goes with it, and what it made stands in its place.
 
     Attributes:
         coordinates: R; (*stack, a*c, r), float32 or wider.
@@ -57,8 +57,17 @@ class Projected:
         """Returns the record again, or what has become a label or a mask."""
         del aux_data
         (child,) = children
-        is_label = isinstance(child, (bool, str, optax.MaskedNode))
-        return child if is_label or child is None else cls(child)
+        return child if isinstance(child, (bool, str, optax.MaskedNode)) else cls(child)
+
+
+class ProjectedSum(NamedTuple):
+    """Projected gradients added up: what a state has in the place of the full sum.
+
+    Attributes:
+        coordinates: (*stack, a*c, r), float32 or wider.
+    """
+
+    coordinates: Any
 
 
 def is_projected(node: Any) -> bool:

@@ -118,8 +118,15 @@ class Checkpoints:
         """
         like = {"params": params, "opt_state": opt_state}
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        # A compacted state is smaller than the optimizer's first one.
-        target = self._read(lambda: lowrank_optax.like_saved(target, self._shapes()))
+        saved = self._read(self._shapes)
+        try:
+            # A compacted state is smaller than the optimizer's first one.
+            target = lowrank_optax.like_saved(target, saved)
+        except ValueError as error:
+            raise UserError(
+                f"the checkpoint {self.directory / str(self.latest_step)} does not fit "
+                f"this run: {error}"
+            ) from error
         restored = self._restore(state=ocp.args.StandardRestore(target))["state"]
         return restored["params"], restored["opt_state"]
 

@@ -1,4 +1,4 @@
-"""Which bases the next step renews: known on the host without waiting for the device."""
+"""Which bases the next step renews, known without waiting for the device."""
 
 import collections
 from collections.abc import Sequence

@@ -59,9 +59,9 @@ def make_train_step(
     mesh: Mesh,
     accumulate: int = 1,
     *,
-    in_subspace: bool,
-    renewed: Renewed,
-    bases: Sequence[str],
+    in_subspace: bool = False,
+    renewed: Renewed = None,
+    bases: Sequence[str] = (),
 ):
     """Returns the jitted (params, opt_state, batch) -> (params, opt_state, metrics).
 

@@ -7,7 +7,7 @@ import jax
 import optax
 
 from lowrank_optax.binding.moments import owner_and_field
-from lowrank_optax.projected import Projected, is_projected
+from lowrank_optax.projected import ProjectedSum
 from lowrank_optax.rules.schedules import Trend
 from lowrank_optax.storage.codes import coded_record, is_coded, shape_of
 from lowrank_optax.subspace import ScaleByLowRankState, Subspace
@@ -139,11 +139,11 @@ def map_columns(state: Any, of_slot: OfSlot, of_array: OfArray) -> Any:
         return of_slot(path, node)._replace(basis=of_array(path, "basis", node.basis))
 
     def of_node(path, node):
-        if is_projected(node):
+        if isinstance(node, ProjectedSum):
             owner, field = owner_and_field(path, stored.keys())
             if owner is None:
                 return node
-            return Projected(of_array(owner, field, node.coordinates))
+            return ProjectedSum(of_array(owner, field, node.coordinates))
         if not is_low_rank(node):
             return node
         node = low_rank_record(node)
@@ -166,7 +166,9 @@ def map_columns(state: Any, of_slot: OfSlot, of_array: OfArray) -> Any:
         )
 
     return jax.tree_util.tree_map_with_path(
-        of_node, state, is_leaf=lambda node: is_projected(node) or is_low_rank(node)
+        of_node,
+        state,
+        is_leaf=lambda node: isinstance(node, ProjectedSum) or is_low_rank(node),
     )
 
 

@@ -9,7 +9,7 @@ import optax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from lowrank_optax.binding.moments import KNOWN_FIELDS, owner_and_field
-from lowrank_optax.projected import is_projected
+from lowrank_optax.projected import ProjectedSum
 from lowrank_optax.report.memory import Bytes, LeafMemory, MemoryPlan
 from lowrank_optax.report.projections import projections
 from lowrank_optax.storage.codes import bytes_of, is_coded, shape_of
@@ -94,7 +94,7 @@ def memory_plan(
 
 def _nodes(state: Any) -> list[tuple[tuple, Any]]:
     def is_array(node):
-        return is_coded(node) or is_projected(node)
+        return is_coded(node) or isinstance(node, ProjectedSum)
 
     return jax.tree.leaves_with_path(state, is_leaf=is_array)
 
@@ -119,7 +119,7 @@ def _at_full_rank(leaf: Any, field: str, node: Any) -> int:
     is_moment = KNOWN_FIELDS.get(field) in ("first", "second") or field in _SUMS
     if not is_moment:
         return 0 if field in ("basis", "projector", "scalars") else bytes_of(node)
-    if not is_projected(node) and not shape_of(node):
+    if not isinstance(node, ProjectedSum) and not shape_of(node):
         return bytes_of(node)
     return math.prod(leaf.shape) * max(4, jnp.dtype(leaf.dtype).itemsize)
 

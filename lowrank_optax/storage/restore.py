@@ -27,10 +27,18 @@ def like_saved(state: Any, saved: Any) -> Any:
 
     Raises:
         ValueError: If an array is missing in ``saved``, which happens where the state
-            was saved with another optimizer or other arguments of ``low_bit``.
+            was saved with another optimizer, other arguments of ``low_bit``, or by a
+            version of this library before 0.2.
     """
     leaves = jax.tree.leaves_with_path(saved)
     shapes = {_names(path): tuple(leaf.shape) for path, leaf in leaves}
+    fields = {name for names in shapes for name in names}
+    if "refreshes" in fields and "failures" not in fields:
+        raise ValueError(
+            "the saved state was written by lowrank_optax before 0.2, whose layout is "
+            "another one and is not read; finish that run with the version that began "
+            "it."
+        )
 
     def of_leaf(path, leaf):
         names = _names(path)

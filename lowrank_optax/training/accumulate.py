@@ -18,7 +18,12 @@ from lowrank_optax.matrix.sharding import (
     zeros_beside,
     zeros_like_update,
 )
-from lowrank_optax.projected import Projected, full_size, is_projected
+from lowrank_optax.projected import (
+    Projected,
+    ProjectedSum,
+    full_size,
+    is_projected,
+)
 from lowrank_optax.renewal import renewed_everywhere
 from lowrank_optax.subspace import Projector
 
@@ -30,7 +35,7 @@ class AccumulateState(NamedTuple):
         micro_step: Micro-batches added in the window under way; (), int32.
         weight: Sum of their weights; (), float32.
         sums: Weighted sums of their gradients, a tree like the parameters:
-            :class:`lowrank_optax.Projected`, (*stack, a*c, r), for projected leaves,
+            :class:`ProjectedSum`, (*stack, a*c, r), for projected leaves,
             the leaf's shape for others; float32, or wider for wider leaves.
         inner_state: State of the optimizer.
     """
@@ -129,7 +134,7 @@ def accumulate(optimizer: optax.GradientTransformation, every_k: int) -> Accumul
         >>> params = {"w": jnp.ones((64, 16))}
         >>> tx = accumulate(lowrank_optax.galore(1e-2, rank=2), every_k=4)
         >>> jax.eval_shape(tx.init, params).sums["w"]
-        Projected(coordinates=ShapeDtypeStruct(shape=(64, 2), dtype=float32))
+        ProjectedSum(coordinates=ShapeDtypeStruct(shape=(64, 2), dtype=float32))
     """
     is_int = isinstance(every_k, int) and not isinstance(every_k, bool)
     if not is_int or every_k < 1:
@@ -142,7 +147,7 @@ def accumulate(optimizer: optax.GradientTransformation, every_k: int) -> Accumul
 
         def zeros(path, leaf):
             if path in projectors:
-                return Projected(projectors[path].coordinates_beside(leaf))
+                return ProjectedSum(projectors[path].coordinates_beside(leaf))
             dtype = jnp.promote_types(leaf.dtype, jnp.float32)
             return zeros_beside(leaf, leaf.shape, dtype, _axes(leaf))
 
@@ -235,6 +240,8 @@ def _add(
             projector = projectors[path]
             basis = projector.basis(subspaces[path])
             gradient = Projected(projector.view.project(gradient, basis))
+        if is_projected(gradient):
+            gradient = ProjectedSum(gradient.coordinates)
         shapes = [jax.tree.map(jnp.shape, x) for x in (gradient, total)]
         if shapes[0] != shapes[1]:
             raise ValueError(
@@ -263,10 +270,14 @@ def _finish(inner, state: AccumulateState, params, extra_args):
     weight = jnp.where(state.weight > 0, state.weight, 1)
 
     def mean(total, leaf):
-        average = jax.tree.map(lambda x: x / weight.astype(x.dtype), total)
-        return average if is_projected(total) else average.astype(leaf.dtype)
+        if isinstance(total, ProjectedSum):
+            sums = total.coordinates
+            return Projected(sums / weight.astype(sums.dtype))
+        return (total / weight.astype(total.dtype)).astype(leaf.dtype)
 
-    means = jax.tree.map(mean, state.sums, params, is_leaf=is_projected)
+    means = jax.tree.map(
+        mean, state.sums, params, is_leaf=lambda x: isinstance(x, ProjectedSum)
+    )
     updates, inner_state = inner.update(means, state.inner_state, params, **extra_args)
     return updates, AccumulateState(
         micro_step=jnp.zeros_like(state.micro_step),
