@@ -7,7 +7,7 @@ which runs once for each leaf that is due, and not at all for the others.
 
 import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +30,6 @@ from lowrank_optax.subspace import (
     Projector,
     ScaleByLowRankState,
     Subspace,
-    projectors_of_state,
 )
 
 # A matrix in which no basis is found is asked again after 1, 2, 4, ... updates, up to
@@ -56,8 +55,7 @@ def is_due(subspace: Subspace, count: jax.Array, parts: Parts) -> jax.Array:
 def renewed(
     gradients: Any,
     state: ScaleByLowRankState,
-    like: Any,
-    parts: Parts,
+    projectors: Mapping[tuple, Projector],
     allowed: jax.typing.ArrayLike = True,
 ) -> ScaleByLowRankState:
     """Returns the state with the bases renewed that are due, and moments that follow.
@@ -66,13 +64,14 @@ def renewed(
         gradients: Tree like the parameters of gradients at full size. A leaf whose
             gradient is :class:`Projected` keeps its basis. Random bases need none.
         state: Of the transformation.
-        like: Tree of the same with the shapes at full size.
-        parts: Of the transformation.
+        projectors: Of the projected leaves.
         allowed: Whether anything may be renewed now; (), bool.
     """
+    if not projectors:
+        return state
+    parts = next(iter(projectors.values())).parts
     subspaces = slots_of(state)
     found = gradients_by_path(gradients)
-    projectors = projectors_of_state(like, subspaces, parts)
     shapes = {path: projector.shape for path, projector in projectors.items()}
     others = found.keys() - shapes.keys()
     located = locate_moments(state.inner_state, shapes, others, parts.moments)
@@ -130,8 +129,8 @@ def renewed_everywhere(
     def of_node(node):
         if not slots_of(node) or kept(binding.of(node).parts):
             return node
-        own, own_like = binding.own(gradients, node), binding.own(like, node)
-        return renewed(own, node, own_like, binding.of(node).parts, allowed)
+        own = binding.own(gradients, node)
+        return renewed(own, node, binding.projectors(like, node), allowed)
 
     return map_low_rank_states(of_node, state)
 

@@ -210,7 +210,7 @@ def _update(
     projectors = projectors_of_state(like, slots_of(state), parts)
     _check_projected(gradients, projectors, parts)
     if refresh:
-        state = renewed(updates, state, like, parts)
+        state = renewed(updates, state, projectors)
     leaves, subspaces = {}, slots_of(state)
     for path, projector in projectors.items():
         gradient = None if is_projected(gradients[path]) else gradients[path]
