@@ -1,5 +1,6 @@
 """Composable Optax transformations with low-rank optimizer state."""
 
+from lowrank_optax.codes import decode
 from lowrank_optax.gradients.value_and_grad import subspace_value_and_grad
 from lowrank_optax.matrix.dimension_numbers import (
     LowRankDimensionNumbers,
@@ -23,6 +24,7 @@ from lowrank_optax.report.memory_plan import memory_plan
 from lowrank_optax.report.projections import projections
 from lowrank_optax.report.ranks import ranks, subspaces
 from lowrank_optax.rules.bases import exact_svd, range_finder
+from lowrank_optax.rules.budget import budget
 from lowrank_optax.rules.random_bases import gaussian, rademacher
 from lowrank_optax.rules.ranks import energy_rank
 from lowrank_optax.rules.rebase import REBASE_RULES, RebaseRule, ldadam_rebase
@@ -31,8 +33,6 @@ from lowrank_optax.rules.residual_scaled import scaled_residual
 from lowrank_optax.rules.residual_signs import normalized_residual, sign_residual
 from lowrank_optax.rules.schedules import every, on_convergence
 from lowrank_optax.storage.allocation import reallocate
-from lowrank_optax.storage.budget import budget
-from lowrank_optax.storage.codes import decode
 from lowrank_optax.storage.low_bit import low_bit
 from lowrank_optax.storage.resize import capacities, columns, compact, resize
 from lowrank_optax.storage.restore import like_saved

@@ -8,11 +8,11 @@ import optax
 
 from lowrank_optax.binding.moments import locate_moments
 from lowrank_optax.binding.optimizer import announce, unheard
+from lowrank_optax.codes import bytes_of
 from lowrank_optax.core import Core
 from lowrank_optax.parts import Parts
+from lowrank_optax.rules.budget import Budget, as_stored, largest_fitting
 from lowrank_optax.rules.ranks import FixedRank
-from lowrank_optax.storage.budget import Budget, as_stored, largest_fitting
-from lowrank_optax.storage.codes import bytes_of
 from lowrank_optax.subspace import ScaleByLowRankState, initial_projectors
 
 

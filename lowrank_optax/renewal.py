@@ -20,11 +20,11 @@ from lowrank_optax.binding.states import (
     slots_of,
     with_slots,
 )
+from lowrank_optax.codes import coded_record, decode, encode, is_coded
 from lowrank_optax.projected import gradients_by_path, is_projected
 from lowrank_optax.rules.bases import captured_energies
 from lowrank_optax.rules.random_bases import RandomBasis
 from lowrank_optax.rules.rebase import random_transfer, rebased, transfer
-from lowrank_optax.storage.codes import coded_record, decode, encode, is_coded
 from lowrank_optax.subspace import (
     Parts,
     Projector,

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lowrank_optax.codes import decode, shape_of
 from lowrank_optax.matrix.plan import LeafPlan, plan_leaves
 from lowrank_optax.matrix.sharding import (
     basis_axes,
@@ -20,7 +21,6 @@ from lowrank_optax.matrix.view import MatrixView
 from lowrank_optax.parts import Parts
 from lowrank_optax.rules.hashing import hashed
 from lowrank_optax.rules.random_bases import RandomBasis
-from lowrank_optax.storage.codes import decode, shape_of
 
 
 class Subspace(NamedTuple):

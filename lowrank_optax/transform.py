@@ -1,6 +1,6 @@
 """``scale_by_low_rank``: any Optax transformation, run inside a low-rank subspace.
 
-Every method of this library is a choice of six parts around an inner transformation:
+Every method of this library is a choice of parts around an inner transformation:
 
 =============  ============  =========  ==============  ==========  ==============
 method         basis         rank       refresh         re-basing   residual
@@ -29,6 +29,7 @@ import optax
 
 from lowrank_optax.binding.moments import Kind
 from lowrank_optax.binding.states import low_rank_record, slots_of, with_slots
+from lowrank_optax.codes import decoded_tree, encoded_tree
 from lowrank_optax.core import Core, InLeaf, InsideSubspace
 from lowrank_optax.initial import initial_state
 from lowrank_optax.matrix.dimension_numbers import DimensionNumbers
@@ -43,7 +44,6 @@ from lowrank_optax.rules.ranks import RankRule
 from lowrank_optax.rules.rebase import RebaseRule
 from lowrank_optax.rules.residual import ResidualRule
 from lowrank_optax.rules.schedules import RefreshRule, every
-from lowrank_optax.storage.codes import decoded_tree, encoded_tree
 from lowrank_optax.subspace import (
     Projector,
     ScaleByLowRankState,
@@ -79,8 +79,9 @@ def scale_by_low_rank(
     the moments inside ``inner`` follow under the ``rebase`` rule, before R_t is
     computed: by P_old^T P_new, for random bases by (P_old^T P_old)^-1 P_old^T P_new.
     Stacked leaves (scanned layers, experts) are treated matrix by matrix: each gets the
-    update that it would get alone. Leaves without a matrix whose short side is above
-    the rank pass to ``inner`` at full size, and come out as ``inner`` makes them.
+    update that it would get alone, with draws of its own. Leaves without a matrix whose
+    short side is above the rank pass to ``inner`` at full size, and come out as
+    ``inner`` makes them.
 
     Stored per projected matrix at granularity c: (b / c) r numbers (the basis; none if
     it is random) and a c r for each moment of ``inner``, in float32, and a few scalars.
@@ -117,8 +118,8 @@ def scale_by_low_rank(
         moments: What the fields of ``inner``'s state are, for transformations that the
             library does not know: name -> "first", "second" or "constant".
         seed: Seed of the random sketches. A draw is a function of the seed, the leaf's
-            path and the number of the refresh: resuming repeats it bit for bit, and
-            another leaf changes nothing in it.
+            path, the matrix' place in the stack and the number of the refresh: resuming
+            repeats it bit for bit, and another leaf changes nothing in it.
 
     Returns:
         A transformation whose updates have the gradients' shapes and, for projected

@@ -423,6 +423,35 @@ def orthogonalized_whole(residual: float, rms: float = 0.2):
     return lift
 
 
+def with_signs(weight: float):
+    """Adds the signs of the gradient outside the subspace: FRUGAL, Zmushko et al. 2024.
+
+    With signSGD as its optimizer without a state.
+    """
+
+    def lift(g, r, n, p):
+        return n @ p.T + weight * np.sign(g - r @ p.T)
+
+    return lift
+
+
+def with_unit_columns(weight: float, rows: bool):
+    """Adds the gradient outside the subspace, each output's column at length one.
+
+    SCALE, Glentis et al. 2025. ``rows``: gradients come transposed, outputs as rows.
+    """
+
+    def lift(g, r, n, p):
+        outside = (g - r @ p.T).T if rows else g - r @ p.T
+        unit = np.zeros_like(outside)
+        for j in range(outside.shape[1]):
+            norm = np.sqrt(sum(x**2 for x in outside[:, j]))
+            unit[:, j] = outside[:, j] / norm if norm > 0 else 0
+        return n @ p.T + weight * (unit.T if rows else unit)
+
+    return lift
+
+
 class Limited:
     """Fira's norm-growth limiter, and what it limits.
 

@@ -10,9 +10,9 @@ import pytest
 
 import lowrank_optax
 from lowrank_optax import budget, capacities, reallocate
+from lowrank_optax.codes import bytes_of
+from lowrank_optax.rules.budget import largest_fitting, parse_bytes
 from lowrank_optax.storage.allocation import allocate, energies, spectrum
-from lowrank_optax.storage.budget import largest_fitting, parse_bytes
-from lowrank_optax.storage.codes import bytes_of
 from lowrank_optax.storage.resize import Columns
 from tests.suite import types
 

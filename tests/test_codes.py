@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank_optax.storage.codes import (
+from lowrank_optax.codes import (
     Coded,
     coded_like,
     decode,

@@ -32,14 +32,27 @@ def _section(docstring: str, title: str) -> str:
 
 
 def _entries(section: str) -> list[str]:
-    """Returns the names that a section explains, in order."""
-    return re.findall(r"^ {4}(\w+):", section, re.MULTILINE)
+    """Returns the names that a section explains, in order; some share an entry."""
+    entries = re.findall(r"^ {4}(\w+(?:,\s+\w+)*):", section, re.MULTILINE)
+    return [name for entry in entries for name in re.split(r",\s+", entry)]
+
+
+def _references(section: str) -> dict[str, str]:
+    """Returns the names that a section leaves to another function, with its name."""
+    entries = re.findall(
+        r"^ {4}(\w+(?:,\s+\w+)*):\s+see :func:`(\w+)`\.$", section, re.MULTILINE
+    )
+    return {
+        name: function
+        for entry, function in entries
+        for name in re.split(r",\s+", entry)
+    }
 
 
 def _documented_assignments() -> set[str]:
     """Returns the module-level names of the library that a string follows."""
     found = set()
-    for path in Path(lowrank_optax.__file__).parent.glob("*.py"):
+    for path in Path(lowrank_optax.__file__).parent.rglob("*.py"):
         body = ast.parse(path.read_text(encoding="utf-8")).body
         for node, following in itertools.pairwise(body):
             is_text = isinstance(following, ast.Expr) and isinstance(
@@ -66,7 +79,21 @@ def test_every_public_name_has_a_docstring_of_its_own(name):
 def test_args_explains_every_parameter_in_its_order(name):
     function = PUBLIC[name]
     parameters = list(inspect.signature(function).parameters)
-    assert _entries(_section(inspect.getdoc(function), "Args")) == parameters
+    section = _section(inspect.getdoc(function), "Args")
+    assert _entries(section) == parameters
+    # A method leaves them to its transformation, which explains them, and in words.
+    for parameter, other in _references(section).items():
+        assert other == f"scale_by_{name}"
+        explained = _section(inspect.getdoc(PUBLIC[other]), "Args")
+        assert parameter in _entries(explained)
+        assert parameter not in _references(explained)
+
+
+def test_a_list_of_names_is_an_entry_for_each():
+    section = "    a: One.\n    b, c: see :func:`f`.\n"
+    section += "    d,\n    e:\n        see :func:`g`.\n"
+    assert _entries(section) == ["a", "b", "c", "d", "e"]
+    assert _references(section) == {"b": "f", "c": "f", "d": "g", "e": "g"}
 
 
 @pytest.mark.parametrize("name", RECORDS)

@@ -14,8 +14,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lowrank_optax
-from lowrank_optax.storage import codes
-from lowrank_optax.storage.codes import Coded, is_coded
+from lowrank_optax import codes
+from lowrank_optax.codes import Coded, is_coded
 from tests.suite import gradients, nnx_trained_beside, run, types
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")

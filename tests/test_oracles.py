@@ -178,6 +178,8 @@ def _composed(inner, reference, rebase) -> Method:
 
 
 def relative_reference(inner, grads, where, side, like, *, rebase="square", lift=None):
+    """``lift``: whether rows are projected -> the reference's lift."""
+    rows = references.projects_rows(grads[0].shape, side)
     return references.low_rank(
         grads,
         capacity=RANK,
@@ -189,7 +191,7 @@ def relative_reference(inner, grads, where, side, like, *, rebase="square", lift
         side=side,
         scale=-0.1,
         like=like,
-        **({"lift": lift()} if lift else {}),
+        **({"lift": lift(rows)} if lift else {}),
     )
 
 
@@ -225,13 +227,47 @@ def _limited(build, *, keeps_subspace, by_matrix=False, rebase="square") -> Meth
             relative_reference,
             references.adam(),
             rebase=rebase,
-            lift=functools.partial(references.Limited, keeps_subspace, by_matrix),
+            lift=lambda rows: references.Limited(keeps_subspace, by_matrix),
         ),
     )
 
 
+def _with_residual(residual, lift) -> Method:
+    """Returns momentum in a subspace, and a rule for what that does not hold."""
+
+    def build(side):
+        return lowrank_optax.scale_by_low_rank(
+            optax.trace(0.9),
+            RANK,
+            basis=SVD,
+            refresh=lowrank_optax.every(5),
+            residual=residual,
+            side=side,
+            scale=-0.1,
+        )
+
+    reference = functools.partial(
+        relative_reference, references.momentum(0.9), lift=lift
+    )
+    return Method(build, reference)
+
+
 SVD = lowrank_optax.exact_svd()
 METHODS = {
+    "sign residual": _with_residual(
+        lowrank_optax.sign_residual(0.3), lambda rows: references.with_signs(0.3)
+    ),
+    "normalized residual": _with_residual(
+        lowrank_optax.normalized_residual(0.3),
+        functools.partial(references.with_unit_columns, 0.3),
+    ),
+    "scaled residual": _with_residual(
+        lowrank_optax.scaled_residual(), lambda rows: references.Limited(True, False)
+    ),
+    "orthogonalized residual": _with_residual(
+        lowrank_optax.orthogonalized_residual(0.5),
+        lambda rows: references.orthogonalized_whole(0.5),
+    )._replace(tolerance=SKETCH),
     # The quintic's slope at zero, 3.4445^5 = 485, enlarges what is small and inexact.
     "sumo": _relative(
         lambda: lowrank_optax.sumo(
@@ -247,7 +283,7 @@ METHODS = {
         functools.partial(
             relative_reference,
             references.nesterov(),
-            lift=lambda: references.orthogonalized_whole(0.5),
+            lift=lambda rows: references.orthogonalized_whole(0.5),
         ),
         SKETCH,
     ),

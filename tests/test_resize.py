@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import lowrank_optax
 from lowrank_optax import capacities, compact, like_saved, resize
-from lowrank_optax.storage.codes import bytes_of, shape_of
+from lowrank_optax.codes import bytes_of, shape_of
 from tests.suite import run, types
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -163,8 +163,7 @@ def test_a_demand_above_the_rank_is_kept():
     leaf = lowrank_optax.columns(state)["['w']"]
     assert (leaf.capacity, leaf.rank, leaf.side, leaf.rows) == (CAPACITY, USED, 24, 40)
     assert leaf.bytes_per_column == 4 * (24 + 40 + 40)
-    wanted = lowrank_optax.wanted_columns(leaf._replace(demand=8.2), 2)
-    assert wanted == 10
+    assert leaf._replace(demand=8.2).wanted(2) == 10
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,9 @@ def test_on_convergence_is_due_when_the_reference_is(decay, check_interval):
 
 def _of_norms(norms):
     """Returns coordinates (4, 2, 2) with these Frobenius norms."""
-    return jnp.broadcast_to(jnp.asarray(norms / 2, jnp.float32)[:, None, None], (4, 2, 2))
+    return jnp.broadcast_to(
+        jnp.asarray(norms / 2, jnp.float32)[:, None, None], (4, 2, 2)
+    )
 
 
 def test_on_convergence_waits_for_min_interval_and_never_beyond_max_interval():

@@ -18,6 +18,7 @@ import lowrank_optax
 from lowrank_optax import LowRankDimensionNumbers, subspace_value_and_grad
 from lowrank_optax.gradients.axes import Atom, dims_of, in_order, reshaped
 from lowrank_optax.matrix.view import matrix_view
+from lowrank_optax.projected import is_projected
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -50,9 +51,12 @@ def assert_projected(optimizer, function, params, *args, rounding=ROUNDING):
     plans = lowrank_optax.projections(optimizer, params)
     subspaces = lowrank_optax.subspaces(state)
     paths = jax.tree.leaves_with_path(grads)
-    for (path, full), found in zip(paths, jax.tree.leaves(actual), strict=True):
-        name, expected = jax.tree_util.keystr(path), full
+    kinds = jax.tree.leaves(actual, is_leaf=is_projected)
+    for (path, full), kind in zip(paths, kinds, strict=True):
+        name, expected, found = jax.tree_util.keystr(path), full, kind
+        assert is_projected(kind) == plans[name].is_projected, name
         if plans[name].is_projected:
+            found = kind.coordinates
             slot = subspaces[name]
             basis = lowrank_optax.decode(slot.basis)
             expected = plans[name].view.project(full, basis)
@@ -334,7 +338,7 @@ def test_bases_are_renewed_one_leaf_at_a_time():
         _, grads, state = one(params, state, x)
         np.testing.assert_allclose(grads[name], full[name], rtol=1e-4, atol=1e-6)
         other = "up" if name == "down" else "down"
-        assert grads[other].shape[-1] == RANK
+        assert grads[other].coordinates.shape[-1] == RANK
         updates, state = optimizer.update(grads, state, params)
         assert jnp.any(updates[name] != 0)
         # What has no basis yet does not move, and that is all.
@@ -409,7 +413,8 @@ def test_vmap_over_the_gradient_is_the_loop(what):
         value, alone, _ = gradient(*one, xs[i])
         np.testing.assert_allclose(values[i], value, rtol=ROUNDING)
         for name, expected in alone.items():
-            error = jnp.linalg.norm(together[name][i] - expected)
+            expected = expected.coordinates
+            error = jnp.linalg.norm(together[name].coordinates[i] - expected)
             assert error <= ROUNDING * jnp.linalg.norm(expected), name
             assert jnp.linalg.norm(expected) > 0
 
@@ -534,7 +539,8 @@ def test_a_leaf_may_be_left_out():
     state = optimizer.init(params)
     gradient = subspace_value_and_grad(function, optimizer, full_gradients=("['w']",))
     _, grads, state = gradient(params, state, x)
-    assert (grads["w"].shape, grads["v"].shape) == ((8, 12), (12, RANK))
+    assert grads["w"].shape == (8, 12)
+    assert grads["v"].coordinates.shape == (12, RANK)
     np.testing.assert_allclose(
         grads["w"], jax.grad(function)(params, x)["w"], rtol=1e-4, atol=1e-6
     )
@@ -567,7 +573,7 @@ def test_other_states(wrap):
     if wrap == "low bits":
         optimizer = lowrank_optax.low_bit(inner, 8, 4, min_size=1, block=8)
         grads = assert_projected(optimizer, chain, params, x)
-        assert grads["up"].dtype == jnp.float32
+        assert grads["up"].coordinates.dtype == jnp.float32
         return
     optimizer = lowrank_optax.accumulate(inner, 2)
     gradient = subspace_value_and_grad(chain, optimizer)
@@ -671,5 +677,5 @@ def test_views_agree_with_the_products():
     gradient = subspace_value_and_grad(lambda p, x: squares(x @ p["w"]), optimizer)
     _, actual, _ = gradient(params, state, jnp.asarray(x, jnp.float32))
     np.testing.assert_allclose(
-        actual["w"], ((x @ basis).T @ dy).T, rtol=1e-4, atol=1e-5
+        actual["w"].coordinates, ((x @ basis).T @ dy).T, rtol=1e-4, atol=1e-5
     )

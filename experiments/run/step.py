@@ -76,8 +76,8 @@ def make_train_step(
         apply_fn: The model.
         tx: From :func:`experiments.optim.build.build_optimizer`.
         mesh: From :func:`data_mesh`.
-        accumulate: Micro-batches of a batch; above 1 ``tx`` is a
-            ``lowrank_optax.Accumulation``.
+        accumulate: Micro-batches of a batch; above 1 ``tx`` is what
+            ``lowrank_optax.accumulate`` returns.
         in_subspace: Whether gradients are computed inside the subspaces; random bases
             are renewed there too.
         renewed: Key paths of the leaves whose bases are renewed where they are due, by

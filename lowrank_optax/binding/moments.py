@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 
-from lowrank_optax.storage.codes import is_coded, shape_of
+from lowrank_optax.codes import is_coded, shape_of
 
 Kind = Literal["first", "second", "constant"]
 

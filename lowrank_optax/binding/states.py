@@ -7,9 +7,9 @@ import jax
 import optax
 
 from lowrank_optax.binding.moments import owner_and_field
+from lowrank_optax.codes import coded_record, is_coded, shape_of
 from lowrank_optax.projected import ProjectedSum
 from lowrank_optax.rules.schedules import Trend
-from lowrank_optax.storage.codes import coded_record, is_coded, shape_of
 from lowrank_optax.subspace import ScaleByLowRankState, Subspace
 
 

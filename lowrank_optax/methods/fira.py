@@ -101,7 +101,8 @@ def scale_by_fira(
         dimension_numbers: See :func:`scale_by_low_rank`.
         seed: Seed of the random sketches.
         eps_root: Added to the second moment, under the root; >= 0.
-        mu_dtype: Dtype of the first moment; None: the gradient's.
+        mu_dtype: Dtype of the first moment; None: float32 in a subspace, or wider for a
+            wider leaf, and the leaf's own at full size.
 
     Returns:
         A transformation; see :func:`scale_by_low_rank`.

@@ -103,7 +103,8 @@ def scale_by_galore(
             and head at full size: give None for them, or use ``optax.partition``.
         seed: Seed of a randomized ``basis``.
         eps_root: Added to the second moment, under the root; >= 0.
-        mu_dtype: Dtype of the first moment; None: the gradient's.
+        mu_dtype: Dtype of the first moment; None: float32 in a subspace, or wider for a
+            wider leaf, and the leaf's own at full size.
 
     Returns:
         A transformation; see :func:`scale_by_low_rank`.
@@ -117,7 +118,8 @@ def scale_by_galore(
         ``scale`` 1; ``side="long"``, ``scale=1.0`` reproduce it, on stacked leaves too.
         The first SVD is that of the first gradient, as in the authors' code. A zero or
         non-finite gradient keeps the old basis here and the SVD is repeated at the next
-        update.
+        update; where that finds none either, ever more seldom, as for
+        :func:`lowrank_optax.every`.
     """
     return scale_by_low_rank(
         checked_adam(b1, b2, eps, eps_root, mu_dtype),

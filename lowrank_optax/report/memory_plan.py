@@ -9,10 +9,10 @@ import optax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from lowrank_optax.binding.moments import KNOWN_FIELDS, owner_and_field
+from lowrank_optax.codes import bytes_of, is_coded, shape_of
 from lowrank_optax.projected import ProjectedSum
 from lowrank_optax.report.memory import Bytes, LeafMemory, MemoryPlan
 from lowrank_optax.report.projections import projections
-from lowrank_optax.storage.codes import bytes_of, is_coded, shape_of
 
 _OF_SUBSPACE = {"rank", "demand", "age", "refreshes", "failures", "trend", "residual"}
 _SUMS = {"sums", "acc_grads"}

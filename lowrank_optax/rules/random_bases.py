@@ -37,8 +37,8 @@ def gaussian() -> RandomBasis:
     The projected-back gradient G P P^T is an unbiased estimate of G, whose variance is
     (b + 1) / r times the squared norm of G, b / c in the place of b at granularity c:
     at a fixed c r it grows with c, contrary to the paper's claim. A draw is a function
-    of the seed, the leaf's path and the number of the refresh: it is made anew where it
-    is needed, and the state holds no basis.
+    of the seed, the leaf's path, the matrix' place in the stack and the number of the
+    refresh: it is made anew where it is needed, and the state holds no basis.
 
     Cost: b * r normal numbers per matrix and update. On a refresh the gradient is not
     looked at.

@@ -81,8 +81,9 @@ class Every:
 def every(interval: jax.typing.ArrayLike, stagger: bool = True) -> Every:
     """Refreshes each basis every ``interval`` updates.
 
-    A refresh that a zero or non-finite gradient spoiled is repeated at the next update,
-    and then after 2, 4, 8 ... updates, 128 at most.
+    A refresh that a zero or non-finite gradient spoiled is repeated at the next update;
+    after the n-th failure in a row, at the next update whose number 2^(n - 1) divides,
+    128 at most.
 
     Args:
         interval: Updates between two refreshes of a leaf; >= 1.

@@ -10,7 +10,7 @@ import numpy as np
 
 from lowrank_optax.binding.moments import KNOWN_FIELDS
 from lowrank_optax.binding.states import arrays_by_leaf
-from lowrank_optax.storage.codes import decode
+from lowrank_optax.codes import decode
 from lowrank_optax.storage.resize import Columns, columns, resized
 
 

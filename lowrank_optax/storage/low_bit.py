@@ -12,10 +12,7 @@ from jax.core import Tracer
 
 from lowrank_optax.binding.moments import KNOWN_FIELDS, Kind, owner_and_field
 from lowrank_optax.binding.states import is_low_rank, low_rank_record, slots_of
-from lowrank_optax.matrix.sharding import with_automatic_axes, zeros_beside
-from lowrank_optax.projected import gradients_by_path
-from lowrank_optax.storage.budget import stored_as
-from lowrank_optax.storage.codes import (
+from lowrank_optax.codes import (
     Coded,
     Format,
     coded_like,
@@ -26,6 +23,9 @@ from lowrank_optax.storage.codes import (
     is_coded,
     shape_of,
 )
+from lowrank_optax.matrix.sharding import with_automatic_axes, zeros_beside
+from lowrank_optax.projected import gradients_by_path
+from lowrank_optax.rules.budget import stored_as
 
 _MOMENTS: dict[str, Format] = {"first": "signed", "second": "root"}
 _BASES: dict[int, Format] = {8: "signed", 4: "packed"}

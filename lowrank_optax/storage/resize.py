@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_optax.binding.states import arrays_by_leaf, map_columns, stored_slots
-from lowrank_optax.storage.codes import bytes_of, shape_of, with_columns
+from lowrank_optax.codes import bytes_of, shape_of, with_columns
 from lowrank_optax.subspace import Subspace
 
 

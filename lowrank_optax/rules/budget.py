@@ -35,7 +35,7 @@ class Budget:
     def select(
         self, energies: jax.Array, demand: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns the capacity; see :class:`lowrank_optax.RankRule`."""
+        """Returns the capacity; see :class:`lowrank_optax.rules.ranks.RankRule`."""
         return FixedRank(energies.shape[-1]).select(energies, demand)
 
 

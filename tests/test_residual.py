@@ -1,0 +1,177 @@
+"""What becomes of the residual: the methods that are nothing more, states, refusals.
+
+The equations are held against float64 NumPy in ``test_oracles``.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lowrank_optax
+from lowrank_optax import Projected
+from tests.suite import gradients, run, types
+
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
+RANK = 3
+SHAPES = {"w": (2, 12, 8), "wide": (8, 16), "small": (5, 3), "bias": (8,)}
+PARAMS = {name: jnp.zeros(shape) for name, shape in SHAPES.items()}
+RULES = {
+    "scaled": lowrank_optax.scaled_residual,
+    "sign": lowrank_optax.sign_residual,
+    "normalized": lowrank_optax.normalized_residual,
+    "orthogonalized": lowrank_optax.orthogonalized_residual,
+}
+every_rule = pytest.mark.parametrize("name", RULES)
+
+
+def low_rank(residual, **options):
+    options = {"refresh": lowrank_optax.every(3), **options}
+    return lowrank_optax.scale_by_low_rank(
+        optax.trace(0.9), RANK, residual=residual, **options
+    )
+
+
+def states(optimizer, steps=5, params=PARAMS):
+    return run(jax.jit(optimizer.update), optimizer.init(params), params, range(steps))
+
+
+ONE_ITERATION = lowrank_optax.range_finder(power_iterations=1)
+MATRICES = {"w": PARAMS["w"], "wide": PARAMS["wide"]}
+COMPOSED = {
+    "fira": (
+        lambda: lowrank_optax.scale_by_fira(RANK, 3, growth=1.2),
+        lambda: lowrank_optax.scale_by_low_rank(
+            optax.scale_by_adam(),
+            RANK,
+            basis=ONE_ITERATION,
+            refresh=lowrank_optax.every(3),
+            residual=lowrank_optax.scaled_residual(1.2),
+            scale=0.25,
+        ),
+    ),
+    "low_rank_muon": (
+        lambda: lowrank_optax.scale_by_low_rank_muon(
+            RANK, 0.8, residual=2.0, refresh=lowrank_optax.every(3)
+        ),
+        lambda: lowrank_optax.scale_by_low_rank(
+            optax.trace(0.8, nesterov=True),
+            RANK,
+            basis=ONE_ITERATION,
+            refresh=lowrank_optax.every(3),
+            residual=lowrank_optax.orthogonalized_residual(2.0),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+def test_a_method_is_its_parts_bit_for_bit(name):
+    # Matrices alone: vectors have Adam in low_rank_muon.
+    (method, parts) = (states(build(), params=MATRICES) for build in COMPOSED[name])
+    jax.tree.map(np.testing.assert_array_equal, method[0], parts[0])
+    for path, subspace in lowrank_optax.subspaces(parts[1]).items():
+        same = lowrank_optax.subspaces(method[1])[path]
+        jax.tree.map(np.testing.assert_array_equal, same, subspace)
+
+
+@every_rule
+def test_the_state_of_a_rule_is_a_number_a_matrix_or_nothing(name):
+    optimizer = low_rank(RULES[name]())
+    _, state = states(optimizer)
+    for path, stack in (("['w']", (2,)), ("['wide']", ())):
+        found = jax.tree.leaves(lowrank_optax.subspaces(state)[path].residual)
+        assert [x.shape for x in found] == ([stack] if name == "scaled" else [])
+        assert all(np.all(x > 0) for x in found)
+    assert types(state) == types(optimizer.init(PARAMS))
+    without = low_rank(None).init(PARAMS)
+    more = {"scaled": 4 * 3}.get(name, 0)
+    difference = sum(x.nbytes for x in jax.tree.leaves(state))
+    difference -= sum(x.nbytes for x in jax.tree.leaves(without))
+    assert difference == more
+
+
+@every_rule
+def test_updates_leave_the_subspace_and_keep_the_leafs_dtype(name):
+    params = {name: x.astype(jnp.bfloat16) for name, x in PARAMS.items()}
+    history, _ = states(low_rank(RULES[name]()), 2, params)
+    for updates in history:
+        assert {x.dtype for x in updates.values()} == {jnp.dtype(jnp.bfloat16)}
+        for leaf in ("w", "wide"):
+            rank = jnp.linalg.matrix_rank(updates[leaf].astype(jnp.float32), rtol=0.02)
+            assert np.all(rank > RANK)
+
+
+@every_rule
+def test_a_leaf_at_full_size_has_no_residual(name):
+    history, _ = states(low_rank(RULES[name]()), 1)
+    grads = gradients(PARAMS, 0)
+    np.testing.assert_array_equal(history[0]["bias"], grads["bias"])
+    if name != "orthogonalized":
+        np.testing.assert_array_equal(history[0]["small"], grads["small"])
+        return
+    # A matrix is orthogonalized there too: 0.2 sqrt(5) times 0.7 to 1.2.
+    values = np.linalg.svd(history[0]["small"], compute_uv=False)
+    assert np.all((values > 0.6 * 0.2 * 5**0.5) & (values < 1.25 * 0.2 * 5**0.5))
+
+
+@every_rule
+def test_a_zero_gradient_gives_a_zero_update_and_no_nan_after_it(name):
+    optimizer = low_rank(RULES[name]())
+    update, state = jax.jit(optimizer.update), optimizer.init(PARAMS)
+    nothing = jax.tree.map(jnp.zeros_like, PARAMS)
+    updates, state = update(nothing, state, PARAMS)
+    jax.tree.map(lambda x: np.testing.assert_array_equal(x, 0), updates)
+    for step in range(2):
+        updates, state = update(gradients(PARAMS, step), state, PARAMS)
+        assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(updates))
+
+
+@every_rule
+def test_gradients_inside_the_subspace_are_refused_by_name(name):
+    optimizer = low_rank(RULES[name]())
+    state = optimizer.init(PARAMS)
+    grads = {**gradients(PARAMS, 0), "wide": Projected(jnp.zeros((16, RANK)))}
+    with pytest.raises(ValueError, match=r"\['wide'\].*needs the full gradient"):
+        optimizer.update(grads, state, PARAMS)
+    sums = lowrank_optax.accumulate(optimizer, 2).init(PARAMS).sums
+    assert jax.tree.map(jnp.shape, sums) == jax.tree.map(jnp.shape, PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: lowrank_optax.scaled_residual(0.9), "growth must be >= 1, got 0.9"),
+        (lambda: lowrank_optax.sign_residual(-1.0), "weight must be >= 0, got -1.0"),
+        (
+            lambda: lowrank_optax.normalized_residual(float("nan")),
+            "weight must be >= 0",
+        ),
+        (lambda: lowrank_optax.orthogonalized_residual(-1), "weight must be >= 0"),
+        (lambda: lowrank_optax.orthogonalized_residual(ns_steps=0), "ns_steps must be"),
+        (lambda: lowrank_optax.orthogonalized_residual(rms=1.0), "rms must be inside"),
+    ],
+)
+def test_values_out_of_range_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@every_rule
+def test_its_weight_may_be_injected(name):
+    argument = "growth" if name == "scaled" else "weight"
+
+    def build(value):
+        return low_rank(RULES[name](**{argument: value}))
+
+    optimizer = optax.inject_hyperparams(build)(1.5)
+    actual, _ = states(optimizer)
+    expected, _ = states(build(1.5))
+    # Another program: float32 rounding, which Newton-Schulz enlarges.
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4),
+        actual,
+        expected,
+    )
