@@ -4,9 +4,14 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 
 from lowrank_optax.matrix.sharding import abstract
+
+
+# What functions that make masks and labels make of an array.
+_LABELS = (bool, np.bool_, str, optax.MaskedNode)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +62,7 @@ class Projected:
         """Returns the record again, or what has become a label or a mask."""
         del aux_data
         (child,) = children
-        return child if isinstance(child, (bool, str, optax.MaskedNode)) else cls(child)
+        return child if isinstance(child, _LABELS) else cls(child)
 
 
 class ProjectedSum(NamedTuple):

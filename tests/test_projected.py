@@ -78,7 +78,13 @@ def test_it_is_a_node_of_one_array_at_the_path_of_its_leaf():
 
 
 @pytest.mark.parametrize(
-    "function", [lambda x: x.ndim > 1, lambda x: "label", lambda x: optax.MaskedNode()]
+    "function",
+    [
+        lambda x: x.ndim > 1,
+        lambda x: np.bool_(x.ndim > 1),
+        lambda x: "label",
+        lambda x: optax.MaskedNode(),
+    ],
 )
 def test_what_makes_labels_or_masks_of_arrays_makes_them_of_it(function):
     like = jax.tree.map(function, {k: jnp.zeros(x) for k, x in SHAPES.items()})

@@ -679,3 +679,23 @@ def test_views_agree_with_the_products():
     np.testing.assert_allclose(
         actual["w"].coordinates, ((x @ basis).T @ dy).T, rtol=1e-4, atol=1e-5
     )
+
+
+def test_a_leaf_of_another_method_may_be_left_out_by_full_gradients():
+    params = {"a": jnp.ones((16, 8)), "b": jnp.ones((16, 8))}
+    optimizer = optax.partition(
+        {"a": lowrank_optax.galore(1e-2, rank=2), "b": lowrank_optax.fira(1e-2, 2)},
+        {"a": "a", "b": "b"},
+    )
+    state = optimizer.init(params)
+
+    def loss(params, x):
+        return jnp.mean(jnp.tanh(x @ params["a"] + x @ params["b"]))
+
+    x = jnp.ones((4, 16))
+    with pytest.raises(ValueError, match=r"\['b'\]: this method needs the full"):
+        subspace_value_and_grad(loss, optimizer)(params, state, x)
+    gradient = subspace_value_and_grad(loss, optimizer, full_gradients=("['b']",))
+    _, grads, _ = gradient(params, state, x)
+    assert is_projected(grads["a"])
+    assert grads["b"].shape == (16, 8)

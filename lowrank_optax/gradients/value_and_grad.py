@@ -182,9 +182,9 @@ class SubspaceValueAndGrad:
             if not slots:
                 continue
             for path, projector in binding.projectors(params, node).items():
-                check_subspace_is_enough(projector.parts, path)
                 if jax.tree_util.keystr(path) in self._full_gradients:
                     continue
+                check_subspace_is_enough(projector.parts, path)
                 if path in binding.shared:
                     raise ValueError(
                         f"{jax.tree_util.keystr(path)} is given to two low-rank "
