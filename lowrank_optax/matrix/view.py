@@ -130,9 +130,10 @@ class MatrixView:
         """Returns N P^T in the leaf's shape, for coordinates N (*stack, a*c, r)."""
         if self.granularity > 1:
             return self.unblocked(self.lift_blocks(coordinates, basis))
-        sides = "ba" if self.projects_rows else "ab"
-        product = jnp.einsum(f"...br,...ar->...{sides}", basis, coordinates)
-        return self.leaf(product)
+        # The side that comes first in the result goes first: nothing is transposed.
+        if self.projects_rows:
+            return self.leaf(jnp.einsum("...br,...ar->...ba", basis, coordinates))
+        return self.leaf(jnp.einsum("...ar,...br->...ab", coordinates, basis))
 
     def lift_blocks(self, coordinates: jax.Array, basis: jax.Array) -> jax.Array:
         """Returns N P^T as (*stack, a, c, b/c), or (*stack, c, b/c, a) for rows.
@@ -145,7 +146,7 @@ class MatrixView:
         if self.projects_rows:
             each = jnp.swapaxes(narrow, -2, -3)
             return jnp.einsum("...br,...ar->...ba", self._each(basis), each)
-        return jnp.einsum("...br,...acr->...acb", basis, narrow)
+        return jnp.einsum("...acr,...br->...acb", narrow, basis)
 
     def unblocked(self, blocks: jax.Array) -> jax.Array:
         """Returns what :meth:`lift_blocks` returns in the leaf's shape."""
