@@ -72,7 +72,9 @@ def orthonormalize(rows: jax.Array, tolerance: float = TOLERANCE) -> jax.Array:
         q = jnp.where(done[..., None, None], q, passed)
         return passes + 1, q, done | (now_done & ~jnp.any(is_lost, axis=-1))
 
-    start = (jnp.int32(0), rows, jnp.zeros(rows.shape[:-2], bool))
+    # One pass is nearly always enough, and outside a loop it is not copied about.
+    once, done, _ = _cholesky_pass(rows, tolerance)
+    start = (jnp.int32(1), once, done)
     return jax.lax.while_loop(needs_pass, one_pass, start)[1]
 
 
