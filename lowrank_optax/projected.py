@@ -9,7 +9,6 @@ import optax
 
 from lowrank_optax.matrix.sharding import abstract
 
-
 # What functions that make masks and labels make of an array.
 _LABELS = (bool, np.bool_, str, optax.MaskedNode)
 
