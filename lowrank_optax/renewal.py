@@ -1,6 +1,6 @@
 """Renewal: when a basis is due, and how it and the moments in it follow.
 
-The only code with a condition, a decomposition or a draw of a new basis. One
+The only code of an update with a decomposition or a draw of a new basis. One
 conditional stands in front of all leaves; behind it each kind of leaf has one loop,
 which runs once for each leaf that is due, and not at all for the others.
 """
