@@ -1,15 +1,21 @@
 """One array of the state in few bits: integer codes, and a scale per block of them.
 
-Formats, told apart by the codes' dtype, so that an array needs nothing but itself to be
-decoded; s is the scale of the block:
+Formats, by the codes' dtype and whether there is a seed; s is the block's scale:
 
-========  ==========================================  =====================
-format    codes q                                     value
-========  ==========================================  =====================
-signed    int8 in [-127, 127]; -128 is not a number   q / 127 s
-root      uint8 in [0, 254]; 255 is not a number      (q / 254 s)^2
-packed    uint16, four of [-7, 7] along a row each    q / 7 s
-========  ==========================================  =====================
+========  =====================================  =============  ====  ==============
+format    codes q                                value          seed  for
+========  =====================================  =============  ====  ==============
+signed    int8 in [-127, 127]                    +-(q/127 s)^2  yes   first moments
+root      uint8 in [0, 254]                      (q/254 s)^4    yes   second moments
+linear    int8 in [-127, 127]                    q/127 s        no    bases
+packed    uint16, four of [-7, 7] along a row    q/7 s          no    bases
+========  =====================================  =============  ====  ==============
+
+-128 and 255 are not a number. An average must not be rounded to nearest: one that
+decays by less than half a step an update would never move. Arrays with a seed are
+rounded up or down, right on average (:func:`lowrank_optax.rules.hashing.dither`), and
+their scales stay while they can, so that a value that decays alone moves alone. Powers
+make steps small where values are small, for the noise is about a step wide.
 """
 
 import math
@@ -19,19 +25,27 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-Format = Literal["signed", "root", "packed"]
+from lowrank_optax.matrix.sharding import with_automatic_axes
+from lowrank_optax.rules.hashing import GOLDEN, dither
 
-_LARGEST = {"signed": 127, "root": 254, "packed": 7}
-_NAN = {"signed": -128, "root": 255}
+Format = Literal["signed", "root", "linear", "packed"]
+
+_LARGEST = {"signed": 127, "root": 254, "linear": 127, "packed": 7}
+_NAN = {"signed": -128, "root": 255, "linear": -128}
 _DTYPES: dict[Format, Any] = {
     "signed": jnp.int8,
     "root": jnp.uint8,
+    "linear": jnp.int8,
     "packed": jnp.uint16,
 }
+_SEEDED = ("signed", "root")
 _FORMATS: dict[Any, Format] = {
-    jnp.dtype(dtype): kind for kind, dtype in _DTYPES.items()
+    (jnp.dtype(dtype), kind in _SEEDED): kind for kind, dtype in _DTYPES.items()
 }
 _PER_CODE = 4  # values in each code of the packed format
+# A scale stays while the largest value fills this share of its codes; a new one leaves
+# room for it to grow.
+_FILLED, _HEADROOM = 0.8, 1.05
 # Below it the inverse of a scale is not finite: such blocks are zero.
 _LEAST_SCALE = 1e-35
 
@@ -44,18 +58,22 @@ class Coded(NamedTuple):
     Attributes:
         codes: (*stack, rows, columns), int8 or uint8; where packed (*stack, rows,
             ceil(columns / 4)), uint16; (n,) for a vector, which counts as one row.
-        absmax: Largest magnitude in each block, of the roots for the root format;
+        absmax: Scale of each block: the largest magnitude in it, or the root of that;
             (*stack, A, C), float32, C = columns where packed; (C,) for a vector.
+        seed: Of the next rounding of each matrix, (*stack,), uint32; () for an array
+            whose values are rounded to nearest.
     """
 
     codes: Any
     absmax: Any
+    seed: Any = ()
 
 
 def is_coded(node: Any) -> bool:
     """Returns whether a node of a state stands for one array in few bits."""
-    is_record = isinstance(node, Mapping) and set(node) == {"codes", "absmax"}
-    return isinstance(node, Coded) or is_record
+    if isinstance(node, Coded):
+        return True
+    return isinstance(node, Mapping) and set(node) - {"seed"} == {"codes", "absmax"}
 
 
 def coded_record(node: Any) -> Any:
@@ -64,8 +82,9 @@ def coded_record(node: Any) -> Any:
 
 
 def format_of(coded: Coded) -> Format:
-    """Returns the format, from the dtype of the codes."""
-    return _FORMATS[jnp.dtype(coded.codes.dtype)]
+    """Returns the format, from the dtype of the codes and whether there is a seed."""
+    is_seeded = bool(jax.tree.leaves(coded.seed))
+    return _FORMATS[jnp.dtype(coded.codes.dtype), is_seeded]
 
 
 def shape_of(node: Any) -> tuple[int, ...]:
@@ -98,6 +117,7 @@ def coded_like(shape: tuple[int, ...], tile: tuple[int, int], kind: Format) -> C
     return Coded(
         jax.ShapeDtypeStruct(codes, _DTYPES[kind]),
         jax.ShapeDtypeStruct(absmax, jnp.float32),
+        jax.ShapeDtypeStruct(shape[:-2], jnp.uint32) if kind in _SEEDED else (),
     )
 
 
@@ -111,11 +131,17 @@ def decode(node: Any) -> Any:
     if not is_coded(node):
         return node
     coded = coded_record(node)
+    return with_automatic_axes(_decode, coded.codes, coded)
+
+
+def _decode(coded: Coded) -> jax.Array:
     kind, shape = format_of(coded), shape_of(coded)
     codes = _unpacked(coded.codes, shape[-1]) if kind == "packed" else coded.codes
     values = _spread(coded.absmax, shape) * (codes / jnp.float32(_LARGEST[kind]))
-    if kind == "root":
-        values = values**2
+    if kind == "signed":
+        values = values * jnp.abs(values)
+    elif kind == "root":
+        values = (values**2) ** 2
     if kind in _NAN:
         values = jnp.where(codes == _NAN[kind], jnp.nan, values)
     return values
@@ -124,36 +150,53 @@ def decode(node: Any) -> Any:
 def encode(array: jax.Array, like: Any) -> Any:
     """Returns an array in the format of ``like``; unchanged, if that is not coded.
 
-    Codes are rounded to nearest. A value that is not finite is coded as not a number
-    and does not touch its block; the packed format makes it 0. In the root format a
-    value above 0 never becomes 0, because it divides.
+    Codes are rounded to nearest, or, where ``like`` has a seed, up or down, right on
+    average. A value that is not finite is coded as not a number and does not touch its
+    block; the packed format makes it 0. In the root format a value above 0 never
+    becomes 0, because it divides.
 
     Args:
         array: Values; not negative for the root format.
-        like: Coded array, or its shapes, of the same shape.
+        like: Coded array of the same shape. Its seed is the one used, and its scales
+            stay where they can.
     """
     if not is_coded(like):
         return array
     like = coded_record(like)
+    return with_automatic_axes(_encode, like, array, like)
+
+
+def _encode(array: jax.Array, like: Coded) -> Coded:
     kind = format_of(like)
     values = array.astype(jnp.float32)
     is_finite = jnp.isfinite(values)
     values = jnp.where(is_finite, values, 0)
-    if kind == "root":
-        values = jnp.sqrt(jnp.maximum(values, 0))
+    if kind == "signed":
+        values = jnp.sign(values) * jnp.sqrt(jnp.abs(values))
+    elif kind == "root":
+        values = jnp.sqrt(jnp.sqrt(jnp.maximum(values, 0)))
     absmax = _block_maxima(jnp.abs(values), like.absmax.shape)
+    if kind in _SEEDED:
+        still = (absmax <= like.absmax) & (absmax >= _FILLED * like.absmax)
+        absmax = jnp.where(still, like.absmax, _HEADROOM * absmax)
     usable = absmax >= _LEAST_SCALE
     inverse = jnp.where(usable, _LARGEST[kind] / jnp.where(usable, absmax, 1), 0)
     scaled = values * _spread(inverse, values.shape)
+    if kind in _SEEDED:
+        shift = dither(like.seed, _rows_and_columns(values.shape))
+        codes = jnp.floor(scaled + shift.reshape(values.shape))
+    else:
+        codes = jnp.round(scaled)
     # Rounding of the inverse may pass the largest code by one unit in the last place.
-    codes = jnp.minimum(jnp.round(scaled), _LARGEST[kind])
+    codes = jnp.clip(codes, -_LARGEST[kind], _LARGEST[kind])
     if kind == "root":
         codes = jnp.maximum(codes, jnp.where(scaled > 0, 1, 0))
     if kind in _NAN:
         codes = jnp.where(is_finite, codes, _NAN[kind])
     if kind == "packed":
         return Coded(_packed(codes.astype(jnp.int8)), absmax)
-    return Coded(codes.astype(like.codes.dtype), absmax)
+    seed = like.seed + jnp.uint32(GOLDEN) if kind in _SEEDED else ()
+    return Coded(codes.astype(like.codes.dtype), absmax, seed)
 
 
 def decoded_tree(tree: Any) -> Any:
@@ -187,7 +230,7 @@ def with_columns(node: Any, columns: int) -> Any:
         return Coded(codes, _fitted(coded.absmax, columns))
     tile = -(-coded.codes.shape[-1] // coded.absmax.shape[-1])
     absmax = _fitted(coded.absmax, -(-columns // tile))
-    return Coded(_fitted(coded.codes, columns), absmax)
+    return Coded(_fitted(coded.codes, columns), absmax, coded.seed)
 
 
 def _fitted(array: Any, columns: int) -> Any:

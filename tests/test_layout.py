@@ -17,15 +17,15 @@ LIBRARY = ROOT / "lowrank_optax"
 
 # A module may import those above it.
 ORDER = [
-    "codes",
     "matrix.__init__",
     "matrix.dimension_numbers",
     "matrix.view",
     "matrix.plan",
     "matrix.sharding",
-    "projected",
     "rules.__init__",
     "rules.hashing",
+    "codes",
+    "projected",
     "rules.lapack",
     "rules.orthonormal",
     "rules.bases",

@@ -99,7 +99,7 @@ def test_an_update_is_that_of_the_decoded_state_encoded(name, setting):
 
     def assert_close(x, y):
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-        # A value in the middle of two codes may fall to either; few do.
+        # A value close to where codes change may fall to either side; few do.
         assert np.mean(np.abs(x - y) > 1e-3 * np.max(np.abs(y), initial=0)) < 0.01
 
     jax.tree.map(assert_close, decoded_tree(new_state), wanted)
@@ -136,10 +136,12 @@ def test_moments_follow_the_basis_as_it_is_stored():
     assert not np.allclose(old, new)
     followed = np.asarray(before.inner_state.trace["w"], np.float64) @ (old.T @ new)
     expected = 0.9 * followed + np.asarray(grads["w"], np.float64) @ new
-    step = np.max(np.abs(expected), axis=0) / 127
+    # The codes are of roots, whose scale is 1.25 of the largest at most.
+    scale = 1.25 * np.sqrt(np.max(np.abs(expected), axis=0))
+    step = (2 * np.sqrt(np.abs(expected)) + scale / 127) * scale / 127
     actual = after.inner_state.trace["w"]
-    # Coded twice, half a step each: after following, and after the update.
-    assert np.all(np.abs(actual - expected) <= 1.01 * step)
+    # Coded twice, a step each: after following, and after the update.
+    assert np.all(np.abs(actual - expected) <= 2 * step)
     error = np.linalg.norm(updates["w"] - expected @ new.T)
     assert error <= 0.01 * np.linalg.norm(expected)
 
@@ -163,8 +165,8 @@ def test_moments_take_at_most_0_30_of_float32(name):
         )
 
     ratio = moments(lowrank_optax.low_bit(optimizer)) / moments(optimizer)
-    # One byte and 4 / 256 of one, of four.
-    assert ratio == pytest.approx(0.25 * (1 + 4 / 256))
+    # One byte and 4 / 256 of one, of four; and a few for the seeds.
+    assert ratio == pytest.approx(0.25 * (1 + 4 / 256), rel=3e-4)
     assert ratio <= 0.30
 
 
@@ -194,16 +196,95 @@ def test_half_precision_moments_are_coded():
     assert types(after) == types(state)
 
 
-def test_a_leaf_smaller_than_a_block_is_one_block():
+def test_narrow_rows_share_a_block():
     params = {"w": jnp.zeros((3, 2))}
     optimizer = lowrank_optax.low_bit(optax.adam(0.1), min_size=1)
     state = optimizer.init(params)
-    assert state[0].mu["w"].absmax.shape == (3, 1)
+    assert state[0].mu["w"].absmax.shape == (1, 1)
     _, state = optimizer.update(gradients(params, 0), state, params)
     expected = 0.1 * gradients(params, 0)["w"]
-    step = np.max(np.abs(expected), axis=1, keepdims=True) / 127
+    scale = 1.05 * np.max(np.abs(expected)) ** 0.5
+    # The width of a code of roots, at the top.
+    step = 2 * scale**2 / 127
     error = np.abs(lowrank_optax.decode(state[0].mu["w"]) - expected)
-    assert np.all(error <= 0.51 * step)
+    assert np.all(error <= step)
+
+
+@pytest.mark.parametrize(
+    "shape", [(8192, 8), (8192, 1), (3, 3, 512, 3), (65536, 1), (64, 128, 1), (8192,)]
+)
+def test_no_array_takes_more_than_0_30_of_float32(shape):
+    params = {"w": jax.ShapeDtypeStruct(shape, jnp.float32)}
+    sizes = [
+        plain_bytes(jax.eval_shape(tx.init, params))
+        for tx in (optax.adam(0.1), lowrank_optax.low_bit(optax.adam(0.1)))
+    ]
+    # One byte, 4 / 32 of one for the scale, and 4 for the seed of a matrix.
+    assert sizes[1] / sizes[0] <= 0.30
+
+
+def test_updates_follow_gradients_that_fall():
+    """5,000 updates after those of half of each block fell to 1/30."""
+    params, steps, drop = {"w": jnp.zeros((8, 256))}, 6000, 1000
+    falls = jnp.arange(256) < 128
+
+    def squares(optimizer):
+        def body(state, t):
+            noise = jax.random.normal(
+                jax.random.fold_in(jax.random.key(0), t), (8, 256)
+            )
+            noise = jnp.where(falls & (t >= drop), noise / 30, noise)
+            updates, state = optimizer.update({"w": noise}, state)
+            v = lowrank_optax.decode(state.nu["w"])
+            return state, [jnp.mean(x[:, :128]) for x in (v, updates["w"] ** 2)]
+
+        scanned = jax.jit(lambda s: jax.lax.scan(body, s, jnp.arange(steps))[1])
+        found = np.asarray(scanned(optimizer.init(params)))
+        # Means over 250 updates each.
+        return found.reshape(2, -1, 250).mean(-1)
+
+    plain = squares(optax.scale_by_adam())
+    coded = squares(lowrank_optax.low_bit(optax.scale_by_adam(), min_size=1))
+    second, updates = coded / plain
+    # To nearest v stayed at 70 times of float32's, and updates at 0.12. Measured over
+    # seeds: 0.02 and 0.02; half of that is what 1,024 values leave to chance.
+    np.testing.assert_allclose(second, 1, atol=0.05)
+    np.testing.assert_allclose(np.sqrt(updates), 1, atol=0.05)
+
+
+def test_moments_of_gradients_that_stop_go_to_zero():
+    """A first moment to nearest stayed at 4 codes of its block for ever."""
+    params = {"w": jnp.zeros((4, 64))}
+    optimizer = lowrank_optax.low_bit(optax.trace(0.9), min_size=1)
+    stopped = {"w": jnp.ones((4, 64)).at[:, :32].set(0)}
+    state = optimizer.init(params)
+    _, state = optimizer.update({"w": jnp.ones((4, 64))}, state, params)
+    update = jax.jit(optimizer.update)
+    for _ in range(200):
+        _, state = update(stopped, state, params)
+    trace = lowrank_optax.decode(state.trace["w"])
+    np.testing.assert_array_equal(trace[:, :32], 0)
+    # The sum of a geometric series; a code of roots is up to 2 / 127 wide there.
+    np.testing.assert_allclose(trace[:, 32:], 10, rtol=0.02)
+
+
+def test_the_seed_of_the_rounding_is_the_users():
+    params, grads = {"w": jnp.zeros((64, 64))}, gradients({"w": jnp.zeros((64, 64))}, 0)
+
+    def codes_of(seed):
+        optimizer = lowrank_optax.low_bit(optax.trace(0.9), seed=seed)
+        return optimizer.update(grads, optimizer.init(params), params)[1].trace["w"]
+
+    first, again, other = codes_of(0), codes_of(0), codes_of(1)
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    assert np.mean(first.codes != other.codes) > 0.2
+
+
+def test_a_state_follows_the_batch_to_its_devices():
+    """``init`` commits nothing to a device that the parameters are not committed to."""
+    params = {"w": jnp.ones((128, 64))}
+    state = lowrank_optax.low_bit(optax.adamw(0.1)).init(params)
+    assert not any(x.committed for x in jax.tree.leaves(state))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -259,7 +340,7 @@ def test_a_state_of_another_setting_is_refused_by_name():
 
     packed = lowrank_optax.low_bit(OPTIMIZERS["galore"](), 8, 4, min_size=1)
     grads = gradients(PARAMS, 0)
-    with pytest.raises(ValueError, match=r"basis.* is signed, .* has packed"):
+    with pytest.raises(ValueError, match=r"basis.* is linear, .* has packed"):
         packed.update(grads, state_of(8, 8), PARAMS)
     with pytest.raises(ValueError, match=r"mu.* is float32, .* has signed"):
         packed.update(grads, state_of(None, 4), PARAMS)
@@ -379,6 +460,36 @@ def test_codes_do_not_depend_on_the_mesh(name, spec, mode):
 
     codes = [x.codes for x in coded_nodes(jax.device_get(state))]
     jax.tree.map(almost_all_equal, codes, [x.codes for x in coded_nodes(whole)])
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 simulated devices")
+@pytest.mark.parametrize(("block", "bits"), [(8, 8), (8, 4), (256, 8)])
+def test_subspace_gradients_take_a_coded_basis_of_an_explicit_mesh(block, bits):
+    """Scales that are cut over the mesh are spread where axes are automatic."""
+    optimizer = lowrank_optax.low_bit(
+        lowrank_optax.galore(0.1, RANK), 8, bits, min_size=1, block=block
+    )
+    params, x = {"w": jnp.ones((64, 128))}, jnp.ones((16, 64))
+
+    def loss(params, x):
+        return jnp.sum(jnp.tanh(jnp.dot(x, params["w"], out_sharding=P())))
+
+    def coordinates(params):
+        gradient = lowrank_optax.subspace_value_and_grad(loss, optimizer)
+        state = jax.jit(optimizer.init)(params)
+        _, state = jax.jit(optimizer.update)(gradients(params, 0), state, params)
+        _, found, _ = jax.jit(gradient)(params, state, x)
+        return found["w"].coordinates, lowrank_optax.decode(
+            state[0].subspaces["w"].basis
+        )
+
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        sharding = NamedSharding(mesh, P(None, "x"))
+        found, basis = coordinates({"w": jax.device_put(params["w"], sharding)})
+    full = jax.grad(lambda p: jnp.sum(jnp.tanh(x @ p["w"])))(params)["w"]
+    expected = np.asarray(full, np.float64).T @ np.asarray(basis, np.float64)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_saved_array_says_itself_what_it_is():
