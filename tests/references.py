@@ -117,10 +117,11 @@ class Every:
 class OnConvergence:
     """AdaRankGrad, Block 3 of Algorithm 3, smoothed and bounded from both sides.
 
-    With the norms ||G_t P|| since the refresh and w = 1 / (1 - decay) of them to start
-    with: average = the mean of the first w, from there on an exponential moving average
-    of ``decay``; reference = the mean of the first w. A norm that is not finite counts
-    as the average so far. Convergence counts at ages that ``check_interval`` divides.
+    With the norms ||G_t P|| since the refresh, but not the first one, whose gradient
+    the basis was computed from, and w = 1 / (1 - decay): average = the mean of the
+    first w, from there on an exponential moving average of ``decay``; reference = the
+    mean of the first w. A norm that is not finite counts as the average so far.
+    Convergence counts at ages that ``check_interval`` divides.
     """
 
     def __init__(
@@ -151,8 +152,9 @@ class OnConvergence:
     def smoothed(self) -> tuple[float, float]:
         # 1 - 0.95 is a little above 0.05 in binary: without the 1e-9 w would be 19.
         window = int(1 / (1 - self.decay) + 1e-9)
-        reference = average = float(np.mean(self.norms[:window]))
-        for norm in self.norms[window:]:
+        norms = self.norms[1:] or self.norms
+        reference = average = float(np.mean(norms[:window]))
+        for norm in norms[window:]:
             average = self.decay * average + (1 - self.decay) * norm
         return average, reference
 

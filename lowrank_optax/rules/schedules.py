@@ -149,15 +149,18 @@ class OnConvergence:
 # Leaves with stacks of one shape share it: what is traced and lowered for them is one.
 @jax.jit
 def _observed(age, trend: Trend, norm, share) -> Trend:
-    # A plain mean over the first 1 / share norms, exponential from there on: the
-    # mean forgets the old basis at age 1 and needs no bias correction.
-    weight = jnp.maximum(1 / jnp.maximum(age, 1), share)
+    # The gradient of age 1 is the one that the basis was fitted to: it lies in the
+    # subspace more than any other, and does not count. From age 2 on a plain mean over
+    # the first 1 / share norms, exponential from there on: it forgets what was before
+    # and needs no bias correction.
+    counted = age - 1
+    weight = jnp.maximum(1 / jnp.maximum(counted, 1), share)
     average = jnp.where(
         jnp.isfinite(norm),
         (1 - weight) * trend.average + weight * norm,
         trend.average,
     )
-    is_starting = age * share <= 1
+    is_starting = counted * share <= 1
     reference = jnp.where(is_starting, average, trend.reference)
     return Trend(average.astype(jnp.float32), reference.astype(jnp.float32))
 
@@ -176,11 +179,12 @@ def on_convergence(
     .. math:: \text{avg}_t < \text{fraction} \cdot \text{avg}_{\text{refresh}}
 
     updates later than ``min_interval`` after its last refresh, and at ``max_interval``
-    in any case. avg_refresh is the mean of the first 1 / (1 - decay) norms after the
-    refresh. Each matrix of a stack decides for itself; one update later than the norm
-    that decided. They are asked at ages that ``check_interval`` divides, all matrices
-    alike, and so on few steps: one matrix that is due makes the update compute bases
-    for its whole stack, and full gradients where those are taken in subspaces.
+    in any case. avg_refresh is the mean of 1 / (1 - decay) norms after the refresh,
+    without that of the gradient that the basis was computed from, which is the largest
+    by construction. Each matrix of a stack decides for itself; one update later than
+    the norm that decided. They are asked at ages that ``check_interval`` divides, all
+    matrices alike, and so on few steps: one matrix that is due makes the update compute
+    bases for its whole stack, and full gradients where those are taken in subspaces.
 
     Args:
         min_interval: Least updates between two refreshes; >= 1.
