@@ -184,9 +184,11 @@ def rebase(rule: str, b2: float = 0.999) -> Rebase:
                 (v[:, i] / correction - m[:, i] ** 2) * r[i, j] ** 2
                 for i in range(len(r))
             )
+            outside = max(0, 1 - sum(r[i, j] ** 2 for i in range(len(r))))
             new_v[:, j] = {
                 "abs": np.abs(linear),
                 "square": squared,
+                "filled": squared + outside * np.mean(v, axis=1),
                 "clamp": np.maximum(linear, 0),  # AdaRankGrad, Block 2, clamped
                 # LDAdam, Algorithm 1
                 "ldadam": correction * np.abs(variance + new_m[:, j] ** 2),
@@ -198,7 +200,10 @@ def rebase(rule: str, b2: float = 0.999) -> Rebase:
     if rule == "first":
         return lambda m, v, r, t: (m @ r, v)
     if rule == "zero":
-        return lambda m, v, r, t: (np.zeros_like(m), np.zeros_like(v))
+        return lambda m, v, r, t: (
+            np.zeros_like(m),
+            np.repeat(np.mean(v, axis=1)[:, None], v.shape[1], axis=1),
+        )
     return transported
 
 

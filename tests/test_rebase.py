@@ -50,6 +50,58 @@ def test_each_rule_is_its_formula(name, count):
     np.testing.assert_allclose(actual, expected_v, atol=1e-4)
 
 
+def test_filled_is_exact_inside_the_old_subspace_and_the_mean_outside_of_it():
+    v = jnp.asarray(np.random.default_rng(0).uniform(size=(5, 3)), jnp.float32)
+    # Two columns change places; the third is new; an old fourth was not in use.
+    r = np.zeros((4, 3))
+    r[1, 0] = r[0, 1] = 1
+    r[2, 2] = 1e-3
+    wide = jnp.pad(v, ((0, 0), (0, 1)))
+    rule = REBASE_RULES["filled"].second
+    found = rule(wide, jnp.zeros_like(wide), jnp.asarray(r, jnp.float32), jnp.int32(1))
+    expected = np.stack([v[:, 1], v[:, 0], np.mean(v, axis=1)], axis=1)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+# Least and most of the norm of updates after a refresh, by that before it.
+NORMS = {
+    "filled": (0.65, 1.05),
+    "first": (0.65, 1.05),
+    "keep": (0.95, 1.15),
+    "zero": (0.45, 1.05),
+    "square": (1.2, 2.0),
+    "abs": (1.2, 2.6),
+    "ldadam": (1.2, 2.0),
+    # Columns without a second moment divide by eps.
+    "clamp": (1.3, np.inf),
+}
+
+
+@pytest.mark.parametrize("name", REBASE_RULES)
+def test_the_norm_of_updates_across_a_refresh(name):
+    """On noise that does not change, with a subspace that turns nearly all the way."""
+    gap, shape = 100, (96, 64)
+    tx = lowrank_optax.scale_by_low_rank(
+        optax.scale_by_adam(),
+        16,
+        rebase=name,
+        refresh=lowrank_optax.every(gap, stagger=False),
+    )
+
+    def body(state, step):
+        key = jax.random.fold_in(jax.random.key(1), step)
+        updates, state = tx.update(jax.random.normal(key, shape), state)
+        return state, jnp.linalg.norm(updates)
+
+    start = tx.init(jnp.zeros(shape))
+    run = jax.jit(lambda s: jax.lax.scan(body, s, jnp.arange(2 * gap))[1])
+    norms = np.asarray(run(start))
+    after = norms[gap : gap + 50] / norms[gap - 50 : gap].mean()
+    least, most = NORMS[name]
+    assert np.min(after) > least
+    assert np.max(after) < most
+
+
 def test_square_is_exact_where_the_columns_are_only_permuted():
     r = jnp.asarray(np.eye(4)[[2, 0, 3, 1]], jnp.float32)
     v = jnp.asarray(np.random.default_rng(0).uniform(size=(5, 4)), jnp.float32)
@@ -126,7 +178,7 @@ def test_every_rule_is_that_of_the_reference_over_fifty_refreshes(name):
         np.testing.assert_allclose(actual, np.asarray(wanted), rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("name", ["square", "ldadam", "zero"])
+@pytest.mark.parametrize("name", ["filled", "square", "ldadam", "zero"])
 def test_rules_without_a_sign_give_the_same_update_whatever_the_columns_signs(name):
     tx = _low_rank(name)
     grads = jnp.asarray(_random_gradients(), jnp.float32)

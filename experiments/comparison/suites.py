@@ -124,7 +124,10 @@ _C4_60M = {
 
 
 def _ablation(
-    description: str, like: str, variants: Mapping[str, Mapping[str, Any]]
+    description: str,
+    like: str,
+    variants: Mapping[str, Mapping[str, Any]],
+    seeds: tuple[int, ...] = (0, 1),
 ) -> Suite:
     """Returns variants of a method, at its rates and with nothing searched."""
     return Suite(
@@ -134,7 +137,7 @@ def _ablation(
             dataclasses.replace(_variant(like, name, **flags), name=name)
             for name, flags in variants.items()
         ),
-        seeds=(0, 1),
+        seeds=seeds,
         search=1,
     )
 
@@ -232,6 +235,12 @@ SUITES: dict[str, Suite] = {
             }
             for rule in lowrank_optax.REBASE_RULES
         },
+    ),
+    "ablation-rebase-default": _ablation(
+        "how the moments follow a new basis, at the method's own intervals",
+        "adarankgrad",
+        {rule: {"rebase": rule} for rule in ("square", "filled", "first", "keep")},
+        seeds=(0, 1, 2),
     ),
     "ablation-side": _ablation(
         "which side of a matrix is projected",

@@ -7,7 +7,7 @@ import tyro
 
 from experiments.optim.methods import OPTIMIZERS
 
-Rebase = Literal["abs", "clamp", "first", "keep", "ldadam", "square", "zero"]
+Rebase = Literal["abs", "clamp", "filled", "first", "keep", "ldadam", "square", "zero"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

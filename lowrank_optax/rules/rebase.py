@@ -68,6 +68,18 @@ def _zeros(moment: jax.Array, r: jax.Array) -> jax.Array:
     return jnp.zeros_like(moment)
 
 
+def _row_means(nu: jax.Array, r: jax.Array) -> jax.Array:
+    """Returns the mean of each row over the columns in use, (*stack, a, 1)."""
+    in_use = jnp.sum(jnp.any(r != 0, axis=-1), axis=-1)[..., None, None]
+    return jnp.sum(nu, axis=-1, keepdims=True) / jnp.maximum(in_use, 1)
+
+
+def _filled(nu: jax.Array, r: jax.Array) -> jax.Array:
+    squares = r**2
+    missing = 1 - jnp.sum(squares, axis=-2, keepdims=True)
+    return _exact(nu, squares) + jnp.maximum(missing, 0) * _row_means(nu, r)
+
+
 def ldadam_rebase(b2: jax.typing.ArrayLike = 0.999) -> RebaseRule:
     r"""The rule of LDAdam: transports the variance and the mean separately.
 
@@ -91,29 +103,45 @@ def ldadam_rebase(b2: jax.typing.ArrayLike = 0.999) -> RebaseRule:
 
 
 REBASE_RULES: dict[str, RebaseRule] = {
+    "filled": RebaseRule(_exact, lambda nu, mu, r, count: _filled(nu, r)),
     "square": RebaseRule(_exact, lambda nu, mu, r, count: _exact(nu, r**2)),
     "abs": RebaseRule(_exact, lambda nu, mu, r, count: jnp.abs(_exact(nu, r))),
     "ldadam": ldadam_rebase(),
     "clamp": RebaseRule(_exact, lambda nu, mu, r, count: jnp.maximum(_exact(nu, r), 0)),
     "first": RebaseRule(_exact, lambda nu, mu, r, count: nu),
     "keep": RebaseRule(_kept, lambda nu, mu, r, count: nu),
-    "zero": RebaseRule(_zeros, lambda nu, mu, r, count: jnp.zeros_like(nu)),
+    "zero": RebaseRule(
+        _zeros, lambda nu, mu, r, count: jnp.broadcast_to(_row_means(nu, r), nu.shape)
+    ),
 }
 """The named rules. The first moment follows exactly, M R, but for "keep" and "zero".
 
 ========  ==========================================================================
 name      second moment
 ========  ==========================================================================
-square    V (R o R): exact for uncorrelated coordinates; the default
+filled    V (R o R) + (1 - colsums(R o R)) rowmeans(V): what the old subspace did not
+          hold of a new column counts as the mean of its row
+square    V (R o R): exact for uncorrelated coordinates inside the old subspace, as if
+          gradients were zero outside of it
 abs       | V R |: depends on the signs of the basis' columns, which are arbitrary
 ldadam    see :func:`ldadam_rebase`, with b2 = 0.999
 clamp     max(V R, 0): the paper's rule, kept from going negative; it starves columns
 first     V: the expectation, where bases are random; the default there
 keep      V, and M too: GaLore
-zero      0, and M too: the optimizer starts again in the new subspace
+zero      rowmeans(V), and M = 0: the optimizer starts again in the new subspace; V is
+          not zero, for Adam's counter runs on and would not correct for it
 ========  ==========================================================================
 
-No rule gives a negative second moment from a non-negative one.
+No rule gives a negative second moment from a non-negative one. Second moments that are
+too small make updates too large until they have filled up, which takes 1 / (1 - b2)
+updates. The norm of Adam's updates beside that before a refresh, on noise that does not
+change, where a new subspace has little of the old one (rank 32 of 128; b2 = 0.999):
+
+========  ====================  ==================  ===================
+name      at the refresh        most of the next    100 updates later
+========  ====================  ==================  ===================
+TABLE
+========  ====================  ==================  ===================
 """
 
 
