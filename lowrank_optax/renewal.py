@@ -22,7 +22,7 @@ from lowrank_optax.binding.states import (
 )
 from lowrank_optax.codes import coded_record, decode, encode, is_coded
 from lowrank_optax.projected import gradients_by_path, is_projected
-from lowrank_optax.rules.bases import captured_energies
+from lowrank_optax.rules.bases import captured_energies, is_usable
 from lowrank_optax.rules.random_bases import RandomBasis
 from lowrank_optax.rules.rebase import random_transfer, rebased, transfer
 from lowrank_optax.subspace import (
@@ -201,11 +201,31 @@ def _renew_kind(kind: Sequence[_Leaf], count: jax.Array) -> list[_Renewable]:
             due=_pick(index, [leaf.due for leaf in kind]),
             renewable=_pick(index, renewables),
         )
-        new = _renew_leaf(leaf, count, names[index], fractions[index])
+        # A gradient of zeros, of an expert without a token for instance, has no basis:
+        # no decomposition of its stack is spent on it.
+        new = jax.lax.cond(
+            jnp.any(leaf.due & _has_basis(leaf)),
+            lambda: _renew_leaf(leaf, count, names[index], fractions[index]),
+            lambda: _failed(leaf, leaf.due),
+        )
         return pending.at[index].set(False), _put(index, new, renewables)
 
     start = (pending, [leaf.renewable for leaf in kind])
     return jax.lax.while_loop(lambda carry: jnp.any(carry[0]), one_leaf, start)[1]
+
+
+def _has_basis(leaf: _Leaf) -> jax.Array:
+    """Returns which matrices can have a basis, bool (*stack,): finite and not zero."""
+    if leaf.gradient is None:
+        return jnp.ones_like(leaf.due)
+    return is_usable(leaf.projector.view.matrices(leaf.gradient))[..., 0, 0]
+
+
+def _failed(leaf: _Leaf, failed: jax.Array) -> _Renewable:
+    """Returns subspace and moments as they were, with a failure of these matrices."""
+    subspace, moments = leaf.renewable
+    failures = subspace.failures + failed.astype(jnp.int32)
+    return _Renewable(subspace._replace(failures=failures), moments)
 
 
 def _pick(index: jax.Array, trees: Sequence[Any]) -> Any:
@@ -252,9 +272,8 @@ def _renew_leaf(
     followed = rebased(wide, kinds, r, count, parts.rebase)
     followed = [encode(x, old) for x, old in zip(followed, moments, strict=True)]
     renews = leaf.due & found
-    failures = subspace.failures + (leaf.due & ~found).astype(jnp.int32)
     return _Renewable(
-        _where(renews, new, subspace._replace(failures=failures)),
+        _where(renews, new, _failed(leaf, leaf.due & ~found).subspace),
         # Before the first basis there is nothing to follow.
         _where(renews & ~is_first, followed, moments),
     )

@@ -162,6 +162,24 @@ def test_a_scale_stays_while_its_block_fills_it():
         np.testing.assert_allclose(coded.absmax, scale, rtol=1e-6)
 
 
+@pytest.mark.parametrize("kind", SEEDED)
+def test_the_largest_value_of_a_block_has_a_code(kind):
+    """Rounding may bring it above its scale: it must not wrap around."""
+    scales = jnp.asarray(
+        np.random.default_rng(0).uniform(0.1, 10, (1, 5000)), jnp.float32
+    )
+    full = empty((1, 5000), (1, 1), kind)._replace(absmax=scales)
+    for sign in (1, -1) if kind == "signed" else (1,):
+        coded = encode(sign * scales ** POWERS[kind], full)
+        back = decode(coded)
+        assert np.all(np.isfinite(back))
+        # A code less, where rounding brought it under its scale.
+        width = POWERS[kind] / LARGEST[kind]
+        np.testing.assert_allclose(
+            back, sign * scales ** POWERS[kind], rtol=1.01 * width
+        )
+
+
 def test_matrices_of_a_stack_are_coded_as_each_by_itself():
     array = jnp.asarray(values((3, 6, 5), "signed"))
     like = empty((3, 6, 5), (4, 1), "signed")

@@ -171,6 +171,32 @@ def test_a_matrix_that_never_has_a_gradient_is_asked_ever_more_seldom():
     assert ATTEMPTS[-1] - ATTEMPTS[-2] == 2**LONGEST_WAIT
 
 
+def test_no_decomposition_is_spent_on_gradients_that_have_none():
+    """An attempt costs a look at the gradient, and not a basis of its whole stack."""
+    calls = []
+
+    class Counting:
+        def compute(self, matrix, previous, seeds):
+            jax.debug.callback(lambda: calls.append(1))
+            return lowrank_optax.exact_svd().compute(matrix, previous, seeds)
+
+    tx = lowrank_optax.scale_by_low_rank(
+        optax.identity(), 2, basis=Counting(), refresh=lowrank_optax.every(SELDOM)
+    )
+    alive = gradients({"w": jnp.zeros((LAYERS, 5, 4))}, 0)
+    dead = {"w": alive["w"].at[DEAD].set(0)}
+    spoiled = {"w": alive["w"].at[DEAD].set(jnp.nan)}
+    update, state = jax.jit(tx.update), tx.init(alive)
+    expected = 0
+    for grads, computes in ((dead, 1), (dead, 0), (spoiled, 0), (dead, 0), (alive, 1)):
+        # The fourth is no attempt, the fifth is one.
+        _, state = update(grads, state)
+        expected += computes
+        jax.effects_barrier()
+        assert len(calls) == expected
+    assert np.all(state.subspaces["w"].refreshes == 1)
+
+
 def test_its_stack_keeps_its_schedule_meanwhile():
     due, refreshes, failures = histories(NEVER, 5)
     # Renewed at 0, 5, 10 ...: as without it.

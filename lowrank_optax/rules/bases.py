@@ -84,7 +84,7 @@ class RangeFinder:
         product = jax.lax.fori_loop(0, iterations, power_iteration, product)
         rows = _scaled(product)
         # Each entry of A is in some sum of the last product, and NaN stays there.
-        return jnp.where(_is_usable(product), _leading(rows, rank), 0)
+        return jnp.where(is_usable(product), _leading(rows, rank), 0)
 
 
 def range_finder(
@@ -163,7 +163,7 @@ class ExactSVD:
         rank = previous.shape[-1]
         right = one_by_one(_right_singular_vectors, _scaled(matrix))
         columns = jnp.swapaxes(right, -1, -2)[..., :rank]
-        return jnp.where(_is_usable(matrix), columns, 0)
+        return jnp.where(is_usable(matrix), columns, 0)
 
 
 def exact_svd() -> ExactSVD:
@@ -217,7 +217,7 @@ def _scaled(x: jax.Array) -> jax.Array:
     return x / jnp.where(peak > 0, peak, 1)
 
 
-def _is_usable(x: jax.Array) -> jax.Array:
+def is_usable(x: jax.Array) -> jax.Array:
     """Returns whether each matrix is finite and not zero, (*stack, 1, 1)."""
     is_finite = jnp.all(jnp.isfinite(x), axis=(-1, -2), keepdims=True)
     return is_finite & jnp.any(x != 0, axis=(-1, -2), keepdims=True)

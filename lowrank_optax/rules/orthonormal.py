@@ -34,7 +34,7 @@ def orthonormalize(rows: jax.Array, tolerance: float = TOLERANCE) -> jax.Array:
 
     .. math::
         L L^\top = X X^\top + s I, \quad X \leftarrow L^{-1} X, \quad
-        s = 4 \epsilon k \min(e, 1)
+        s = 4 \epsilon k e
 
     After a pass e is not measured but bounded, which needs no product: Q Q^T is
     I - s (L L^T)^{-1} and what rounding leaves in the same way, so
@@ -58,7 +58,14 @@ def orthonormalize(rows: jax.Array, tolerance: float = TOLERANCE) -> jax.Array:
         with more passes behind it.
     """
     norms = jnp.linalg.norm(rows, axis=-1, keepdims=True)
-    rows = rows / jnp.where(norms > 0, norms, 1)
+    is_zero = norms == 0
+    rows = rows / jnp.where(is_zero, 1, norms)
+    # At once: a matrix of zeros would take every pass, and its stack with it.
+    rows = jax.lax.cond(
+        jnp.any(is_zero),
+        lambda: jnp.where(is_zero, _directions(rows), rows),
+        lambda: rows,
+    )
 
     def needs_pass(carry):
         passes, _, done = carry
@@ -90,7 +97,7 @@ def _cholesky_pass(
     eye = jnp.broadcast_to(jnp.eye(count, dtype=products.dtype), products.shape)
     rounding = jnp.finfo(products.dtype).eps
     error = jnp.max(jnp.abs(products - eye), axis=(-1, -2))
-    shift = 4 * rounding * count * jnp.minimum(error, 1)
+    shift = 4 * rounding * count * error
     shifted = products + shift[..., None, None] * eye
     factor, inverse = one_by_one(_factor_and_inverse, shifted)
     least = 2 * rounding * count**0.5
