@@ -129,3 +129,24 @@ def test_each_matrix_of_a_stack_gets_what_it_gets_alone():
         np.testing.assert_allclose(q.T @ q, np.eye(COLUMNS), atol=2 * TOLERANCE)
         if case in ("gaussian", "orthonormal", "condition 1e2", "zero"):
             np.testing.assert_allclose(q, _result(case), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["rank one", "equal", "zero", "repeated"])
+@pytest.mark.parametrize(("count", "length"), [(64, 64), (60, 64), (8, 9), (40, 128)])
+def test_rows_that_leave_hardly_a_direction_free_get_it_nevertheless(
+    count, length, kind
+):
+    """A new direction lies close to the rows before it where these fill the space.
+
+    The widest of these take seven passes of the eight.
+    """
+    rng = np.random.default_rng(0)
+    rows = {
+        "rank one": np.outer(rng.normal(size=count), rng.normal(size=length)),
+        "equal": np.ones((count, length)),
+        "zero": np.zeros((count, length)),
+        "repeated": np.tile(rng.normal(size=(4, length)), (count // 4, 1)),
+    }[kind]
+    found = jax.jit(orthonormalize)(jnp.asarray(rows, jnp.float32))
+    found = np.asarray(found, np.float64)
+    np.testing.assert_allclose(found @ found.T, np.eye(count), atol=TOLERANCE)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import checkify
 
 import lowrank_optax
 from tests import references
@@ -217,6 +218,19 @@ def test_a_bad_gradient_never_replaces_a_basis_and_a_due_refresh_is_repeated(
     assert list(np.flatnonzero(np.diff(refreshes, prepend=0))) == [
         step for step in (0, due, due + 3) if step < len(grads)
     ]
+
+
+@pytest.mark.parametrize("basis", [lowrank_optax.range_finder(), None], ids=str)
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_a_gradient_without_rank_makes_no_nan_on_the_way_either(value, basis):
+    """What ``jax_debug_nans`` and checkify stop at, though nothing of it comes out."""
+    tx = lowrank_optax.adarankgrad(0.1, 3, basis=basis)
+    params = {"w": jnp.full((8, 6), value)}
+    checked = checkify.checkify(
+        lambda g, s: tx.update(g, s, g), errors=checkify.float_checks
+    )
+    error, _ = jax.jit(checked)(params, tx.init(params))
+    assert error.get() is None
 
 
 def test_zero_gradients_give_zero_updates_and_keep_the_basis():

@@ -74,8 +74,10 @@ def orthonormalize(rows: jax.Array, tolerance: float = TOLERANCE) -> jax.Array:
     def one_pass(carry):
         passes, q, done = carry
         passed, now_done, lost = _cholesky_pass(q, tolerance)
-        is_lost = lost & (passes >= PASSES_OF_ROUNDING)
-        passed = jnp.where(is_lost[..., None], _directions(q), passed)
+        # Once in a while: a direction may lie close to the rows before it, and the
+        # passes in between bring out what does not.
+        is_lost = lost & (passes % PASSES_OF_ROUNDING == 0)
+        passed = jnp.where(is_lost[..., None], _directions(q, passes), passed)
         q = jnp.where(done[..., None, None], q, passed)
         return passes + 1, q, done | (now_done & ~jnp.any(is_lost, axis=-1))
 
@@ -116,8 +118,13 @@ def _factor_and_inverse(products: jax.Array) -> tuple[jax.Array, jax.Array]:
     return factor, jax.scipy.linalg.solve_triangular(factor, eye, lower=True)
 
 
-def _directions(like: jax.Array) -> jax.Array:
-    """Returns fixed rows of about length one, of the shape of ``like``."""
-    start = jnp.zeros(like.shape[:-2], jnp.uint32)
+def _directions(like: jax.Array, number: jax.typing.ArrayLike = 0) -> jax.Array:
+    """Returns fixed rows of about length one, of the shape of ``like``.
+
+    Args:
+        like: Rows.
+        number: Other ones for another number.
+    """
+    start = jnp.full(like.shape[:-2], number, jnp.uint32)
     uniform = hashed_uniform(start, like.shape[-2:], like.dtype)
     return uniform * (3 / like.shape[-1]) ** 0.5
