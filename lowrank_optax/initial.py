@@ -10,6 +10,7 @@ from lowrank_optax.binding.moments import locate_moments
 from lowrank_optax.binding.optimizer import announce, unheard
 from lowrank_optax.codes import bytes_of
 from lowrank_optax.core import Core
+from lowrank_optax.matrix.plan import as_arrays
 from lowrank_optax.parts import Parts
 from lowrank_optax.rules.budget import Budget, as_stored, largest_fitting
 from lowrank_optax.rules.ranks import FixedRank
@@ -18,6 +19,7 @@ from lowrank_optax.subspace import ScaleByLowRankState, initial_projectors
 
 def initial_state(params: Any, core: Core, parts: Parts) -> ScaleByLowRankState:
     """Returns the state of a transformation for parameters, or their shapes."""
+    params = as_arrays(params)
     return _init(params, core, _with_rank_of_budget(params, core, parts))
 
 
