@@ -39,6 +39,9 @@ METHODS = {
         ("1.5 GiB", 1_610_612_736),
         (" 2kb ", 2000),
         ("0.5KiB", 512),
+        ("3 GB", 3_000_000_000),
+        ("2mib", 2_097_152),
+        ("1", 1),
     ],
 )
 def test_bytes_are_read(text, expected):
@@ -46,7 +49,9 @@ def test_bytes_are_read(text, expected):
     assert budget(text).limit == expected
 
 
-@pytest.mark.parametrize("text", ["", "MB", "12XB", "-5MB", "0", "1.2.3GB", "many", 0])
+@pytest.mark.parametrize(
+    "text", ["", "MB", "12XB", "-5MB", "0", "0.9", "1.2.3GB", "x", 0]
+)
 def test_what_is_no_number_of_bytes_is_refused(text):
     with pytest.raises(ValueError, match="is not a number of bytes"):
         budget(text)

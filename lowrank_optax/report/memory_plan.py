@@ -41,7 +41,7 @@ def memory_plan(
         ValueError: If the compiled step has no memory analysis on its backend.
 
     Example:
-        >>> import lowrank_optax
+        >>> import jax.numpy as jnp, lowrank_optax
         >>> params = {"w": jax.ShapeDtypeStruct((4096, 1024), jnp.bfloat16)}
         >>> plan = memory_plan(lowrank_optax.galore(1e-2, rank=128), params)
         >>> plan.parameter_bytes, plan.optimizer_bytes, plan.full_rank_bytes
