@@ -297,4 +297,4 @@ def _shifts(ndim: int) -> jax.Array:
 def bytes_of(tree: Any) -> int:
     """Returns the bytes of all arrays of a tree, or of their shapes."""
     leaves = jax.tree.leaves(tree)
-    return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in leaves)
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)

@@ -10,14 +10,16 @@ from lowrank_optax.binding.moments import locate_moments
 from lowrank_optax.binding.optimizer import announce, unheard
 from lowrank_optax.codes import bytes_of
 from lowrank_optax.core import Core
+from lowrank_optax.matrix.plan import as_arrays
 from lowrank_optax.parts import Parts
-from lowrank_optax.rules.budget import Budget, as_stored, largest_fitting
+from lowrank_optax.rules.budget import Budget, Size, as_stored, largest_fitting
 from lowrank_optax.rules.ranks import FixedRank
 from lowrank_optax.subspace import ScaleByLowRankState, initial_projectors
 
 
 def initial_state(params: Any, core: Core, parts: Parts) -> ScaleByLowRankState:
     """Returns the state of a transformation for parameters, or their shapes."""
+    params = as_arrays(params)
     return _init(params, core, _with_rank_of_budget(params, core, parts))
 
 
@@ -29,21 +31,23 @@ def _with_rank_of_budget(params: Any, core: Core, parts: Parts) -> Parts:
     def of_rank(rank: int) -> Parts:
         return parts._replace(rank=FixedRank(rank))
 
-    def bytes_at(rank: int) -> int:
+    def size_at(rank: int) -> Size:
         def init(params):
             return as_stored(_init(params, core, of_rank(rank)), params)
 
         with unheard():
-            return bytes_of(jax.eval_shape(init, params))
+            state = jax.eval_shape(init, params)
+        return Size(bytes_of(state), jax.tree.structure(state))
 
-    return of_rank(largest_fitting(bytes_at, parts.rank.limit, _most(params, parts)))
+    return of_rank(largest_fitting(size_at, parts.rank.limit, _lasts(params, parts)))
 
 
-def _most(params: Any, parts: Parts) -> int:
-    """Returns the largest rank at which some leaf is projected."""
+def _lasts(params: Any, parts: Parts) -> list[int]:
+    """Returns the ranks at which some leaf is projected for the last time, rising."""
     plans, _ = initial_projectors(params, parts._replace(rank=FixedRank(1)))
     views = [plan.view for plan in plans.values() if plan.view is not None]
-    return max((min(v.kept_size, v.projected_size) - 1 for v in views), default=1)
+    short_sides = {min(view.kept_size, view.projected_size) for view in views}
+    return sorted(side - 1 for side in short_sides if side > 1) or [1]
 
 
 def _init(params: Any, core: Core, parts: Parts) -> ScaleByLowRankState:

@@ -1,4 +1,4 @@
-"""Renewal: when a basis is due, and how it and the moments in it follow.
+"""Renewal: how a basis that is due follows the gradients, and the moments follow it.
 
 The only code of an update with a decomposition or a draw of a new basis. One
 conditional stands in front of all leaves; behind it each kind of leaf has one loop,
@@ -21,42 +21,23 @@ from lowrank_optax.binding.states import (
     with_slots,
 )
 from lowrank_optax.codes import coded_record, decode, encode, is_coded
+from lowrank_optax.due import asked
 from lowrank_optax.projected import gradients_by_path, is_projected
 from lowrank_optax.rules.bases import captured_energies, is_usable
 from lowrank_optax.rules.random_bases import RandomBasis
 from lowrank_optax.rules.rebase import random_transfer, rebased, transfer
 from lowrank_optax.subspace import (
-    Parts,
     Projector,
     ScaleByLowRankState,
     Subspace,
 )
-
-# A matrix in which no basis is found is asked again after 1, 2, 4, ... updates, up to
-# 2 to this power.
-LONGEST_WAIT = 7
-
-
-def is_due(subspace: Subspace, count: jax.Array, parts: Parts) -> jax.Array:
-    """Returns whether the next update is to renew a basis, bool (*stack,).
-
-    Args:
-        subspace: Of the leaf.
-        count: Updates done.
-        parts: Of the transformation.
-    """
-    wanted = parts.refresh.is_due(subspace.age, subspace.trend)
-    # All that wait ask on the same updates: one of them makes its whole stack compute.
-    doublings = jnp.clip(subspace.failures - 1, 0, LONGEST_WAIT)
-    is_asked = count % jnp.left_shift(1, doublings) == 0
-    return is_asked & (wanted | (subspace.refreshes == 0))
 
 
 def renewed(
     gradients: Any,
     state: ScaleByLowRankState,
     projectors: Mapping[tuple, Projector],
-    allowed: jax.typing.ArrayLike = True,
+    again: bool | jax.Array = False,
 ) -> ScaleByLowRankState:
     """Returns the state with the bases renewed that are due, and moments that follow.
 
@@ -65,7 +46,8 @@ def renewed(
             gradient is :class:`Projected` keeps its basis. Random bases need none.
         state: Of the transformation.
         projectors: Of the projected leaves.
-        allowed: Whether anything may be renewed now; (), bool.
+        again: Whether these are not the first gradients of an update; see
+            :func:`lowrank_optax.due.asked`.
     """
     if not projectors:
         return state
@@ -77,17 +59,14 @@ def renewed(
     located = locate_moments(state.inner_state, shapes, others, parts.moments)
     inner, treedef = jax.tree.flatten(state.inner_state, is_leaf=is_coded)
     inner = list(map(coded_record, inner))
-    leaves = {
-        path: _Leaf(
-            projector,
-            located[path],
-            None if parts.is_random else found[path],
-            jnp.logical_and(allowed, is_due(subspaces[path], state.count, parts)),
-            _Renewable(subspaces[path], [inner[x.index] for x in located[path]]),
-        )
-        for path, projector in projectors.items()
-        if parts.is_random or not is_projected(found[path])
-    }
+    leaves = {}
+    for path, projector in projectors.items():
+        gradient = None if parts.is_random else found[path]
+        if is_projected(gradient):
+            continue
+        due, subspace = asked(subspaces[path], state.count, parts, again)
+        renewable = _Renewable(subspace, [inner[x.index] for x in located[path]])
+        leaves[path] = _Leaf(projector, located[path], gradient, due, renewable)
     if not leaves:
         return state
     kinds = _kinds(leaves.values())
@@ -112,7 +91,12 @@ def renewed(
 
 
 def renewed_everywhere(
-    gradients: Any, state: Any, like: Any, binding: Binding, allowed: Any, kept: Any
+    gradients: Any,
+    state: Any,
+    like: Any,
+    binding: Binding,
+    kept: Any,
+    again: Any = False,
 ) -> Any:
     """Returns an optimizer's state with the bases renewed that are due, as they may be.
 
@@ -121,16 +105,16 @@ def renewed_everywhere(
         state: Of the whole optimizer.
         like: Tree like the gradients with the shapes at full size.
         binding: Of the optimizer.
-        allowed: Whether anything may be renewed now; (), bool.
         kept: Function of the parts of a transformation: whether its bases are left
             alone.
+        again: Whether these are not the first gradients of an update.
     """
 
     def of_node(node):
         if not slots_of(node) or kept(binding.of(node).parts):
             return node
         own = binding.own(gradients, node)
-        return renewed(own, node, binding.projectors(like, node), allowed)
+        return renewed(own, node, binding.projectors(like, node), again)
 
     return map_low_rank_states(of_node, state)
 
@@ -270,6 +254,7 @@ def _renew_leaf(
     wide = [decode(moment) for moment in moments]
     kinds = [moment.kind for moment in leaf.moments]
     followed = rebased(wide, kinds, r, count, parts.rebase)
+    followed = [_below(new.rank, x) for x in followed]
     followed = [encode(x, old) for x, old in zip(followed, moments, strict=True)]
     renews = leaf.due & found
     return _Renewable(
@@ -295,10 +280,15 @@ def _with_basis_of(
     # A product with the gradient, which the compiler drops for a fixed rank.
     energies = captured_energies(matrix, columns)
     rank, demand = parts.rank.select(energies, subspace.demand)
-    position = jax.lax.broadcasted_iota(jnp.int32, columns.shape, columns.ndim - 1)
-    columns = jnp.where(position < rank[..., None, None], columns, 0)
-    basis = encode(columns.astype(projector.dtype), subspace.basis)
+    columns = _below(rank, columns).astype(projector.dtype)
+    basis = encode(columns, subspace.basis)
     return subspace._replace(basis=basis, rank=rank, demand=demand), found
+
+
+def _below(rank: jax.Array, array: jax.Array) -> jax.Array:
+    """Returns an array (*stack, a, r) with zeros in columns at and above the rank."""
+    is_used = jnp.arange(array.shape[-1]) < rank[..., None, None]
+    return jnp.where(is_used, array, 0)
 
 
 def _where(condition: jax.Array, new: Any, old: Any) -> Any:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax.codes import decode, shape_of
-from lowrank_optax.matrix.plan import LeafPlan, plan_leaves
+from lowrank_optax.matrix.plan import LeafPlan, plan_leaves, wide
 from lowrank_optax.matrix.sharding import (
     basis_axes,
     coordinate_axes,
@@ -207,6 +207,7 @@ def projectors_of_state(
     """
     # A capacity of 0 plans every leaf with a matrix; the state's own shapes decide.
     plans = _plans(tree, parts, 0)
+    leaves = dict(jax.tree.leaves_with_path(tree))
     capacities = {}
     for path, subspace in subspaces.items():
         if path not in plans:
@@ -217,6 +218,9 @@ def projectors_of_state(
                 "optax.partition and optax.masked a tree made from the parameters."
             )
         view = plans[path].view
+        if view is not None and not capacities:
+            # The first one speaks for all, which are made alike.
+            _check_rules(subspace, parts, plans[path].path, view, leaves[path])
         if parts.is_random:
             fits = view is not None and subspace.rank.shape == view.stack
             shape = subspace.rank.shape
@@ -226,14 +230,45 @@ def projectors_of_state(
             side = () if view is None else (*view.stack, view.projected_size)
             fits = view is not None and shape[:-1] == side
             capacities[path] = shape[-1]
-        if not fits:
+        if view is None or not fits:
             raise ValueError(
                 f"{plans[path].path}: the gradient's shape {plans[path].shape} does "
                 f"not fit a basis of shape {shape}; was the state made for other "
                 "parameters, side, granularity or dimension_numbers?"
             )
-    leaves = dict(jax.tree.leaves_with_path(tree))
+        most = min(view.kept_size, view.projected_size)
+        if capacities[path] > most and not parts.is_random:
+            raise ValueError(
+                f"{plans[path].path}: a gradient of shape {plans[path].shape} has no "
+                f"basis of {capacities[path]} columns, {most} at most; resize the "
+                "state."
+            )
     return _projectors(leaves, plans, capacities, parts)
+
+
+def _check_rules(
+    subspace: Subspace, parts: Parts, name: str, view: MatrixView, leaf: Any
+) -> None:
+    """Raises ValueError if a subspace has not what the parts' rules keep in it."""
+
+    def kept():
+        return {
+            "basis": () if parts.is_random else jnp.zeros([]),
+            "trend": parts.refresh.init(lambda dtype: jnp.zeros([], dtype)),
+            "residual": parts.residual.init(view, leaf),
+        }
+
+    for field, like in jax.eval_shape(kept).items():
+        has = bool(jax.tree.leaves(getattr(subspace, field)))
+        needs = bool(jax.tree.leaves(like))
+        # What another rule has left does no harm, but for a basis: moments are in it.
+        if has < needs or (has > needs and field == "basis"):
+            raise ValueError(
+                f"{name}: its subspace in the state has {'a' if has else 'no'} "
+                f"{field}, and this transformation keeps {'one' if needs else 'none'}; "
+                "was the state made by another optimizer, or with another basis, "
+                "refresh or residual rule?"
+            )
 
 
 def _plans(tree: Any, parts: Parts, capacity: int) -> dict[tuple, LeafPlan]:
@@ -250,7 +285,7 @@ def _projectors(leaves, plans, capacities, parts: Parts) -> dict[tuple, Projecto
             capacity=capacity,
             path=path,
             fraction=position / len(capacities),
-            dtype=jnp.promote_types(leaves[path].dtype, jnp.float32),
+            dtype=wide(leaves[path].dtype),
         )
         for position, (path, capacity) in enumerate(capacities.items())
     }

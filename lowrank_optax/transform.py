@@ -27,12 +27,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.binding.moments import Kind
+from lowrank_optax.binding.moments import Kind, locate_moments
 from lowrank_optax.binding.states import low_rank_record, slots_of, with_slots
 from lowrank_optax.codes import decoded_tree, encoded_tree
 from lowrank_optax.core import Core, InLeaf, InsideSubspace
 from lowrank_optax.initial import initial_state
 from lowrank_optax.matrix.dimension_numbers import DimensionNumbers
+from lowrank_optax.matrix.plan import as_arrays
 from lowrank_optax.matrix.sharding import with_automatic_axes
 from lowrank_optax.matrix.view import Side
 from lowrank_optax.parts import Parts, make_parts
@@ -187,6 +188,7 @@ def low_rank_transformation(
                 f"is compiled; got {type(refresh).__name__}. Under jax.jit close over "
                 "it, or name it in static_argnames."
             )
+        updates = as_arrays(updates)
         like = full_size(updates, params)
 
         def update(updates, state):
@@ -210,6 +212,10 @@ def _update(
     gradients = gradients_by_path(updates)
     projectors = projectors_of_state(like, slots_of(state), parts)
     _check_projected(gradients, projectors, parts)
+    shapes = {path: projector.shape for path, projector in projectors.items()}
+    others = gradients.keys() - shapes.keys()
+    # It raises where moments do not fit, whether a basis is renewed or not.
+    locate_moments(state.inner_state, shapes, others, parts.moments)
     if refresh:
         state = renewed(updates, state, projectors)
     leaves, subspaces = {}, slots_of(state)

@@ -175,6 +175,25 @@ ROWS = (
     ),
 )
 
+
+class Average(NamedTuple):
+    avg: optax.Updates
+
+
+def averaging():
+    """A momentum under a name that the library does not know."""
+
+    def init(params):
+        return Average(optax.tree.zeros_like(params))
+
+    def update(updates, state, params=None):
+        del params
+        avg = jax.tree.map(lambda m, g: 0.9 * m + g, state.avg, updates)
+        return avg, Average(avg)
+
+    return optax.GradientTransformation(init, update)
+
+
 # Every matrix has both sides above RANK.
 SHAPES = {
     "tall": {"w": (9, 5)},

@@ -1,5 +1,6 @@
 """Accumulation in the subspace: windows, wrappers, checkpoints, meshes, bad input."""
 
+import copy
 import functools
 
 import jax
@@ -249,12 +250,18 @@ def test_sums_are_float32_and_updates_of_the_gradients_dtype(dtype):
 
 def test_a_spoiled_micro_batch_spoils_its_window_and_no_other():
     params = zeros(SMALL)
-    accumulation = accumulate(lowrank_optax.vlorp(0.1, 1), 2)
+    low_rank = lowrank_optax.scale_by_low_rank(
+        optax.identity(), 1, basis=lowrank_optax.gaussian()
+    )
+    accumulation = accumulate(low_rank, 2)
     update, state = jax.jit(accumulation.update), accumulation.init(params)
     spoiled = optax.tree.full_like(params, jnp.nan)
     _, state = update(spoiled, state, params)
     state = state._replace(micro_step=jnp.zeros_like(state.micro_step))
     history, _ = run(update, state, params, range(2))
+    fresh, _ = run(update, accumulation.init(params), params, range(2))
+    # Its weight is forgotten too.
+    np.testing.assert_allclose(history[1]["bias"], fresh[1]["bias"], rtol=1e-6)
     assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(history))
 
 
@@ -292,6 +299,215 @@ def test_on_a_mesh_values_are_those_of_one_device(name, mode, spec):
                 updates["w"], expected[step]["w"], rtol=1e-3, atol=1e-5
             )
         assert types(state) == types(first)
+
+
+# --- windows in which a gradient is missing ------------------------------------------
+
+
+def _plain(interval=1):
+    """Projection and lift alone, by the leading right singular vectors."""
+    return lowrank_optax.scale_by_low_rank(
+        optax.identity(),
+        RANK,
+        basis=lowrank_optax.exact_svd(),
+        refresh=lowrank_optax.every(interval, stagger=False),
+    )
+
+
+RANK, STACK = 2, {"w": (3, 8, 5), "single": (6, 4)}
+INSIDE_WINDOWS = {
+    "bare": lambda tx: tx,
+    "chain": lambda tx: optax.chain(optax.clip_by_global_norm(1e6), tx),
+    "low_bit": lambda tx: lowrank_optax.low_bit(tx, 8, None, min_size=1),
+}
+
+
+def leading(matrix):
+    return np.linalg.svd(np.asarray(matrix, np.float64))[2][:RANK].T
+
+
+def projected_mean(micro_batches, basis):
+    mean = np.mean([np.asarray(g, np.float64) for g in micro_batches], axis=0)
+    return mean @ basis @ basis.T
+
+
+@pytest.mark.parametrize("wrapper", INSIDE_WINDOWS)
+def test_a_matrix_without_a_basis_gets_one_from_its_first_gradient(wrapper):
+    """One of the stack has none in the first micro-batch, one in the first two."""
+    params = zeros(STACK)
+    accumulation = accumulate(INSIDE_WINDOWS[wrapper](_plain()), 4)
+    update, state = jax.jit(accumulation.update), accumulation.init(params)
+    starts = {"w": [0, 1, 2], "single": 1}
+    found = []
+    for step in range(4):
+        grads = gradients(params, step)
+        alive = {"w": jnp.asarray([step >= x for x in starts["w"]]), "single": step > 0}
+        grads["w"] = grads["w"] * alive["w"][:, None, None]
+        grads["single"] = grads["single"] * alive["single"]
+        found.append(grads)
+        updates, state = update(grads, state, params)
+    # An SVD in float32, and sums of four.
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    for layer, start in enumerate(starts["w"]):
+        layers = [grads["w"][layer] for grads in found]
+        expected = projected_mean(layers, leading(layers[start]))
+        close(updates["w"][layer], expected)
+    singles = [grads["single"] for grads in found]
+    close(updates["single"], projected_mean(singles, leading(singles[1])))
+    subspaces = lowrank_optax.subspaces(state)
+    assert all(np.all(x.refreshes == 1) for x in subspaces.values())
+    assert not any(np.any(x.failures) for x in subspaces.values())
+
+
+def test_a_basis_that_is_due_does_not_change_after_the_first_micro_batch():
+    """Not where the first one has no gradient, and the old basis has to do."""
+    params = zeros({"w": (8, 5)})
+    accumulation = accumulate(_plain(interval=1), K)
+    update, state = jax.jit(accumulation.update), accumulation.init(params)
+    windows = [[gradients(params, K * i + j)["w"] for j in range(K)] for i in range(3)]
+    windows[1][0] = params["w"]
+    first, last = leading(windows[0][0]), leading(windows[2][0])
+    for window, basis in zip(windows, (first, first, last), strict=True):
+        for gradient in window:
+            updates, state = update({"w": gradient}, state, params)
+        expected = projected_mean(window, basis)
+        np.testing.assert_allclose(updates["w"], expected, rtol=1e-4, atol=1e-5)
+    subspace = lowrank_optax.subspaces(state)["['w']"]
+    assert (int(subspace.refreshes), int(subspace.failures)) == (2, 0)
+
+
+def test_failures_in_one_window_count_once():
+    """A dead matrix asks as often as without micro-batches, one that wakes late too."""
+    params = zeros({"w": (2, 6, 4)})
+    accumulation, plain = accumulate(_plain(100), K), _plain(100)
+    updates = [jax.jit(tx.update) for tx in (accumulation, plain)]
+    windowed, state = accumulation.init(params), plain.init(params)
+    # The second matrix is alive in the last micro-batch of each window from the fifth.
+    for window in range(12):
+        grads = {"w": gradients(params, window)["w"].at[0].set(0)}
+        if window < 4:
+            grads = {"w": grads["w"].at[1].set(0)}
+        for micro_step in range(K):
+            is_last = micro_step == K - 1
+            now = jax.tree.map(lambda g, on=is_last: g * on, grads)
+            _, windowed = updates[0](now, windowed, params)
+        _, state = updates[1](grads, state)
+        found, expected = (
+            lowrank_optax.subspaces(x)["['w']"] for x in (windowed, state)
+        )
+        np.testing.assert_array_equal(found.failures, expected.failures)
+        np.testing.assert_array_equal(found.refreshes, expected.refreshes)
+    assert list(np.asarray(expected.refreshes)) == [0, 1]
+
+
+def test_a_window_that_begins_with_projected_gradients_gets_its_basis_later():
+    params = zeros({"w": (8, 5)})
+    accumulation = accumulate(_plain(), 3)
+    state = accumulation.init(params)
+    # A gradient in a subspace that is not there yet is zero.
+    narrow = {"w": lowrank_optax.Projected(jnp.zeros((8, RANK)))}
+    full = [gradients(params, i) for i in range(2)]
+    update = jax.jit(accumulation.update)
+    for grads in (narrow, *full):
+        updates, state = update(grads, state, params)
+    expected = projected_mean(
+        [params["w"], *(grads["w"] for grads in full)], leading(full[0]["w"])
+    )
+    np.testing.assert_allclose(updates["w"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_random_bases_are_drawn_at_the_first_micro_batch_alone():
+    """A basis that has not been drawn yet is in use too, where nothing is renewed."""
+    params = zeros({"w": (8, 5)})
+    tx = lowrank_optax.scale_by_low_rank(
+        optax.identity(), RANK, basis=lowrank_optax.gaussian()
+    )
+    accumulation = accumulate(tx, 2)
+    state = accumulation.init(params)
+    state = accumulation.add(gradients(params, 0), state, refresh=False)
+    state = accumulation.add(gradients(params, 1), state)
+    assert int(lowrank_optax.subspaces(state)["['w']"].refreshes) == 0
+
+
+# --- leaves of all kinds -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["adamw", "galore"])
+def test_integer_leaves_are_treated_as_by_multi_steps(name):
+    inner = {"adamw": optax.adamw(0.1), "galore": lowrank_optax.galore(0.1, 2)}[name]
+    params = {"b": jnp.zeros(5), "i": jnp.arange(3), "flag": jnp.ones(2, bool)}
+    grads = {"b": jnp.ones(5), "i": jnp.full(3, 4), "flag": jnp.zeros(2, bool)}
+    ours = accumulate(inner, 2)
+    theirs = optax.MultiSteps(inner, 2).gradient_transformation()
+    states = [tx.init(params) for tx in (ours, theirs)]
+    for _ in range(4):
+        (actual, ours_after), (expected, theirs_after) = (
+            jax.jit(tx.update)(grads, state, params)
+            for tx, state in zip((ours, theirs), states, strict=True)
+        )
+        assert types(ours_after) == types(states[0])
+        states = [ours_after, theirs_after]
+        # A sum and a running mean.
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), actual, expected
+        )
+    assert np.all(np.asarray(actual["i"]) != 0)
+
+
+def test_leaves_that_have_no_sum_are_refused_by_name():
+    accumulation = accumulate(optax.sgd(0.1), 2)
+    with pytest.raises(TypeError, match=r"\['k'\] is of dtype key<fry>, in which no"):
+        accumulation.init({"k": jax.random.key(0)})
+    params = {"i": jnp.ones(3, jnp.int32)}
+    none = {"i": np.zeros(3, jax.dtypes.float0)}
+    with pytest.raises(TypeError, match=r"\['i'\] has a gradient of dtype float0"):
+        accumulation.update(none, accumulation.init(params), params)
+
+
+@pytest.mark.parametrize(
+    "wrapper",
+    [
+        lambda tx: optax.apply_if_finite(tx, 3),
+        lambda tx: optax.conditionally_transform(tx, lambda step: True),
+        lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
+    ],
+)
+def test_what_does_not_take_projected_means_is_refused_by_one_line(wrapper):
+    params = zeros(SMALL)
+    accumulation = accumulate(wrapper(lowrank_optax.galore(0.1, 2)), 2)
+    state = accumulation.init(params)
+    with pytest.raises(TypeError, match=r"projected, .* lowrank_optax.apply_if_finite"):
+        jax.eval_shape(accumulation.update, params, state, params)
+
+
+def test_another_fault_inside_is_not_taken_for_that():
+    def broken(updates, params=None):
+        raise TypeError("not this one")
+
+    tx = optax.chain(optax.stateless(broken), lowrank_optax.galore(0.1, 2))
+    params = zeros(SMALL)
+    accumulation = accumulate(tx, 2)
+    with pytest.raises(TypeError, match="not this one"):
+        accumulation.update(params, accumulation.init(params), params)
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        copy.copy,
+        copy.deepcopy,
+        lambda tx: tx._replace(init=tx.init),
+        lambda tx: tx._replace(update=jax.jit(tx.update)),
+    ],
+)
+def test_a_copy_adds_and_finishes_too(again):
+    params = zeros({"b": (5,)})
+    accumulation = again(accumulate(optax.sgd(1.0), 2))
+    state = accumulation.add(gradients(params, 0), accumulation.init(params))
+    updates, _ = accumulation.finish(state, params)
+    np.testing.assert_array_equal(updates["b"], -gradients(params, 0)["b"])
+    init, _ = accumulation
+    assert types(init(params)) == types(accumulation.init(params))
 
 
 def test_projections_looks_through_an_accumulation():

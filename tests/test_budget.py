@@ -11,10 +11,10 @@ import pytest
 import lowrank_optax
 from lowrank_optax import budget, capacities, reallocate
 from lowrank_optax.codes import bytes_of
-from lowrank_optax.rules.budget import largest_fitting, parse_bytes
+from lowrank_optax.rules.budget import Size, largest_fitting, parse_bytes
 from lowrank_optax.storage.allocation import allocate, energies, spectrum
 from lowrank_optax.storage.resize import Columns
-from tests.suite import types
+from tests.suite import averaging, types
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -39,6 +39,9 @@ METHODS = {
         ("1.5 GiB", 1_610_612_736),
         (" 2kb ", 2000),
         ("0.5KiB", 512),
+        ("3 GB", 3_000_000_000),
+        ("2mib", 2_097_152),
+        ("1", 1),
     ],
 )
 def test_bytes_are_read(text, expected):
@@ -46,7 +49,9 @@ def test_bytes_are_read(text, expected):
     assert budget(text).limit == expected
 
 
-@pytest.mark.parametrize("text", ["", "MB", "12XB", "-5MB", "0", "1.2.3GB", "many", 0])
+@pytest.mark.parametrize(
+    "text", ["", "MB", "12XB", "-5MB", "0", "0.9", "1.2.3GB", "x", 0]
+)
 def test_what_is_no_number_of_bytes_is_refused(text):
     with pytest.raises(ValueError, match="is not a number of bytes"):
         budget(text)
@@ -90,9 +95,78 @@ def test_the_plan_lists_the_rank_of_the_budget():
     assert {x.capacity for x in plans.values() if x.is_projected} == {rank}
 
 
-def test_largest_fitting_is_the_largest():
-    for limit, expected in ((10, 1), (19, 1), (20, 2), (355, 35), (10**6, 99)):
-        assert largest_fitting(lambda rank: 10 * rank, limit, 99) == expected
+# Leaves go to full size at 12 and 15, and arrays to fewer bits at other ranks.
+SEVERAL = {f"s{i}": (12, 40) for i in range(4)} | {"l": (15, 15), "flat": (7, 60)}
+STORED = {
+    "float32": lambda rank: lowrank_optax.galore(0.1, rank),
+    "8 bits": lambda rank: lowrank_optax.low_bit(
+        lowrank_optax.adarankgrad(0.1, rank), 8, 8, min_size=200, block=16
+    ),
+    "4 bits": lambda rank: lowrank_optax.low_bit(
+        lowrank_optax.galore(0.1, rank), None, 4, min_size=200
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_no_larger_rank_fits_where_bytes_fall_with_the_rank(name):
+    """Against the bytes of every rank, at every limit at which the answer changes."""
+    params = {key: jax.ShapeDtypeStruct(x, jnp.float32) for key, x in SEVERAL.items()}
+
+    def state_of(rank):
+        return jax.eval_shape(STORED[name](rank).init, params)
+
+    sizes = {rank: bytes_of(state_of(rank)) for rank in range(1, 15)}
+    assert any(sizes[rank] > sizes[rank + 1] for rank in range(1, 14))
+    for limit in sorted(sizes.values()):
+        best = max(rank for rank, size in sizes.items() if size <= limit)
+        (found,) = set(capacities(state_of(budget(limit))).values())
+        assert found == best, limit
+    least = min(sizes, key=lambda rank: sizes[rank])
+    message = f"least .*, {sizes[least]:,} bytes at rank {least};"
+    with pytest.raises(ValueError, match=message):
+        state_of(budget(sizes[least] - 1))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_largest_fitting_is_the_largest_and_asks_for_few_ranks(seed):
+    """Sizes that rise but for some ranks, of which some are known."""
+    rng = np.random.default_rng(seed)
+    most = 200
+    changes = np.sort(rng.choice(np.arange(2, most), size=6, replace=False))
+    layouts = np.searchsorted(changes, np.arange(most + 1), side="right")
+    sizes = np.cumsum(rng.integers(0, 9, size=most + 1))
+    sizes = sizes + 100 - sizes[np.append(0, changes)[layouts]]
+    sizes += rng.integers(0, 300, size=7)[layouts]
+    known = sorted({*(int(x) - 1 for x in changes[::2]), most})
+    for limit in np.unique(sizes[1:]):
+        asked = []
+
+        def size_at(rank, asked=asked):
+            asked.append(rank)
+            return Size(int(sizes[rank]), int(layouts[rank]))
+
+        found = largest_fitting(size_at, int(limit), known)
+        assert found == np.flatnonzero(sizes[1:] <= limit).max() + 1
+        assert len(asked) == len(set(asked))
+        # Both ends of the ranges, two ways to each change that is not known, one
+        # bisection.
+        assert len(asked) <= 2 * len(known) + (2 * 3 + 1) * 8
+
+
+def test_a_budget_that_holds_the_known_ranks_alone_asks_for_two_of_each_and_bisects():
+    asked = []
+
+    def size_at(rank):
+        asked.append(rank)
+        return Size(1000 + rank % 100, rank // 100)
+
+    assert largest_fitting(size_at, 1049, [99, 199, 299, 399]) == 349
+    assert len(asked) <= 2 + 7
+    asked.clear()
+    with pytest.raises(ValueError, match="1,000 bytes at rank 300"):
+        largest_fitting(size_at, 999, [99, 199, 299, 399])
+    assert len(asked) == 8
 
 
 def gradients(step):
@@ -170,6 +244,23 @@ def test_energies_are_those_of_the_second_moment_or_of_the_momentum():
     )
 
 
+def test_a_moment_that_is_named_is_spread_as_a_known_one():
+    moments = {"avg": "first"}
+    tx = lowrank_optax.scale_by_low_rank(averaging(), 12, moments=moments)
+    update, state = jax.jit(tx.update), tx.init(PARAMS)
+    for step in range(6):
+        _, state = update(gradients(step), state, PARAMS)
+    with pytest.raises(ValueError, match=r"no moment .* its arrays are basis, avg"):
+        reallocate(state, bucket=4)
+    _, known = trained("momentum", 12)
+    np.testing.assert_array_equal(
+        state.inner_state.avg["flat"], known.inner_state.trace["flat"]
+    )
+    expected = reallocate(known, bucket=4)
+    spread = reallocate(state, bucket=4, moments=moments)
+    assert capacities(spread) == capacities(expected) != capacities(state)
+
+
 def test_a_limit_is_kept_and_one_too_low_is_refused():
     _, state = trained("galore", 12)
     smaller = reallocate(state, 15_000, bucket=4)
@@ -206,6 +297,15 @@ def test_no_other_allocation_captures_more(weight):
         dict(zip("abc", x, strict=True)) for x in options if sum(x) * 10 <= limit
     ]
     assert value(actual) == pytest.approx(max(map(value, allowed)))
+
+
+def test_a_leaf_gets_no_more_columns_than_either_side_has():
+    leaves = {
+        "a": Columns(4, 4, 4.0, 20, 6, 10.0),
+        "b": Columns(4, 4, 4.0, 6, 20, 10.0),
+    }
+    found = allocate(leaves, dict.fromkeys("ab", np.ones(4)), 10_000, 2, "share")
+    assert found == {"a": 5, "b": 5}
 
 
 def test_the_power_law_goes_on():

@@ -19,7 +19,7 @@ from experiments.optim.methods import OPTIMIZERS
 from experiments.optim.options import OptimizerOptions, with_defaults
 from lowrank_optax import memory_plan
 from lowrank_optax.codes import bytes_of
-from tests.suite import ROWS
+from tests.suite import ROWS, averaging
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -126,6 +126,28 @@ def test_low_bits_are_counted_in_their_moment():
     assert plan.state_bytes["mu"] == 1024 * 64 + 4 * 4 * 64
     assert plan.state_bytes["basis"] == 512 * 64 // 2 + 4 * 2 * 64
     assert plan.full_rank_bytes - plan.other_bytes == 2 * 4 * 1024 * 512
+
+
+def test_a_moment_that_is_named_is_counted_at_full_rank_as_a_known_one():
+    params = arrays(SCANNED, jnp.float32)
+    named, known = (
+        memory_plan(lowrank_optax.scale_by_low_rank(inner, 8, moments=kinds), params)
+        for inner, kinds in ((averaging(), {"avg": "first"}), (optax.trace(0.9), {}))
+    )
+    assert named.optimizer_bytes == known.optimizer_bytes
+    assert named.full_rank_bytes == known.full_rank_bytes
+    # The state of a momentum at full size, and the counter.
+    assert known.full_rank_bytes == bytes_of(params) + 4
+
+
+def test_a_key_in_the_state_is_counted():
+    params = arrays(UNSCANNED, jnp.float32)
+    noise = optax.add_noise(0.1, 0.5, key=jax.random.key(0))
+    galore = lowrank_optax.galore(0.1, 8)
+    plans = [memory_plan(tx, params) for tx in (optax.chain(noise, galore), galore)]
+    added = plans[0].other_bytes - plans[1].other_bytes
+    # Its counter and two words of a key.
+    assert added == 4 + 8
 
 
 def test_it_prints_a_table_and_converts_to_json():

@@ -1,5 +1,7 @@
 """What is projected, how, and what is not and why; and that the rest is left alone."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 
 import lowrank_optax
 from lowrank_optax import LowRankDimensionNumbers
+from lowrank_optax.codes import bytes_of
 
 PARAMS = {
     "blocks": jnp.ones((3, 16, 8)),
@@ -236,6 +239,156 @@ def test_projections_says_which_granularity_is_used(granularity):
     tx = lowrank_optax.vlorp(0.1, rank=2, granularity=granularity)
     plan = lowrank_optax.projections(tx, {"w": jnp.ones((20, 12))})["['w']"]
     assert str(plan) == GRANULARITIES[granularity]
+
+
+# --- leaves that are seldom thought of ------------------------------------------------
+
+METHODS = {
+    "galore": lambda: lowrank_optax.galore(0.1, 4, update_proj_gap=2),
+    "adarankgrad": lambda: lowrank_optax.adarankgrad(0.1, 4),
+    "projfactor": lambda: lowrank_optax.projfactor(0.1, 4, 2),
+    "low_rank_muon": lambda: lowrank_optax.low_rank_muon(0.1, 4),
+    "fira": lambda: lowrank_optax.fira(0.1, 4),
+    "low_bit": lambda: lowrank_optax.low_bit(lowrank_optax.galore(0.1, 4), min_size=1),
+    "accumulate": lambda: lowrank_optax.accumulate(lowrank_optax.galore(0.1, 4), 1),
+    "budget": lambda: lowrank_optax.galore(0.1, lowrank_optax.budget("2kB")),
+}
+EMPTY = [(0,), (0, 16), (16, 0), (0, 0), (0, 24, 16), (3, 0, 16)]
+
+
+def _after_two(tx, params, grads):
+    state, updates = tx.init(params), None
+    for _ in range(2):
+        updates, state = jax.jit(tx.update)(grads, state, params)
+    return updates, state
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_empty_leaves_stay_at_full_size_and_change_nothing(name):
+    rng = np.random.default_rng(0)
+    w = {"w": jnp.asarray(rng.normal(size=(24, 16)), jnp.float32)}
+    empty = {f"z{i}": jnp.zeros(shape) for i, shape in enumerate(EMPTY)}
+    expected, _ = _after_two(METHODS[name](), w, w)
+    updates, _ = _after_two(METHODS[name](), w | empty, w | empty)
+    assert {key: x.shape for key, x in updates.items()} == {
+        key: x.shape for key, x in (w | empty).items()
+    }
+    # Another program.
+    np.testing.assert_allclose(updates["w"], expected["w"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", EMPTY[1:])
+def test_an_empty_leaf_is_said_to_be_empty(shape):
+    params = {"z": jnp.zeros(shape)}
+    for name, make in METHODS.items():
+        if name == "budget":
+            continue
+        (plan,) = lowrank_optax.projections(make(), params).values()
+        assert plan.reason == "it is empty"
+        found = lowrank_optax.memory_plan(make(), params)
+        assert found.optimizer_bytes == bytes_of(make().init(params))
+        assert "full size, it is empty" in str(found)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_python_numbers_are_leaves_as_arrays_are(name):
+    rng = np.random.default_rng(0)
+    w = {"w": jnp.asarray(rng.normal(size=(24, 16)), jnp.float32)}
+    tx = METHODS[name]()
+    expected, _ = _after_two(tx, {**w, "t": jnp.asarray(1.0)}, {**w, "t": jnp.ones(())})
+    params, grads = {**w, "t": 1.0}, {**w, "t": 1.0}
+    updates, _ = _after_two(tx, params, grads)
+    np.testing.assert_allclose(updates["t"], expected["t"], rtol=1e-6)
+    np.testing.assert_allclose(updates["w"], expected["w"], rtol=1e-4, atol=1e-6)
+    assert lowrank_optax.projections(tx, params).keys() == {"['w']", "['t']"}
+    assert lowrank_optax.memory_plan(tx, params).parameter_bytes == 4 * (24 * 16 + 1)
+    # Not compiled, they stay what they are up to the update itself.
+    eager = tx.update(grads, tx.init(params), params)[0]
+    assert np.all(np.isfinite(eager["t"]))
+
+
+@pytest.mark.parametrize("wrapper", ["apply_if_finite", "stochastic_rounding"])
+def test_wrappers_take_python_numbers_too(wrapper):
+    params = {"t": 1.0, "h": jnp.ones(3, jnp.bfloat16)}
+    tx = optax.sgd(0.5)
+    if wrapper == "apply_if_finite":
+        tx = lowrank_optax.apply_if_finite(tx)
+    else:
+        tx = optax.chain(tx, lowrank_optax.stochastic_rounding())
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert float(updates["t"]) == -0.5
+
+
+def test_eight_bits_are_cast_and_computed_in_float32():
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(24, 16)), jnp.float32)
+    narrow = w.astype(jnp.float8_e4m3fn)
+    tx = _low_rank(dimension_numbers=None, basis=lowrank_optax.exact_svd())
+    found, state = _after_two(tx, narrow, narrow)
+    wide = narrow.astype(jnp.float32)
+    expected, _ = _after_two(tx, wide, wide)
+    assert state.subspaces.basis.dtype == jnp.float32
+    # One rounding to three bits, of the update itself.
+    np.testing.assert_allclose(
+        found.astype(jnp.float32), expected, rtol=2**-4, atol=0.01
+    )
+
+
+def test_float64_of_numpy_is_computed_in_what_jax_has(recwarn):
+    params = {"w": np.ones((24, 16))}
+    for make in METHODS.values():
+        jax.eval_shape(make().update, params, make().init(params), params)
+    assert not [x for x in recwarn if "float64" in str(x.message)]
+
+
+def test_what_is_no_array_is_refused_by_name():
+    params = {"w": jnp.ones((24, 16)), "activation": jax.nn.relu}
+    tx = lowrank_optax.galore(0.1, 4)
+    message = r"\['activation'\] is no array but .*; give .* arrays of a model alone"
+    for refuse in (
+        tx.init,
+        lowrank_optax.accumulate(optax.sgd(0.1), 2).init,
+        lambda params: lowrank_optax.projections(tx, params),
+        lambda params: lowrank_optax.memory_plan(tx, params),
+    ):
+        with pytest.raises(TypeError, match=message):
+            refuse(params)
+
+
+# --- a state of another optimizer ----------------------------------------------------
+
+OTHERS = {
+    "another refresh rule": ("galore", "adarankgrad", "no trend"),
+    "another residual": ("galore", "fira", "no residual"),
+    "no basis": ("vlorp", "galore", "no basis"),
+    "a basis": ("galore", "vlorp", "a basis"),
+    "another rank": ("vlorp", "vlorp 3", r"\(16, 3\) .* 'mu' .*\(16, 4\).* rank"),
+    "none of ours": ("adamw", "galore", "the state is a ScaleByAdamState, not that"),
+}
+STATES = {
+    "adamw": lambda: optax.adamw(0.1),
+    "galore": lambda: lowrank_optax.galore(0.1, 4),
+    "adarankgrad": lambda: lowrank_optax.adarankgrad(0.1, 4),
+    "fira": lambda: lowrank_optax.fira(0.1, 4),
+    "vlorp": lambda: lowrank_optax.vlorp(0.1, 4, 1),
+    "vlorp 3": lambda: lowrank_optax.vlorp(0.1, 3, 1),
+}
+
+
+@pytest.mark.parametrize("refresh", [True, False])
+@pytest.mark.parametrize("case", OTHERS)
+def test_a_state_of_another_optimizer_is_told_apart(case, refresh):
+    made_by, given_to, message = OTHERS[case]
+    params = {"w": jnp.ones((16, 9)), "b": jnp.ones(9)}
+    state = STATES[made_by]().init(params)
+    update = functools.partial(STATES[given_to]().update, refresh=refresh)
+    with pytest.raises((TypeError, ValueError), match=message):
+        jax.eval_shape(update, params, state, params)
+
+
+def test_a_refresh_rule_without_a_state_goes_on_from_one_with():
+    params = {"w": jnp.ones((16, 9))}
+    state = STATES["adarankgrad"]().init(params)
+    jax.eval_shape(STATES["galore"]().update, params, state, params)
 
 
 @pytest.mark.parametrize("granularity", [0, -1, 1.5, True])

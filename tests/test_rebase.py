@@ -205,6 +205,34 @@ def test_before_the_first_basis_there_is_nothing_to_rebase(name):
     )
 
 
+@every_rule
+def test_moments_above_the_rank_are_zero_and_those_below_follow_the_rule(name):
+    """The rank falls from 5 to 2 and rises again; the old columns are gone by then."""
+    capacity, in_use = 6, [5, 2, 4]
+    rng = np.random.default_rng(3)
+    grads = [rng.normal(size=(ROWS, k)) @ rng.normal(size=(k, 7)) for k in in_use]
+    rank = lowrank_optax.energy_rank(capacity, 1e-6, min_rank=1, smoothing=0.0)
+    tx = _low_rank(RULES[name], rank=rank)
+    update, state = jax.jit(tx.update), tx.init(jnp.zeros((ROWS, 7)))
+    m = v = old = None
+    for count, (gradient, k) in enumerate(zip(grads, in_use, strict=True)):
+        _, state = update(jnp.asarray(gradient, jnp.float32), state)
+        assert int(state.subspaces.rank) == k
+        new = np.asarray(state.subspaces.basis, np.float64)
+        if old is None:
+            m = v = np.zeros((ROWS, capacity))
+        else:
+            m, v = _reference(name)(m, v, old.T @ new, count)
+        m, v = (np.where(np.arange(capacity) < k, x, 0) for x in (m, v))
+        m, v = 0.9 * m + 0.1 * gradient @ new, 0.999 * v + 0.001 * (gradient @ new) ** 2
+        old = new
+        for actual, wanted in ((state.inner_state.mu, m), (state.inner_state.nu, v)):
+            assert not np.any(actual[:, k:])
+            # Float32 sums of seven products; "ldadam" divides by 1 - 0.999^t.
+            atol = 1e-4 * np.max(np.abs(wanted))
+            np.testing.assert_allclose(actual, wanted, rtol=0, atol=atol)
+
+
 def test_a_rule_of_ones_own_is_used():
     rule = lowrank_optax.RebaseRule(
         first=lambda m, r: jnp.full_like(m, 2.0),

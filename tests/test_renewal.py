@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import lowrank_optax
-from lowrank_optax.renewal import LONGEST_WAIT
+from lowrank_optax.due import LONGEST_WAIT
 from tests.suite import ROWS, SMALL, compiled, gradients, types, zeros
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 import lowrank_optax
 from lowrank_optax import capacities, compact, like_saved, resize
 from lowrank_optax.codes import bytes_of, shape_of
-from tests.suite import run, types
+from tests.suite import gradients, run, types
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -181,6 +181,66 @@ def test_what_cannot_be_is_refused_by_name(ranks, message):
     _, _, state = used("plain")
     with pytest.raises(ValueError, match=message):
         resize(state, ranks)
+
+
+SIDES = {"short": (64, 16), "long": (64, 16), "stack": (2, 9, 30)}
+
+
+@pytest.mark.parametrize("name", SIDES)
+def test_every_count_that_is_taken_can_be_refreshed(name):
+    """With the most columns a basis holds the whole gradient, and the update is it."""
+    shape, most = SIDES[name], min(SIDES[name][-2:])
+    tx = lowrank_optax.scale_by_low_rank(
+        optax.trace(0.0),
+        rank=4,
+        basis=lowrank_optax.exact_svd(),
+        side="long" if name == "long" else "short",
+    )
+    params = {"w": jnp.zeros(shape)}
+    state = tx.init(params)
+    with pytest.raises(ValueError, match=f"has 1 to {most} columns, not {most + 1}"):
+        resize(state, most + 1)
+    state = resize(state, most)
+    grads = gradients(params, 0)
+    updates, state = jax.jit(tx.update)(grads, state)
+    assert set(capacities(state).values()) == {most}
+    # Two products in float32 with orthonormal columns.
+    np.testing.assert_allclose(updates["w"], grads["w"], atol=1e-5)
+
+
+def without_moments(name):
+    inner = {"identity": optax.identity(), "sign": optax.scale_by_sign()}[name]
+    rank = lowrank_optax.energy_rank(12, 1e-4, min_rank=2, smoothing=0.0)
+    refresh = lowrank_optax.every(4, stagger=False)
+    return lowrank_optax.scale_by_low_rank(inner, rank, refresh=refresh, side="long")
+
+
+@pytest.mark.parametrize("name", ["identity", "sign"])
+def test_states_without_moments_are_measured_and_cut(name):
+    tx = without_moments(name)
+    params = {"w": PARAMS["w"]}
+    _, state = jax.jit(tx.update)({"w": low_rank(0)["w"]}, tx.init(params))
+    leaf = lowrank_optax.columns(state)["['w']"]
+    assert (leaf.capacity, leaf.rank, leaf.side, leaf.rows) == (12, USED, 40, None)
+    assert leaf.bytes_per_column == 4 * 40
+    smaller = compact(state, bucket=1)
+    assert capacities(smaller) == {"['w']": USED}
+    expected, _ = jax.jit(tx.update)({"w": low_rank(1)["w"]}, state)
+    actual, _ = jax.jit(tx.update)({"w": low_rank(1)["w"]}, smaller)
+    if name == "identity":
+        # Other shapes of products.
+        np.testing.assert_allclose(actual["w"], expected["w"], atol=1e-5)
+    with pytest.raises(ValueError, match=r"\['w'\]: there is no moment .* moments="):
+        lowrank_optax.reallocate(state)
+
+
+def test_columns_that_no_array_refuses_are_refused_by_the_next_update():
+    tx = without_moments("identity")
+    params = {"w": PARAMS["w"]}
+    state = resize(tx.init(params), 30)
+    message = r"\['w'\]: a gradient of shape \(40, 24\) .* of 30 columns, 24 at most"
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(tx.update, params, state)
 
 
 def test_a_random_basis_has_no_columns_to_free():

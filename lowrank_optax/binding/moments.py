@@ -76,7 +76,8 @@ def locate_moments(
             raise ValueError(
                 f"{jax.tree_util.keystr(owner)}: projected gradients of shape "
                 f"{shapes[owner]} do not fit {field!r} of shape {shape}; "
-                "was the state made for other parameters, side or dimension_numbers?"
+                "was the state made with another rank, side or granularity, or for "
+                "other parameters or dimension_numbers?"
             )
         found[owner].append(Moment(index, kind))
     return found

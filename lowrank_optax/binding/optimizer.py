@@ -10,7 +10,7 @@ import jax
 import optax
 
 from lowrank_optax.binding.states import is_slot, slots_of
-from lowrank_optax.matrix.plan import LeafPlan
+from lowrank_optax.matrix.plan import LeafPlan, as_arrays
 from lowrank_optax.matrix.sharding import abstract
 from lowrank_optax.parts import Parts
 from lowrank_optax.projected import gradients_by_path
@@ -143,8 +143,10 @@ def bind(optimizer: optax.GradientTransformation, params: Any) -> Binding:
         params: Parameters, or their shapes.
 
     Raises:
+        TypeError: If a leaf is neither an array nor a number.
         ValueError: If two transformations project the same leaf.
     """
+    params = as_arrays(params)
     heard: list[Bound] = []
     token = _listeners.set(heard)
     try:

@@ -21,7 +21,16 @@ def is_low_rank(node: Any) -> bool:
 
 
 def low_rank_record(node: Any) -> ScaleByLowRankState:
-    """Returns a state again where ``flax.nnx.Optimizer`` has made mappings of it."""
+    """Returns a state again where ``flax.nnx.Optimizer`` has made mappings of it.
+
+    Raises:
+        TypeError: If it is no state of a low-rank transformation.
+    """
+    if not is_low_rank(node):
+        raise TypeError(
+            f"the state is a {type(node).__name__}, not that of a low-rank "
+            "transformation; was it made by another optimizer?"
+        )
     if not isinstance(node, ScaleByLowRankState):
         node = ScaleByLowRankState(**node)
     slots = jax.tree.map(_slot, node.subspaces, is_leaf=is_slot)

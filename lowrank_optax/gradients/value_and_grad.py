@@ -10,10 +10,11 @@ import optax
 
 from lowrank_optax.binding.optimizer import bind
 from lowrank_optax.binding.states import low_rank_states, slots_of
+from lowrank_optax.due import is_due
 from lowrank_optax.gradients.followed import follow
 from lowrank_optax.gradients.program import evaluate
 from lowrank_optax.projected import Projected
-from lowrank_optax.renewal import is_due, renewed_everywhere
+from lowrank_optax.renewal import renewed_everywhere
 from lowrank_optax.subspace import Projector
 from lowrank_optax.transform import check_subspace_is_enough
 
@@ -173,7 +174,6 @@ class SubspaceValueAndGrad:
                 state,
                 params,
                 binding,
-                allowed=True,
                 kept=lambda parts: not parts.is_random,
             )
         followed: dict[tuple, _Projected] = {}

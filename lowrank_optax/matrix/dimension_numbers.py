@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 
 class LowRankDimensionNumbers(NamedTuple):
@@ -52,6 +53,5 @@ def dimension_numbers_by_shape(params: Any) -> Any:
 
 
 def _by_shape(leaf) -> LowRankDimensionNumbers | None:
-    if leaf.ndim < 2:
-        return None
-    return LowRankDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
+    axes = np.ndim(leaf)
+    return LowRankDimensionNumbers(axes - 2, axes - 1) if axes >= 2 else None

@@ -1,15 +1,17 @@
 """``memory_plan``: what a run is going to take, from shapes alone."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
-from lowrank_optax.binding.moments import KNOWN_FIELDS, owner_and_field
+from lowrank_optax.binding.moments import KNOWN_FIELDS, Kind, owner_and_field
+from lowrank_optax.binding.optimizer import bind
 from lowrank_optax.codes import bytes_of, is_coded, shape_of
+from lowrank_optax.matrix.plan import as_arrays
 from lowrank_optax.projected import ProjectedSum
 from lowrank_optax.report.memory import Bytes, LeafMemory, MemoryPlan
 from lowrank_optax.report.projections import projections
@@ -35,19 +37,24 @@ def memory_plan(
             .lower(...).compile()``: XLA's own numbers come with it, of one device.
 
     Raises:
+        TypeError: If a leaf is neither an array nor a number.
         ValueError: If the compiled step has no memory analysis on its backend.
 
     Example:
-        >>> import lowrank_optax
+        >>> import jax.numpy as jnp, lowrank_optax
         >>> params = {"w": jax.ShapeDtypeStruct((4096, 1024), jnp.bfloat16)}
         >>> plan = memory_plan(lowrank_optax.galore(1e-2, rank=128), params)
         >>> plan.parameter_bytes, plan.optimizer_bytes, plan.full_rank_bytes
         (8388608, 4718620, 33554440)
     """
+    params = as_arrays(params)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     # A function of its own each time: eval_shape would remember init, and not call.
     state = jax.eval_shape(lambda p: optimizer.init(p), shapes)
     plans = projections(optimizer, shapes)
+    kinds = dict(KNOWN_FIELDS)
+    for who in bind(optimizer, shapes).transformations:
+        kinds.update(who.parts.moments)
     sharded = _sharded_state(optimizer, params)
     leaves = dict(jax.tree.leaves_with_path(params))
     fields: dict[tuple, dict[str, int]] = {path: {} for path in leaves}
@@ -62,7 +69,7 @@ def memory_plan(
             continue
         mine = fields[owner]
         mine[field] = mine.get(field, 0) + bytes_of(node)
-        full_rank[owner] += _at_full_rank(leaves[owner], field, node)
+        full_rank[owner] += _at_full_rank(leaves[owner], field, node, kinds)
         if of_device is not None:
             size = sum(_shard_bytes(x) for x in jax.tree.leaves(of_device[1]))
             on_device[owner][field] = on_device[owner].get(field, 0) + size
@@ -77,7 +84,7 @@ def memory_plan(
         return LeafMemory(
             path=name,
             shape=tuple(leaf.shape),
-            dtype=str(jnp.dtype(leaf.dtype)),
+            dtype=str(leaf.dtype),
             projection=str(plan),
             is_projected=plan.is_projected,
             bytes=Bytes(size, size, fields[path]),
@@ -114,14 +121,14 @@ def _owner_and_field(path: tuple, owners) -> tuple[tuple | None, str]:
     return None, ""
 
 
-def _at_full_rank(leaf: Any, field: str, node: Any) -> int:
+def _at_full_rank(leaf: Any, field: str, node: Any, kinds: Mapping[str, Kind]) -> int:
     """Returns the bytes that a field would take, were the leaf not projected."""
-    is_moment = KNOWN_FIELDS.get(field) in ("first", "second") or field in _SUMS
+    is_moment = kinds.get(field) in ("first", "second") or field in _SUMS
     if not is_moment:
         return 0 if field in ("basis", "projector", "scalars") else bytes_of(node)
     if not isinstance(node, ProjectedSum) and not shape_of(node):
         return bytes_of(node)
-    return math.prod(leaf.shape) * max(4, jnp.dtype(leaf.dtype).itemsize)
+    return math.prod(leaf.shape) * max(4, leaf.dtype.itemsize)
 
 
 def _sharded_state(optimizer, params: Any) -> Any:
@@ -149,7 +156,7 @@ def _sharded_state(optimizer, params: Any) -> Any:
 def _shard_bytes(leaf: Any) -> int:
     sharding = getattr(leaf, "sharding", None)
     shape = tuple(leaf.shape) if sharding is None else sharding.shard_shape(leaf.shape)
-    return math.prod(shape) * jnp.dtype(leaf.dtype).itemsize
+    return math.prod(shape) * leaf.dtype.itemsize
 
 
 def _analysis(compiled: Any) -> dict[str, int]:

@@ -6,7 +6,7 @@ import jax
 import optax
 
 from lowrank_optax.binding.optimizer import bind
-from lowrank_optax.matrix.plan import LeafPlan
+from lowrank_optax.matrix.plan import LeafPlan, as_arrays
 
 
 def projections(
@@ -24,6 +24,9 @@ def projections(
     Returns:
         Key path -> plan, for each leaf of ``params``. Printing a plan gives a sentence.
 
+    Raises:
+        TypeError: If a leaf is neither an array nor a number.
+
     Example:
         >>> import jax.numpy as jnp, lowrank_optax
         >>> params = {"w": jnp.ones((64, 32)), "b": jnp.ones(32)}
@@ -33,6 +36,7 @@ def projections(
         >>> print(plans["['b']"])
         ['b'] 32: full size, fewer than two axes
     """
+    params = as_arrays(params)
     binding = bind(optimizer, params)
     plans = [plan for who in binding.transformations for plan in who.plans.values()]
     # Of a leaf that several are given, the one that projects it speaks.

@@ -4,8 +4,8 @@ import contextlib
 import contextvars
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 
@@ -44,7 +44,9 @@ def budget(limit: int | str) -> Budget:
 
     ``init`` gives every matrix the same rank, the largest with which the state of the
     whole transformation (bases, moments, counters, leaves at full size; as
-    ``low_bit`` around it stores them) fits. Once gradients have been seen,
+    ``low_bit`` around it stores them) fits. A leaf whose short side is not above that
+    rank stays at full size, which may take fewer bytes: a rank may fit where a smaller
+    one does not. At least one leaf is projected. Once gradients have been seen,
     :func:`lowrank_optax.reallocate` spreads the same bytes over the leaves so that they
     capture the most energy.
 
@@ -52,8 +54,8 @@ def budget(limit: int | str) -> Budget:
         limit: Bytes: an int, or a number with a unit: "600MB" (10^6), "1.5 GiB" (2^30).
 
     Raises:
-        ValueError: If it cannot be read; in ``init``, if the state does not fit with
-            rank 1: the message says what would.
+        ValueError: If it cannot be read; in ``init``, if the state fits with no rank:
+            the message says what would.
 
     Example:
         >>> import jax.numpy as jnp, lowrank_optax
@@ -89,32 +91,71 @@ def parse_bytes(text: int | str) -> int:
     return value
 
 
-def largest_fitting(bytes_at: Callable[[int], int], limit: int, most: int) -> int:
-    """Returns a rank in 1..most whose state takes at most ``limit`` bytes, the largest.
+class Size(NamedTuple):
+    """What a state takes with one rank.
+
+    Attributes:
+        bytes: Of all its arrays.
+        layout: What stands where in it, whatever the rank; hashable. Ranks of one
+            layout lie side by side, and among them bytes do not fall with the rank.
+    """
+
+    bytes: int
+    layout: Hashable
+
+
+def largest_fitting(
+    size_at: Callable[[int], Size], limit: int, lasts: Sequence[int]
+) -> int:
+    """Returns the largest rank whose state takes at most ``limit`` bytes.
+
+    Bytes fall where the layout changes: a leaf goes to full size, or an array becomes
+    large enough for fewer bits. Between two of those ranks they are bisected.
 
     Args:
-        bytes_at: Rank -> bytes, rising with the rank.
+        size_at: Rank -> size.
         limit: Bytes.
-        most: Largest rank to consider, >= 1.
+        lasts: Ranks, rising and >= 1, after which the layout is known to change; the
+            last one is the largest to consider.
 
     Raises:
-        ValueError: If rank 1 does not fit; the message says what would.
+        ValueError: If no rank fits; the message says what would.
     """
-    least = bytes_at(1)
-    if least > limit:
-        raise ValueError(
-            f"a budget of {limit:,} bytes is below the least that this state can take, "
-            f"{least:,} bytes at rank 1; give at least that, project more leaves, or "
-            "store them in fewer bits with low_bit."
-        )
-    fits, too_large = 1, most + 1
-    while too_large - fits > 1:
-        middle = (fits + too_large) // 2
-        if bytes_at(middle) <= limit:
-            fits = middle
-        else:
-            too_large = middle
-    return fits
+    sizes: dict[int, Size] = {}
+
+    def at(rank: int) -> Size:
+        if rank not in sizes:
+            sizes[rank] = size_at(rank)
+        return sizes[rank]
+
+    def largest(low: int, high: int) -> int | None:
+        """Returns the largest rank of low..high that fits."""
+        if at(high).bytes <= limit:
+            return high
+        middle = (low + high) // 2
+        if at(low).layout != at(high).layout:
+            return largest(middle + 1, high) or largest(low, middle)
+        if at(low).bytes > limit:
+            return None
+        # low fits, and high does not.
+        while high - low > 1:
+            if at(middle).bytes <= limit:
+                low = middle
+            else:
+                high = middle
+            middle = (low + high) // 2
+        return low
+
+    firsts = [1, *(rank + 1 for rank in lasts[:-1])]
+    for low, high in zip(reversed(firsts), reversed(lasts), strict=True):
+        if found := largest(low, high):
+            return found
+    least = min(sizes, key=lambda rank: sizes[rank].bytes)
+    raise ValueError(
+        f"a budget of {limit:,} bytes is below the least that this state can take, "
+        f"{sizes[least].bytes:,} bytes at rank {least}; give at least that, project "
+        "more leaves, or store them in fewer bits with low_bit."
+    )
 
 
 # (state, params) -> the state as it is going to be stored

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_optax.binding.moments import KNOWN_FIELDS
+from lowrank_optax.binding.moments import KNOWN_FIELDS, Kind
 from lowrank_optax.binding.states import arrays_by_leaf
 from lowrank_optax.codes import decode
 from lowrank_optax.storage.resize import Columns, columns, resized
@@ -20,6 +20,7 @@ def reallocate(
     *,
     bucket: int = 8,
     weight: Literal["share", "energy"] = "share",
+    moments: Mapping[str, Kind] | None = None,
 ) -> Any:
     r"""Spreads the columns over the leaves anew, by the energy that each captures.
 
@@ -46,12 +47,14 @@ def reallocate(
             None: what they take now.
         bucket: Columns given out at a time, and the least of each leaf; >= 1.
         weight: w_l, see above.
+        moments: What fields of the inner state are, as ``scale_by_low_rank`` was told.
 
     Returns:
         The state with other capacities.
 
     Raises:
-        ValueError: If a value is unknown, or the limit is below one bucket per leaf.
+        ValueError: If a value is unknown, the limit is below one bucket per leaf, or a
+            leaf has no moment that is known.
     """
     if bucket < 1 or weight not in ("share", "energy"):
         raise ValueError(
@@ -61,16 +64,19 @@ def reallocate(
     found = columns(state)
     if limit is None:
         limit = int(sum(x.capacity * x.bytes_per_column for x in found.values()))
-    wanted = allocate(found, energies(state), limit, bucket, weight)
+    wanted = allocate(found, energies(state, moments), limit, bucket, weight)
     by_name = {jax.tree_util.keystr(path): path for path in arrays_by_leaf(state)}
     return resized(state, {by_name[name]: k for name, k in wanted.items()})
 
 
-def energies(state: Any) -> dict[str, np.ndarray]:
+def energies(
+    state: Any, moments: Mapping[str, Kind] | None = None
+) -> dict[str, np.ndarray]:
     """Returns the mean energy that each column has captured, by its leaf's path.
 
     Args:
         state: State of any optimizer that contains low-rank transformations.
+        moments: What fields of the inner state are, beside the known ones.
 
     Returns:
         Key path of the parameter -> energies, in squared gradients, (capacity,).
@@ -78,9 +84,9 @@ def energies(state: Any) -> dict[str, np.ndarray]:
     Raises:
         ValueError: If a leaf has no moment that the library knows.
     """
-    squares = {}
+    squares, known = {}, {**KNOWN_FIELDS, **(moments or {})}
     for path, arrays in arrays_by_leaf(state).items():
-        kinds = {KNOWN_FIELDS.get(field): x for field, x in arrays.items()}
+        kinds = {known.get(field): x for field, x in arrays.items()}
         if "second" in kinds:
             values = decode(kinds["second"])
         elif "first" in kinds:
@@ -88,7 +94,8 @@ def energies(state: Any) -> dict[str, np.ndarray]:
         else:
             raise ValueError(
                 f"{jax.tree_util.keystr(path)}: there is no moment in the subspace to "
-                f"read energies from; its arrays are {', '.join(arrays)}."
+                f"read energies from; its arrays are {', '.join(arrays)}. For a "
+                "field that the library does not know give reallocate moments=."
             )
         squares[jax.tree_util.keystr(path)] = jnp.sum(
             values.reshape(-1, values.shape[-1]), axis=0
@@ -109,7 +116,7 @@ def allocate(
     bucket to the largest gain per byte is the best that whole buckets can do, up to the
     last one.
     """
-    most = {path: min(leaf.side, leaf.rows) - 1 for path, leaf in found.items()}
+    most = {path: leaf.most - 1 for path, leaf in found.items()}
     wanted = {path: min(bucket, most[path]) for path in found}
     spent = sum(wanted[path] * leaf.bytes_per_column for path, leaf in found.items())
     if spent > limit:

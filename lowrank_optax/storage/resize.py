@@ -25,7 +25,8 @@ class Columns(NamedTuple):
         rank: Columns in use, the most of any matrix of its stack.
         demand: Smoothed demand of its rank rule, the most of any matrix of its stack.
         side: Length b/c of the projected side.
-        rows: Number a*c of rows of coordinates.
+        rows: Number a*c of rows of coordinates; None, where no array has them, because
+            the inner transformation keeps no moments.
         bytes_per_column: Bytes of the whole state that one column takes.
     """
 
@@ -33,8 +34,13 @@ class Columns(NamedTuple):
     rank: int
     demand: float
     side: int
-    rows: int
+    rows: int | None
     bytes_per_column: float
+
+    @property
+    def most(self) -> int:
+        """Columns of any basis of its gradients, at most."""
+        return self.side if self.rows is None else min(self.side, self.rows)
 
     def wanted(self, bucket: int) -> int:
         """Returns the columns needed now: whole buckets, up to the capacity.
@@ -87,7 +93,9 @@ def resize(state: Any, ranks: int | Mapping[str, int]) -> Any:
 
     Raises:
         ValueError: If a leaf is unknown, has no stored basis, or the columns are below
-            the rank in use or above the projected side.
+            the rank in use or above the shorter side of its matrices. Where the inner
+            transformation keeps no moments, a state says the projected side alone:
+            columns above the other one are refused by the next update.
 
     Example:
         >>> import lowrank_optax
@@ -95,7 +103,7 @@ def resize(state: Any, ranks: int | Mapping[str, int]) -> Any:
         >>> capacities(resize(state, 8))
         {"['w']": 8}
     """
-    slots = stored_slots(state)
+    slots, arrays = stored_slots(state), arrays_by_leaf(state)
     by_name = {jax.tree_util.keystr(path): path for path in slots}
     wanted = dict.fromkeys(by_name, ranks) if isinstance(ranks, int) else dict(ranks)
     for name, columns in wanted.items():
@@ -104,7 +112,10 @@ def resize(state: Any, ranks: int | Mapping[str, int]) -> Any:
                 f"{name} has no stored basis in this state; those with one are "
                 f"{', '.join(by_name) or 'none'}."
             )
-        _check_columns(name, columns, slots[by_name[name]])
+        path = by_name[name]
+        # Bases have the projected side of rows, coordinates the other one.
+        most = min(shape_of(x)[-2] for x in arrays[path].values())
+        _check_columns(name, columns, slots[path], most)
     return resized(state, {by_name[name]: k for name, k in wanted.items()})
 
 
@@ -176,16 +187,16 @@ def columns(state: Any) -> dict[str, Columns]:
     }
 
 
-def _rows(arrays: Mapping[str, Any]) -> int:
-    return next(shape_of(x)[-2] for name, x in arrays.items() if name != "basis")
+def _rows(arrays: Mapping[str, Any]) -> int | None:
+    rows = (shape_of(x)[-2] for name, x in arrays.items() if name != "basis")
+    return next(rows, None)
 
 
-def _check_columns(name: str, columns: int, slot: Subspace) -> None:
-    side = shape_of(slot.basis)[-2]
+def _check_columns(name: str, columns: int, slot: Subspace, most: int) -> None:
     is_int = isinstance(columns, int) and not isinstance(columns, bool)
-    if not is_int or not 1 <= columns <= side:
+    if not is_int or not 1 <= columns <= most:
         raise ValueError(
-            f"{name}: a basis of its side of {side} has 1 to {side} columns, not "
+            f"{name}: a basis of its gradients has 1 to {most} columns, not "
             f"{columns!r}."
         )
     if isinstance(slot.rank, jax.ShapeDtypeStruct):

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax.matrix.plan import as_arrays
+
 
 class StochasticRoundingState(NamedTuple):
     """State of :func:`stochastic_rounding`.
@@ -67,6 +69,7 @@ def stochastic_rounding(
                 "stochastic_rounding rounds parameters: give update params too, "
                 "optimizer.update(grads, state, params)."
             )
+        updates, params = as_arrays(updates), as_arrays(params)
         key = jax.random.fold_in(jax.random.key(seed), state.count)
 
         def rounded(path, update, param):

@@ -5,45 +5,21 @@ basis frozen the sum of projections is the projection of the sum.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.binding.optimizer import Binding, bind
-from lowrank_optax.binding.states import low_rank_states, slots_of
-from lowrank_optax.matrix.sharding import (
-    with_automatic_axes,
-    zeros_beside,
-    zeros_like_update,
+from lowrank_optax.matrix.plan import as_arrays
+from lowrank_optax.matrix.sharding import with_automatic_axes, zeros_like_update
+from lowrank_optax.projected import full_size
+from lowrank_optax.training.window import (
+    AccumulateState,
+    finished,
+    first_window,
+    with_gradients,
 )
-from lowrank_optax.projected import (
-    Projected,
-    ProjectedSum,
-    full_size,
-    is_projected,
-)
-from lowrank_optax.renewal import renewed_everywhere
-from lowrank_optax.subspace import Projector
-
-
-class AccumulateState(NamedTuple):
-    """State of :func:`accumulate`.
-
-    Attributes:
-        micro_step: Micro-batches added in the window under way; (), int32.
-        weight: Sum of their weights; (), float32.
-        sums: Weighted sums of their gradients, a tree like the parameters:
-            :class:`ProjectedSum`, (*stack, a*c, r), for projected leaves,
-            the leaf's shape for others; float32, or wider for wider leaves.
-        inner_state: State of the optimizer.
-    """
-
-    micro_step: jax.Array
-    weight: jax.Array
-    sums: Any
-    inner_state: Any
 
 
 class Accumulation(optax.GradientTransformationExtraArgs):
@@ -88,6 +64,12 @@ class Accumulation(optax.GradientTransformationExtraArgs):
         """
         return self.halves[1](state, params, extra_args)
 
+    def _replace(self, **functions: Callable) -> "Accumulation":
+        """Returns it with another ``init`` or ``update``, and the same two halves."""
+        replaced = super()._replace(**functions)
+        replaced.halves = self.halves
+        return replaced
+
 
 def accumulate(optimizer: optax.GradientTransformation, every_k: int) -> Accumulation:
     r"""Updates once in k micro-batches, by the mean of their gradients.
@@ -108,7 +90,9 @@ def accumulate(optimizer: optax.GradientTransformation, every_k: int) -> Accumul
     subspace) accumulate those.
 
     A basis that is due is computed from the first micro-batch of a window, as it
-    comes; it does not change inside a window. Transformations in front of the low-rank
+    comes; it does not change inside a window. A matrix that has none yet, because its
+    gradient is zero or not finite there, gets one from the first micro-batch that has a
+    gradient. Transformations in front of the low-rank
     one, such as clipping by global norm, get the mean with projected leaves in their
     subspace: the norm that is clipped is that of the *projected* mean gradient, at most
     the full one for orthonormal bases, and equal to it in expectation (of squares) for
@@ -142,23 +126,10 @@ def accumulate(optimizer: optax.GradientTransformation, every_k: int) -> Accumul
     inner = optax.with_extra_args_support(optimizer)
 
     def init(params):
-        inner_state = inner.init(params)
-        projectors = _early(bind(inner, params), params, inner_state)
-
-        def zeros(path, leaf):
-            if path in projectors:
-                return ProjectedSum(projectors[path].coordinates_beside(leaf))
-            dtype = jnp.promote_types(leaf.dtype, jnp.float32)
-            return zeros_beside(leaf, leaf.shape, dtype, _axes(leaf))
-
-        return AccumulateState(
-            micro_step=jnp.zeros([], jnp.int32),
-            weight=jnp.zeros([], jnp.float32),
-            sums=jax.tree_util.tree_map_with_path(zeros, params),
-            inner_state=inner_state,
-        )
+        return first_window(inner, as_arrays(params))
 
     def add(grads, state, weight=1.0, params=None, refresh=True):
+        grads = as_arrays(grads)
         weight = jnp.asarray(weight, jnp.float32)
         # Without shardings: those of an explicit mesh mean nothing inside.
         like = jax.tree.map(
@@ -166,12 +137,12 @@ def accumulate(optimizer: optax.GradientTransformation, every_k: int) -> Accumul
         )
 
         def added(grads, state):
-            return _add(inner, grads, state, weight, like, refresh)
+            return with_gradients(inner, grads, state, weight, like, refresh)
 
         return with_automatic_axes(added, state, grads, state)
 
     def finish(state, params, extra_args):
-        return _finish(inner, state, params, extra_args)
+        return finished(inner, state, as_arrays(params), extra_args)
 
     def update(updates, state, params=None, **extra_args):
         weight = extra_args.pop("weight", 1.0)
@@ -180,108 +151,20 @@ def accumulate(optimizer: optax.GradientTransformation, every_k: int) -> Accumul
                 "accumulate needs params in update: gradients in the subspace do not "
                 "say what shape they had."
             )
+        params = as_arrays(params)
         refresh = extra_args.get("refresh", True)
         state = add(updates, state, weight, params, refresh)
 
-        def finished():
-            return _finish(inner, state, params, extra_args)
+        def of_window():
+            return finish(state, params, extra_args)
 
-        shapes = jax.eval_shape(finished)[0]
+        shapes = jax.eval_shape(of_window)[0]
 
         def unfinished():
             return jax.tree.map(zeros_like_update, params, shapes), state
 
-        return jax.lax.cond(state.micro_step >= every_k, finished, unfinished)
+        return jax.lax.cond(state.micro_step >= every_k, of_window, unfinished)
 
     accumulation = Accumulation(init, update)
     accumulation.halves = add, finish
     return accumulation
-
-
-def _axes(leaf) -> tuple[tuple[int, ...], ...]:
-    return tuple((axis,) for axis in range(leaf.ndim))
-
-
-def _early(binding: Binding, params: Any, state: Any) -> dict[tuple, Projector]:
-    """Returns the projectors of the leaves that are projected before they are added."""
-    return {
-        path: projector
-        for node in low_rank_states(state)
-        if slots_of(node)
-        for path, projector in binding.projectors(params, node).items()
-        if not projector.parts.needs_full_gradients and path not in binding.shared
-    }
-
-
-def _add(
-    inner, grads, state: AccumulateState, weight, like, refresh: bool
-) -> AccumulateState:
-    is_first = state.micro_step == 0
-    binding = bind(inner, like)
-    inner_state = state.inner_state
-    if refresh:
-        inner_state = renewed_everywhere(
-            grads,
-            inner_state,
-            like,
-            binding,
-            allowed=is_first,
-            kept=lambda parts: parts.needs_full_gradients,
-        )
-    projectors = _early(binding, like, inner_state)
-    subspaces = {
-        path: slot
-        for node in low_rank_states(inner_state)
-        for path, slot in slots_of(node).items()
-    }
-
-    def add_leaf(path, gradient, total):
-        if path in projectors and not is_projected(gradient):
-            projector = projectors[path]
-            basis = projector.basis(subspaces[path])
-            gradient = Projected(projector.view.project(gradient, basis))
-        if is_projected(gradient):
-            gradient = ProjectedSum(gradient.coordinates)
-        shapes = [jax.tree.map(jnp.shape, x) for x in (gradient, total)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                f"{jax.tree_util.keystr(path)}: a gradient of shape {shapes[0]} "
-                f"does not fit a sum of shape {shapes[1]}; was the state made for "
-                "other parameters?"
-            )
-        return jax.tree.map(_sum, total, gradient)
-
-    def _sum(total, gradient):
-        # A new window forgets the sum, whatever is in it.
-        start = jnp.where(is_first, 0, total)
-        return start + weight.astype(total.dtype) * gradient.astype(total.dtype)
-
-    return AccumulateState(
-        micro_step=state.micro_step + 1,
-        weight=jnp.where(is_first, 0, state.weight) + weight,
-        sums=jax.tree_util.tree_map_with_path(
-            add_leaf, grads, state.sums, is_leaf=is_projected
-        ),
-        inner_state=inner_state,
-    )
-
-
-def _finish(inner, state: AccumulateState, params, extra_args):
-    weight = jnp.where(state.weight > 0, state.weight, 1)
-
-    def mean(total, leaf):
-        if isinstance(total, ProjectedSum):
-            sums = total.coordinates
-            return Projected(sums / weight.astype(sums.dtype))
-        return (total / weight.astype(total.dtype)).astype(leaf.dtype)
-
-    means = jax.tree.map(
-        mean, state.sums, params, is_leaf=lambda x: isinstance(x, ProjectedSum)
-    )
-    updates, inner_state = inner.update(means, state.inner_state, params, **extra_args)
-    return updates, AccumulateState(
-        micro_step=jnp.zeros_like(state.micro_step),
-        weight=jnp.zeros_like(state.weight),
-        sums=state.sums,
-        inner_state=inner_state,
-    )

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax.matrix.plan import as_arrays
 from lowrank_optax.matrix.sharding import zeros_like_update
 from lowrank_optax.projected import full_size
 
@@ -53,6 +54,7 @@ def apply_if_finite(
         )
 
     def update(updates, state, params=None, **extra_args):
+        updates, params = as_arrays(updates), as_arrays(params)
         leaves = jax.tree.leaves(updates)
         is_finite = jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in leaves]))
         in_a_row = jnp.where(is_finite, 0, optax.safe_increment(state.notfinite_count))

@@ -1,0 +1,207 @@
+"""A window of micro-batches: how it begins, what adds to it, what ends it."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax.binding.optimizer import Binding, bind
+from lowrank_optax.binding.states import low_rank_states, slots_of
+from lowrank_optax.matrix.plan import wide
+from lowrank_optax.matrix.sharding import zeros_beside
+from lowrank_optax.projected import (
+    Projected,
+    ProjectedSum,
+    gradients_by_path,
+    is_projected,
+)
+from lowrank_optax.renewal import renewed_everywhere
+from lowrank_optax.subspace import Projector
+
+
+class AccumulateState(NamedTuple):
+    """State of :func:`accumulate`.
+
+    Attributes:
+        micro_step: Micro-batches added in the window under way; (), int32.
+        weight: Sum of their weights; (), float32.
+        sums: Weighted sums of their gradients, a tree like the parameters:
+            :class:`ProjectedSum`, (*stack, a*c, r), for projected leaves,
+            the leaf's shape for others; float32, or wider for wider leaves.
+        inner_state: State of the optimizer.
+    """
+
+    micro_step: jax.Array
+    weight: jax.Array
+    sums: Any
+    inner_state: Any
+
+
+def first_window(
+    optimizer: optax.GradientTransformationExtraArgs, params: Any
+) -> AccumulateState:
+    """Returns an empty window, and the first state of the optimizer in it.
+
+    Raises:
+        TypeError: If a leaf is of a dtype that has no sums, such as a typed key.
+    """
+    inner_state = optimizer.init(params)
+    projectors = _early(bind(optimizer, params), params, inner_state)
+
+    def zeros(path, leaf):
+        if path in projectors:
+            return ProjectedSum(projectors[path].coordinates_beside(leaf))
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+            raise TypeError(
+                f"{jax.tree_util.keystr(path)} is of dtype {leaf.dtype}, in which no "
+                "gradients can be added up; keep it out of the parameters."
+            )
+        axes = tuple((axis,) for axis in range(leaf.ndim))
+        return zeros_beside(leaf, leaf.shape, wide(leaf.dtype), axes)
+
+    return AccumulateState(
+        micro_step=jnp.zeros([], jnp.int32),
+        weight=jnp.zeros([], jnp.float32),
+        sums=jax.tree_util.tree_map_with_path(zeros, params),
+        inner_state=inner_state,
+    )
+
+
+def with_gradients(
+    optimizer: optax.GradientTransformationExtraArgs,
+    gradients: Any,
+    state: AccumulateState,
+    weight: jax.Array,
+    like: Any,
+    refresh: bool,
+) -> AccumulateState:
+    """Returns the window with the gradients of one micro-batch added.
+
+    Args:
+        optimizer: Of the window.
+        gradients: Of the micro-batch, projected or not.
+        state: The window before.
+        weight: Of the micro-batch; (), float32.
+        like: Tree of the gradients' shapes at full size.
+        refresh: Whether bases that are due may be renewed.
+    """
+    is_first = state.micro_step == 0
+    binding = bind(optimizer, like)
+    inner_state = state.inner_state
+    if refresh:
+        inner_state = renewed_everywhere(
+            gradients,
+            inner_state,
+            like,
+            binding,
+            kept=lambda parts: parts.needs_full_gradients,
+            again=~is_first,
+        )
+    projectors = _early(binding, like, inner_state)
+    subspaces = {
+        path: slot
+        for node in low_rank_states(inner_state)
+        for path, slot in slots_of(node).items()
+    }
+
+    def add_leaf(path, gradient: Any, total):
+        if path in projectors and not is_projected(gradient):
+            projector = projectors[path]
+            basis = projector.basis(subspaces[path])
+            gradient = Projected(projector.view.project(gradient, basis))
+        if is_projected(gradient):
+            gradient = ProjectedSum(gradient.coordinates)
+        elif gradient.dtype == jax.dtypes.float0:
+            raise TypeError(
+                f"{jax.tree_util.keystr(path)} has a gradient of dtype float0, which "
+                "cannot be added up; leave what is not trained out of the gradients, "
+                "and of the optimizer by optax.masked."
+            )
+        shapes = [jax.tree.map(jnp.shape, x) for x in (gradient, total)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"{jax.tree_util.keystr(path)}: a gradient of shape {shapes[0]} "
+                f"does not fit a sum of shape {shapes[1]}; was the state made for "
+                "other parameters?"
+            )
+        return jax.tree.map(_sum, total, gradient)
+
+    def _sum(total, gradient):
+        # A new window forgets the sum, whatever is in it.
+        start = jnp.where(is_first, 0, total)
+        return start + weight.astype(total.dtype) * gradient.astype(total.dtype)
+
+    return AccumulateState(
+        micro_step=state.micro_step + 1,
+        weight=jnp.where(is_first, 0, state.weight) + weight,
+        sums=jax.tree_util.tree_map_with_path(
+            add_leaf, gradients, state.sums, is_leaf=is_projected
+        ),
+        inner_state=inner_state,
+    )
+
+
+def finished(
+    optimizer: optax.GradientTransformationExtraArgs,
+    state: AccumulateState,
+    params: Any,
+    extra_args: Mapping[str, Any],
+) -> tuple[Any, AccumulateState]:
+    """Returns the optimizer's updates by the mean of a window, and an empty one.
+
+    Its state keeps its dtypes, also where the leaves are integers.
+
+    Raises:
+        TypeError: If something in the optimizer does not take projected means.
+    """
+    weight = jnp.where(state.weight > 0, state.weight, 1)
+
+    def mean(total, leaf):
+        if isinstance(total, ProjectedSum):
+            sums = total.coordinates
+            return Projected(sums / weight.astype(sums.dtype))
+        return (total / weight.astype(total.dtype)).astype(leaf.dtype)
+
+    means = jax.tree.map(
+        mean, state.sums, params, is_leaf=lambda x: isinstance(x, ProjectedSum)
+    )
+    try:
+        updates, inner_state = optimizer.update(
+            means, state.inner_state, params, **extra_args
+        )
+    except (TypeError, ValueError) as error:
+        is_of_structure = "pytree" in str(error) and any(
+            map(is_projected, gradients_by_path(means).values())
+        )
+        if not is_of_structure:
+            raise
+        raise TypeError(
+            "accumulate gives the optimizer means that are projected, "
+            "lowrank_optax.Projected, and something in it does not take them. In the "
+            "place of optax.apply_if_finite put lowrank_optax.apply_if_finite; put "
+            "what else needs gradients like the parameters around accumulate."
+        ) from error
+    inner_state = jax.tree.map(_of_dtype, inner_state, state.inner_state)
+    return updates, AccumulateState(
+        micro_step=jnp.zeros_like(state.micro_step),
+        weight=jnp.zeros_like(state.weight),
+        sums=state.sums,
+        inner_state=inner_state,
+    )
+
+
+def _of_dtype(new: Any, old: Any) -> Any:
+    return new if new.dtype == old.dtype else new.astype(old.dtype)
+
+
+def _early(binding: Binding, params: Any, state: Any) -> dict[tuple, Projector]:
+    """Returns the projectors of the leaves that are projected before they are added."""
+    return {
+        path: projector
+        for node in low_rank_states(state)
+        if slots_of(node)
+        for path, projector in binding.projectors(params, node).items()
+        if not projector.parts.needs_full_gradients and path not in binding.shared
+    }
