@@ -71,6 +71,7 @@ ORDER = [
     "gradients.pieces",
     "gradients.lookups",
     "gradients.product",
+    "gradients.ragged",
     "gradients.uses",
     "gradients.program",
     "gradients.traced",

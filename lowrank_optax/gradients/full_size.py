@@ -28,51 +28,24 @@ from lowrank_optax.gradients.followed import (
 from lowrank_optax.gradients.routes import RANK
 from lowrank_optax.matrix.sharding import with_automatic_axes
 
-_REDUCTIONS = {
-    "reduce_sum",
-    "reduce_max",
-    "reduce_min",
-    "reduce_prod",
-    "reduce_and",
-    "reduce_or",
-}
-_ELEMENTWISE = {
-    "abs",
-    "add",
-    "add_any",
-    "clamp",
-    "div",
-    "exp",
-    "exp2",
-    "expm1",
-    "integer_pow",
-    "log",
-    "log1p",
-    "logistic",
-    "max",
-    "min",
-    "mul",
-    "neg",
-    "pow",
-    "rsqrt",
-    "select_n",
-    "sign",
-    "sqrt",
-    "square",
-    "sub",
-    "tanh",
-}
+_REDUCTIONS = frozenset(["reduce_sum", "reduce_max", "reduce_min", "reduce_prod"])
+_NAMES = """
+    abs acos acosh add add_any asin asinh atan atan2 atanh cbrt ceil clamp cos cosh div
+    erf erf_inv erfc exp exp2 expm1 floor integer_pow log log1p logistic max min mul neg
+    pow rem round rsqrt select_n sign sin sinh sqrt square sub tan tanh
+"""
+_ELEMENTWISE = frozenset(_NAMES.split())
 # What moves entries without changing them.
-_MOVES = {
-    "broadcast_in_dim",
-    "convert_element_type",
-    "copy",
-    "copy_p",
-    "expand_dims",
-    "reshape",
-    "squeeze",
-    "transpose",
-}
+_MOVES = frozenset(
+    [
+        "broadcast_in_dim",
+        "convert_element_type",
+        "copy",
+        "reshape",
+        "squeeze",
+        "transpose",
+    ]
+)
 
 
 def entry_by_entry(equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
@@ -85,7 +58,7 @@ def entry_by_entry(equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
     """
     name = equation.primitive.name
     entries = [x for x in inputs if isinstance(x, Entries)]
-    if name not in _ELEMENTWISE | _REDUCTIONS | (_MOVES if entries else set()):
+    if name not in _ELEMENTWISE | _REDUCTIONS | (_MOVES if entries else frozenset()):
         raise Refused("")
     results = bound(equation, [plain(x) for x in inputs])
     if name in _REDUCTIONS:

@@ -86,14 +86,18 @@ def scaled(equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
 
 
 def _scaled(term: Term, factor: jax.Array) -> Term:
-    """Returns a term times a factor that varies along one side alone."""
+    """Returns a term times a factor that varies along one side alone.
+
+    The factor has its gradient from a term of its own.
+    """
+    factor = jax.lax.stop_gradient(factor)
     is_in, coordinates, basis = map(varies, (factor, *term))
     pairs = list(zip(is_in, coordinates, basis, strict=True))
     if all(not f or c or not b for f, c, b in pairs):
         changed = term.coordinates * factor
         return term._replace(coordinates=changed.astype(term.coordinates.dtype))
     if all(not f or b for f, _, b in pairs):
-        changed = term.basis * jax.lax.stop_gradient(factor)
+        changed = term.basis * factor
         return term._replace(basis=changed.astype(term.basis.dtype))
     raise Refused("by an array that varies along both sides of its matrix")
 

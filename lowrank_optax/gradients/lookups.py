@@ -70,7 +70,9 @@ def _dimension(equation: core.JaxprEqn, x: Followed) -> tuple[int, int]:
 def _picked(x: Followed, dim: int, indices: jax.Array, mode: Any) -> Followed:
     """Returns slices along one dimension, (*batch, *others), without their value."""
     if len(x.dims[dim]) > 1:
-        raise Refused("picking along axes that were merged")
+        raise Refused(
+            "picking along an axis that a reshape merged or granularity divides"
+        )
     at = positions(x.dims)[dim].start
     is_inside = (indices >= 0) & (indices < x.value.shape[dim])
     # No axis of length 1 has a place among atoms.

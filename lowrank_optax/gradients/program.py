@@ -77,7 +77,8 @@ def _used(equation: core.JaxprEqn, inputs: list[Any]) -> tuple[list[Any], list[A
         rule = _PROGRAMS.get(name) or USES.get(name)
         try:
             if rule is not None:
-                return rule(equation, inputs), inputs
+                with equation.ctx.manager:
+                    return rule(equation, inputs), inputs
         except Refused as refused:
             why = str(refused)
     freed = [plain(x) if isinstance(x, Followed) and x.is_free else x for x in inputs]

@@ -112,7 +112,7 @@ def along(
         Refused: If the dimension has several atoms.
     """
     if len(x.dims[dim]) > 1:
-        raise Refused("cutting axes that were merged")
+        raise Refused("cutting an axis that a reshape merged or granularity divides")
     if not x.dims[dim]:
         return x
     at = positions(x.dims)[dim].start
@@ -149,7 +149,7 @@ def cut(x: Followed, dim: int, start: int, size: int, stride: int = 1) -> Follow
 def padded(x: Followed, dim: int, low: int, high: int, inside: int = 0) -> Followed:
     """Returns the array with zeros around and between along one dimension."""
     if len(x.dims[dim]) > 1:
-        raise Refused("padding axes that were merged")
+        raise Refused("padding an axis that a reshape merged or granularity divides")
     if not x.dims[dim]:
         x = _with_axis(x, dim)
     at = positions(x.dims)[dim].start
@@ -212,7 +212,7 @@ def leading(x: Followed) -> tuple[tuple[jax.Array, ...], Callable]:
     What does not vary along the first dimension is not cut.
     """
     if len(x.dims[0]) > 1:
-        raise Refused("over axes that were merged")
+        raise Refused("over an axis that a reshape merged or granularity divides")
     is_cut = [
         bool(x.dims[0]) and array.shape[0] > 1 for term in x.terms for array in term
     ]

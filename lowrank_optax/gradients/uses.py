@@ -9,7 +9,9 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 from jax.extend import core
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lowrank_optax.gradients.equations import bound
 from lowrank_optax.gradients.followed import Followed, Refused, Term
@@ -26,6 +28,7 @@ from lowrank_optax.gradients.pieces import (
     unstacked,
 )
 from lowrank_optax.gradients.product import dot_general
+from lowrank_optax.gradients.ragged import ragged_dot
 from lowrank_optax.gradients.structure import broadcast, reshaped, transposed
 
 
@@ -34,6 +37,21 @@ def _kept(equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
     values = [x.value if isinstance(x, Followed) else x for x in inputs]
     pairs = zip(inputs, bound(equation, values), strict=True)
     return [x.of(y) if isinstance(x, Followed) else y for x, y in pairs]
+
+
+def _resharded(equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
+    """Another sharding of the array; into another kind of mesh all of it goes."""
+    (x,) = inputs
+    (value,) = bound(equation, [x.value])
+    before, mesh = (jax.typeof(y).sharding.mesh for y in (x.value, value))
+    if before == mesh:
+        return [x.of(value)]
+
+    def moved(array):
+        sharding = NamedSharding(mesh, PartitionSpec(*(None,) * array.ndim))
+        return jax.sharding.reshard(array, sharding)
+
+    return [x.changed(moved, x.dims).of(value)]
 
 
 def _varying(equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
@@ -77,8 +95,8 @@ USES: dict[str, Callable[[core.JaxprEqn, Sequence[Any]], list[Any]]] = {
     "copy": _kept,
     "copy_p": _kept,
     "sharding_constraint": _kept,
-    "mesh_cast": _kept,
-    "reshard": _kept,
+    "mesh_cast": _resharded,
+    "reshard": _resharded,
     "layout_constraint": _kept,
     "name": _kept,
     "reduce_precision": _kept,
@@ -105,6 +123,7 @@ USES: dict[str, Callable[[core.JaxprEqn, Sequence[Any]], list[Any]]] = {
     "mul": scaled,
     "div": scaled,
     "dot_general": dot_general,
+    "ragged_dot_general": ragged_dot,
     "gather": picked,
     "custom_jvp_call": _own_rule,
     "custom_vjp_call": _own_rule,
