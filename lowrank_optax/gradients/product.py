@@ -7,131 +7,186 @@ T n m, and x P (T, r) is what the backward pass keeps, not x (T, n).
 
 import dataclasses
 import functools
-import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jax.extend import core
 
-from lowrank_optax.matrix.sharding import abstract, with_automatic_axes
-from lowrank_optax.matrix.view import MatrixView
+from lowrank_optax.gradients.contraction import contract, type_of_contraction
+from lowrank_optax.gradients.followed import (
+    Followed,
+    Term,
+    TypeOf,
+    value_of,
+    varies,
+    without_ones,
+)
+from lowrank_optax.gradients.routes import Operand, Route, joined, operand_of
+from lowrank_optax.matrix.sharding import with_automatic_axes
 
 
 @dataclasses.dataclass(frozen=True)
-class Product:
-    """One product of an array x with what has become of a parameter.
+class _Dot:
+    """One ``dot_general``.
 
     Attributes:
-        contracting: Dimensions of x that are summed over, in the order that spells the
-            sides of the parameter's matrix that they belong to.
-        batch: Dimensions of x that run with the parameter's stack.
-        y_batch: Dimensions of the result that do.
-        y_free: Dimensions of the result that the parameter has and x has not, in the
-            order that spells the other side.
-        contracts_projected: Whether the projected side is summed over.
-        view: Of the parameter.
-        numbers: Remaining arguments of ``dot_general``, with the parameter second.
+        params: Of the operation.
+        operands: How the gradient of each followed operand is computed; None: plain.
     """
 
-    contracting: tuple[int, ...]
-    batch: tuple[int, ...]
-    y_batch: tuple[int, ...]
-    y_free: tuple[int, ...]
-    contracts_projected: bool
-    view: MatrixView
-    numbers: tuple[tuple[str, Any], ...]
+    params: tuple[tuple[str, Any], ...]
+    operands: tuple[Operand | None, Operand | None]
 
-    def dot(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    def __call__(self, left: jax.Array, right: jax.Array) -> jax.Array:
         """Returns the product."""
-        return jax.lax.dot_general(x, kernel, **dict(self.numbers))
+        return jax.lax.dot_general(left, right, **dict(self.params))
 
-    def narrow(self, x: jax.Array, basis: jax.Array) -> jax.Array:
-        """Returns what the backward pass needs: (*batch, T, c, r) or (*batch, T, a)."""
-        flat = _flat(x, self.batch, self.contracting)
-        if not self.contracts_projected:
-            return flat
-        return self._projected(flat, basis)
+    @property
+    def precision(self) -> Any:
+        """As the user gave it: for the left operand and the right one."""
+        return dict(self.params).get("precision")
+
+    def narrow(
+        self, own: Operand, route: Route, basis: jax.Array, other: jax.Array
+    ) -> jax.Array:
+        """Returns the other operand in the subspace, labelled as the route says.
+
+        The basis stands where the followed operand does.
+        """
+        pair = (
+            (without_ones(basis).astype(other.dtype), route.basis),
+            (own.split(other, own.other), joined(own.other)),
+        )
+        left, right = pair if own.is_left else pair[::-1]
+        return contract(*left, *right, route.labels, self.precision)
 
     def coordinates(
-        self, narrow: jax.Array, dy: jax.Array, basis: jax.Array
+        self, own: Operand, route: Route, dy: jax.Array, kept: jax.Array, basis: Any
     ) -> jax.Array:
-        """Returns the projected gradient, (*batch, a*c, r), float32 or wider."""
-        flat = _flat(dy, self.y_batch, self.y_free)
-        if self.contracts_projected:
-            kept, cut = flat, narrow
-        else:
-            kept, cut = narrow, self._projected(flat, basis)
-        found = jnp.einsum(
-            "...ta,...tcr->...acr",
-            kept,
-            cut,
-            preferred_element_type=jnp.promote_types(kept.dtype, jnp.float32),
+        """Returns the gradient of a term's coordinates, float32 or wider.
+
+        As in JAX's own reverse rule dy is the left operand of each product.
+
+        Args:
+            own: The operand.
+            route: Of the term.
+            dy: Gradient of the product.
+            kept: What :meth:`narrow` returned, or the other operand as it is.
+            basis: (*atoms, r), if it has not met the other operand.
+        """
+        dy, labels = own.split(dy, own.result), joined(own.result)
+        kept_labels = route.labels
+        if not route.with_other:
+            flat = without_ones(basis).astype(dy.dtype)
+            dy = contract(dy, labels, flat, route.basis, route.labels, self.precision)
+            labels, kept_labels = route.labels, joined(own.other)
+            kept = own.split(kept, own.other)
+        dtype = jnp.promote_types(jnp.promote_types(dy.dtype, kept.dtype), jnp.float32)
+        return contract(
+            dy, labels, kept, kept_labels, route.coordinates, self.precision, dtype
         )
-        a, c, r = found.shape[-3:]
-        return found.reshape(*found.shape[:-3], a * c, r)
-
-    def _projected(self, flat: jax.Array, basis: jax.Array) -> jax.Array:
-        """Returns (*batch, T, c, r) from (*batch, T, b)."""
-        c, side = self.view.granularity, self.view.projected_size
-        cut = flat.reshape(*flat.shape[:-1], c, side)
-        return jnp.einsum("...tcb,...br->...tcr", cut, basis.astype(flat.dtype))
 
 
-def _flat(array: jax.Array, batch: tuple[int, ...], last: tuple[int, ...]) -> jax.Array:
-    """Returns an array as (*batch, everything else, last), the last ones merged."""
-    others = [i for i in range(array.ndim) if i not in batch + last]
-    moved = array.transpose(*batch, *others, *last)
-    lengths = [array.shape[i] for i in batch]
-    size = math.prod(array.shape[i] for i in last)
-    rest = math.prod(array.shape[i] for i in others)
-    return moved.reshape(*lengths, rest, size)
+def dot_general(equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
+    """The rule of ``dot_general``."""
+    numbers = equation.params["dimension_numbers"]
+    params = tuple(
+        (name, _static(value))
+        for name, value in equation.params.items()
+        if value is not None
+    )
+    left, right = (
+        operand_of(numbers, is_left, own, value_of(other).shape)
+        if isinstance(own, Followed)
+        else None
+        for is_left, own, other in zip((True, False), inputs, inputs[::-1], strict=True)
+    )
+    return [_product(_Dot(params, (left, right)), *inputs)]
+
+
+def _static(value: Any) -> Any:
+    """Returns dimension numbers as nested tuples, so that they can be compared."""
+    return tuple(map(_static, value)) if isinstance(value, (tuple, list)) else value
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def product(
-    spec: Product,
-    x: jax.Array,
-    kernel: jax.Array,
-    coordinates: jax.Array,
-    basis: jax.Array,
-) -> jax.Array:
-    """Returns x times the kernel; the gradient goes to the coordinates.
-
-    Args:
-        spec: Which dimensions meet.
-        x: Any array.
-        kernel: What has become of the parameter; its own gradient is none.
-        coordinates: (*batch, a*c, r); only its gradient counts.
-        basis: (*batch, b/c, r).
-    """
-    del coordinates, basis
-    return spec.dot(x, kernel)
+def _product(dot: _Dot, left: Any, right: Any) -> jax.Array:
+    """Returns a product; gradients of followed operands go to their coordinates."""
+    return dot(value_of(left), value_of(right))
 
 
-def _forward(spec, x, kernel, coordinates, basis):
-    narrow = spec.narrow(x, basis)
-    # Of x and of the coordinates, types alone go on.
-    types = _Type(abstract(x)), _Type(abstract(coordinates))
-    return spec.dot(x, kernel), (narrow, kernel, basis, *types)
+def _forward(dot: _Dot, *primals):
+    inputs = jax.tree.map(lambda primal: primal.value, primals)
+    values = tuple(map(value_of, inputs))
+    saved = []
+    for own, primal, x, other in zip(
+        dot.operands, primals, inputs, values[::-1], strict=True
+    ):
+        if own is not None:
+            saved.append(_kept(dot, own, primal, x, other))
+        else:
+            saved.append((TypeOf.array(x), other) if primal.perturbed else None)
+    return dot(*values), saved
 
 
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class _Type:
-    """Shape, dtype and sharding, which are no arrays."""
+def _kept(dot: _Dot, own: Operand, primal: Followed, x: Followed, other: jax.Array):
+    """Returns what the backward pass needs of a followed operand, term by term."""
+    kept = []
+    for route, flags, term in zip(own.routes, primal.terms, x.terms, strict=True):
+        like = TypeOf.array(term.coordinates)
+        if not flags.coordinates.perturbed:
+            kept.append(None)
+        elif route.with_other:
+            sizes = [*(own.sizes[i] for i in route.labels[:-1]), term.basis.shape[-1]]
+            labels = iter(route.basis)
+            of_basis = [
+                (next(labels),) if is_in else () for is_in in varies(term.basis)
+            ]
+            sharded = type_of_contraction(
+                route.labels, sizes, (other, own.other), (term.basis, of_basis)
+            )
+            narrow = functools.partial(dot.narrow, own, route)
+            kept.append(
+                (like, with_automatic_axes(narrow, sharded, term.basis, other), None)
+            )
+        else:
+            kept.append((like, other, term.basis))
+    return x.without_arrays(), kept
 
-    like: jax.ShapeDtypeStruct
+
+def _backward(dot: _Dot, saved, dy):
+    found = []
+    for is_left, own, kept in zip((True, False), dot.operands, saved, strict=True):
+        if kept is None or isinstance(dy, SymbolicZero):
+            found.append(None)
+        elif own is None:
+            type_, other = kept
+
+            def of(x, other=other, is_left=is_left):
+                return dot(x, other) if is_left else dot(other, x)
+
+            found += jax.linear_transpose(of, type_.like)(dy)
+        else:
+            x, terms = kept
+            gradients = tuple(
+                Term(term and _coordinates(dot, own, route, dy, *term), None)
+                for route, term in zip(own.routes, terms, strict=True)
+            )
+            found.append(dataclasses.replace(x, terms=gradients))
+    return tuple(found)
 
 
-def _backward(spec, residuals, dy):
-    narrow, kernel, basis, x, coordinates = residuals
-    (dx,) = jax.linear_transpose(lambda x: spec.dot(x, kernel), x.like)(dy)
+def _coordinates(dot: _Dot, own: Operand, route: Route, dy, type_, kept, basis):
+    """Returns the gradient of one term's coordinates."""
 
-    def gradient(narrow, dy, basis):
-        return spec.coordinates(narrow, dy, basis).astype(coordinates.like.dtype)
+    def gradient(dy, kept, basis):
+        found = dot.coordinates(own, route, dy, kept, basis)
+        return type_.shaped(found)
 
-    found = with_automatic_axes(gradient, coordinates.like, narrow, dy, basis)
-    return dx, None, found, None
+    return with_automatic_axes(gradient, type_.like, dy, kept, basis)
 
 
-product.defvjp(_forward, _backward)
+_product.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -4,34 +4,41 @@ Follows chosen parameters through scans, checkpoints, conditionals and jitted fu
 to the operations that use them, which :mod:`lowrank_optax.gradients.uses` treats.
 """
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.extend import core
 
-from lowrank_optax.gradients.followed import Followed, UnsupportedError, unsupported
-from lowrank_optax.gradients.uses import USES, bound, stack_place
+from lowrank_optax.gradients.equations import bound, has_derivative
+from lowrank_optax.gradients.followed import (
+    Entries,
+    Followed,
+    Refused,
+    UnsupportedError,
+    unsupported,
+    value_of,
+)
+from lowrank_optax.gradients.full_size import entry_by_entry, plain
+from lowrank_optax.gradients.structure import leading
+from lowrank_optax.gradients.uses import USES
 
 
 def evaluate(jaxpr: core.ClosedJaxpr, arguments: Sequence[Any]) -> list[Any]:
     """Returns the results of a traced program.
 
     Args:
-        jaxpr: The program.
+        jaxpr: The program, whose first result alone is differentiated.
         arguments: Arrays, or :class:`Followed` in the place of some.
 
     Raises:
         UnsupportedError: If a followed parameter is used otherwise than in a product,
-            or is returned.
+            or is the first result.
     """
-    results = _evaluate(jaxpr.jaxpr, jaxpr.consts, arguments)
-    for result in results:
-        if isinstance(result, Followed):
-            raise UnsupportedError(f"{result.name} is a result of the function itself.")
-    return results
+    first, *others = _evaluate(jaxpr.jaxpr, jaxpr.consts, arguments)
+    if isinstance(first, Followed) and not first.is_free:
+        raise UnsupportedError(f"{first.names[0]} is the result of the function.")
+    return [plain(first), *map(value_of, others)]
 
 
 def _evaluate(jaxpr: core.Jaxpr, consts, arguments) -> list[Any]:
@@ -43,8 +50,12 @@ def _evaluate(jaxpr: core.Jaxpr, consts, arguments) -> list[Any]:
 
     for equation in jaxpr.eqns:
         inputs = [read(atom) for atom in equation.invars]
-        if any(isinstance(x, Followed) for x in inputs):
-            outputs = _followed(equation, inputs)
+        if any(isinstance(x, (Followed, Entries)) for x in inputs):
+            outputs, used = _used(equation, inputs)
+            for atom, before, after in zip(equation.invars, inputs, used, strict=True):
+                # What became an array once is one for all uses: one gradient.
+                if before is not after:
+                    values[atom] = after
         else:
             outputs = bound(equation, inputs)
         for variable, output in zip(equation.outvars, outputs, strict=True):
@@ -52,71 +63,68 @@ def _evaluate(jaxpr: core.Jaxpr, consts, arguments) -> list[Any]:
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _followed(equation: core.JaxprEqn, inputs: list[Any]) -> list[Any]:
-    """Returns the results of an operation on a followed parameter."""
-    rule = _RULES.get(equation.primitive.name)
-    if rule is None:
-        raise unsupported(equation, inputs)
-    return rule(equation, inputs)
+def _used(equation: core.JaxprEqn, inputs: list[Any]) -> tuple[list[Any], list[Any]]:
+    """Returns the results of an operation on followed parameters, and the inputs.
+
+    An input that may be treated as activations becomes an array where there is no rule.
+    """
+    name = equation.primitive.name
+    if name == "stop_gradient" or not has_derivative(equation):
+        values = [value_of(x) for x in inputs]
+        return bound(equation, jax.lax.stop_gradient(values)), inputs
+    why = ""
+    if not any(isinstance(x, Entries) for x in inputs) or name in _PROGRAMS:
+        rule = _PROGRAMS.get(name) or USES.get(name)
+        try:
+            if rule is not None:
+                with equation.ctx.manager:
+                    return rule(equation, inputs), inputs
+        except Refused as refused:
+            why = str(refused)
+    freed = [plain(x) if isinstance(x, Followed) and x.is_free else x for x in inputs]
+    if any(x is not y for x, y in zip(inputs, freed, strict=True)):
+        if any(isinstance(x, (Followed, Entries)) for x in freed):
+            return _used(equation, freed)[0], freed
+        return bound(equation, freed), freed
+    try:
+        return entry_by_entry(equation, inputs), inputs
+    except Refused:
+        raise unsupported(equation, inputs, why) from None
 
 
 def _jit(equation, inputs) -> list[Any]:
-    closed = equation.params["jaxpr"]
+    closed = equation.params.get("jaxpr") or equation.params["call_jaxpr"]
     return _evaluate(closed.jaxpr, closed.consts, inputs)
 
 
-def _flattened(inputs: Sequence[Any]) -> tuple[list[jax.Array], Callable]:
-    """Returns all arrays of the inputs, and how to put them together again."""
-    counts = [3 if isinstance(x, Followed) else 1 for x in inputs]
-
-    def rebuilt(arrays: Sequence[jax.Array]) -> list[Any]:
-        arrays, found = list(arrays), []
-        for like, count in zip(inputs, counts, strict=True):
-            taken, arrays = arrays[:count], arrays[count:]
-            found.append(like.of(taken) if count == 3 else taken[0])
-        return found
-
-    flat = [
-        y for x in inputs for y in (x.arrays() if isinstance(x, Followed) else (x,))
-    ]
-    return flat, rebuilt
-
-
 def _checkpoint(equation, inputs) -> list[Any]:
-    flat, rebuilt = _flattened(inputs)
     params = equation.params
-
     passed: dict[int, int] = {}
 
-    def body(*arrays):
-        inner = rebuilt(arrays)
+    def body(*inner):
         results = _evaluate(params["jaxpr"], (), inner)
-        return _without_passed(equation, results, inner, passed)
+        return _without_passed(results, inner, passed)
 
     again = jax.checkpoint(
         body, prevent_cse=params["prevent_cse"], policy=params["policy"]
     )
-    return _with_passed(again(*flat), passed, inputs)
+    return _with_passed(again(*inputs), passed, inputs)
 
 
-def _without_passed(equation, results, inner, passed: dict[int, int]) -> list[Any]:
+def _without_passed(results, inner, passed: dict[int, int]) -> list[Any]:
     """Returns the results without the parameters that only pass through.
 
     Flax returns a module's parameters from each transformed call of it.
 
     Args:
-        equation: With a program of its own.
-        results: Of that program.
+        results: Of a program.
         inner: Its arguments.
         passed: Filled with result -> argument, by position.
     """
     for i, result in enumerate(results):
-        if not isinstance(result, Followed):
-            continue
         same = [j for j, x in enumerate(inner) if x is result]
-        if not same:
-            raise unsupported(equation, [result], "which returns it changed")
-        passed[i] = same[0]
+        if isinstance(result, Followed) and same:
+            passed[i] = same[0]
     return [x for i, x in enumerate(results) if i not in passed]
 
 
@@ -127,54 +135,54 @@ def _with_passed(results, passed: dict[int, int], inputs) -> list[Any]:
     return [inputs[passed[i]] if i in passed else next(plain) for i in range(count)]
 
 
-def _plain(equation, results: list[Any]) -> list[Any]:
-    if any(isinstance(x, Followed) for x in results):
-        raise unsupported(equation, results, "which returns it")
-    return results
+def _returned(results: list[Any]) -> list[Any]:
+    """Returns the results of a part of the program that must all be arrays."""
+    found = [plain(x) if isinstance(x, Followed) and x.is_free else x for x in results]
+    if any(isinstance(x, (Followed, Entries)) for x in found):
+        raise Refused("which returns it")
+    return found
 
 
 def _cond(equation, inputs) -> list[Any]:
     index, *operands = inputs
     if isinstance(index, Followed):
-        raise unsupported(equation, inputs)
-    flat, rebuilt = _flattened(operands)
+        raise Refused("as what it decides by")
 
     def branch(closed):
-        def run(*arrays):
-            found = _evaluate(closed.jaxpr, closed.consts, rebuilt(arrays))
-            return _plain(equation, found)
-
-        return run
+        return lambda *inner: _returned(_evaluate(closed.jaxpr, closed.consts, inner))
 
     branches = [branch(closed) for closed in equation.params["branches"]]
-    return list(jax.lax.switch(index, branches, *flat))
+    return list(jax.lax.switch(index, branches, *operands))
+
+
+def _while(equation, inputs) -> list[Any]:
+    """A loop that reverse mode cannot go through: JAX says so, if it has to."""
+    return bound(equation, [plain(x) for x in inputs])
 
 
 def _scan(equation, inputs) -> list[Any]:
     params = equation.params
     consts, carry, over = _scan_inputs(params, inputs)
-    n_carry = len(carry)
-    scanned = [_leading(equation, x) for x in over]
-    if any(isinstance(x, Followed) for x in carry):
-        raise unsupported(equation, carry, "as a value that is carried on")
-    flat, rebuilt = _flattened([x[0] for x in scanned])
-    inner = [x[1] for x in scanned]
+    carry = [plain(x) if isinstance(x, Followed) and x.is_free else x for x in carry]
+    if any(isinstance(x, (Followed, Entries)) for x in carry):
+        raise Refused("as a value that is carried on")
+    scanned = [leading(x) if isinstance(x, Followed) else (x, None) for x in over]
     closed = params["jaxpr"]
     passed: dict[int, int] = {}
 
     def body(carry, arrays):
         rows = [
-            like.of(row.arrays()) if isinstance(like, Followed) else row
-            for like, row in zip(inner, rebuilt(arrays), strict=True)
+            step(row) if step else row
+            for row, (_, step) in zip(arrays, scanned, strict=True)
         ]
         results = _evaluate(closed.jaxpr, closed.consts, [*consts, *carry, *rows])
-        carry = _plain(equation, results[:n_carry])
-        return carry, _without_passed(equation, results[n_carry:], rows, passed)
+        others = _without_passed(results[len(carry) :], rows, passed)
+        return _returned(results[: len(carry)]), _returned(others)
 
     carry, outputs = jax.lax.scan(
         body,
         carry,
-        flat,
+        [x for x, _ in scanned],
         length=params["length"],
         reverse=params["reverse"],
         unroll=params["unroll"],
@@ -191,26 +199,14 @@ def _scan_inputs(params, inputs: list[Any]) -> tuple[list[Any], ...]:
     return inputs[:consts], inputs[consts : consts + carry], inputs[consts + carry :]
 
 
-def _leading(equation, x) -> tuple[Any, Any]:
-    """Returns what a scan runs over, and what one step of it sees."""
-    if not isinstance(x, Followed):
-        return x, None
-    place = stack_place(x, 0)
-    if place is None:
-        raise unsupported(equation, [x], "over another axis than its stack")
-    moved = dataclasses.replace(
-        x,
-        coordinates=jnp.moveaxis(x.coordinates, place, 0),
-        basis=jnp.moveaxis(x.basis, place, 0),
-    )
-    stack = tuple(axis for i, axis in enumerate(x.stack) if i != place)
-    return moved, dataclasses.replace(x, dims=x.dims[1:], stack=stack)
-
-
-_RULES = {
-    **USES,
+_PROGRAMS = {
     "jit": _jit,
+    "pjit": _jit,
+    "closed_call": _jit,
+    "core_call": _jit,
     "remat2": _checkpoint,
+    "checkpoint": _checkpoint,
     "cond": _cond,
+    "while": _while,
     "scan": _scan,
 }

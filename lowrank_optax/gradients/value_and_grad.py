@@ -11,8 +11,10 @@ import optax
 from lowrank_optax.binding.optimizer import bind
 from lowrank_optax.binding.states import low_rank_states, slots_of
 from lowrank_optax.due import is_due
-from lowrank_optax.gradients.followed import follow
+from lowrank_optax.gradients.followed import Followed, Term
+from lowrank_optax.gradients.layout import Layout
 from lowrank_optax.gradients.program import evaluate
+from lowrank_optax.gradients.traced import traced
 from lowrank_optax.projected import Projected
 from lowrank_optax.renewal import renewed_everywhere
 from lowrank_optax.subspace import Projector
@@ -24,6 +26,26 @@ class _Projected(NamedTuple):
 
     projector: Projector
     basis: jax.Array
+
+    @property
+    def _layout(self) -> Layout:
+        return Layout(self.projector.view)
+
+    def zeros(self, leaf: Any) -> jax.Array:
+        """Returns the coordinates whose gradient is asked for, (*atoms, r)."""
+        projector = self.projector
+        return self._layout.zeros(leaf, projector.capacity, projector.dtype)
+
+    def follow(self, leaf: jax.Array, coordinates: jax.Array) -> Followed:
+        """Returns the leaf to be followed."""
+        term = Term(coordinates, self._layout.basis(leaf, self.basis))
+        name = jax.tree_util.keystr(self.projector.path)
+        return Followed(leaf, (term,), self._layout.dims, (name,))
+
+    def public(self, leaf: Any, coordinates: jax.Array) -> jax.Array:
+        """Returns the gradient (*stack, a*c, r) of coordinates (*atoms, r)."""
+        like = self.projector.coordinates_beside(leaf)
+        return self._layout.public(like, coordinates)
 
 
 class SubspaceValueAndGrad:
@@ -51,49 +73,36 @@ class SubspaceValueAndGrad:
             raise ValueError(
                 f"full_gradients has no leaf of the parameters: {', '.join(missing)}."
             )
-        program, shapes = jax.make_jaxpr(self._function, return_shape=True)(
-            params, *args, **kwargs
-        )
-        value = shapes[0] if self._has_aux else shapes
-        if not hasattr(value, "shape") or value.shape != ():
-            raise TypeError(
-                f"the function must return a scalar, not {jax.tree.map(str, value)}."
-            )
-        others = jax.tree.leaves((args, kwargs))
+        program, aux_of = traced(self._function, self._has_aux, params, args, kwargs)
 
         def merged(inside, outside):
             """Returns leaves in the order of the parameters, from two orders."""
             sources = iter(outside), iter(inside)
             return [next(sources[path in followed]) for path, _ in leaves]
 
-        def of(coordinates, plain):
-            arguments = [
-                follow(
-                    jax.tree_util.keystr(path),
-                    followed[path].projector.view,
-                    leaf,
-                    found,
-                    followed[path].basis,
-                )
-                if path in followed
-                else found
-                for (path, leaf), found in zip(
-                    leaves, merged(coordinates, plain), strict=True
-                )
-            ]
-            results = evaluate(program, [*arguments, *others])
-            found = jax.tree.unflatten(jax.tree.structure(shapes), results)
-            return found if self._has_aux else (found, None)
+        inside = [(followed[path], x) for path, x in leaves if path in followed]
 
-        zeros = [
-            followed[path].projector.coordinates_beside(leaf)
-            for path, leaf in leaves
-            if path in followed
-        ]
+        def of(coordinates, plain):
+            arguments = merged(
+                [
+                    one.follow(leaf, found)
+                    for (one, leaf), found in zip(inside, coordinates, strict=True)
+                ],
+                plain,
+            )
+            value, *others = evaluate(program, arguments)
+            return value, others
+
+        zeros = [one.zeros(leaf) for one, leaf in inside]
         plain = [leaf for path, leaf in leaves if path not in followed]
         gradient = jax.value_and_grad(of, argnums=(0, 1), has_aux=True)
         (value, aux), (narrow, full) = gradient(zeros, plain)
-        gradients = treedef.unflatten(merged(map(Projected, narrow), full))
+        narrow = [
+            Projected(one.public(leaf, found))
+            for (one, leaf), found in zip(inside, narrow, strict=True)
+        ]
+        gradients = treedef.unflatten(merged(narrow, full))
+        aux = aux_of(aux)
         return ((value, aux) if self._has_aux else value), gradients, state
 
     def keeping(self, params: Any, state: Any, *args: Any, **kwargs: Any):

@@ -1,0 +1,22 @@
+"""The operations of a traced program, carried out one by one."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax.extend import core
+
+
+def bound(equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
+    """Returns the results of an operation as it stands."""
+    primitive = equation.primitive
+    with equation.ctx.manager:
+        params = primitive.get_bind_params(equation.params)
+        output = primitive.bind(*inputs, **params)
+    return list(output) if primitive.multiple_results else [output]
+
+
+def has_derivative(equation: core.JaxprEqn) -> bool:
+    """Returns whether any result can be differentiated: integers cannot."""
+    types = [variable.aval for variable in equation.outvars]
+    return any(jnp.issubdtype(getattr(x, "dtype", int), jnp.inexact) for x in types)

@@ -1,0 +1,149 @@
+"""The projected gradient of a parameter, spread over the parameter's own axes."""
+
+import dataclasses
+import functools
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_optax.matrix.sharding import with_automatic_axes, zeros_beside
+from lowrank_optax.matrix.view import MatrixView
+
+# What each dimension of an array made of a parameter consists of, outermost first: the
+# sizes of its atoms, all above 1, whose product is its length.
+Dims = tuple[tuple[int, ...], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Atom:
+    """An axis of a parameter, or a digit of one that granularity cuts."""
+
+    axis: int
+    size: int
+    side: Literal["stack", "kept", "block", "projected"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where the axes of coordinates and of a basis lie among those of the parameter.
+
+    Both get one axis per atom, in the parameter's order, and the rank: an atom has its
+    size where they vary along it, else 1. The gradient G of the parameter then is one
+    of sum_r coordinates * basis, broadcast, whatever its axes mean.
+
+    Attributes:
+        view: The parameter as matrices.
+    """
+
+    view: MatrixView
+
+    @functools.cached_property
+    def _atoms(self) -> tuple[_Atom, ...]:
+        """Atoms above 1 in the parameter's order."""
+        shape, view = self.view.shape, self.view
+        cut = self._cut or dict.fromkeys(view.projected_axes, 1)
+        found = []
+        for axis, size in enumerate(shape):
+            if axis in view.stack_axes:
+                found.append(_Atom(axis, size, "stack"))
+            elif axis in view.kept_axes:
+                found.append(_Atom(axis, size, "kept"))
+            else:
+                blocks = cut[axis]
+                found.append(_Atom(axis, blocks, "block"))
+                found.append(_Atom(axis, size // blocks, "projected"))
+        return tuple(atom for atom in found if atom.size > 1)
+
+    @functools.cached_property
+    def _cut(self) -> dict[int, int] | None:
+        """Blocks of each projected axis; None, if a block ends inside of one's step."""
+        left, cut = self.view.granularity, {}
+        for axis in self.view.projected_axes:
+            size = self.view.shape[axis]
+            blocks = math.gcd(left, size)
+            if blocks not in (left, size):
+                return None
+            cut[axis] = blocks
+            left //= blocks
+        return cut
+
+    @property
+    def dims(self) -> Dims:
+        """Of the parameter itself."""
+        axes = range(len(self.view.shape))
+        return tuple(
+            tuple(atom.size for atom in self._atoms if atom.axis == axis)
+            for axis in axes
+        )
+
+    def zeros(self, leaf: Any, rank: int, dtype: Any) -> jax.Array:
+        """Returns coordinates of zero, (*atoms, r), sharded as the leaf is.
+
+        Blocks that no atoms stand for are columns of their own: r is granularity times
+        the rank then.
+        """
+        return self._zeros(leaf, self._rank(rank), dtype, ("stack", "kept", "block"))
+
+    def basis(self, leaf: Any, basis: jax.Array) -> jax.Array:
+        """Returns a basis (*stack, b/c, r) as (*atoms, r), sharded as the leaf is."""
+        sides = ("stack", "projected")
+        rank = self._rank(basis.shape[-1])
+        like = self._zeros(leaf, rank, basis.dtype, sides)
+        order, shape = self._order(sides)
+
+        def spread(basis):
+            if self._cut is None:
+                # One basis per block, in columns of its own.
+                eye = jnp.eye(self.view.granularity, dtype=basis.dtype)
+                basis = jnp.einsum("ij,...br->...ibjr", eye, basis)
+            basis = basis.reshape(*shape, rank)
+            inverse = sorted(range(len(order)), key=order.__getitem__)
+            return basis.transpose(*inverse, len(order)).reshape(like.shape)
+
+        return with_automatic_axes(spread, like, basis)
+
+    def public(self, like: jax.Array, coordinates: jax.Array) -> jax.Array:
+        """Returns coordinates (*atoms, r) as (*stack, a*c, r), sharded as ``like``."""
+        order, shape = self._order(("stack", "kept", "block"))
+        rank = coordinates.shape[-1]
+
+        def gathered(coordinates):
+            sizes = [shape[order.index(i)] for i in sorted(order)]
+            places = [sorted(order).index(i) for i in order]
+            found = coordinates.reshape(*sizes, rank)
+            return found.transpose(*places, len(order)).reshape(like.shape)
+
+        return with_automatic_axes(gathered, like, coordinates)
+
+    def _rank(self, rank: int) -> int:
+        return rank * self.view.granularity if self._cut is None else rank
+
+    def _order(self, sides) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Returns which atoms these sides have, side by side, and their sizes."""
+        view = self.view
+        axes = {
+            "stack": view.stack_axes,
+            "kept": view.kept_axes,
+            "block": view.projected_axes,
+            "projected": view.projected_axes,
+        }
+        order = tuple(
+            i
+            for side in sides
+            for axis in axes[side]
+            for i, atom in enumerate(self._atoms)
+            if (atom.axis, atom.side) == (axis, side)
+        )
+        return order, tuple(self._atoms[i].size for i in order)
+
+    def _zeros(self, leaf: Any, rank: int, dtype: Any, sides) -> jax.Array:
+        shape, axes, seen = [], [], set()
+        for atom in self._atoms:
+            varies = atom.side in sides
+            shape.append(atom.size if varies else 1)
+            # The outermost digit of an axis is sharded as the axis is.
+            axes.append((atom.axis,) if varies and atom.axis not in seen else ())
+            seen.add(atom.axis)
+        return zeros_beside(leaf, (*shape, rank), dtype, (*axes, ()))

@@ -1,0 +1,109 @@
+"""Operations that keep a followed array one: sums, and products with a number."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from lowrank_optax.gradients.equations import bound
+from lowrank_optax.gradients.followed import (
+    Followed,
+    Refused,
+    Term,
+    atomic,
+    names_of,
+    plain_term,
+    value_of,
+    varies,
+)
+from lowrank_optax.gradients.structure import broadcast_to
+
+
+def _bound(equation: core.JaxprEqn, inputs: Sequence[Any]) -> jax.Array:
+    return bound(equation, [value_of(x) for x in inputs])[0]
+
+
+def negated(equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
+    """The rule of ``neg``."""
+    (x,) = inputs
+    value = _bound(equation, inputs)
+    return [_minus(x).of(value)]
+
+
+def _minus(x: Followed) -> Followed:
+    terms = tuple(Term(-term.coordinates, term.basis) for term in x.terms)
+    return dataclasses.replace(x, terms=terms)
+
+
+def added(equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
+    """The rule of ``add`` and ``sub``: the terms of both.
+
+    A plain array becomes a term whose gradient has the array's own size.
+    """
+    value = _bound(equation, inputs)
+    first, second = inputs
+    if equation.primitive.name == "sub":
+        second = _minus(second) if isinstance(second, Followed) else -second
+    pair = [_of_shape(x, value) for x in (first, second)]
+    followed = [x for x in pair if isinstance(x, Followed)]
+    dims = followed[0].dims
+    if any(x.dims != dims for x in followed):
+        raise Refused("with another parameter whose axes were merged otherwise")
+    terms = tuple(
+        term
+        for x in pair
+        for term in (x.terms if isinstance(x, Followed) else (plain_term(x, dims),))
+    )
+    is_sum = len(followed) == 1 or any(x.is_sum for x in followed)
+    return [Followed(value, terms, dims, names_of(pair), is_sum)]
+
+
+def scaled(equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
+    """The rule of ``mul`` and ``div`` by a number, or a vector along one side.
+
+    d(s W) = s dW + W ds: s is a term too, of which W is the basis. Its gradient <G, W>
+    is had without G.
+    """
+    is_division = equation.primitive.name == "div"
+    first, second = inputs
+    swap = not isinstance(first, Followed)
+    x, s = (second, first) if swap else (first, second)
+    if isinstance(s, Followed) or (is_division and swap):
+        raise Refused("by another parameter")
+    value = _bound(equation, inputs)
+    x, s = _of_shape(x, value), _of_shape(s, value)
+    number = atomic(s, x.dims)
+    factor = 1 / number if is_division else number
+    terms = [_scaled(term, factor) for term in x.terms]
+    # Of a quotient q = W / s, dq = dW / s - q ds / s.
+    basis = -value / s if is_division else x.value
+    basis = jnp.broadcast_to(basis, value.shape)
+    terms.append(Term(number, atomic(basis, x.dims)))
+    return [dataclasses.replace(x, value=value, terms=tuple(terms))]
+
+
+def _scaled(term: Term, factor: jax.Array) -> Term:
+    """Returns a term times a factor that varies along one side alone.
+
+    The factor has its gradient from a term of its own.
+    """
+    factor = jax.lax.stop_gradient(factor)
+    is_in, coordinates, basis = map(varies, (factor, *term))
+    pairs = list(zip(is_in, coordinates, basis, strict=True))
+    if all(not f or c or not b for f, c, b in pairs):
+        changed = term.coordinates * factor
+        return term._replace(coordinates=changed.astype(term.coordinates.dtype))
+    if all(not f or b for f, _, b in pairs):
+        changed = term.basis * factor
+        return term._replace(basis=changed.astype(term.basis.dtype))
+    raise Refused("by an array that varies along both sides of its matrix")
+
+
+def _of_shape(x: Any, value: jax.Array) -> Any:
+    """Returns a followed or plain operand with as many dimensions as the result."""
+    if isinstance(x, Followed):
+        return broadcast_to(x, value.shape)
+    return jnp.reshape(x, (1,) * value.ndim) if jnp.ndim(x) == 0 else x
