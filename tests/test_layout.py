@@ -19,6 +19,7 @@ LIBRARY = ROOT / "lowrank_optax"
 ORDER = [
     "codes",
     "matrix.__init__",
+    "matrix.boxes",
     "matrix.dimension_numbers",
     "matrix.view",
     "matrix.plan",

@@ -12,6 +12,7 @@ from lowrank_optax.binding.optimizer import bind
 from lowrank_optax.binding.states import low_rank_states, slots_of
 from lowrank_optax.gradients.followed import follow
 from lowrank_optax.gradients.program import evaluate
+from lowrank_optax.matrix.boxes import leaves_by_path
 from lowrank_optax.projected import Projected
 from lowrank_optax.renewal import is_due, renewed_everywhere
 from lowrank_optax.subspace import Projector
@@ -42,7 +43,7 @@ class SubspaceValueAndGrad:
         self, params: Any, state: Any, args: tuple, kwargs: Any, draws: bool
     ):
         state, followed = self._prepared(params, state, draws)
-        leaves, treedef = jax.tree.flatten_with_path(params)
+        leaves, treedef = leaves_by_path(params).items(), jax.tree.structure(params)
         missing = set(self._full_gradients) - {
             jax.tree_util.keystr(p) for p, _ in leaves
         }

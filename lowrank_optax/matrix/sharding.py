@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from lowrank_optax.matrix.boxes import Axes, boxed_beside, contents, is_box, merged_spec
 from lowrank_optax.matrix.view import MatrixView
 
 
@@ -50,24 +51,24 @@ def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def zeros_beside(
-    leaf: Any, shape: tuple[int, ...], dtype: Any, axes: tuple[tuple[int, ...], ...]
-) -> jax.Array:
-    """Returns zeros sharded as the given axes of ``leaf`` are.
+def zeros_beside(leaf: Any, shape: tuple[int, ...], dtype: Any, axes: Axes) -> Any:
+    """Returns zeros sharded as the given axes of ``leaf`` are; boxed, if it is.
 
     Args:
-        leaf: Parameter: array, tracer, or ShapeDtypeStruct.
+        leaf: Parameter: array, tracer, or ShapeDtypeStruct; in a box or not.
         shape: Shape of the result.
         dtype: Its dtype.
         axes: For each axis of the result, the axes of ``leaf`` merged in it; () for one
             that is never sharded, such as the rank. An axis that the mesh does not
             divide is not sharded either.
     """
+    if is_box(leaf):
+        zeros = zeros_beside(contents(leaf), shape, dtype, axes)
+        return boxed_beside(leaf, zeros, axes)
     sharding = _named_sharding(leaf)
     if sharding is None:
         return jnp.zeros(shape, dtype)
-    spec = tuple(sharding.spec) + (None,) * (leaf.ndim - len(sharding.spec))
-    parts = [_merged(spec, group) for group in axes]
+    parts = merged_spec(sharding.spec, leaf.ndim, axes)
     merged = PartitionSpec(
         *(
             part if length % _shards(sharding.mesh, part) == 0 else None
@@ -99,12 +100,6 @@ def _named_sharding(leaf: Any) -> NamedSharding | None:
         return sharding if explicit else None
     sharding = getattr(leaf, "sharding", None)
     return sharding if isinstance(sharding, NamedSharding) else None
-
-
-def _merged(spec: tuple, axes: tuple[int, ...]):
-    """Returns the partition of merged axes: the outermost one's, if no other has."""
-    parts = [spec[axis] for axis in axes]
-    return parts[0] if parts and not any(parts[1:]) else None
 
 
 def _shards(mesh: Any, part: Any) -> int:

@@ -10,6 +10,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from lowrank_optax.binding.moments import KNOWN_FIELDS, owner_and_field
 from lowrank_optax.codes import bytes_of, is_coded, shape_of
+from lowrank_optax.matrix.boxes import leaves_by_path, unboxed
 from lowrank_optax.projected import ProjectedSum
 from lowrank_optax.report.memory import Bytes, LeafMemory, MemoryPlan
 from lowrank_optax.report.projections import projections
@@ -49,7 +50,7 @@ def memory_plan(
     state = jax.eval_shape(lambda p: optimizer.init(p), shapes)
     plans = projections(optimizer, shapes)
     sharded = _sharded_state(optimizer, params)
-    leaves = dict(jax.tree.leaves_with_path(params))
+    leaves = leaves_by_path(params)
     fields: dict[tuple, dict[str, int]] = {path: {} for path in leaves}
     on_device: dict[tuple, dict[str, int]] = {path: {} for path in leaves}
     full_rank = dict.fromkeys(leaves, 0)
@@ -96,7 +97,7 @@ def _nodes(state: Any) -> list[tuple[tuple, Any]]:
     def is_array(node):
         return is_coded(node) or isinstance(node, ProjectedSum)
 
-    return jax.tree.leaves_with_path(state, is_leaf=is_array)
+    return jax.tree.leaves_with_path(unboxed(state), is_leaf=is_array)
 
 
 def _owner_and_field(path: tuple, owners) -> tuple[tuple | None, str]:

@@ -23,6 +23,13 @@ from lowrank_optax.codes import (
     is_coded,
     shape_of,
 )
+from lowrank_optax.matrix.boxes import (
+    boxed_like,
+    contents,
+    is_box,
+    unboxed,
+    with_contents,
+)
 from lowrank_optax.matrix.sharding import with_automatic_axes, zeros_beside
 from lowrank_optax.projected import gradients_by_path
 from lowrank_optax.rules.budget import stored_as
@@ -138,27 +145,30 @@ def _is_array(node: Any) -> bool:
 def _decoded(node: Any) -> Any:
     if not is_coded(node):
         return node
-    coded = coded_record(node)
-    return with_automatic_axes(decode, coded.codes, coded)
+    coded = unboxed(coded_record(node))
+    array = with_automatic_axes(decode, coded.codes, coded)
+    return with_contents(coded_record(node).codes, array)
 
 
 def _encoded(old: Any, new: Any) -> Any:
     """Returns the new array in the format of the old one."""
     if not is_coded(old):
         return new
-    coded = coded_record(old)
-    return with_automatic_axes(encode, coded, new, coded)
+    coded = unboxed(coded_record(old))
+    new_coded = with_automatic_axes(encode, coded, contents(new), coded)
+    return boxed_like(new_coded, coded_record(old))
 
 
 def _first_encoded(array: jax.Array, like: Coded) -> Coded:
-    """Returns an array in a format, sharded as it is."""
+    """Returns an array in a format, sharded, and boxed, as it is."""
+    leaf, array = array, contents(array)
     rows_and_columns = tuple((axis,) for axis in range(array.ndim))
     codes_axes = rows_and_columns
     if like.codes.shape != array.shape:
         codes_axes = (*rows_and_columns[:-1], ())
     zeros = Coded(
-        zeros_beside(array, like.codes.shape, like.codes.dtype, codes_axes),
-        zeros_beside(array, like.absmax.shape, like.absmax.dtype, rows_and_columns),
+        zeros_beside(leaf, like.codes.shape, like.codes.dtype, codes_axes),
+        zeros_beside(leaf, like.absmax.shape, like.absmax.dtype, rows_and_columns),
     )
     # One program a shape: eagerly, each of its twenty operations is one.
     coded = jax.jit(_encoded)(zeros, array)
@@ -198,10 +208,10 @@ class _Rule:
         formats = {array.path: array.like for array in self._arrays(state, params)}
 
         def encode_leaf(path, leaf):
-            like = formats[path]
+            like = formats.get(path)
             return leaf if like is None else _first_encoded(leaf, like)
 
-        return jax.tree_util.tree_map_with_path(encode_leaf, state)
+        return jax.tree_util.tree_map_with_path(encode_leaf, state, is_leaf=is_box)
 
     def check(self, state: Any, params: Any) -> None:
         """Raises if a state was made under another rule."""
@@ -218,7 +228,7 @@ class _Rule:
             )
 
     def _arrays(self, state: Any, params: Any) -> Iterator[_Array]:
-        owners = gradients_by_path(params).keys()
+        owners, state = gradients_by_path(params).keys(), unboxed(state)
         for prefix, node in jax.tree.leaves_with_path(state, is_leaf=_is_array):
             if not is_low_rank(node):
                 yield self._array(prefix, node, self._moment(prefix, owners), False)

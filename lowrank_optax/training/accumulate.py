@@ -13,6 +13,12 @@ import optax
 
 from lowrank_optax.binding.optimizer import Binding, bind
 from lowrank_optax.binding.states import low_rank_states, slots_of
+from lowrank_optax.matrix.boxes import (
+    boxed_like,
+    contents,
+    is_box,
+    unboxed,
+)
 from lowrank_optax.matrix.sharding import (
     with_automatic_axes,
     zeros_beside,
@@ -148,13 +154,14 @@ def accumulate(optimizer: optax.GradientTransformation, every_k: int) -> Accumul
         def zeros(path, leaf):
             if path in projectors:
                 return ProjectedSum(projectors[path].coordinates_beside(leaf))
-            dtype = jnp.promote_types(leaf.dtype, jnp.float32)
-            return zeros_beside(leaf, leaf.shape, dtype, _axes(leaf))
+            array = contents(leaf)
+            dtype = jnp.promote_types(array.dtype, jnp.float32)
+            return zeros_beside(leaf, array.shape, dtype, _axes(array))
 
         return AccumulateState(
             micro_step=jnp.zeros([], jnp.int32),
             weight=jnp.zeros([], jnp.float32),
-            sums=jax.tree_util.tree_map_with_path(zeros, params),
+            sums=jax.tree_util.tree_map_with_path(zeros, params, is_leaf=is_box),
             inner_state=inner_state,
         )
 
@@ -256,12 +263,13 @@ def _add(
         start = jnp.where(is_first, 0, total)
         return start + weight.astype(total.dtype) * gradient.astype(total.dtype)
 
+    sums = jax.tree_util.tree_map_with_path(
+        add_leaf, unboxed(grads), unboxed(state.sums), is_leaf=is_projected
+    )
     return AccumulateState(
         micro_step=state.micro_step + 1,
         weight=jnp.where(is_first, 0, state.weight) + weight,
-        sums=jax.tree_util.tree_map_with_path(
-            add_leaf, grads, state.sums, is_leaf=is_projected
-        ),
+        sums=boxed_like(sums, state.sums),
         inner_state=inner_state,
     )
 
@@ -276,8 +284,12 @@ def _finish(inner, state: AccumulateState, params, extra_args):
         return (total / weight.astype(total.dtype)).astype(leaf.dtype)
 
     means = jax.tree.map(
-        mean, state.sums, params, is_leaf=lambda x: isinstance(x, ProjectedSum)
+        mean,
+        unboxed(state.sums),
+        unboxed(params),
+        is_leaf=lambda x: isinstance(x, ProjectedSum),
     )
+    means = boxed_like(means, params)
     updates, inner_state = inner.update(means, state.inner_state, params, **extra_args)
     return updates, AccumulateState(
         micro_step=jnp.zeros_like(state.micro_step),
