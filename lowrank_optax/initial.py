@@ -11,6 +11,7 @@ from lowrank_optax.binding.optimizer import announce, unheard
 from lowrank_optax.codes import bytes_of
 from lowrank_optax.core import Core
 from lowrank_optax.matrix.boxes import is_box, unboxed
+from lowrank_optax.matrix.sharding import on_mesh_of
 from lowrank_optax.parts import Parts
 from lowrank_optax.rules.budget import Budget, as_stored, largest_fitting
 from lowrank_optax.rules.ranks import FixedRank
@@ -68,4 +69,5 @@ def _init(params: Any, core: Core, parts: Parts) -> ScaleByLowRankState:
     locate_moments(arrays, shapes, others, parts.moments)
     core.check(unboxed(in_subspace), arrays)
     subspaces = jax.tree_util.tree_map_with_path(subspace, params, is_leaf=is_box)
-    return ScaleByLowRankState(jnp.zeros([], jnp.int32), subspaces, inner_state)
+    state = ScaleByLowRankState(jnp.zeros([], jnp.int32), subspaces, inner_state)
+    return on_mesh_of(params, state)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from lowrank_optax.matrix.boxes import Axes, boxed_beside, contents, is_box, merged_spec
 from lowrank_optax.matrix.view import MatrixView
@@ -32,7 +32,7 @@ def with_automatic_axes(function: Callable, out_like: Any, *args: Any) -> Any:
     mesh = _explicit_mesh(args)
     if mesh is None:
         return function(*args)
-    out_sharding = jax.tree.map(_explicit_sharding, out_like)
+    out_sharding = jax.tree.map(lambda x: _explicit_sharding(x, mesh), out_like)
     automatic = jax.sharding.auto_axes(function, out_sharding=out_sharding)
     return automatic(*args)
 
@@ -41,8 +41,34 @@ def _explicit_mesh(tree: Any):
     for leaf in jax.tree.leaves(tree):
         mesh = jax.typeof(leaf).sharding.mesh
         if AxisType.Explicit in getattr(mesh, "axis_types", ()):
-            return mesh
+            # Outside of a trace the devices are known, and needed.
+            return getattr(getattr(leaf, "sharding", None), "mesh", mesh)
     return None
+
+
+def on_mesh_of(like: Any, tree: Any) -> Any:
+    """Returns a tree with what lies on no mesh replicated over that of the leaves.
+
+    Without ``jax.set_mesh`` a new scalar lies on none, and comes out of a region of
+    automatic axes on the mesh: under explicit axes that is another type.
+
+    Args:
+        like: Tree of arrays, or their shapes.
+        tree: Tree of arrays.
+    """
+    mesh = _explicit_mesh(like)
+    if mesh is None:
+        return tree
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    def on_mesh(leaf: Any) -> Any:
+        if not jax.typeof(leaf).sharding.mesh.empty:
+            return leaf
+        is_traced = isinstance(leaf, Tracer) or isinstance(mesh, AbstractMesh)
+        put = jax.sharding.reshard if is_traced else jax.device_put
+        return put(leaf, replicated)
+
+    return jax.tree.map(on_mesh, tree)
 
 
 def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -87,9 +113,13 @@ def zeros_like_update(leaf: Any, update: Any) -> jax.Array:
     return zeros_beside(leaf, leaf.shape, update.dtype, axes)
 
 
-def _explicit_sharding(leaf: Any) -> NamedSharding:
+def _explicit_sharding(leaf: Any, mesh: Any) -> NamedSharding:
+    """Returns the sharding of a leaf; over the whole mesh, if it is not on it."""
     is_abstract = isinstance(leaf, jax.ShapeDtypeStruct)
-    return leaf.sharding if is_abstract else jax.typeof(leaf).sharding
+    sharding = leaf.sharding if is_abstract else jax.typeof(leaf).sharding
+    if sharding is None or sharding.mesh.empty:
+        return NamedSharding(mesh, PartitionSpec())
+    return sharding
 
 
 def _named_sharding(leaf: Any) -> NamedSharding | None:

@@ -20,6 +20,7 @@ from lowrank_optax.matrix.boxes import (
     unboxed,
 )
 from lowrank_optax.matrix.sharding import (
+    on_mesh_of,
     with_automatic_axes,
     zeros_beside,
     zeros_like_update,
@@ -158,12 +159,13 @@ def accumulate(optimizer: optax.GradientTransformation, every_k: int) -> Accumul
             dtype = jnp.promote_types(array.dtype, jnp.float32)
             return zeros_beside(leaf, array.shape, dtype, _axes(array))
 
-        return AccumulateState(
+        state = AccumulateState(
             micro_step=jnp.zeros([], jnp.int32),
             weight=jnp.zeros([], jnp.float32),
             sums=jax.tree_util.tree_map_with_path(zeros, params, is_leaf=is_box),
             inner_state=inner_state,
         )
+        return on_mesh_of(params, state)
 
     def add(grads, state, weight=1.0, params=None, refresh=True):
         weight = jnp.asarray(weight, jnp.float32)
