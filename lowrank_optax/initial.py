@@ -10,7 +10,9 @@ from lowrank_optax.binding.moments import locate_moments
 from lowrank_optax.binding.optimizer import announce, unheard
 from lowrank_optax.codes import bytes_of
 from lowrank_optax.core import Core
+from lowrank_optax.matrix.boxes import is_box, unboxed
 from lowrank_optax.matrix.plan import as_arrays
+from lowrank_optax.matrix.sharding import on_mesh_of
 from lowrank_optax.parts import Parts
 from lowrank_optax.rules.budget import Budget, Size, as_stored, largest_fitting
 from lowrank_optax.rules.ranks import FixedRank
@@ -64,10 +66,12 @@ def _init(params: Any, core: Core, parts: Parts) -> ScaleByLowRankState:
             return leaf
         return projectors[path].coordinates_beside(leaf)
 
-    in_subspace = jax.tree_util.tree_map_with_path(coordinates, params)
+    in_subspace = jax.tree_util.tree_map_with_path(coordinates, params, is_leaf=is_box)
     inner_state = core.init(params, in_subspace, projectors)
     shapes = {path: projector.shape for path, projector in projectors.items()}
-    locate_moments(inner_state, shapes, plans.keys() - shapes.keys(), parts.moments)
-    core.check(in_subspace, inner_state)
-    subspaces = jax.tree_util.tree_map_with_path(subspace, params)
-    return ScaleByLowRankState(jnp.zeros([], jnp.int32), subspaces, inner_state)
+    others, arrays = plans.keys() - shapes.keys(), unboxed(inner_state)
+    locate_moments(arrays, shapes, others, parts.moments)
+    core.check(unboxed(in_subspace), arrays)
+    subspaces = jax.tree_util.tree_map_with_path(subspace, params, is_leaf=is_box)
+    state = ScaleByLowRankState(jnp.zeros([], jnp.int32), subspaces, inner_state)
+    return on_mesh_of(params, state)

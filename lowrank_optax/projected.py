@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import optax
 
+from lowrank_optax.matrix.boxes import unboxed
 from lowrank_optax.matrix.sharding import abstract
 
 # What functions that make masks and labels make of an array.
@@ -81,7 +82,8 @@ def is_projected(node: Any) -> bool:
 
 def gradients_by_path(gradients: Any) -> dict[tuple, Any]:
     """Returns each gradient, an array or :class:`Projected`, by its leaf's key path."""
-    return dict(jax.tree.leaves_with_path(gradients, is_leaf=is_projected))
+    leaves = jax.tree.leaves_with_path(unboxed(gradients), is_leaf=is_projected)
+    return dict(leaves)
 
 
 def full_size(gradients: Any, params: Any) -> Any:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax.codes import decode, shape_of
+from lowrank_optax.matrix.boxes import leaves_by_path
 from lowrank_optax.matrix.plan import LeafPlan, plan_leaves, wide
 from lowrank_optax.matrix.sharding import (
     basis_axes,
@@ -101,10 +102,13 @@ class Projector:
         return zeros_beside(leaf, self.shape, self.dtype, coordinate_axes(self.view))
 
     def initial(self, leaf: Any) -> Subspace:
-        """Returns the subspace before the first gradient, sharded as the leaf is."""
+        """Returns the subspace before the first gradient; sharded, boxed as it is."""
 
         def per_matrix(dtype):
             return zeros_beside(leaf, self.view.stack, dtype, stack_axes(self.view))
+
+        def all_columns(dtype):
+            return jax.tree.map(lambda zeros: zeros + self.capacity, per_matrix(dtype))
 
         basis = ()
         if not self.parts.is_random:
@@ -112,8 +116,8 @@ class Projector:
             basis = zeros_beside(leaf, self.basis_shape, self.dtype, axes)
         return Subspace(
             basis=basis,
-            rank=per_matrix(jnp.int32) + self.capacity,
-            demand=per_matrix(jnp.float32) + self.capacity,
+            rank=all_columns(jnp.int32),
+            demand=all_columns(jnp.float32),
             age=per_matrix(jnp.int32),
             refreshes=per_matrix(jnp.int32),
             failures=per_matrix(jnp.int32),
@@ -185,8 +189,7 @@ def initial_projectors(
     """Returns the plan of every leaf and the projector of each projected one."""
     plans = _plans(params, parts, parts.rank.capacity)
     capacities = {path: x.capacity for path, x in plans.items() if x.is_projected}
-    leaves = dict(jax.tree.leaves_with_path(params))
-    return plans, _projectors(leaves, plans, capacities, parts)
+    return plans, _projectors(leaves_by_path(params), plans, capacities, parts)
 
 
 def projectors_of_state(
@@ -207,8 +210,7 @@ def projectors_of_state(
     """
     # A capacity of 0 plans every leaf with a matrix; the state's own shapes decide.
     plans = _plans(tree, parts, 0)
-    leaves = dict(jax.tree.leaves_with_path(tree))
-    capacities = {}
+    leaves, capacities = leaves_by_path(tree), {}
     for path, subspace in subspaces.items():
         if path not in plans:
             raise ValueError(

@@ -28,10 +28,16 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.binding.moments import Kind, locate_moments
-from lowrank_optax.binding.states import low_rank_record, slots_of, with_slots
+from lowrank_optax.binding.states import (
+    as_given,
+    low_rank_record,
+    slots_of,
+    with_slots,
+)
 from lowrank_optax.codes import decoded_tree, encoded_tree
 from lowrank_optax.core import Core, InLeaf, InsideSubspace
 from lowrank_optax.initial import initial_state
+from lowrank_optax.matrix.boxes import is_box, unboxed, with_contents
 from lowrank_optax.matrix.dimension_numbers import DimensionNumbers
 from lowrank_optax.matrix.plan import as_arrays
 from lowrank_optax.matrix.sharding import with_automatic_axes
@@ -188,14 +194,23 @@ def low_rank_transformation(
                 f"is compiled; got {type(refresh).__name__}. Under jax.jit close over "
                 "it, or name it in static_argnames."
             )
-        updates = as_arrays(updates)
-        like = full_size(updates, params)
+        updates, record = as_arrays(updates), low_rank_record(unboxed(state))
+        gradients = unboxed(updates)
+        like = full_size(gradients, unboxed(params))
 
         def update(updates, state):
             return _update(updates, state, like, core, parts, refresh, extra_args)
 
-        record = low_rank_record(state)
-        return with_automatic_axes(update, (like, record), updates, record)
+        new_updates, new_state = with_automatic_axes(
+            update, (like, record), gradients, record
+        )
+        new_updates = jax.tree.map(
+            with_contents,
+            updates,
+            new_updates,
+            is_leaf=lambda node: is_box(node) or is_projected(node),
+        )
+        return new_updates, as_given(new_state, state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -18,6 +18,7 @@ LIBRARY = ROOT / "lowrank_optax"
 # A module may import those above it.
 ORDER = [
     "matrix.__init__",
+    "matrix.boxes",
     "matrix.dimension_numbers",
     "matrix.view",
     "matrix.plan",

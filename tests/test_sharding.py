@@ -248,6 +248,52 @@ def test_traced_init_gives_the_explicit_shardings_of_init(name, layout):
     _assert_same_shardings(traced, state)
 
 
+@every_optimizer
+def test_an_explicit_mesh_needs_no_set_mesh(name):
+    layout = LAYOUTS["columns"]
+    optimizer, mesh = optimizer_for(name, layout), mesh_for(layout, AxisType.Explicit)
+    params = sharded(0, layout, mesh)
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    expected = single_device_run(name, layout.shape, layout.numbers)
+    for step, reference in enumerate(expected):
+        updates, new_state = update(sharded(step, layout, mesh), state, params)
+        # A scalar that comes out on a mesh was on it before.
+        assert types(new_state) == types(state)
+        np.testing.assert_allclose(updates["w"], reference, rtol=1e-3, atol=1e-5)
+        state = new_state
+
+
+AROUND = {
+    "accumulate": lambda tx: lowrank_optax.accumulate(tx, 2),
+    "low_bit": lambda tx: lowrank_optax.low_bit(tx, 8, 8, min_size=1),
+    "MultiSteps": lambda tx: optax.MultiSteps(tx, 2),
+    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 2),
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_without_set_mesh_a_scan_carries_the_state_and_a_condition_chooses_it(around):
+    layout = LAYOUTS["rows"]
+    optimizer = AROUND[around](optimizer_for("galore", layout))
+    mesh = mesh_for(layout, AxisType.Explicit)
+
+    def trained(params):
+        def step(carry, factor):
+            params, state = carry
+            grads = jax.tree.map(lambda x: factor * x, params)
+            updates, state = optimizer.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        carry = params, optimizer.init(params)
+        (params, _), _ = jax.jit(lambda c: jax.lax.scan(step, c, jnp.ones(4)))(carry)
+        return params["w"]
+
+    alone = trained({"w": jnp.asarray(gradient(0, layout))})
+    # A code may fall the other way.
+    tolerance = 1e-2 if around == "low_bit" else 1e-4
+    np.testing.assert_allclose(trained(sharded(0, layout, mesh)), alone, atol=tolerance)
+
+
 class Collective(NamedTuple):
     """A collective operation in a compiled program: its numbers, and its line."""
 

@@ -8,6 +8,7 @@ import optax
 
 from lowrank_optax.binding.moments import owner_and_field
 from lowrank_optax.codes import coded_record, is_coded, shape_of
+from lowrank_optax.matrix.boxes import is_box, unboxed, with_contents
 from lowrank_optax.projected import ProjectedSum
 from lowrank_optax.rules.schedules import Trend
 from lowrank_optax.subspace import ScaleByLowRankState, Subspace
@@ -21,7 +22,7 @@ def is_low_rank(node: Any) -> bool:
 
 
 def low_rank_record(node: Any) -> ScaleByLowRankState:
-    """Returns a state again where ``flax.nnx.Optimizer`` has made mappings of it.
+    """Returns a state again where ``flax.nnx.split`` has made mappings of it.
 
     Raises:
         TypeError: If it is no state of a low-rank transformation.
@@ -71,9 +72,15 @@ def _is_mapping_of(node: Any, record: Any) -> bool:
     return fields - _MAY_BE_EMPTY <= set(node) <= fields
 
 
+def _is_sum(node: Any) -> bool:
+    if isinstance(node, Mapping) and set(node) == {"coordinates"}:
+        return jax.tree_util.all_leaves(node.values())
+    return isinstance(node, ProjectedSum)
+
+
 def low_rank_states(state: Any) -> list[ScaleByLowRankState]:
-    """Returns the states of all low-rank transformations in a state."""
-    nodes = jax.tree.leaves(state, is_leaf=is_low_rank)
+    """Returns the states of all low-rank transformations in a state, unboxed."""
+    nodes = jax.tree.leaves(unboxed(state), is_leaf=is_low_rank)
     return [low_rank_record(node) for node in nodes if is_low_rank(node)]
 
 
@@ -85,7 +92,33 @@ def map_low_rank_states(
     def of_node(node):
         return function(low_rank_record(node)) if is_low_rank(node) else node
 
-    return jax.tree.map(of_node, state, is_leaf=is_low_rank)
+    new = jax.tree.map(of_node, unboxed(state), is_leaf=is_low_rank)
+    return as_given(new, state)
+
+
+def as_given(new: Any, state: Any) -> Any:
+    """Returns the arrays of a state in the containers of the one that it comes from.
+
+    Args:
+        new: A state of records, without boxes.
+        state: One with the same arrays, by name, in boxes or not, and in mappings or
+            records.
+    """
+    if jax.tree.structure(new) == jax.tree.structure(state):
+        return new
+    arrays = {names(path): x for path, x in jax.tree.leaves_with_path(new)}
+
+    def of_leaf(path, node):
+        return (
+            with_contents(node, arrays[names(path)]) if jax.tree.leaves(node) else node
+        )
+
+    return jax.tree_util.tree_map_with_path(of_leaf, state, is_leaf=is_box)
+
+
+def names(path: tuple) -> tuple[str, ...]:
+    """Returns what a key path is called in any container."""
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
 def slots_of(node: ScaleByLowRankState) -> dict[tuple, Subspace]:
@@ -148,11 +181,12 @@ def map_columns(state: Any, of_slot: OfSlot, of_array: OfArray) -> Any:
         return of_slot(path, node)._replace(basis=of_array(path, "basis", node.basis))
 
     def of_node(path, node):
-        if isinstance(node, ProjectedSum):
+        if _is_sum(node):
             owner, field = owner_and_field(path, stored.keys())
             if owner is None:
                 return node
-            return ProjectedSum(of_array(owner, field, node.coordinates))
+            (sums,) = jax.tree.leaves(node)
+            return ProjectedSum(of_array(owner, field, sums))
         if not is_low_rank(node):
             return node
         node = low_rank_record(node)
@@ -163,7 +197,7 @@ def map_columns(state: Any, of_slot: OfSlot, of_array: OfArray) -> Any:
             owner, field = owner_and_field(path, owners)
             if owner is None or not has_columns(owner, node):
                 return node
-            return of_array(owner, field, node)
+            return of_array(owner, field, coded_record(node))
 
         return node._replace(
             subspaces=jax.tree_util.tree_map_with_path(
@@ -174,11 +208,12 @@ def map_columns(state: Any, of_slot: OfSlot, of_array: OfArray) -> Any:
             ),
         )
 
-    return jax.tree_util.tree_map_with_path(
+    new = jax.tree_util.tree_map_with_path(
         of_node,
-        state,
-        is_leaf=lambda node: isinstance(node, ProjectedSum) or is_low_rank(node),
+        unboxed(state),
+        is_leaf=lambda node: _is_sum(node) or is_low_rank(node),
     )
+    return as_given(new, state)
 
 
 def arrays_by_leaf(state: Any) -> dict[tuple, dict[str, Any]]:

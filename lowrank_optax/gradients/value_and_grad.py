@@ -15,6 +15,7 @@ from lowrank_optax.gradients.followed import Followed, Term
 from lowrank_optax.gradients.layout import Layout
 from lowrank_optax.gradients.program import evaluate
 from lowrank_optax.gradients.traced import traced
+from lowrank_optax.matrix.boxes import leaves_by_path
 from lowrank_optax.projected import Projected
 from lowrank_optax.renewal import renewed_everywhere
 from lowrank_optax.subspace import Projector
@@ -65,7 +66,7 @@ class SubspaceValueAndGrad:
         self, params: Any, state: Any, args: tuple, kwargs: Any, draws: bool
     ):
         state, followed = self._prepared(params, state, draws)
-        leaves, treedef = jax.tree.flatten_with_path(params)
+        leaves, treedef = leaves_by_path(params).items(), jax.tree.structure(params)
         missing = set(self._full_gradients) - {
             jax.tree_util.keystr(p) for p, _ in leaves
         }

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from lowrank_optax.matrix.boxes import unboxed
+
 
 class LowRankDimensionNumbers(NamedTuple):
     """Which axes of a leaf form its matrix; the axes not named are stack axes.
@@ -42,14 +44,15 @@ def dimension_numbers_by_shape(params: Any) -> Any:
         params: Tree of arrays or shapes.
 
     Returns:
-        A tree like ``params`` of :class:`LowRankDimensionNumbers` or None.
+        A tree like ``params``, without boxes, of :class:`LowRankDimensionNumbers` or
+        None.
 
     Example:
         >>> import jax.numpy as jnp
         >>> dimension_numbers_by_shape({"scan": jnp.ones((8, 4, 6)), "b": jnp.ones(6)})
         {'b': None, 'scan': LowRankDimensionNumbers(reduction_axis=1, output_axis=2)}
     """
-    return jax.tree.map(_by_shape, params)
+    return jax.tree.map(_by_shape, unboxed(params))
 
 
 def _by_shape(leaf) -> LowRankDimensionNumbers | None:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lowrank_optax.matrix.boxes import leaves_by_path, unboxed
 from lowrank_optax.matrix.dimension_numbers import (
     DimensionNumbers,
     LowRankDimensionNumbers,
@@ -71,11 +72,10 @@ def plan_leaves(
     Raises:
         ValueError: If dimension numbers are missing for a leaf, or do not fit it.
     """
-    numbers = _numbers_by_path(dimension_numbers, params)
-    leaves = jax.tree.leaves_with_path(params)
+    numbers = _numbers_by_path(dimension_numbers, unboxed(params))
     return {
         path: _plan_leaf(path, leaf, capacity, side, numbers, granularity)
-        for path, leaf in leaves
+        for path, leaf in leaves_by_path(params).items()
     }
 
 
@@ -144,7 +144,7 @@ def _numbers_by_path(dimension_numbers: Any, params: Any) -> dict[tuple, Any]:
     if callable(dimension_numbers) and not is_numbers:
         dimension_numbers = dimension_numbers(params)
     leaves = jax.tree.leaves_with_path(
-        dimension_numbers,
+        unboxed(dimension_numbers),
         is_leaf=lambda x: x is None or isinstance(x, LowRankDimensionNumbers),
     )
     for path, leaf in leaves:

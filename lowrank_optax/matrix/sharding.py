@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
+from lowrank_optax.matrix.boxes import Axes, boxed_beside, contents, is_box, merged_spec
 from lowrank_optax.matrix.view import MatrixView
 
 
@@ -31,7 +32,7 @@ def with_automatic_axes(function: Callable, out_like: Any, *args: Any) -> Any:
     mesh = _explicit_mesh(args)
     if mesh is None:
         return function(*args)
-    out_sharding = jax.tree.map(_explicit_sharding, out_like)
+    out_sharding = jax.tree.map(lambda x: _explicit_sharding(x, mesh), out_like)
     automatic = jax.sharding.auto_axes(function, out_sharding=out_sharding)
     return automatic(*args)
 
@@ -40,8 +41,34 @@ def _explicit_mesh(tree: Any):
     for leaf in jax.tree.leaves(tree):
         mesh = jax.typeof(leaf).sharding.mesh
         if AxisType.Explicit in getattr(mesh, "axis_types", ()):
-            return mesh
+            # Outside of a trace the devices are known, and needed.
+            return getattr(getattr(leaf, "sharding", None), "mesh", mesh)
     return None
+
+
+def on_mesh_of(like: Any, tree: Any) -> Any:
+    """Returns a tree with what lies on no mesh replicated over that of the leaves.
+
+    Without ``jax.set_mesh`` a new scalar lies on none, and comes out of a region of
+    automatic axes on the mesh: under explicit axes that is another type.
+
+    Args:
+        like: Tree of arrays, or their shapes.
+        tree: Tree of arrays.
+    """
+    mesh = _explicit_mesh(like)
+    if mesh is None:
+        return tree
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    def on_mesh(leaf: Any) -> Any:
+        if not jax.typeof(leaf).sharding.mesh.empty:
+            return leaf
+        is_traced = isinstance(leaf, Tracer) or isinstance(mesh, AbstractMesh)
+        put = jax.sharding.reshard if is_traced else jax.device_put
+        return put(leaf, replicated)
+
+    return jax.tree.map(on_mesh, tree)
 
 
 def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -50,24 +77,24 @@ def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def zeros_beside(
-    leaf: Any, shape: tuple[int, ...], dtype: Any, axes: tuple[tuple[int, ...], ...]
-) -> jax.Array:
-    """Returns zeros sharded as the given axes of ``leaf`` are.
+def zeros_beside(leaf: Any, shape: tuple[int, ...], dtype: Any, axes: Axes) -> Any:
+    """Returns zeros sharded as the given axes of ``leaf`` are; boxed, if it is.
 
     Args:
-        leaf: Parameter: array, tracer, or ShapeDtypeStruct.
+        leaf: Parameter: array, tracer, or ShapeDtypeStruct; in a box or not.
         shape: Shape of the result.
         dtype: Its dtype.
         axes: For each axis of the result, the axes of ``leaf`` merged in it; () for one
             that is never sharded, such as the rank. An axis that the mesh does not
             divide is not sharded either.
     """
+    if is_box(leaf):
+        zeros = zeros_beside(contents(leaf), shape, dtype, axes)
+        return boxed_beside(leaf, zeros, axes)
     sharding = _named_sharding(leaf)
     if sharding is None:
         return jnp.zeros(shape, dtype)
-    spec = tuple(sharding.spec) + (None,) * (leaf.ndim - len(sharding.spec))
-    parts = [_merged(spec, group) for group in axes]
+    parts = merged_spec(sharding.spec, leaf.ndim, axes)
     merged = PartitionSpec(
         *(
             part if length % _shards(sharding.mesh, part) == 0 else None
@@ -86,9 +113,13 @@ def zeros_like_update(leaf: Any, update: Any) -> jax.Array:
     return zeros_beside(leaf, leaf.shape, update.dtype, axes)
 
 
-def _explicit_sharding(leaf: Any) -> NamedSharding:
+def _explicit_sharding(leaf: Any, mesh: Any) -> NamedSharding:
+    """Returns the sharding of a leaf; over the whole mesh, if it is not on it."""
     is_abstract = isinstance(leaf, jax.ShapeDtypeStruct)
-    return leaf.sharding if is_abstract else jax.typeof(leaf).sharding
+    sharding = leaf.sharding if is_abstract else jax.typeof(leaf).sharding
+    if sharding is None or sharding.mesh.empty:
+        return NamedSharding(mesh, PartitionSpec())
+    return sharding
 
 
 def _named_sharding(leaf: Any) -> NamedSharding | None:
@@ -99,12 +130,6 @@ def _named_sharding(leaf: Any) -> NamedSharding | None:
         return sharding if explicit else None
     sharding = getattr(leaf, "sharding", None)
     return sharding if isinstance(sharding, NamedSharding) else None
-
-
-def _merged(spec: tuple, axes: tuple[int, ...]):
-    """Returns the partition of merged axes: the outermost one's, if no other has."""
-    parts = [spec[axis] for axis in axes]
-    return parts[0] if parts and not any(parts[1:]) else None
 
 
 def _shards(mesh: Any, part: Any) -> int:

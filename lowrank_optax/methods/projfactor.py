@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax.matrix.boxes import is_box
 from lowrank_optax.matrix.dimension_numbers import DimensionNumbers
 from lowrank_optax.matrix.sharding import basis_axes, coordinate_axes, zeros_beside
 from lowrank_optax.matrix.view import Side
@@ -212,7 +213,7 @@ class FactoredAtFullSize(NamedTuple):
                 shape, axes = shape_and_axes(projectors[path])
                 return zeros_beside(leaf, shape, projectors[path].dtype, axes)
 
-            return jax.tree_util.tree_map_with_path(per_leaf, params)
+            return jax.tree_util.tree_map_with_path(per_leaf, params, is_leaf=is_box)
 
         return ScaleByProjfactorState(
             mu=zeros(lambda p: (p.shape, coordinate_axes(p.view))),
@@ -290,5 +291,7 @@ def _quadratic(left: jax.Array, right: jax.Array) -> jax.Array:
 def _unprojected(tree: Any, projectors: Mapping[tuple, Any]) -> Any:
     """Returns the tree with ``optax.MaskedNode()`` for each projected leaf."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, x: optax.MaskedNode() if path in projectors else x, tree
+        lambda path, x: optax.MaskedNode() if path in projectors else x,
+        tree,
+        is_leaf=is_box,
     )

@@ -11,6 +11,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from lowrank_optax.binding.moments import KNOWN_FIELDS, Kind, owner_and_field
 from lowrank_optax.binding.optimizer import bind
 from lowrank_optax.codes import bytes_of, is_coded, shape_of
+from lowrank_optax.matrix.boxes import leaves_by_path, unboxed
 from lowrank_optax.matrix.plan import as_arrays
 from lowrank_optax.projected import ProjectedSum
 from lowrank_optax.report.memory import Bytes, LeafMemory, MemoryPlan
@@ -56,7 +57,7 @@ def memory_plan(
     for who in bind(optimizer, shapes).transformations:
         kinds.update(who.parts.moments)
     sharded = _sharded_state(optimizer, params)
-    leaves = dict(jax.tree.leaves_with_path(params))
+    leaves = leaves_by_path(params)
     fields: dict[tuple, dict[str, int]] = {path: {} for path in leaves}
     on_device: dict[tuple, dict[str, int]] = {path: {} for path in leaves}
     full_rank = dict.fromkeys(leaves, 0)
@@ -103,7 +104,7 @@ def _nodes(state: Any) -> list[tuple[tuple, Any]]:
     def is_array(node):
         return is_coded(node) or isinstance(node, ProjectedSum)
 
-    return jax.tree.leaves_with_path(state, is_leaf=is_array)
+    return jax.tree.leaves_with_path(unboxed(state), is_leaf=is_array)
 
 
 def _owner_and_field(path: tuple, owners) -> tuple[tuple | None, str]:

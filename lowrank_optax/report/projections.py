@@ -6,6 +6,7 @@ import jax
 import optax
 
 from lowrank_optax.binding.optimizer import bind
+from lowrank_optax.matrix.boxes import leaves_by_path
 from lowrank_optax.matrix.plan import LeafPlan, as_arrays
 
 
@@ -47,5 +48,5 @@ def projections(
         reason = "not given to a low-rank transformation"
         return by_path.get(name, LeafPlan(name, tuple(leaf.shape), None, 0, reason))
 
-    found = (plan_of(*leaf) for leaf in jax.tree.leaves_with_path(params))
+    found = (plan_of(*leaf) for leaf in leaves_by_path(params).items())
     return {plan.path: plan for plan in found}

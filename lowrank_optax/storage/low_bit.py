@@ -25,6 +25,13 @@ from lowrank_optax.codes import (
     is_coded,
     shape_of,
 )
+from lowrank_optax.matrix.boxes import (
+    boxed_like,
+    contents,
+    is_box,
+    unboxed,
+    with_contents,
+)
 from lowrank_optax.matrix.sharding import zeros_beside
 from lowrank_optax.projected import gradients_by_path
 from lowrank_optax.rules.budget import stored_as
@@ -142,11 +149,9 @@ def low_bit(
 
     def update(updates, state, params=None, **extra_args):
         rule.check(state, updates)
-        decoded = jax.tree.map(decode, state, is_leaf=_is_array)
+        decoded = jax.tree.map(_decoded, state, is_leaf=_is_array)
         updates, new_state = inner.update(updates, decoded, params, **extra_args)
-        new_state = jax.tree.map(
-            lambda old, new: encode(new, old), state, new_state, is_leaf=_is_array
-        )
+        new_state = jax.tree.map(_encoded, state, new_state, is_leaf=_is_array)
         return updates, new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -157,14 +162,30 @@ def _is_array(node: Any) -> bool:
     return is_coded(node) or is_low_rank(node)
 
 
-def _first_encoded(array: jax.Array, like: Coded, seed: int) -> Coded:
-    """Returns an array in a format, sharded as it is.
+def _decoded(node: Any) -> Any:
+    if not is_coded(node):
+        return node
+    coded = coded_record(node)
+    return with_contents(coded.codes, decode(unboxed(coded)))
+
+
+def _encoded(old: Any, new: Any) -> Any:
+    """Returns the new array in the format of the old one."""
+    if not is_coded(old):
+        return new
+    coded = coded_record(old)
+    return boxed_like(encode(contents(new), unboxed(coded)), coded)
+
+
+def _first_encoded(leaf: Any, like: Coded, seed: int) -> Coded:
+    """Returns an array in a format, sharded, and boxed, as it is.
 
     Args:
-        array: To be coded.
+        leaf: To be coded.
         like: Shapes in the format.
         seed: Of this array; each matrix of its stack gets one of its own.
     """
+    array = contents(leaf)
     axes = tuple((axis,) for axis in range(array.ndim))
     is_packed = like.codes.shape != array.shape
     codes_axes = (*axes[:-1], ()) if is_packed else axes
@@ -172,19 +193,21 @@ def _first_encoded(array: jax.Array, like: Coded, seed: int) -> Coded:
     if jax.tree.leaves(like.seed):
         stack = like.seed.shape
         places = jnp.arange(math.prod(stack), dtype=jnp.uint32).reshape(stack)
-        seeds = zeros_beside(array, stack, jnp.uint32, axes[:-2])
-        seeds = seeds + hashed(places + jnp.uint32(seed))
+        box = zeros_beside(leaf, stack, jnp.uint32, axes[:-2])
+        seeds = contents(box) + hashed(places + jnp.uint32(seed))
+        seeds = with_contents(box, seeds)
     zeros = Coded(
-        zeros_beside(array, like.codes.shape, like.codes.dtype, codes_axes),
-        zeros_beside(array, like.absmax.shape, like.absmax.dtype, axes),
+        zeros_beside(leaf, like.codes.shape, like.codes.dtype, codes_axes),
+        zeros_beside(leaf, like.absmax.shape, like.absmax.dtype, axes),
         seeds,
     )
     # One program a shape: eagerly, each of its twenty operations is one. Behind the
     # barrier, or XLA would compute the codes of zeros itself, minutes at a time.
-    coded = jax.jit(encode)(*jax.lax.optimization_barrier((array, zeros)))
-    if isinstance(array, Tracer) or not isinstance(array.sharding, NamedSharding):
-        return coded
-    return jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), coded, zeros)
+    empty = unboxed(zeros)
+    coded = jax.jit(encode)(*jax.lax.optimization_barrier((array, empty)))
+    if not isinstance(array, Tracer) and isinstance(array.sharding, NamedSharding):
+        coded = jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), coded, empty)
+    return boxed_like(coded, zeros)
 
 
 class _Array(NamedTuple):
@@ -219,13 +242,13 @@ class _Rule:
         formats = {array.path: array.like for array in self._arrays(state, params)}
 
         def encode_leaf(path, leaf):
-            like = formats[path]
+            like = formats.get(path)
             if like is None:
                 return leaf
             name = f"{self.seed}{jax.tree_util.keystr(path)}"
             return _first_encoded(leaf, like, zlib.crc32(name.encode()))
 
-        return jax.tree_util.tree_map_with_path(encode_leaf, state)
+        return jax.tree_util.tree_map_with_path(encode_leaf, state, is_leaf=is_box)
 
     def check(self, state: Any, params: Any) -> None:
         """Raises if a state was made under another rule."""
@@ -242,7 +265,7 @@ class _Rule:
             )
 
     def _arrays(self, state: Any, params: Any) -> Iterator[_Array]:
-        owners = gradients_by_path(params).keys()
+        owners, state = gradients_by_path(params).keys(), unboxed(state)
         for prefix, node in jax.tree.leaves_with_path(state, is_leaf=_is_array):
             if not is_low_rank(node):
                 kind = self._moment(prefix, owners)

@@ -4,6 +4,8 @@ from typing import Any
 
 import jax
 
+from lowrank_optax.binding.states import names
+
 
 def like_saved(state: Any, saved: Any) -> Any:
     """Returns the shapes of a state with the capacities of a saved one.
@@ -31,8 +33,8 @@ def like_saved(state: Any, saved: Any) -> Any:
             version of this library before 0.2.
     """
     leaves = jax.tree.leaves_with_path(saved)
-    shapes = {_names(path): tuple(leaf.shape) for path, leaf in leaves}
-    fields = {name for names in shapes for name in names}
+    shapes = {names(path): tuple(leaf.shape) for path, leaf in leaves}
+    fields = {name for found in shapes for name in found}
     if "refreshes" in fields and "failures" not in fields:
         raise ValueError(
             "the saved state was written by lowrank_optax before 0.2, whose layout is "
@@ -41,18 +43,14 @@ def like_saved(state: Any, saved: Any) -> Any:
         )
 
     def of_leaf(path, leaf):
-        names = _names(path)
-        if names not in shapes or len(shapes[names]) != len(leaf.shape):
+        name = names(path)
+        if name not in shapes or len(shapes[name]) != len(leaf.shape):
             raise ValueError(
                 f"{jax.tree_util.keystr(path)} of shape {tuple(leaf.shape)} is "
-                f"{shapes.get(names, 'not there')} in the saved state; was that made "
+                f"{shapes.get(name, 'not there')} in the saved state; was that made "
                 "by another optimizer, or with other bits or basis_bits of low_bit?"
             )
         sharding = getattr(leaf, "sharding", None)
-        return jax.ShapeDtypeStruct(shapes[names], leaf.dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct(shapes[name], leaf.dtype, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(of_leaf, state)
-
-
-def _names(path: tuple) -> tuple[str, ...]:
-    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)

@@ -12,7 +12,11 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.matrix.plan import as_arrays
-from lowrank_optax.matrix.sharding import with_automatic_axes, zeros_like_update
+from lowrank_optax.matrix.sharding import (
+    on_mesh_of,
+    with_automatic_axes,
+    zeros_like_update,
+)
 from lowrank_optax.projected import full_size
 from lowrank_optax.training.window import (
     AccumulateState,
@@ -126,7 +130,8 @@ def accumulate(optimizer: optax.GradientTransformation, every_k: int) -> Accumul
     inner = optax.with_extra_args_support(optimizer)
 
     def init(params):
-        return first_window(inner, as_arrays(params))
+        params = as_arrays(params)
+        return on_mesh_of(params, first_window(inner, params))
 
     def add(grads, state, weight=1.0, params=None, refresh=True):
         grads = as_arrays(grads)

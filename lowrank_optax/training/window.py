@@ -9,6 +9,7 @@ import optax
 
 from lowrank_optax.binding.optimizer import Binding, bind
 from lowrank_optax.binding.states import low_rank_states, slots_of
+from lowrank_optax.matrix.boxes import boxed_like, contents, is_box, unboxed
 from lowrank_optax.matrix.plan import wide
 from lowrank_optax.matrix.sharding import zeros_beside
 from lowrank_optax.projected import (
@@ -53,18 +54,19 @@ def first_window(
     def zeros(path, leaf):
         if path in projectors:
             return ProjectedSum(projectors[path].coordinates_beside(leaf))
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+        array = contents(leaf)
+        if jnp.issubdtype(array.dtype, jax.dtypes.extended):
             raise TypeError(
-                f"{jax.tree_util.keystr(path)} is of dtype {leaf.dtype}, in which no "
+                f"{jax.tree_util.keystr(path)} is of dtype {array.dtype}, in which no "
                 "gradients can be added up; keep it out of the parameters."
             )
-        axes = tuple((axis,) for axis in range(leaf.ndim))
-        return zeros_beside(leaf, leaf.shape, wide(leaf.dtype), axes)
+        axes = tuple((axis,) for axis in range(array.ndim))
+        return zeros_beside(leaf, array.shape, wide(array.dtype), axes)
 
     return AccumulateState(
         micro_step=jnp.zeros([], jnp.int32),
         weight=jnp.zeros([], jnp.float32),
-        sums=jax.tree_util.tree_map_with_path(zeros, params),
+        sums=jax.tree_util.tree_map_with_path(zeros, params, is_leaf=is_box),
         inner_state=inner_state,
     )
 
@@ -133,12 +135,13 @@ def with_gradients(
         start = jnp.where(is_first, 0, total)
         return start + weight.astype(total.dtype) * gradient.astype(total.dtype)
 
+    sums = jax.tree_util.tree_map_with_path(
+        add_leaf, unboxed(gradients), unboxed(state.sums), is_leaf=is_projected
+    )
     return AccumulateState(
         micro_step=state.micro_step + 1,
         weight=jnp.where(is_first, 0, state.weight) + weight,
-        sums=jax.tree_util.tree_map_with_path(
-            add_leaf, gradients, state.sums, is_leaf=is_projected
-        ),
+        sums=boxed_like(sums, state.sums),
         inner_state=inner_state,
     )
 
@@ -165,8 +168,12 @@ def finished(
         return (total / weight.astype(total.dtype)).astype(leaf.dtype)
 
     means = jax.tree.map(
-        mean, state.sums, params, is_leaf=lambda x: isinstance(x, ProjectedSum)
+        mean,
+        unboxed(state.sums),
+        unboxed(params),
+        is_leaf=lambda x: isinstance(x, ProjectedSum),
     )
+    means = boxed_like(means, params)
     try:
         updates, inner_state = optimizer.update(
             means, state.inner_state, params, **extra_args

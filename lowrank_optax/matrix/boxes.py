@@ -1,0 +1,120 @@
+"""Boxes: pytree nodes of one array, on which frameworks write the names of its axes.
+
+``flax.nnx.Variable``, and Linen's ``Partitioned`` and ``LogicallyPartitioned``. They
+are known by their methods, so that Flax is not imported. What the library computes sees
+the arrays inside. Each array of a state that stands beside a boxed leaf has a box of
+its own, with the names of the leaf's axes that it is made of.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+# For each axis of an array, the axes of a leaf that are merged in it.
+Axes = Sequence[Sequence[int]]
+
+# What NNX calls the names of axes, or the sharding that they are of.
+_NAMES = ("out_sharding", "optimizer_sharding", "sharding", "sharding_names")
+
+
+def is_box(node: Any) -> bool:
+    """Returns whether a node is a box of one array, or of what stands for one."""
+    kind = type(node)
+    is_linen, is_nnx = hasattr(kind, "replace_boxed"), hasattr(kind, "get_metadata")
+    if not hasattr(kind, "add_axis") or not (is_linen or is_nnx):
+        return False
+    inside = _inside(node)
+    return not isinstance(inside, (Mapping, list)) and type(inside) is not tuple
+
+
+def contents(node: Any) -> Any:
+    """Returns what is in a box; what is none, as it is."""
+    return _inside(node) if is_box(node) else node
+
+
+def _inside(box: Any) -> Any:
+    # Linen's own unbox adds a constraint.
+    (inside,) = jax.tree.leaves(box, is_leaf=lambda node: node is not box)
+    return inside
+
+
+def with_contents(node: Any, inside: Any) -> Any:
+    """Returns a box like ``node`` with this in it; this alone, if that is no box."""
+    if not is_box(node):
+        return inside
+    return jax.tree.structure(node, is_leaf=lambda x: x is not node).unflatten([inside])
+
+
+def unboxed(tree: Any) -> Any:
+    """Returns a tree with the contents of each box in its place."""
+    return jax.tree.map(contents, tree, is_leaf=is_box)
+
+
+def boxed_like(tree: Any, like: Any) -> Any:
+    """Returns a tree with the boxes of one that it is equal to but for those."""
+    return jax.tree.map(with_contents, like, tree, is_leaf=is_box)
+
+
+def leaves_by_path(tree: Any) -> dict[tuple, Any]:
+    """Returns each leaf by its key path, which boxes are no part of."""
+    return dict(jax.tree.leaves_with_path(unboxed(tree)))
+
+
+def boxed_beside(box: Any, array: Any, axes: Axes) -> Any:
+    """Returns an array in a box like that of a leaf, with the names of its own axes.
+
+    An axis that is not as long as the leaf's, or a multiple of it, has no name: what
+    the mesh divides is the leaf's.
+
+    Args:
+        box: Of the leaf.
+        array: Made of some axes of the leaf.
+        axes: For each of its axes, the leaf's merged in it; () for one without a name.
+    """
+    shape = contents(box).shape
+
+    def of_array(names: Any) -> Any:
+        if isinstance(names, NamedSharding):
+            return NamedSharding(names.mesh, of_array(names.spec))
+        if not isinstance(names, (tuple, PartitionSpec)):
+            return None
+        parts = merged_spec(names, len(shape), axes)
+        kept = [
+            part if part and length % shape[group[0]] == 0 else None
+            for length, part, group in zip(array.shape, parts, axes, strict=True)
+        ]
+        is_spec = isinstance(names, PartitionSpec)
+        return PartitionSpec(*kept) if is_spec else tuple(kept)
+
+    new = with_contents(box, array)
+    if hasattr(type(box), "get_metadata"):
+        for key, names in box.get_metadata().items():
+            if key in _NAMES:
+                new.set_metadata(key, of_array(names))
+        return new
+    # Names are all that a box of an array of other axes can be given.
+    has_names = hasattr(box, "names")
+    return dataclasses.replace(new, names=of_array(box.names)) if has_names else array
+
+
+def merged_spec(spec: Iterable[Any], ndim: int, axes: Axes) -> list[Any]:
+    """Returns the partition of each axis of an array made of a leaf's axes.
+
+    Merged axes are partitioned as the outermost is, if no other one is.
+
+    Args:
+        spec: Of the leaf: names of its first axes, or None.
+        ndim: Of the leaf.
+        axes: For each axis of the array, the leaf's merged in it.
+    """
+    parts = tuple(spec)
+    parts += (None,) * (ndim - len(parts))
+
+    def merged(group: Sequence[int]) -> Any:
+        found = [parts[axis] for axis in group]
+        return found[0] if found and not any(found[1:]) else None
+
+    return [merged(group) for group in axes]
