@@ -185,8 +185,7 @@ def _renew_kind(kind: Sequence[_Leaf], count: jax.Array) -> list[_Renewable]:
             due=_pick(index, [leaf.due for leaf in kind]),
             renewable=_pick(index, renewables),
         )
-        # A gradient of zeros, of an expert without a token for instance, has no basis:
-        # no decomposition of its stack is spent on it.
+        # No decomposition is spent on zeros, as those of an expert without a token.
         new = jax.lax.cond(
             jnp.any(leaf.due & _has_basis(leaf)),
             lambda: _renew_leaf(leaf, count, names[index], fractions[index]),

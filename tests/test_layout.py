@@ -84,6 +84,7 @@ ORDER = [
     "training.accumulate",
     "storage.__init__",
     "storage.rounding",
+    "storage.coded_arrays",
     "storage.low_bit",
     "storage.resize",
     "storage.allocation",

@@ -9,8 +9,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.core import Tracer
-from jax.sharding import NamedSharding
 
 from lowrank_optax.binding.moments import KNOWN_FIELDS, Kind, owner_and_field
 from lowrank_optax.binding.states import is_low_rank, low_rank_record, slots_of
@@ -19,23 +17,14 @@ from lowrank_optax.codes import (
     Format,
     coded_like,
     coded_record,
-    decode,
-    encode,
     format_of,
     is_coded,
     shape_of,
 )
-from lowrank_optax.matrix.boxes import (
-    boxed_like,
-    contents,
-    is_box,
-    unboxed,
-    with_contents,
-)
-from lowrank_optax.matrix.sharding import zeros_beside
+from lowrank_optax.matrix.boxes import is_box, unboxed
 from lowrank_optax.projected import gradients_by_path
 from lowrank_optax.rules.budget import stored_as
-from lowrank_optax.rules.hashing import hashed
+from lowrank_optax.storage.coded_arrays import decoded, encoded, first_encoded
 
 _MOMENTS: dict[str, Format] = {"first": "signed", "second": "root"}
 _BASES: dict[int, Format] = {8: "linear", 4: "packed"}
@@ -149,9 +138,9 @@ def low_bit(
 
     def update(updates, state, params=None, **extra_args):
         rule.check(state, updates)
-        decoded = jax.tree.map(_decoded, state, is_leaf=_is_array)
-        updates, new_state = inner.update(updates, decoded, params, **extra_args)
-        new_state = jax.tree.map(_encoded, state, new_state, is_leaf=_is_array)
+        floats = jax.tree.map(decoded, state, is_leaf=_is_array)
+        updates, new_state = inner.update(updates, floats, params, **extra_args)
+        new_state = jax.tree.map(encoded, state, new_state, is_leaf=_is_array)
         return updates, new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -160,54 +149,6 @@ def low_bit(
 def _is_array(node: Any) -> bool:
     """Returns whether a node is one array here; low-rank states decode their own."""
     return is_coded(node) or is_low_rank(node)
-
-
-def _decoded(node: Any) -> Any:
-    if not is_coded(node):
-        return node
-    coded = coded_record(node)
-    return with_contents(coded.codes, decode(unboxed(coded)))
-
-
-def _encoded(old: Any, new: Any) -> Any:
-    """Returns the new array in the format of the old one."""
-    if not is_coded(old):
-        return new
-    coded = coded_record(old)
-    return boxed_like(encode(contents(new), unboxed(coded)), coded)
-
-
-def _first_encoded(leaf: Any, like: Coded, seed: int) -> Coded:
-    """Returns an array in a format, sharded, and boxed, as it is.
-
-    Args:
-        leaf: To be coded.
-        like: Shapes in the format.
-        seed: Of this array; each matrix of its stack gets one of its own.
-    """
-    array = contents(leaf)
-    axes = tuple((axis,) for axis in range(array.ndim))
-    is_packed = like.codes.shape != array.shape
-    codes_axes = (*axes[:-1], ()) if is_packed else axes
-    seeds = ()
-    if jax.tree.leaves(like.seed):
-        stack = like.seed.shape
-        places = jnp.arange(math.prod(stack), dtype=jnp.uint32).reshape(stack)
-        box = zeros_beside(leaf, stack, jnp.uint32, axes[:-2])
-        seeds = contents(box) + hashed(places + jnp.uint32(seed))
-        seeds = with_contents(box, seeds)
-    zeros = Coded(
-        zeros_beside(leaf, like.codes.shape, like.codes.dtype, codes_axes),
-        zeros_beside(leaf, like.absmax.shape, like.absmax.dtype, axes),
-        seeds,
-    )
-    # One program a shape: eagerly, each of its twenty operations is one. Behind the
-    # barrier, or XLA would compute the codes of zeros itself, minutes at a time.
-    empty = unboxed(zeros)
-    coded = jax.jit(encode)(*jax.lax.optimization_barrier((array, empty)))
-    if not isinstance(array, Tracer) and isinstance(array.sharding, NamedSharding):
-        coded = jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), coded, empty)
-    return boxed_like(coded, zeros)
 
 
 class _Array(NamedTuple):
@@ -246,7 +187,7 @@ class _Rule:
             if like is None:
                 return leaf
             name = f"{self.seed}{jax.tree_util.keystr(path)}"
-            return _first_encoded(leaf, like, zlib.crc32(name.encode()))
+            return first_encoded(leaf, like, zlib.crc32(name.encode()))
 
         return jax.tree_util.tree_map_with_path(encode_leaf, state, is_leaf=is_box)
 
