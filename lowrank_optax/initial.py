@@ -1,5 +1,6 @@
 """The state before the first gradient, and the rank that a budget comes to."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,13 +15,25 @@ from lowrank_optax.matrix.plan import as_arrays
 from lowrank_optax.parts import Parts
 from lowrank_optax.rules.budget import Budget, Size, as_stored, largest_fitting
 from lowrank_optax.rules.ranks import FixedRank
-from lowrank_optax.subspace import ScaleByLowRankState, initial_projectors
+from lowrank_optax.subspace import (
+    Projector,
+    ScaleByLowRankState,
+    initial_projectors,
+)
 
 
 def initial_state(params: Any, core: Core, parts: Parts) -> ScaleByLowRankState:
     """Returns the state of a transformation for parameters, or their shapes."""
     params = as_arrays(params)
-    return _init(params, core, _with_rank_of_budget(params, core, parts))
+    parts = _with_rank_of_budget(params, core, parts)
+    plans, projectors = initial_projectors(params, parts)
+    announce(plans, parts)
+    state, in_subspace = _state(params, core, projectors)
+    shapes = {path: projector.shape for path, projector in projectors.items()}
+    others = plans.keys() - shapes.keys()
+    locate_moments(state.inner_state, shapes, others, parts.moments)
+    core.check(in_subspace, state.inner_state)
+    return state
 
 
 def _with_rank_of_budget(params: Any, core: Core, parts: Parts) -> Parts:
@@ -33,10 +46,11 @@ def _with_rank_of_budget(params: Any, core: Core, parts: Parts) -> Parts:
 
     def size_at(rank: int) -> Size:
         def init(params):
-            return as_stored(_init(params, core, of_rank(rank)), params)
+            _, projectors = initial_projectors(params, of_rank(rank))
+            return _state(params, core, projectors)[0]
 
         with unheard():
-            state = jax.eval_shape(init, params)
+            state = as_stored(jax.eval_shape(init, params), params)
         return Size(bytes_of(state), jax.tree.structure(state))
 
     return of_rank(largest_fitting(size_at, parts.rank.limit, _lasts(params, parts)))
@@ -50,9 +64,10 @@ def _lasts(params: Any, parts: Parts) -> list[int]:
     return sorted(side - 1 for side in short_sides if side > 1) or [1]
 
 
-def _init(params: Any, core: Core, parts: Parts) -> ScaleByLowRankState:
-    plans, projectors = initial_projectors(params, parts)
-    announce(plans, parts)
+def _state(
+    params: Any, core: Core, projectors: Mapping[tuple, Projector]
+) -> tuple[ScaleByLowRankState, Any]:
+    """Returns the state, and zeros like the gradients that the core gets."""
 
     def subspace(path, leaf):
         if path not in projectors:
@@ -66,8 +81,6 @@ def _init(params: Any, core: Core, parts: Parts) -> ScaleByLowRankState:
 
     in_subspace = jax.tree_util.tree_map_with_path(coordinates, params)
     inner_state = core.init(params, in_subspace, projectors)
-    shapes = {path: projector.shape for path, projector in projectors.items()}
-    locate_moments(inner_state, shapes, plans.keys() - shapes.keys(), parts.moments)
-    core.check(in_subspace, inner_state)
     subspaces = jax.tree_util.tree_map_with_path(subspace, params)
-    return ScaleByLowRankState(jnp.zeros([], jnp.int32), subspaces, inner_state)
+    count = jnp.zeros([], jnp.int32)
+    return ScaleByLowRankState(count, subspaces, inner_state), in_subspace
