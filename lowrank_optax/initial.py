@@ -1,5 +1,6 @@
 """The state before the first gradient, and the rank that a budget comes to."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,13 +17,25 @@ from lowrank_optax.matrix.sharding import on_mesh_of
 from lowrank_optax.parts import Parts
 from lowrank_optax.rules.budget import Budget, Size, as_stored, largest_fitting
 from lowrank_optax.rules.ranks import FixedRank
-from lowrank_optax.subspace import ScaleByLowRankState, initial_projectors
+from lowrank_optax.subspace import (
+    Projector,
+    ScaleByLowRankState,
+    initial_projectors,
+)
 
 
 def initial_state(params: Any, core: Core, parts: Parts) -> ScaleByLowRankState:
     """Returns the state of a transformation for parameters, or their shapes."""
     params = as_arrays(params)
-    return _init(params, core, _with_rank_of_budget(params, core, parts))
+    parts = _with_rank_of_budget(params, core, parts)
+    plans, projectors = initial_projectors(params, parts)
+    announce(plans, parts)
+    state, in_subspace = _state(params, core, projectors)
+    shapes = {path: projector.shape for path, projector in projectors.items()}
+    others, arrays = plans.keys() - shapes.keys(), unboxed(state.inner_state)
+    locate_moments(arrays, shapes, others, parts.moments)
+    core.check(unboxed(in_subspace), arrays)
+    return state
 
 
 def _with_rank_of_budget(params: Any, core: Core, parts: Parts) -> Parts:
@@ -35,10 +48,11 @@ def _with_rank_of_budget(params: Any, core: Core, parts: Parts) -> Parts:
 
     def size_at(rank: int) -> Size:
         def init(params):
-            return as_stored(_init(params, core, of_rank(rank)), params)
+            _, projectors = initial_projectors(params, of_rank(rank))
+            return _state(params, core, projectors)[0]
 
         with unheard():
-            state = jax.eval_shape(init, params)
+            state = as_stored(jax.eval_shape(init, params), params)
         return Size(bytes_of(state), jax.tree.structure(state))
 
     return of_rank(largest_fitting(size_at, parts.rank.limit, _lasts(params, parts)))
@@ -52,9 +66,10 @@ def _lasts(params: Any, parts: Parts) -> list[int]:
     return sorted(side - 1 for side in short_sides if side > 1) or [1]
 
 
-def _init(params: Any, core: Core, parts: Parts) -> ScaleByLowRankState:
-    plans, projectors = initial_projectors(params, parts)
-    announce(plans, parts)
+def _state(
+    params: Any, core: Core, projectors: Mapping[tuple, Projector]
+) -> tuple[ScaleByLowRankState, Any]:
+    """Returns the state, and zeros like the gradients that the core gets."""
 
     def subspace(path, leaf):
         if path not in projectors:
@@ -68,10 +83,6 @@ def _init(params: Any, core: Core, parts: Parts) -> ScaleByLowRankState:
 
     in_subspace = jax.tree_util.tree_map_with_path(coordinates, params, is_leaf=is_box)
     inner_state = core.init(params, in_subspace, projectors)
-    shapes = {path: projector.shape for path, projector in projectors.items()}
-    others, arrays = plans.keys() - shapes.keys(), unboxed(inner_state)
-    locate_moments(arrays, shapes, others, parts.moments)
-    core.check(unboxed(in_subspace), arrays)
     subspaces = jax.tree_util.tree_map_with_path(subspace, params, is_leaf=is_box)
     state = ScaleByLowRankState(jnp.zeros([], jnp.int32), subspaces, inner_state)
-    return on_mesh_of(params, state)
+    return on_mesh_of(params, state), in_subspace

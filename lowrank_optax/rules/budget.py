@@ -158,7 +158,7 @@ def largest_fitting(
     )
 
 
-# (state, params) -> the state as it is going to be stored
+# (shapes of a state, params) -> its shapes as it is going to be stored
 Storage = Callable[[Any, Any], Any]
 _storage: contextvars.ContextVar[Storage | None] = contextvars.ContextVar(
     "lowrank_optax_storage", default=None
@@ -167,7 +167,11 @@ _storage: contextvars.ContextVar[Storage | None] = contextvars.ContextVar(
 
 @contextlib.contextmanager
 def stored_as(storage: Storage) -> Iterator[None]:
-    """Has each ``init`` inside the context count bytes of what ``storage`` returns."""
+    """Has each ``init`` inside the context count bytes of what ``storage`` returns.
+
+    Args:
+        storage: Function of the shapes of a state, and of parameters.
+    """
     token = _storage.set(storage)
     try:
         yield
@@ -176,6 +180,6 @@ def stored_as(storage: Storage) -> Iterator[None]:
 
 
 def as_stored(state: Any, params: Any) -> Any:
-    """Returns the state as it is going to be stored; see :func:`stored_as`."""
+    """Returns shapes of a state as it is going to be stored; see :func:`stored_as`."""
     storage = _storage.get()
     return state if storage is None else storage(state, params)

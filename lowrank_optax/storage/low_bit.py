@@ -132,7 +132,7 @@ def low_bit(
     inner = optax.with_extra_args_support(optimizer)
 
     def init(params):
-        with stored_as(rule.encoded):
+        with stored_as(rule.shapes):
             state = inner.init(params)
         return rule.encoded(state, params)
 
@@ -190,6 +190,13 @@ class _Rule:
             return first_encoded(leaf, like, zlib.crc32(name.encode()))
 
         return jax.tree_util.tree_map_with_path(encode_leaf, state, is_leaf=is_box)
+
+    def shapes(self, state: Any, params: Any) -> Any:
+        """Returns the shapes of what :meth:`encoded` returns, from those of a state."""
+        likes = {array.path: array.like for array in self._arrays(state, params)}
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: likes.get(path) or leaf, state, is_leaf=is_box
+        )
 
     def check(self, state: Any, params: Any) -> None:
         """Raises if a state was made under another rule."""
