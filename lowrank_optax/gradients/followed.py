@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from lowrank_optax.gradients.layout import Dims
-from lowrank_optax.matrix.sharding import abstract
 
 
 class Term(NamedTuple):
@@ -144,14 +143,14 @@ def value_of(x: Any) -> Any:
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class TypeOf:
-    """Shape, dtype and sharding of an array, which are no array."""
+    """Shape, dtype, sharding and what an array varies over, which are no array."""
 
     like: jax.ShapeDtypeStruct
 
     @classmethod
     def array(cls, array: jax.Array) -> "TypeOf":
         """Returns the type of an array."""
-        return cls(abstract(array))
+        return cls(jax.eval_shape(lambda x: x, array))
 
     def shaped(self, array: jax.Array) -> jax.Array:
         """Returns an array of as many numbers in this shape and dtype."""
