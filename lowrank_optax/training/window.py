@@ -11,7 +11,7 @@ from lowrank_optax.binding.optimizer import Binding, bind
 from lowrank_optax.binding.states import low_rank_states, slots_of
 from lowrank_optax.matrix.boxes import boxed_like, contents, is_box, unboxed
 from lowrank_optax.matrix.plan import wide
-from lowrank_optax.matrix.sharding import zeros_beside
+from lowrank_optax.matrix.sharding import zeros_like_update
 from lowrank_optax.projected import (
     Projected,
     ProjectedSum,
@@ -60,8 +60,7 @@ def first_window(
                 f"{jax.tree_util.keystr(path)} is of dtype {array.dtype}, in which no "
                 "gradients can be added up; keep it out of the parameters."
             )
-        axes = tuple((axis,) for axis in range(array.ndim))
-        return zeros_beside(leaf, array.shape, wide(array.dtype), axes)
+        return zeros_like_update(leaf, jax.ShapeDtypeStruct((), wide(array.dtype)))
 
     return AccumulateState(
         micro_step=jnp.zeros([], jnp.int32),
