@@ -181,7 +181,7 @@ def _kinds(leaves: Iterable[_Leaf]) -> list[list[_Leaf]]:
             leaf.projector.view,
             tuple(moment.kind for moment in leaf.moments),
             jax.tree.structure(leaf.renewable),
-            tuple((x.shape, jnp.dtype(x.dtype)) for x in arrays),
+            tuple(map(jax.typeof, arrays)),
         )
         kinds.setdefault(key, []).append(leaf)
     return list(kinds.values())

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.matrix.sharding import abstract, with_automatic_axes
+from lowrank_optax.matrix.sharding import with_automatic_axes
 from lowrank_optax.matrix.view import MatrixView
 
 
@@ -111,14 +111,14 @@ def product(
 def _forward(spec, x, kernel, coordinates, basis):
     narrow = spec.narrow(x, basis)
     # Of x and of the coordinates, types alone go on.
-    types = _Type(abstract(x)), _Type(abstract(coordinates))
+    types = map(_Type, jax.eval_shape(lambda *arrays: arrays, x, coordinates))
     return spec.dot(x, kernel), (narrow, kernel, basis, *types)
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class _Type:
-    """Shape, dtype and sharding, which are no arrays."""
+    """Shape, dtype, sharding and what it varies over, which are no arrays."""
 
     like: jax.ShapeDtypeStruct
 

@@ -46,6 +46,13 @@ def _cast(equation, inputs) -> list[Any]:
     return [dataclasses.replace(followed, value=value)]
 
 
+def _varying(equation, inputs) -> list[Any]:
+    """What makes copies of a device differ, in type, from those of others."""
+    followed, _ = _one(equation, inputs)
+    # All three: what is gained for the coordinates is then summed over the devices.
+    return [followed.of([bound(equation, [x])[0] for x in followed.arrays()])]
+
+
 def _transpose(equation, inputs) -> list[Any]:
     followed, _ = _one(equation, inputs)
     (value,) = bound(equation, [followed.value])
@@ -232,7 +239,7 @@ def _gather(equation, inputs) -> list[Any]:
         return picked(value, coordinates, basis, indices), (basis, indices)
 
     offset = numbers.offset_dims[0]
-    like = jax.ShapeDtypeStruct(table.coordinates.shape, table.coordinates.dtype)
+    like = jax.eval_shape(lambda x: x, table.coordinates)
 
     def backward(residuals, dy):
         basis, indices = residuals
@@ -253,6 +260,7 @@ USES: dict[str, Callable[[core.JaxprEqn, list[Any]], list[Any]]] = {
     "sharding_constraint": _cast,
     "name": _cast,
     "reduce_precision": _cast,
+    "pvary": _varying,
     "transpose": _transpose,
     "reshape": _reshape,
     "squeeze": _reshape,

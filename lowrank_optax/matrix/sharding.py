@@ -92,6 +92,9 @@ def zeros_beside(leaf: Any, shape: tuple[int, ...], dtype: Any, axes: Axes) -> A
         zeros = zeros_beside(contents(leaf), shape, dtype, axes)
         return boxed_beside(leaf, zeros, axes)
     sharding = _named_sharding(leaf)
+    if sharding is None and isinstance(leaf, Tracer):
+        # Inside shard_map they vary over the devices that the leaf does.
+        return jax.lax.full_like(leaf, 0, dtype, shape)
     if sharding is None:
         return jnp.zeros(shape, dtype)
     parts = merged_spec(sharding.spec, leaf.ndim, axes)
@@ -103,14 +106,15 @@ def zeros_beside(leaf: Any, shape: tuple[int, ...], dtype: Any, axes: Axes) -> A
     )
     sharding = NamedSharding(sharding.mesh, merged)
     if isinstance(leaf, Tracer):
-        return jnp.zeros(shape, dtype, out_sharding=sharding)
+        return jax.lax.full_like(leaf, 0, dtype, shape, sharding)
     return jnp.zeros(shape, dtype, device=sharding)
 
 
-def zeros_like_update(leaf: Any, update: Any) -> jax.Array:
-    """Returns zeros of the dtype of an update, shaped and sharded as its leaf is."""
-    axes = tuple((axis,) for axis in range(leaf.ndim))
-    return zeros_beside(leaf, leaf.shape, update.dtype, axes)
+def zeros_like_update(leaf: Any, update: Any) -> Any:
+    """Returns zeros of the dtype of an update; shaped, sharded, boxed as its leaf."""
+    shape = contents(leaf).shape
+    axes = tuple((axis,) for axis in range(len(shape)))
+    return zeros_beside(leaf, shape, update.dtype, axes)
 
 
 def _explicit_sharding(leaf: Any, mesh: Any) -> NamedSharding:

@@ -22,7 +22,6 @@ from lowrank_optax.matrix.boxes import (
 from lowrank_optax.matrix.sharding import (
     on_mesh_of,
     with_automatic_axes,
-    zeros_beside,
     zeros_like_update,
 )
 from lowrank_optax.projected import (
@@ -155,9 +154,8 @@ def accumulate(optimizer: optax.GradientTransformation, every_k: int) -> Accumul
         def zeros(path, leaf):
             if path in projectors:
                 return ProjectedSum(projectors[path].coordinates_beside(leaf))
-            array = contents(leaf)
-            dtype = jnp.promote_types(array.dtype, jnp.float32)
-            return zeros_beside(leaf, array.shape, dtype, _axes(array))
+            dtype = jnp.promote_types(contents(leaf).dtype, jnp.float32)
+            return zeros_like_update(leaf, jax.ShapeDtypeStruct((), dtype))
 
         state = AccumulateState(
             micro_step=jnp.zeros([], jnp.int32),
@@ -205,10 +203,6 @@ def accumulate(optimizer: optax.GradientTransformation, every_k: int) -> Accumul
     accumulation = Accumulation(init, update)
     accumulation.halves = add, finish
     return accumulation
-
-
-def _axes(leaf) -> tuple[tuple[int, ...], ...]:
-    return tuple((axis,) for axis in range(leaf.ndim))
 
 
 def _early(binding: Binding, params: Any, state: Any) -> dict[tuple, Projector]:
