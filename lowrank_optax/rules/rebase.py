@@ -134,9 +134,9 @@ zero      rowmeans(V), and M = 0: the optimizer starts again in the new subspace
 
 No rule gives a negative second moment from a non-negative one. Second moments that are
 too small make updates too large until they have filled up, which takes 1 / (1 - b2)
-updates. The norm of Adam's updates after a refresh, by that before it, on noise that does
-not change, where a new subspace has little of the old one (rank 32 of 128, b2 = 0.999, 200
-updates between two refreshes):
+updates. The norm of Adam's updates after a refresh, by that before it, on noise that
+does not change, where a new subspace has little of the old one (rank 32 of 128, b2 =
+0.999, 200 updates between two refreshes):
 
 ========  ==============  ====  ==================
 name      at the refresh  most  100 updates later
@@ -145,14 +145,14 @@ filled    0.72            1.01  1.00
 square    1.44            1.81  1.38
 abs       2.30            2.30  1.38
 ldadam    1.42            1.81  1.38
-clamp     1,022           1,022 1.53
+clamp     1,022          1,022  1.53
 first     0.72            1.02  1.00
 keep      1.07            1.07  1.00
 zero      0.56            1.01  1.00
 ========  ==============  ====  ==================
 
-In training "square" ended 0.5 % below "filled" all the same, at rates that were searched
-under "square" (``RESULTS.md``): it is the default.
+In training "square" ended 0.5 % below "filled" all the same, at rates that were
+searched under "square" (``RESULTS.md``): it is the default.
 """
 
 
