@@ -372,3 +372,30 @@ USES = {
 def test_uses(name, side):
     shapes, function = USES[name]
     assert_projected(low_rank(side=side), function, random_like(shapes), X)
+
+
+@pytest.mark.parametrize("side", ["short", "long"])
+@pytest.mark.parametrize("granularity", [2, 4])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fused by concatenate",
+        "scaled by parameters",
+        "L2 penalty",
+        "experts, one input",
+        "layers scanned in groups",
+        "first layer apart, others scanned",
+        "an embedding by a scalar under vmap",
+    ],
+)
+def test_uses_at_granularity(name, granularity, side):
+    shapes, function = USES[name]
+    optimizer = low_rank(1, side=side, granularity=granularity)
+    if side == "long" and name.startswith("an embedding"):
+        # A row lies in a block, and its place in it: two indices.
+        with pytest.raises(
+            ValueError, match=r"\['w'\] is used by gather, picking along"
+        ):
+            assert_projected(optimizer, function, random_like(shapes), X)
+        return
+    assert_projected(optimizer, function, random_like(shapes), X)
