@@ -125,7 +125,7 @@ SQUARE, WIDE, TALL = {"w": (N, N)}, {"w": (N, M)}, {"w": (M, N)}
 LAYERS, EXPERTS = {"w": (STACK, N, N)}, {"w": (STACK, N, M)}
 TWO = {"q": (N, M), "k": (N, M)}
 UNLIKE = {"q": (N, M), "k": (N, 9), "small": (N, 2)}
-SCALED = {"w": (N, M), "s": (), "column": (M,), "row": (N, 1)}
+SCALED = {"w": (N, M), "s": (), "column": (M,), "row": (N,)}
 IDS = jnp.array([[3, 7], [3, 29]])
 
 # name -> (shapes, function of params and x)
@@ -243,11 +243,15 @@ USES = {
     "divided by a traced number": (WIDE, lambda p, x: squares(x @ (p["w"] / x[0, 0]))),
     "scaled by parameters": (
         SCALED,
-        lambda p, x: squares(x @ (p["w"] * p["s"] / jnp.exp(p["column"]) * p["row"])),
+        lambda p, x: squares(
+            x @ (p["w"] * p["s"] / jnp.exp(p["column"]) * p["row"][:, None])
+        ),
     ),
     "scaled twice by parameters": (
         SCALED,
-        lambda p, x: squares(x @ (p["column"] * p["w"] * jnp.exp(p["s"]) / p["row"])),
+        lambda p, x: squares(
+            x @ (p["column"] * p["w"] * jnp.exp(p["s"]) / p["row"][:, None])
+        ),
     ),
     "scaled and divided by its own norm": (
         SCALED,

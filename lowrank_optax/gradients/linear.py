@@ -97,7 +97,7 @@ def _scaled(x: Followed, term: Term, factor: jax.Array) -> Term:
     if all(not f or c or not b for f, c, b in places):
         changed = coordinates * factor
         return term._replace(coordinates=changed.astype(coordinates.dtype))
-    # Along blocks of granularity a basis may differ too, not along the whole other side.
+    # A basis may differ by the blocks of granularity, not by the whole other side.
     shape = jnp.broadcast_shapes(basis.shape, factor.shape)
     if basis.shape != shape and math.prod(shape) > x.value.size:
         raise Refused("by an array that varies along both sides of its matrix")
