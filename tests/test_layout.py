@@ -77,6 +77,7 @@ ORDER = [
     "gradients.uses",
     "gradients.program",
     "gradients.traced",
+    "gradients.leaves",
     "gradients.value_and_grad",
     "training.__init__",
     "training.finite",

@@ -125,7 +125,7 @@ SQUARE, WIDE, TALL = {"w": (N, N)}, {"w": (N, M)}, {"w": (M, N)}
 LAYERS, EXPERTS = {"w": (STACK, N, N)}, {"w": (STACK, N, M)}
 TWO = {"q": (N, M), "k": (N, M)}
 UNLIKE = {"q": (N, M), "k": (N, 9), "small": (N, 2)}
-SCALED = {"w": (N, M), "s": (), "column": (M,), "row": (N, 1)}
+SCALED = {"w": (N, M), "s": (), "column": (M,), "row": (N,)}
 IDS = jnp.array([[3, 7], [3, 29]])
 
 # name -> (shapes, function of params and x)
@@ -243,11 +243,15 @@ USES = {
     "divided by a traced number": (WIDE, lambda p, x: squares(x @ (p["w"] / x[0, 0]))),
     "scaled by parameters": (
         SCALED,
-        lambda p, x: squares(x @ (p["w"] * p["s"] / jnp.exp(p["column"]) * p["row"])),
+        lambda p, x: squares(
+            x @ (p["w"] * p["s"] / jnp.exp(p["column"]) * p["row"][:, None])
+        ),
     ),
     "scaled twice by parameters": (
         SCALED,
-        lambda p, x: squares(x @ (p["column"] * p["w"] * jnp.exp(p["s"]) / p["row"])),
+        lambda p, x: squares(
+            x @ (p["column"] * p["w"] * jnp.exp(p["s"]) / p["row"][:, None])
+        ),
     ),
     "scaled and divided by its own norm": (
         SCALED,
@@ -372,3 +376,30 @@ USES = {
 def test_uses(name, side):
     shapes, function = USES[name]
     assert_projected(low_rank(side=side), function, random_like(shapes), X)
+
+
+@pytest.mark.parametrize("side", ["short", "long"])
+@pytest.mark.parametrize("granularity", [2, 4])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fused by concatenate",
+        "scaled by parameters",
+        "L2 penalty",
+        "experts, one input",
+        "layers scanned in groups",
+        "first layer apart, others scanned",
+        "an embedding by a scalar under vmap",
+    ],
+)
+def test_uses_at_granularity(name, granularity, side):
+    shapes, function = USES[name]
+    optimizer = low_rank(1, side=side, granularity=granularity)
+    if side == "long" and name.startswith("an embedding"):
+        # A row lies in a block, and its place in it: two indices.
+        with pytest.raises(
+            ValueError, match=r"\['w'\] is used by gather, picking along"
+        ):
+            assert_projected(optimizer, function, random_like(shapes), X)
+        return
+    assert_projected(optimizer, function, random_like(shapes), X)

@@ -471,11 +471,8 @@ UNSUPPORTED = {
         r"\['w'\] is used entry by entry, by mul, and then by dot_general, where",
     ),
     "in a function of a matrix": (
-        lambda p, x: (
-            squares(jnp.linalg.cholesky(p["w"] @ p["w"].T))
-            + squares(jnp.fft.rfft(p["w"]))
-        ),
-        r"\['w'\] is used by fft, where",
+        lambda p, x: squares(x @ jnp.cumsum(p["w"], 0)),
+        r"\['w'\] is used by cumsum, where",
     ),
     "a convolution": (
         lambda p, x: (
@@ -506,11 +503,41 @@ UNSUPPORTED = {
         lambda p, x: squares(_with_rule(x, p["w"])),
         r"\['w'\] is used by custom_vjp_call, whose derivative is the user's own",
     ),
-    "returned": (
-        lambda p, x: jnp.squeeze(p["w"][:1, :1]) + jax.lax.reshape(p["w"], (96,))[0],
-        None,
+    "a function of what a number was added to": (
+        lambda p, x: squares(x @ jnp.tanh(p["w"] + 1)),
+        r"\['w'\] is used entry by entry, by tanh, and then by dot_general, where",
+    ),
+    "complex numbers": (
+        lambda p, x: squares(jnp.abs(x @ jax.lax.complex(p["w"], p["w"]))),
+        r"\['w'\] is used by complex, where",
+    ),
+    "pieces of a merged axis": (
+        lambda p, x: squares(p["w"].reshape(96)[5:20]) + squares(x),
+        r"\['w'\] is used by slice, cutting an axis that a reshape merged",
+    ),
+    "other matrices": (
+        lambda p, x: squares(jnp.einsum("td,dhk->thk", x, p["heads"])),
+        r"\['heads'\] is used by dot_general, .* dimension_numbers",
+    ),
+    "inside of shard_map": (
+        lambda p, x: squares(_mapped(x, p["w"])),
+        r"\['w'\] is used by shard_map, where",
+    ),
+    "beside others that are followed": (
+        lambda p, x: squares(
+            jax.lax.scan(
+                lambda w, _: (w * 2, jnp.sum(x @ p["heads"][:, 0])), p["w"], length=2
+            )[0]
+        ),
+        r"^\['w'\] is used by scan",
     ),
 }
+
+
+def _mapped(x, w):
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+    specs = (P("data"), P())
+    return jax.shard_map(jnp.dot, mesh=mesh, in_specs=specs, out_specs=P("data"))(x, w)
 
 
 @jax.custom_vjp
@@ -526,12 +553,34 @@ _with_rule.defvjp(
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_what_cannot_be_followed_is_refused_by_name(name):
     function, message = UNSUPPORTED[name]
-    params, x = random_like({"w": (8, 12)}), jnp.ones((TOKENS, 8))
+    params, x = random_like({"w": (8, 12), "heads": (8, 5, 6)}), jnp.ones((TOKENS, 8))
     optimizer = low_rank()
     gradient = subspace_value_and_grad(function, optimizer)
     with pytest.raises(ValueError, match=message) as caught:
         gradient(params, optimizer.init(params), x)
-    assert "full_gradients=" in str(caught.value)
+    leaf = "heads" if "heads" in message else "w"
+    assert f"full_gradients=(\"['{leaf}']\",)" in str(caught.value)
+    # The way out that the error names is one.
+    way_out = subspace_value_and_grad(function, optimizer, (), (f"['{leaf}']",))
+    _, grads, _ = jax.jit(way_out)(params, optimizer.init(params), x)
+    expected = jax.jit(jax.grad(function))(params, x)[leaf]
+    error = jnp.linalg.norm(grads[leaf] - expected)
+    assert error <= ROUNDING * jnp.linalg.norm(expected)
+
+
+def _looped(p, x, stopped):
+    y = jax.lax.while_loop(
+        lambda y: jnp.sum(y) < 9, lambda y: y + x @ p["w"] + 1, 0 * x
+    )
+    return squares((jax.lax.stop_gradient(y) if stopped else y) + x @ p["w"])
+
+
+def test_a_loop_without_reverse_mode_may_be_where_no_gradient_goes():
+    params, x = random_like({"w": (8, 8)}), jnp.ones((TOKENS, 8)) / 2
+    assert_projected(low_rank(), functools.partial(_looped, stopped=True), params, x)
+    gradient = subspace_value_and_grad(_looped, low_rank())
+    with pytest.raises(ValueError, match="Reverse-mode differentiation"):
+        gradient(params, low_rank().init(params), x, stopped=False)
 
 
 def test_a_leaf_may_be_left_out():

@@ -74,11 +74,11 @@ class Followed:
         """
         return self.is_sum or all(
             not (any(only_first) and any(only_second))
-            for only_first, only_second in map(_sides, self.terms)
+            for only_first, only_second in map(sides, self.terms)
         )
 
 
-def _sides(term: Term) -> tuple[list[bool], list[bool]]:
+def sides(term: Term) -> tuple[list[bool], list[bool]]:
     """Returns where coordinates vary and the basis does not, and the reverse."""
     pairs = list(zip(varies(term.coordinates), varies(term.basis), strict=True))
     return [a and not b for a, b in pairs], [b and not a for a, b in pairs]
@@ -158,7 +158,17 @@ class TypeOf:
 
 
 class Refused(Exception):
-    """Why a rule does not apply; :func:`unsupported` says it to the user."""
+    """Why a rule does not apply; :func:`unsupported` says it to the user.
+
+    Args:
+        why: Part of a sentence.
+        inputs: Those that it does not apply to; none: all of the operation.
+    """
+
+    def __init__(self, why: str = "", *inputs: Any):
+        super().__init__(why)
+        self.why = why
+        self.inputs = inputs
 
 
 class UnsupportedError(ValueError):

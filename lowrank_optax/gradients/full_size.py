@@ -59,7 +59,7 @@ def entry_by_entry(equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
     name = equation.primitive.name
     entries = [x for x in inputs if isinstance(x, Entries)]
     if name not in _ELEMENTWISE | _REDUCTIONS | (_MOVES if entries else frozenset()):
-        raise Refused("")
+        raise Refused
     results = bound(equation, [plain(x) for x in inputs])
     if name in _REDUCTIONS:
         return results

@@ -1,6 +1,7 @@
 """Operations that keep a followed array one: sums, and products with a number."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,7 +58,10 @@ def added(equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
         for x in pair
         for term in (x.terms if isinstance(x, Followed) else (plain_term(x, dims),))
     )
-    is_sum = len(followed) == 1 or any(x.is_sum for x in followed)
+    # What a number or a bias is added to is a parameter still.
+    is_sum = any(
+        x.is_sum if isinstance(x, Followed) else x.size == value.size for x in pair
+    )
     return [Followed(value, terms, dims, names_of(pair), is_sum)]
 
 
@@ -77,7 +81,7 @@ def scaled(equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
     x, s = _of_shape(x, value), _of_shape(s, value)
     number = atomic(s, x.dims)
     factor = 1 / number if is_division else number
-    terms = [_scaled(term, factor) for term in x.terms]
+    terms = [_scaled(x, term, factor) for term in x.terms]
     # Of a quotient q = W / s, dq = dW / s - q ds / s.
     basis = -value / s if is_division else x.value
     basis = jnp.broadcast_to(basis, value.shape)
@@ -85,21 +89,19 @@ def scaled(equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
     return [dataclasses.replace(x, value=value, terms=tuple(terms))]
 
 
-def _scaled(term: Term, factor: jax.Array) -> Term:
-    """Returns a term times a factor that varies along one side alone.
-
-    The factor has its gradient from a term of its own.
-    """
+def _scaled(x: Followed, term: Term, factor: jax.Array) -> Term:
+    """Returns a term times a factor, which has its gradient from a term of its own."""
     factor = jax.lax.stop_gradient(factor)
-    is_in, coordinates, basis = map(varies, (factor, *term))
-    pairs = list(zip(is_in, coordinates, basis, strict=True))
-    if all(not f or c or not b for f, c, b in pairs):
-        changed = term.coordinates * factor
-        return term._replace(coordinates=changed.astype(term.coordinates.dtype))
-    if all(not f or b for f, _, b in pairs):
-        changed = term.basis * factor
-        return term._replace(basis=changed.astype(term.basis.dtype))
-    raise Refused("by an array that varies along both sides of its matrix")
+    coordinates, basis = term
+    places = zip(*map(varies, (factor, coordinates, basis)), strict=True)
+    if all(not f or c or not b for f, c, b in places):
+        changed = coordinates * factor
+        return term._replace(coordinates=changed.astype(coordinates.dtype))
+    # A basis may differ by the blocks of granularity, not by the whole other side.
+    shape = jnp.broadcast_shapes(basis.shape, factor.shape)
+    if basis.shape != shape and math.prod(shape) > x.value.size:
+        raise Refused("by an array that varies along both sides of its matrix")
+    return term._replace(basis=(basis * factor).astype(basis.dtype))
 
 
 def _of_shape(x: Any, value: jax.Array) -> Any:

@@ -15,6 +15,7 @@ from lowrank_optax.gradients.followed import (
     Refused,
     Term,
     positions,
+    sides,
 )
 from lowrank_optax.gradients.full_size import plain
 from lowrank_optax.gradients.structure import cut, transposed
@@ -43,7 +44,24 @@ def picked(equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
         for i in range(value.ndim)
     ]
     found = transposed(found, order).of(value)
-    return [plain(found) if cut(x, dim, 0, 1).is_free else found]
+    return [plain(found) if _is_side(x, dim) else found]
+
+
+def _is_side(x: Followed, dim: int) -> bool:
+    """Returns whether a dimension is a whole side of the matrices, not of their stack.
+
+    Blocks of granularity, which coordinates have, lie in one dimension with what
+    remains of the projected side.
+    """
+    rest = cut(x, dim, 0, 1)
+    for first, second in map(sides, rest.terms):
+        is_kept = any(
+            any(first[i] for i in at) and not any(second[i] for i in at)
+            for at in positions(rest.dims)
+        )
+        if is_kept and any(second):
+            return False
+    return True
 
 
 def _dimension(equation: core.JaxprEqn, x: Followed) -> tuple[int, int]:

@@ -72,7 +72,7 @@ def _used(equation: core.JaxprEqn, inputs: list[Any]) -> tuple[list[Any], list[A
     if name == "stop_gradient" or not has_derivative(equation):
         values = [value_of(x) for x in inputs]
         return bound(equation, jax.lax.stop_gradient(values)), inputs
-    why = ""
+    reason = Refused()
     if not any(isinstance(x, Entries) for x in inputs) or name in _PROGRAMS:
         rule = _PROGRAMS.get(name) or USES.get(name)
         try:
@@ -80,7 +80,7 @@ def _used(equation: core.JaxprEqn, inputs: list[Any]) -> tuple[list[Any], list[A
                 with equation.ctx.manager:
                     return rule(equation, inputs), inputs
         except Refused as refused:
-            why = str(refused)
+            reason = refused
     freed = [plain(x) if isinstance(x, Followed) and x.is_free else x for x in inputs]
     if any(x is not y for x, y in zip(inputs, freed, strict=True)):
         if any(isinstance(x, (Followed, Entries)) for x in freed):
@@ -89,7 +89,8 @@ def _used(equation: core.JaxprEqn, inputs: list[Any]) -> tuple[list[Any], list[A
     try:
         return entry_by_entry(equation, inputs), inputs
     except Refused:
-        raise unsupported(equation, inputs, why) from None
+        culprits = reason.inputs or inputs
+        raise unsupported(equation, culprits, reason.why) from None
 
 
 def _jit(equation, inputs) -> list[Any]:
@@ -139,14 +140,14 @@ def _returned(results: list[Any]) -> list[Any]:
     """Returns the results of a part of the program that must all be arrays."""
     found = [plain(x) if isinstance(x, Followed) and x.is_free else x for x in results]
     if any(isinstance(x, (Followed, Entries)) for x in found):
-        raise Refused("which returns it")
+        raise Refused("which returns it", *found)
     return found
 
 
 def _cond(equation, inputs) -> list[Any]:
     index, *operands = inputs
     if isinstance(index, Followed):
-        raise Refused("as what it decides by")
+        raise Refused("as what it decides by", index)
 
     def branch(closed):
         return lambda *inner: _returned(_evaluate(closed.jaxpr, closed.consts, inner))
@@ -165,7 +166,7 @@ def _scan(equation, inputs) -> list[Any]:
     consts, carry, over = _scan_inputs(params, inputs)
     carry = [plain(x) if isinstance(x, Followed) and x.is_free else x for x in carry]
     if any(isinstance(x, (Followed, Entries)) for x in carry):
-        raise Refused("as a value that is carried on")
+        raise Refused("as a value that is carried on", *carry)
     scanned = [leading(x) if isinstance(x, Followed) else (x, None) for x in over]
     closed = params["jaxpr"]
     passed: dict[int, int] = {}

@@ -93,7 +93,11 @@ def operand_of(
 
 
 def _route(own, other, result, term: Term, sizes: Sequence[int]) -> Route:
-    """Returns the cheaper order in which nothing grows beyond what there is."""
+    """Returns the order in which least is kept.
+
+    Neither of its two products may run over all axes of the full gradient's, r times;
+    unless what is kept is like an array that there is.
+    """
     coordinates, basis = (
         tuple(label for label, is_in in zip(own, varies(array), strict=True) if is_in)
         for array in term
@@ -102,7 +106,8 @@ def _route(own, other, result, term: Term, sizes: Sequence[int]) -> Route:
     for with_other, near, far in ((True, other, result), (False, result, other)):
         met = {*near} & {*basis} - {*coordinates} - {*far}
         labels = tuple(x for x in dict.fromkeys((*near, *basis)) if x not in met)
-        if {*labels} <= {*near} or {*labels} <= {*far}:
+        is_less = all({*y} < {*near, *far} for y in ((*near, *basis), (*labels, *far)))
+        if is_less or {*labels} <= {*near} or {*labels} <= {*far}:
             route = Route(
                 with_other, (*labels, RANK), (*coordinates, RANK), (*basis, RANK)
             )

@@ -212,7 +212,7 @@ def leading(x: Followed) -> tuple[tuple[jax.Array, ...], Callable]:
     What does not vary along the first dimension is not cut.
     """
     if len(x.dims[0]) > 1:
-        raise Refused("over an axis that a reshape merged or granularity divides")
+        raise Refused("over an axis that a reshape merged or granularity divides", x)
     is_cut = [
         bool(x.dims[0]) and array.shape[0] > 1 for term in x.terms for array in term
     ]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -35,7 +36,9 @@ from lowrank_optax.gradients.structure import broadcast, reshaped, transposed
 def _kept(equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
     """An operation that leaves places as they are: a cast, a copy, a sharding."""
     values = [x.value if isinstance(x, Followed) else x for x in inputs]
-    pairs = zip(inputs, bound(equation, values), strict=True)
+    pairs = list(zip(inputs, bound(equation, values), strict=True))
+    if any(jnp.iscomplexobj(y) for _, y in pairs):
+        raise Refused("cast to complex numbers")
     return [x.of(y) if isinstance(x, Followed) else y for x, y in pairs]
 
 

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,42 +11,13 @@ import optax
 from lowrank_optax.binding.optimizer import bind
 from lowrank_optax.binding.states import low_rank_states, slots_of
 from lowrank_optax.due import is_due
-from lowrank_optax.gradients.followed import Followed, Term
-from lowrank_optax.gradients.layout import Layout
+from lowrank_optax.gradients.leaves import ProjectedLeaf
 from lowrank_optax.gradients.program import evaluate
 from lowrank_optax.gradients.traced import traced
 from lowrank_optax.matrix.boxes import leaves_by_path
 from lowrank_optax.projected import Projected
 from lowrank_optax.renewal import renewed_everywhere
-from lowrank_optax.subspace import Projector
 from lowrank_optax.transform import check_subspace_is_enough
-
-
-class _Projected(NamedTuple):
-    """How one leaf is projected, and its basis (*stack, b/c, r)."""
-
-    projector: Projector
-    basis: jax.Array
-
-    @property
-    def _layout(self) -> Layout:
-        return Layout(self.projector.view)
-
-    def zeros(self, leaf: Any) -> jax.Array:
-        """Returns the coordinates whose gradient is asked for, (*atoms, r)."""
-        projector = self.projector
-        return self._layout.zeros(leaf, projector.capacity, projector.dtype)
-
-    def follow(self, leaf: jax.Array, coordinates: jax.Array) -> Followed:
-        """Returns the leaf to be followed."""
-        term = Term(coordinates, self._layout.basis(leaf, self.basis))
-        name = jax.tree_util.keystr(self.projector.path)
-        return Followed(leaf, (term,), self._layout.dims, (name,))
-
-    def public(self, leaf: Any, coordinates: jax.Array) -> jax.Array:
-        """Returns the gradient (*stack, a*c, r) of coordinates (*atoms, r)."""
-        like = self.projector.coordinates_beside(leaf)
-        return self._layout.public(like, coordinates)
 
 
 class SubspaceValueAndGrad:
@@ -186,7 +157,7 @@ class SubspaceValueAndGrad:
                 binding,
                 kept=lambda parts: not parts.is_random,
             )
-        followed: dict[tuple, _Projected] = {}
+        followed: dict[tuple, ProjectedLeaf] = {}
         for node in low_rank_states(state):
             slots = slots_of(node)
             if not slots:
@@ -201,7 +172,7 @@ class SubspaceValueAndGrad:
                         "transformations, one of which takes it at full size; give "
                         "each its own leaves by optax.masked or optax.partition."
                     )
-                followed[path] = _Projected(projector, projector.basis(slots[path]))
+                followed[path] = ProjectedLeaf(projector, projector.basis(slots[path]))
         if not followed:
             raise ValueError(
                 "no leaf of these parameters is projected by the optimizer; "
@@ -224,11 +195,28 @@ def subspace_value_and_grad(
     the place of x, and over data-parallel devices (a + b) r numbers are reduced at
     most. ``optimizer.update`` takes the gradients as they are.
 
-    The function is traced, and its program evaluated with other products: the model
-    stays as it is. Parameters are followed through casts, transposes, reshapes, scans
-    over their stack, indices into it, checkpoints, conditionals and jitted functions to
-    dot products, and to lookups of an embedding whose columns are projected. A
+    The function is traced over the parameters, as by ``jax.jit``, and its program
+    evaluated with other products: the model stays as it is. What else it is called with
+    reaches it untouched, arrays, flags, functions, keys.
+
+    Parameters are followed through casts, shardings, moves of their axes, pieces,
+    concatenation, sums, products with a number or with a vector along one side, scans,
+    checkpoints, conditionals and jitted functions, to products with one another or with
+    activations (``dot_general``, ``ragged_dot``; a stack may be matched, free or summed
+    over) and to lookups. What they are scaled by or added to gets its gradient too. A
     parameter that is used several times, or tied, gets the sum.
+
+    Some uses form one array of full size in the backward pass and project it at once:
+    norms and penalties, of what is computed entry by entry and reduced
+    (d sum(W^2) / dW = 2 W); rows looked up, and activations that a parameter is added
+    to, whose gradients exist in any case.
+
+    Refused, by an error that names leaf, operation and ways out: products with what was
+    computed entry by entry, as x @ tanh(W); functions of whole matrices, as
+    convolutions and decompositions; reshapes across both sides; pieces of an axis that
+    granularity divides; products with other matrices than ``dimension_numbers`` names;
+    a parameter that a scan carries on or a conditional returns; one that enters
+    ``shard_map`` or a function with a derivative of its own (``custom_vjp``).
 
     A basis is renewed from a full gradient: where :meth:`refresh_due` says so, call
     ``.full`` instead, which returns the same three things, in a step of its own. Random
@@ -262,7 +250,7 @@ def subspace_value_and_grad(
         optimizer: Any Optax transformation with low-rank ones inside.
         has_aux: Whether the function returns aux too.
         full_gradients: Key paths, as ``jax.tree_util.keystr`` writes them, of projected
-            leaves that get full gradients: those used elsewhere than in products.
+            leaves that get full gradients: those of refused uses.
 
     Returns:
         (params, state, \*args, \*\*kwargs) -> (value, gradients, state). Value is
