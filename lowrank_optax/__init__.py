@@ -23,6 +23,7 @@ from lowrank_optax.projected import Projected
 from lowrank_optax.report.memory_plan import memory_plan
 from lowrank_optax.report.projections import projections
 from lowrank_optax.report.ranks import ranks, subspaces
+from lowrank_optax.report.state_shardings import state_shardings
 from lowrank_optax.rules.bases import exact_svd, range_finder
 from lowrank_optax.rules.budget import budget
 from lowrank_optax.rules.random_bases import gaussian, rademacher
@@ -94,6 +95,7 @@ __all__ = [
     "scale_by_vlorp",
     "scaled_residual",
     "sign_residual",
+    "state_shardings",
     "stochastic_rounding",
     "subspace_value_and_grad",
     "subspaces",

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import linen as nn
 from flax import nnx
@@ -394,6 +395,34 @@ def test_a_state_that_nnx_split_is_read_and_resized_and_merged_again(name):
     assert jax.tree.structure(merged.opt_state) == jax.tree.structure(expected)
     jax.tree.map(np.testing.assert_array_equal, merged.opt_state, expected)
     nnx_trained(model, merged, 2)
+
+
+@pytest.mark.parametrize("is_pure", [False, True], ids=["boxes", "pure"])
+@pytest.mark.parametrize("name", ["galore", "low_bit"])
+def test_an_nnx_optimizer_that_was_resized_is_saved_and_goes_on_where_it_was(
+    name, is_pure, tmp_path
+):
+    def tree(state):
+        return nnx.to_pure_dict(state) if is_pure else state
+
+    model, optimizer = nnx_made(OPTIMIZERS[name]())
+    optimizer.opt_state = lowrank_optax.resize(optimizer.opt_state, RANK + 3)
+    nnx_trained(model, optimizer, 1)
+    checkpointer, path = ocp.StandardCheckpointer(), tmp_path / "state"
+    checkpointer.save(path, tree(nnx.split(optimizer)[1]))
+    checkpointer.wait_until_finished()
+
+    _, other = nnx_made(OPTIMIZERS[name]())
+    graph, state = nnx.split(other)
+    saved = checkpointer.metadata(path).item_metadata.tree
+    like = lowrank_optax.like_saved(tree(state), saved)
+    restored = checkpointer.restore(path, like)
+    if is_pure:
+        nnx.replace_by_pure_dict(state, restored)
+        restored = state
+    copy, again = nnx.clone(model), nnx.merge(graph, restored)
+    actual, expected = nnx_trained(copy, again, 2), nnx_trained(model, optimizer, 2)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 def test_a_basis_that_is_due_in_an_nnx_optimizer_is_seen_to_be():

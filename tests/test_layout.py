@@ -93,6 +93,7 @@ ORDER = [
     "report.__init__",
     "report.ranks",
     "report.projections",
+    "report.state_shardings",
     "report.memory",
     "report.memory_plan",
     "__init__",

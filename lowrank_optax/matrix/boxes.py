@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 Axes = Sequence[Sequence[int]]
 
 # What NNX calls the names of axes, or the sharding that they are of.
-_NAMES = ("out_sharding", "optimizer_sharding", "sharding", "sharding_names")
+_NAMES = ("optimizer_sharding", "out_sharding", "sharding", "sharding_names")
 
 
 def is_box(node: Any) -> bool:
@@ -61,6 +61,17 @@ def boxed_like(tree: Any, like: Any) -> Any:
 def leaves_by_path(tree: Any) -> dict[tuple, Any]:
     """Returns each leaf by its key path, which boxes are no part of."""
     return dict(jax.tree.leaves_with_path(unboxed(tree)))
+
+
+def names_of(box: Any) -> Iterable[Any]:
+    """Returns the names of the axes of a leaf, () if it is no box or has none."""
+    if not is_box(box):
+        return ()
+    if not hasattr(type(box), "get_metadata"):
+        return getattr(box, "names", ())
+    metadata = box.get_metadata()
+    found = next((metadata[key] for key in _NAMES if metadata.get(key)), ())
+    return found.spec if isinstance(found, NamedSharding) else found
 
 
 def boxed_beside(box: Any, array: Any, axes: Axes) -> Any:

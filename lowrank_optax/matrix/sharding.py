@@ -73,7 +73,7 @@ def on_mesh_of(like: Any, tree: Any) -> Any:
 
 def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     """Returns shape, dtype and, if it is known, the sharding over a mesh of a leaf."""
-    sharding = _named_sharding(leaf)
+    sharding = named_sharding(leaf)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
@@ -91,7 +91,7 @@ def zeros_beside(leaf: Any, shape: tuple[int, ...], dtype: Any, axes: Axes) -> A
     if is_box(leaf):
         zeros = zeros_beside(contents(leaf), shape, dtype, axes)
         return boxed_beside(leaf, zeros, axes)
-    sharding = _named_sharding(leaf)
+    sharding = named_sharding(leaf)
     if sharding is None and isinstance(leaf, Tracer):
         # Inside shard_map they vary over the devices that the leaf does.
         return jax.lax.full_like(leaf, 0, dtype, shape)
@@ -126,7 +126,9 @@ def _explicit_sharding(leaf: Any, mesh: Any) -> NamedSharding:
     return sharding
 
 
-def _named_sharding(leaf: Any) -> NamedSharding | None:
+def named_sharding(leaf: Any) -> NamedSharding | None:
+    """Returns the sharding over a mesh of a leaf, boxed or not; None: not known."""
+    leaf = contents(leaf)
     if isinstance(leaf, Tracer):
         # A tracer knows its sharding under explicit axis types only.
         sharding = jax.typeof(leaf).sharding

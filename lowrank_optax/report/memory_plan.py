@@ -6,16 +6,17 @@ from typing import Any
 
 import jax
 import optax
-from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from lowrank_optax.binding.moments import KNOWN_FIELDS, Kind, owner_and_field
 from lowrank_optax.binding.optimizer import bind
 from lowrank_optax.codes import bytes_of, is_coded, shape_of
 from lowrank_optax.matrix.boxes import leaves_by_path, unboxed
 from lowrank_optax.matrix.plan import as_arrays
+from lowrank_optax.matrix.sharding import named_sharding
 from lowrank_optax.projected import ProjectedSum
 from lowrank_optax.report.memory import Bytes, LeafMemory, MemoryPlan
 from lowrank_optax.report.projections import projections
+from lowrank_optax.report.state_shardings import sharded_state
 
 _OF_SUBSPACE = {"rank", "demand", "age", "refreshes", "failures", "trend", "residual"}
 _SUMS = {"sums", "acc_grads"}
@@ -134,24 +135,11 @@ def _at_full_rank(leaf: Any, field: str, node: Any, kinds: Mapping[str, Kind]) -
 
 def _sharded_state(optimizer, params: Any) -> Any:
     """Returns the state's shapes with shardings; None where those are not known."""
-    shardings = [getattr(x, "sharding", None) for x in jax.tree.leaves(params)]
-    named = [x for x in shardings if isinstance(x, NamedSharding)]
-    if not named or len(named) < len(shardings):
+    shardings = [named_sharding(leaf) for leaf in jax.tree.leaves(params)]
+    meshes = [sharding.mesh for sharding in shardings if sharding is not None]
+    if not meshes or len(meshes) < len(shardings):
         return None
-    mesh = named[0].mesh
-    explicit = AbstractMesh(
-        mesh.axis_sizes,
-        mesh.axis_names,
-        axis_types=(AxisType.Explicit,) * len(mesh.axis_names),
-    )
-
-    # Tracers know their shardings under explicit axis types only.
-    def typed(leaf):
-        sharding = NamedSharding(explicit, leaf.sharding.spec)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    with jax.sharding.use_abstract_mesh(explicit):
-        return jax.eval_shape(lambda p: optimizer.init(p), jax.tree.map(typed, params))
+    return sharded_state(optimizer, params, meshes[0])
 
 
 def _shard_bytes(leaf: Any) -> int:
