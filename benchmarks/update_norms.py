@@ -52,10 +52,10 @@ def in_training(rule: str, parts: Any) -> dict[str, float]:
     """The block matrices of a model that trains by these updates."""
     # Multiples of the learning rate, as in the comparison of the experiments.
     rates = {"blocks": 0.25, "rest": 1.0, "norms": 1.0}
-    ways = {**dict.fromkeys(rates, optax.scale_by_adam()), "blocks": adam(rule)}
+    ways = dict.fromkeys(("rest", "norms"), optax.scale_by_adam())
     params = parts.initial_params()
     groups = parameter_groups(params)
-    tx = optax.partition(ways, groups)
+    tx = optax.partition({"blocks": adam(rule), **ways}, groups)
     gradient = gradient_function(parts)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))

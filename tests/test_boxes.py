@@ -145,6 +145,23 @@ def test_a_basis_has_the_names_of_the_projected_axes_and_moments_those_of_the_ot
     assert specs.subspaces["w"].rank == specs.count == P()
 
 
+def test_dimension_numbers_may_lie_in_boxes_too():
+    boxed = linen_boxes({"heads": arrays()["heads"]})
+    numbers = jax.tree.map(lambda leaf: HEADS, boxed)
+    found = lowrank_optax.projections(galore(dimension_numbers=numbers), boxed)
+    assert found["['heads']"].view.stack == ()
+
+
+def test_a_mask_may_lie_in_boxes_too():
+    """As ``jax.tree.map`` makes it of boxed parameters."""
+    boxed = linen_boxes({"w": arrays()["w"], "b": arrays()["b"]})
+    mask = jax.tree.map(lambda leaf: leaf.ndim > 1, boxed)
+    for wrap in (lambda tx: tx, lambda tx: lowrank_optax.accumulate(tx, 1)):
+        optimizer = wrap(optax.masked(galore(), mask))
+        updates, _ = optimizer.update(boxed, optimizer.init(boxed), boxed)
+        np.testing.assert_array_equal(updates["b"].value, boxed["b"].value)
+
+
 def test_vectors_and_codes_and_sums_have_the_names_of_their_axes():
     boxed = linen_boxes(arrays())
     moments = nn.get_partition_spec(by_row().init(boxed)[0].inner_state)

@@ -251,11 +251,13 @@ def test_explicit_meshes(name, side):
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_a_gradient_inside_of_shard_map(check_vma):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    params, x = random_like({"w": (16, 24), "b": (24,)}), random_like((16, 16), 1)
+    params = random_like({"w": (16, 24), "b": (24,), "v": (24, 9)})
+    x = random_like((16, 16), 1)
     optimizer = low_rank()
 
     def loss(p, x):
-        return jnp.mean(jnp.tanh(x @ p["w"] + p["b"]) ** 2)
+        y = jnp.tanh(x @ p["w"] + p["b"]) @ p["v"]
+        return jnp.mean(y**2) + 0.1 * jnp.sum(p["v"] ** 2)
 
     _, state = optimizer.update(params, optimizer.init(params), params)
     gradient = subspace_value_and_grad(loss, optimizer)
@@ -277,7 +279,7 @@ def test_a_gradient_inside_of_shard_map(check_vma):
         )
     )
     found, (_, expected, _) = mapped(params, state, x), gradient(params, state, x)
-    for name in ("w", "b"):
+    for name in params:
         actual, one = jax.tree.leaves((found[name], expected[name]))
         # Sums in another order, float32.
         np.testing.assert_allclose(actual, one, rtol=1e-4, atol=1e-6)

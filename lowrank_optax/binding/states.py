@@ -109,9 +109,9 @@ def as_given(new: Any, state: Any) -> Any:
     arrays = {names(path): x for path, x in jax.tree.leaves_with_path(new)}
 
     def of_leaf(path, node):
-        return (
-            with_contents(node, arrays[names(path)]) if jax.tree.leaves(node) else node
-        )
+        # A mask in a box has no array.
+        is_array = bool(jax.tree.leaves(node))
+        return with_contents(node, arrays[names(path)]) if is_array else node
 
     return jax.tree_util.tree_map_with_path(of_leaf, state, is_leaf=is_box)
 

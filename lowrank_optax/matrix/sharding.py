@@ -39,10 +39,13 @@ def with_automatic_axes(function: Callable, out_like: Any, *args: Any) -> Any:
 
 def _explicit_mesh(tree: Any):
     for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            continue
         mesh = jax.typeof(leaf).sharding.mesh
         if AxisType.Explicit in getattr(mesh, "axis_types", ()):
             # Outside of a trace the devices are known, and needed.
-            return getattr(getattr(leaf, "sharding", None), "mesh", mesh)
+            sharding = None if isinstance(leaf, Tracer) else named_sharding(leaf)
+            return mesh if sharding is None else sharding.mesh
     return None
 
 
@@ -53,7 +56,7 @@ def on_mesh_of(like: Any, tree: Any) -> Any:
     automatic axes on the mesh: under explicit axes that is another type.
 
     Args:
-        like: Tree of arrays, or their shapes.
+        like: Tree of arrays; shapes in it lie on no mesh.
         tree: Tree of arrays.
     """
     mesh = _explicit_mesh(like)
