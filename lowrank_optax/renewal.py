@@ -286,8 +286,8 @@ def _with_basis_of(
 
 def _below(rank: jax.Array, array: jax.Array) -> jax.Array:
     """Returns an array (*stack, a, r) with zeros in columns at and above the rank."""
-    is_used = jnp.arange(array.shape[-1]) < rank[..., None, None]
-    return jnp.where(is_used, array, 0)
+    position = jax.lax.broadcasted_iota(jnp.int32, array.shape, array.ndim - 1)
+    return jnp.where(position < rank[..., None, None], array, 0)
 
 
 def _where(condition: jax.Array, new: Any, old: Any) -> Any:

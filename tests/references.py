@@ -188,7 +188,7 @@ def rebase(rule: str, b2: float = 0.999) -> Rebase:
             new_v[:, j] = {
                 "abs": np.abs(linear),
                 "square": squared,
-                "filled": squared + outside * np.mean(v, axis=1),
+                "filled": squared + outside * _mean_in_use(v, r),
                 "clamp": np.maximum(linear, 0),  # AdaRankGrad, Block 2, clamped
                 # LDAdam, Algorithm 1
                 "ldadam": correction * np.abs(variance + new_m[:, j] ** 2),
@@ -202,9 +202,15 @@ def rebase(rule: str, b2: float = 0.999) -> Rebase:
     if rule == "zero":
         return lambda m, v, r, t: (
             np.zeros_like(m),
-            np.repeat(np.mean(v, axis=1)[:, None], v.shape[1], axis=1),
+            np.repeat(_mean_in_use(v, r)[:, None], v.shape[1], axis=1),
         )
     return transported
+
+
+def _mean_in_use(v: np.ndarray, r: np.ndarray) -> np.ndarray:
+    """Means of the rows over the columns that the old basis had, (a,)."""
+    in_use = [i for i in range(len(r)) if np.any(r[i])]
+    return np.sum(v, axis=1) / max(1, len(in_use))
 
 
 # --- inner transformations, on the projected gradient R ---------------------------

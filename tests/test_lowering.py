@@ -83,8 +83,12 @@ def test_each_leaf_is_projected_and_lifted_once(tree):
 @every_tree
 def test_with_renewal_one_condition_stands_in_front_of_all_leaves(tree):
     text = lowered("adarankgrad", tree, refresh=True)
-    assert count(text, "case") + count(text, "if") == 1
+    (body,) = re.findall(r"func\.func public @main\(.*?\n  \}", text, re.DOTALL)
+    # Others stand inside of it, where the lines are indented further.
+    outermost = "\n".join(re.findall(r"^    \S.*", body, re.MULTILINE))
+    assert count(outermost, "case") + count(outermost, "if") == 1
     assert "syevd" in text
+    assert not re.findall(r"syevd|cholesky|triangular_solve", outermost)
 
 
 def test_a_renewal_of_leaves_of_one_kind_is_one_program():

@@ -110,7 +110,8 @@ def range_finder(
     Cost: 1 + 2 power_iterations products with A, each a * b * k multiplications, and
     one eigendecomposition k x k; a rank by energy costs one product more. Over a mesh a
     product moves at most (a + b) k numbers, and k^2 each orthonormalisation; A itself
-    never moves.
+    never moves. Its loops have no derivative in reverse mode: take one through updates
+    with ``update(..., refresh=False)``.
 
     Args:
         oversample: Directions beyond the rank that are sketched, then dropped; >= 0.
