@@ -290,6 +290,7 @@ def test_an_empty_leaf_is_said_to_be_empty(shape):
         assert "full size, it is empty" in str(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_python_numbers_are_leaves_as_arrays_are(name):
     rng = np.random.default_rng(0)
