@@ -213,7 +213,7 @@ def _normalized(p, x):
 ROWS = P("data", None)
 # name -> (shape of the kernel, its sharding, that of x, function)
 MESHES = {
-    "a parameter on the left": ((24, 16), P(None, None), P(None, "data"), _left),
+    "a parameter on the left": ((22, 16), P(None, None), P(None, "data"), _left),
     "resharded": ((16, 24), P("data", "model"), ROWS, _resharded),
     "features on another axis": (
         (16, 24),

@@ -501,7 +501,7 @@ UNSUPPORTED = {
     ),
     "in a rule of the user's own": (
         lambda p, x: squares(_with_rule(x, p["w"])),
-        r"\['w'\] is used by custom_vjp_call, whose derivative is the user's own",
+        r"\['w'\] is used by custom_vjp_call, whose derivative rule is its own",
     ),
     "a function of what a number was added to": (
         lambda p, x: squares(x @ jnp.tanh(p["w"] + 1)),

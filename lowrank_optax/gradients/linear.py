@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.extend import core
 
 from lowrank_optax.gradients.equations import bound
@@ -42,7 +43,8 @@ def _minus(x: Followed) -> Followed:
 def added(equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
     """The rule of ``add`` and ``sub``: the terms of both.
 
-    A plain array becomes a term whose gradient has the array's own size.
+    A plain array becomes a term whose gradient has the array's own size; constants,
+    which are never traced, have none.
     """
     value = _bound(equation, inputs)
     first, second = inputs
@@ -53,16 +55,17 @@ def added(equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
     dims = followed[0].dims
     if any(x.dims != dims for x in followed):
         raise Refused("with another parameter whose axes were merged otherwise")
-    terms = tuple(
-        term
-        for x in pair
-        for term in (x.terms if isinstance(x, Followed) else (plain_term(x, dims),))
-    )
+    terms = []
+    for x, given in zip(pair, inputs, strict=True):
+        if isinstance(x, Followed):
+            terms += x.terms
+        elif isinstance(given, Tracer):
+            terms.append(plain_term(x, dims))
     # What a number or a bias is added to is a parameter still.
     is_sum = any(
         x.is_sum if isinstance(x, Followed) else x.size == value.size for x in pair
     )
-    return [Followed(value, terms, dims, names_of(pair), is_sum)]
+    return [Followed(value, tuple(terms), dims, names_of(pair), is_sum)]
 
 
 def scaled(equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
@@ -78,14 +81,16 @@ def scaled(equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
     if isinstance(s, Followed) or (is_division and swap):
         raise Refused("by another parameter")
     value = _bound(equation, inputs)
+    is_constant = not isinstance(s, Tracer)
     x, s = _of_shape(x, value), _of_shape(s, value)
     number = atomic(s, x.dims)
     factor = 1 / number if is_division else number
     terms = [_scaled(x, term, factor) for term in x.terms]
-    # Of a quotient q = W / s, dq = dW / s - q ds / s.
-    basis = -value / s if is_division else x.value
-    basis = jnp.broadcast_to(basis, value.shape)
-    terms.append(Term(number, atomic(basis, x.dims)))
+    if not is_constant:
+        # Of a quotient q = W / s, dq = dW / s - q ds / s.
+        basis = -value / s if is_division else x.value
+        basis = jnp.broadcast_to(basis, value.shape)
+        terms.append(Term(number, atomic(basis, x.dims)))
     return [dataclasses.replace(x, value=value, terms=tuple(terms))]
 
 

@@ -102,7 +102,7 @@ def _picked(x: Followed, dim: int, indices: jax.Array, mode: Any) -> Followed:
         if array.shape[at] == 1:
             return jnp.squeeze(array, at)[(None,) * len(batch)]
         first = jnp.moveaxis(array, at, 0)
-        rows = jax.lax.gather(
+        return jax.lax.gather(
             first,
             indices.reshape(*batch, 1),
             jax.lax.GatherDimensionNumbers(
@@ -114,7 +114,6 @@ def _picked(x: Followed, dim: int, indices: jax.Array, mode: Any) -> Followed:
             mode=mode,
             fill_value=0,
         )
-        return rows
 
     dims = (
         *(((n,) if n > 1 else ()) for n in indices.shape),
@@ -123,12 +122,12 @@ def _picked(x: Followed, dim: int, indices: jax.Array, mode: Any) -> Followed:
     found = x.changed(slices, dims)
     if mode != GatherScatterMode.FILL_OR_DROP:
         return found
-    # Where nothing was picked, nothing has a gradient.
+    # Slices that are all the same: those from outside have no gradient.
     kept = is_inside.reshape(*batch, *(1,) * (found.terms[0].basis.ndim - len(batch)))
     terms = tuple(
         Term(jnp.where(kept, term.coordinates, 0), term.basis)
-        if not any(a.shape[at] > 1 for a in old) or not x.dims[dim]
+        if not x.dims[dim] or all(array.shape[at] == 1 for array in before)
         else term
-        for term, old in zip(found.terms, x.terms, strict=True)
+        for term, before in zip(found.terms, x.terms, strict=True)
     )
     return dataclasses.replace(found, terms=terms)

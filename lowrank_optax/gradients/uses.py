@@ -90,7 +90,7 @@ def _broadcast(equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
 
 
 def _own_rule(equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
-    raise Refused("whose derivative is the user's own and needs the full gradient")
+    raise Refused("whose derivative rule is its own and needs the full gradient")
 
 
 USES: dict[str, Callable[[core.JaxprEqn, Sequence[Any]], list[Any]]] = {
