@@ -11,8 +11,8 @@ from lowrank_optax.binding.moments import locate_moments
 from lowrank_optax.binding.optimizer import announce, unheard
 from lowrank_optax.codes import bytes_of
 from lowrank_optax.core import Core
+from lowrank_optax.matrix.arrays import as_arrays
 from lowrank_optax.matrix.boxes import is_box, unboxed
-from lowrank_optax.matrix.plan import as_arrays
 from lowrank_optax.matrix.sharding import on_mesh_of
 from lowrank_optax.parts import Parts
 from lowrank_optax.rules.budget import Budget, Size, as_stored, largest_fitting

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax.codes import decode, shape_of
+from lowrank_optax.matrix.arrays import wide
 from lowrank_optax.matrix.boxes import leaves_by_path
-from lowrank_optax.matrix.plan import LeafPlan, plan_leaves, wide
+from lowrank_optax.matrix.plan import LeafPlan, plan_leaves
 from lowrank_optax.matrix.sharding import (
     basis_axes,
     coordinate_axes,

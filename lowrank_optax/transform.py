@@ -37,9 +37,9 @@ from lowrank_optax.binding.states import (
 from lowrank_optax.codes import decoded_tree, encoded_tree
 from lowrank_optax.core import Core, InLeaf, InsideSubspace
 from lowrank_optax.initial import initial_state
+from lowrank_optax.matrix.arrays import as_arrays
 from lowrank_optax.matrix.boxes import is_box, unboxed, with_contents
 from lowrank_optax.matrix.dimension_numbers import DimensionNumbers
-from lowrank_optax.matrix.plan import as_arrays
 from lowrank_optax.matrix.sharding import with_automatic_axes
 from lowrank_optax.matrix.view import Side
 from lowrank_optax.parts import Parts, make_parts
@@ -144,9 +144,9 @@ def scale_by_low_rank(
         TypeError: If ``rank`` is neither an int nor a rule; in ``update``, if
             ``refresh`` is no Python bool.
         ValueError: If a rank, granularity, side or rule is unknown, or a random basis
-            has a rank by energy; in ``init``, if ``inner`` needs
-            parameters, has a state that no re-basing rule knows, or dimension numbers
-            do not fit a leaf; in ``update``, if a gradient does not fit the state.
+            has a rank by energy; in ``init``, if ``inner`` needs parameters, has a
+            state that no re-basing rule knows, or dimension numbers do not fit a leaf;
+            in ``update``, if a gradient does not fit the state.
 
     Example:
         A basis of rank 2 and moments of 2 columns instead of 16:
@@ -227,12 +227,13 @@ def _update(
     gradients = gradients_by_path(updates)
     projectors = projectors_of_state(like, slots_of(state), parts)
     _check_projected(gradients, projectors, parts)
-    shapes = {path: projector.shape for path, projector in projectors.items()}
-    others = gradients.keys() - shapes.keys()
-    # It raises where moments do not fit, whether a basis is renewed or not.
-    locate_moments(state.inner_state, shapes, others, parts.moments)
     if refresh:
         state = renewed(updates, state, projectors)
+    else:
+        # As a renewal does, it raises where moments do not fit.
+        shapes = {path: projector.shape for path, projector in projectors.items()}
+        others = gradients.keys() - shapes.keys()
+        locate_moments(state.inner_state, shapes, others, parts.moments)
     leaves, subspaces = {}, slots_of(state)
     for path, projector in projectors.items():
         gradient = None if is_projected(gradients[path]) else gradients[path]

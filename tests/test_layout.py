@@ -18,6 +18,7 @@ LIBRARY = ROOT / "lowrank_optax"
 # A module may import those above it.
 ORDER = [
     "matrix.__init__",
+    "matrix.arrays",
     "matrix.boxes",
     "matrix.dimension_numbers",
     "matrix.view",
@@ -65,7 +66,7 @@ ORDER = [
     "gradients.layout",
     "gradients.equations",
     "gradients.followed",
-    "gradients.structure",
+    "gradients.moves",
     "gradients.contraction",
     "gradients.routes",
     "gradients.full_size",

@@ -9,7 +9,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lowrank_optax import LowRankDimensionNumbers, subspace_value_and_grad
-from tests.test_uses import assert_projected, low_rank, random_like, squares
+from tests.suite import random_like
+from tests.test_uses import assert_projected, low_rank, squares
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 

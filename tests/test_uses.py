@@ -12,6 +12,7 @@ import pytest
 import lowrank_optax
 from lowrank_optax import subspace_value_and_grad
 from lowrank_optax.projected import is_projected
+from tests.suite import random_like
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -22,15 +23,6 @@ ROUNDING = 1e-5
 
 def low_rank(rank=3, **options):
     return lowrank_optax.scale_by_low_rank(optax.identity(), rank, **options)
-
-
-def random_like(shapes, seed=0):
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda shape: jnp.asarray(rng.normal(size=shape) / 3, jnp.float32),
-        shapes,
-        is_leaf=lambda x: isinstance(x, tuple),
-    )
 
 
 X = random_like((TOKENS, N), seed=1)

@@ -18,6 +18,7 @@ import lowrank_optax
 from lowrank_optax import LowRankDimensionNumbers, subspace_value_and_grad
 from lowrank_optax.matrix.view import matrix_view
 from lowrank_optax.projected import is_projected
+from tests.suite import random_like
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -29,15 +30,6 @@ ROUNDING = 1e-5
 def low_rank(rank=RANK, **options):
     """Momentum in a subspace of every matrix of the tree."""
     return lowrank_optax.scale_by_low_rank(optax.trace(0.9), rank, **options)
-
-
-def random_like(shapes, seed=0):
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda shape: jnp.asarray(rng.normal(size=shape) / 3, jnp.float32),
-        shapes,
-        is_leaf=lambda x: isinstance(x, tuple),
-    )
 
 
 def assert_projected(optimizer, function, params, *args, rounding=ROUNDING):

@@ -10,7 +10,8 @@ import jax
 import optax
 
 from lowrank_optax.binding.states import is_slot, slots_of
-from lowrank_optax.matrix.plan import LeafPlan, as_arrays
+from lowrank_optax.matrix.arrays import as_arrays
+from lowrank_optax.matrix.plan import LeafPlan
 from lowrank_optax.matrix.sharding import abstract
 from lowrank_optax.parts import Parts
 from lowrank_optax.projected import gradients_by_path

@@ -20,3 +20,8 @@ def has_derivative(equation: core.JaxprEqn) -> bool:
     """Returns whether any result can be differentiated: integers cannot."""
     types = [variable.aval for variable in equation.outvars]
     return any(jnp.issubdtype(getattr(x, "dtype", int), jnp.inexact) for x in types)
+
+
+def as_tuples(value: Any) -> Any:
+    """Returns dimension numbers as nested tuples, so that they can be compared."""
+    return tuple(map(as_tuples, value)) if isinstance(value, (tuple, list)) else value

@@ -21,7 +21,7 @@ from lowrank_optax.gradients.followed import (
     value_of,
     varies,
 )
-from lowrank_optax.gradients.structure import broadcast_to
+from lowrank_optax.gradients.moves import broadcast_to
 
 
 def _bound(equation: core.JaxprEqn, inputs: Sequence[Any]) -> jax.Array:

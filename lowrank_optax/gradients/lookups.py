@@ -18,7 +18,7 @@ from lowrank_optax.gradients.followed import (
     sides,
 )
 from lowrank_optax.gradients.full_size import plain
-from lowrank_optax.gradients.structure import cut, transposed
+from lowrank_optax.gradients.moves import cut, transposed
 
 
 def picked(equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:

@@ -17,7 +17,7 @@ from lowrank_optax.gradients.followed import (
     plain_term,
     value_of,
 )
-from lowrank_optax.gradients.structure import (
+from lowrank_optax.gradients.moves import (
     along,
     broadcast,
     cut,

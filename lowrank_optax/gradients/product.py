@@ -16,6 +16,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend import core
 
 from lowrank_optax.gradients.contraction import contract, type_of_contraction
+from lowrank_optax.gradients.equations import as_tuples
 from lowrank_optax.gradients.followed import (
     Followed,
     Term,
@@ -94,7 +95,7 @@ def dot_general(equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
     """The rule of ``dot_general``."""
     numbers = equation.params["dimension_numbers"]
     params = tuple(
-        (name, _static(value))
+        (name, as_tuples(value))
         for name, value in equation.params.items()
         if value is not None
     )
@@ -105,11 +106,6 @@ def dot_general(equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
         for is_left, own, other in zip((True, False), inputs, inputs[::-1], strict=True)
     )
     return [_product(_Dot(params, (left, right)), *inputs)]
-
-
-def _static(value: Any) -> Any:
-    """Returns dimension numbers as nested tuples, so that they can be compared."""
-    return tuple(map(_static, value)) if isinstance(value, (tuple, list)) else value
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

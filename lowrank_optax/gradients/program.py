@@ -20,7 +20,7 @@ from lowrank_optax.gradients.followed import (
     value_of,
 )
 from lowrank_optax.gradients.full_size import entry_by_entry, plain
-from lowrank_optax.gradients.structure import leading
+from lowrank_optax.gradients.moves import leading
 from lowrank_optax.gradients.uses import USES
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.extend import core
 
+from lowrank_optax.gradients.equations import as_tuples
 from lowrank_optax.gradients.followed import (
     Followed,
     Refused,
@@ -37,7 +38,7 @@ def ragged_dot(equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
         numbers.lhs_ragged_dimensions,
         numbers.rhs_group_dimensions,
     )
-    if _tuples(found) != _USUAL or not isinstance(stack, Followed) or len(groups) > 1:
+    if as_tuples(found) != _USUAL or not isinstance(stack, Followed) or len(groups) > 1:
         raise Refused("otherwise than jax.lax.ragged_dot(x, stack, sizes)")
     if any(len(dim) > 1 for dim in stack.dims):
         raise Refused("whose axes a reshape merged or granularity divides")
@@ -45,10 +46,6 @@ def ragged_dot(equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
         raise Refused("with another projected parameter")
     sums = tuple(_sums(stack, term) for term in stack.terms)
     return [_product(_Ragged(tuple(params.items()), sums), x, stack, *groups)]
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, (tuple, list)) else value
 
 
 def _sums(stack: Followed, term: Term) -> bool:

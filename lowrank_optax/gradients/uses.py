@@ -18,6 +18,7 @@ from lowrank_optax.gradients.equations import bound
 from lowrank_optax.gradients.followed import Followed, Refused, Term
 from lowrank_optax.gradients.linear import added, negated, scaled
 from lowrank_optax.gradients.lookups import picked
+from lowrank_optax.gradients.moves import broadcast, reshaped, transposed
 from lowrank_optax.gradients.pieces import (
     concatenated,
     padded_by,
@@ -30,7 +31,6 @@ from lowrank_optax.gradients.pieces import (
 )
 from lowrank_optax.gradients.product import dot_general
 from lowrank_optax.gradients.ragged import ragged_dot
-from lowrank_optax.gradients.structure import broadcast, reshaped, transposed
 
 
 def _kept(equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:

@@ -104,39 +104,6 @@ def _plan_leaf(path, leaf, capacity, side, numbers, granularity) -> LeafPlan:
     return LeafPlan(name, tuple(leaf.shape), view, capacity, "", granularity)
 
 
-def wide(dtype: Any) -> Any:
-    """Returns the dtype of sums and of linear algebra: float32, or a wider one."""
-    is_narrow = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
-    # Those of 8 bits are promoted to nothing.
-    wider = jnp.float32 if is_narrow else jnp.promote_types(dtype, jnp.float32)
-    return jax.dtypes.canonicalize_dtype(wider)
-
-
-def as_arrays(tree: Any) -> Any:
-    """Returns a tree whose leaves have a shape and a dtype; numbers become arrays.
-
-    Args:
-        tree: Parameters, gradients, or their shapes; Python numbers among them.
-
-    Raises:
-        TypeError: If a leaf is neither an array nor a number.
-    """
-
-    def of_leaf(path, leaf):
-        if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
-            return leaf
-        if isinstance(leaf, (bool, int, float, complex)):
-            return jnp.asarray(leaf)
-        name = jax.tree_util.keystr(path) or "(the whole tree)"
-        raise TypeError(
-            f"{name} is no array but {type(leaf).__name__}; give the optimizer the "
-            "arrays of a model alone, such as equinox.filter(model, "
-            "equinox.is_inexact_array)."
-        )
-
-    return jax.tree_util.tree_map_with_path(of_leaf, tree)
-
-
 def _numbers_by_path(dimension_numbers: Any, params: Any) -> dict[tuple, Any]:
     if dimension_numbers is None:
         dimension_numbers = dimension_numbers_by_shape

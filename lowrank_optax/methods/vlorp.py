@@ -100,10 +100,12 @@ def scale_by_vlorp(
         basis: ``gaussian()`` (None), ``rademacher()``, or a computed one.
         refresh: Refresh rule; None: ``every(25)``; the paper has 20 to 30.
         rebase: How moments follow a new basis: "first", the first moment by the least
-            gradient that has its projection, the second kept; "zero" starts anew;
-            "keep" is the authors' code. Measured (``RESULTS.md``, c = 4, r = 8): 1.971,
-            1.997 and 2.016 nats per byte; 2.106 with P_old^T P_new itself as the
-            transfer, which is unbiased and adds noise at each change of basis.
+            gradient that has its projection, the second kept; "zero" drops the first
+            and makes the second the mean of its row; "keep" is the authors' code.
+            Measured (``RESULTS.md``, c = 4, r = 8): 1.971, 1.997 (where "zero" still
+            made the second zero too) and 2.016 nats per byte; 2.106 with P_old^T P_new
+            itself as the transfer, which is unbiased and adds noise at each change of
+            basis.
         side: "short" or "long"; see :func:`scale_by_low_rank`.
         dimension_numbers: See :func:`scale_by_low_rank`.
         scale: Factor on the updates of projected leaves.

@@ -10,8 +10,8 @@ import optax
 from lowrank_optax.binding.moments import KNOWN_FIELDS, Kind, owner_and_field
 from lowrank_optax.binding.optimizer import bind
 from lowrank_optax.codes import bytes_of, is_coded, shape_of
+from lowrank_optax.matrix.arrays import as_arrays
 from lowrank_optax.matrix.boxes import leaves_by_path, unboxed
-from lowrank_optax.matrix.plan import as_arrays
 from lowrank_optax.matrix.sharding import named_sharding
 from lowrank_optax.projected import ProjectedSum
 from lowrank_optax.report.memory import Bytes, LeafMemory, MemoryPlan

@@ -6,8 +6,9 @@ import jax
 import optax
 
 from lowrank_optax.binding.optimizer import bind
+from lowrank_optax.matrix.arrays import as_arrays
 from lowrank_optax.matrix.boxes import leaves_by_path
-from lowrank_optax.matrix.plan import LeafPlan, as_arrays
+from lowrank_optax.matrix.plan import LeafPlan
 
 
 def projections(

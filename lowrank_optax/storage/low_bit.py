@@ -180,10 +180,10 @@ class _Rule:
 
     def encoded(self, state: Any, params: Any) -> Any:
         """Returns a state of float32 arrays with those encoded that are to be."""
-        formats = {array.path: array.like for array in self._arrays(state, params)}
+        likes = self._likes(state, params)
 
         def encode_leaf(path, leaf):
-            like = formats.get(path)
+            like = likes.get(path)
             if like is None:
                 return leaf
             name = f"{self.seed}{jax.tree_util.keystr(path)}"
@@ -193,10 +193,14 @@ class _Rule:
 
     def shapes(self, state: Any, params: Any) -> Any:
         """Returns the shapes of what :meth:`encoded` returns, from those of a state."""
-        likes = {array.path: array.like for array in self._arrays(state, params)}
+        likes = self._likes(state, params)
         return jax.tree_util.tree_map_with_path(
             lambda path, leaf: likes.get(path) or leaf, state, is_leaf=is_box
         )
+
+    def _likes(self, state: Any, params: Any) -> dict[tuple, Coded | None]:
+        """Returns the shapes that each array is to have in few bits, by its path."""
+        return {array.path: array.like for array in self._arrays(state, params)}
 
     def check(self, state: Any, params: Any) -> None:
         """Raises if a state was made under another rule."""
@@ -216,8 +220,7 @@ class _Rule:
         owners, state = gradients_by_path(params).keys(), unboxed(state)
         for prefix, node in jax.tree.leaves_with_path(state, is_leaf=_is_array):
             if not is_low_rank(node):
-                kind = self._moment(prefix, owners)
-                yield self._array(prefix, node, kind)
+                yield self._array(prefix, node, self._moment(prefix, owners), False)
                 continue
             node = low_rank_record(node)
             in_subspace = slots_of(node)
@@ -237,7 +240,7 @@ class _Rule:
         _, field = owner_and_field(path, owners)
         return _MOMENTS.get(self.kinds.get(field, "")) if self.bits else None
 
-    def _array(self, path, node, kind: Format | None, by_column=False) -> _Array:
+    def _array(self, path, node, kind: Format | None, by_column: bool) -> _Array:
         shape = shape_of(node)
         is_wide = not is_coded(node) and node.dtype not in _CODED_DTYPES
         is_large = math.prod(shape) >= self.min_size and not is_wide

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.matrix.plan import as_arrays
+from lowrank_optax.matrix.arrays import as_arrays
 
 
 class StochasticRoundingState(NamedTuple):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.matrix.plan import as_arrays
+from lowrank_optax.matrix.arrays import as_arrays
 from lowrank_optax.matrix.sharding import (
     on_mesh_of,
     with_automatic_axes,
@@ -96,11 +96,10 @@ def accumulate(optimizer: optax.GradientTransformation, every_k: int) -> Accumul
     A basis that is due is computed from the first micro-batch of a window, as it
     comes; it does not change inside a window. A matrix that has none yet, because its
     gradient is zero or not finite there, gets one from the first micro-batch that has a
-    gradient. Transformations in front of the low-rank
-    one, such as clipping by global norm, get the mean with projected leaves in their
-    subspace: the norm that is clipped is that of the *projected* mean gradient, at most
-    the full one for orthonormal bases, and equal to it in expectation (of squares) for
-    random ones.
+    gradient. Transformations in front of the low-rank one, such as clipping by global
+    norm, get the mean with projected leaves in their subspace: the norm that is clipped
+    is that of the *projected* mean gradient, at most the full one for orthonormal
+    bases, and equal to it in expectation (of squares) for random ones.
 
     In a compiled step that holds all k micro-batches, ``add`` in a scan and ``finish``
     after it spare the k - 1 updates by zeros.

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.matrix.plan import as_arrays
+from lowrank_optax.matrix.arrays import as_arrays
 from lowrank_optax.matrix.sharding import zeros_like_update
 from lowrank_optax.projected import full_size
 

@@ -9,8 +9,8 @@ import optax
 
 from lowrank_optax.binding.optimizer import Binding, bind
 from lowrank_optax.binding.states import low_rank_states, slots_of
+from lowrank_optax.matrix.arrays import wide
 from lowrank_optax.matrix.boxes import boxed_like, contents, is_box, unboxed
-from lowrank_optax.matrix.plan import wide
 from lowrank_optax.matrix.sharding import zeros_like_update
 from lowrank_optax.projected import (
     Projected,
