@@ -216,13 +216,7 @@ def low_rank_transformation(
 
 
 def _update(
-    updates,
-    state: ScaleByLowRankState,
-    like,
-    core: Core,
-    parts: Parts,
-    refresh,
-    extra_args,
+    updates, state: ScaleByLowRankState, like, core: Core, parts: Parts, refresh, extra
 ):
     gradients = gradients_by_path(updates)
     projectors = projectors_of_state(like, slots_of(state), parts)
@@ -251,7 +245,7 @@ def _update(
         projected, updates, is_leaf=is_projected
     )
     new_updates, inner_state, residuals = core.update(
-        coordinates, decoded_tree(state.inner_state), leaves, state.count, extra_args
+        coordinates, decoded_tree(state.inner_state), leaves, state.count, extra
     )
 
     def in_own_dtype(path, update, leaf):
