@@ -105,6 +105,10 @@ PIPELINE = {
     "stages/layers/mlp/down/kernel": ((2, L, F, D), ((2, L), F, D)),
     "stages/layers/norm/scale": ((2, L, D), False),
 }
+WIDE_HEADS = {
+    "attn/q_proj/w": ((16, N, 32), ((), 16, N * 32)),
+    "attn/o_proj/w": ((N, 32, 16), ((), N * 32, 16)),
+}
 FUSED = {
     "self_attention/qkv_proj/kernel": ((D, 3, N, H), ((3,), D, N * H)),
     "self_attention/out/kernel": ((N, H, D), ((), N * H, D)),
@@ -142,6 +146,7 @@ LAYOUTS = {
     "maxtext": MAXTEXT,
     "pipeline": PIPELINE,
     "fused": FUSED,
+    "wide heads": WIDE_HEADS,
     "haiku": HAIKU,
     "equinox": EQUINOX,
     "unknown": UNKNOWN,

@@ -124,8 +124,7 @@ def _of_attention(
     if kernel.kind == "out":
         head, width, output = rest[-3:]
         return LowRankDimensionNumbers((head, width), output)
-    outputs = modules.kernels(kernel.module, "out")
-    returned = {output.shape[-1] for output, _ in outputs}
+    returned = modules.returned(kernel.module)
 
     def inputs(axes, default):
         # They are as long as what attention returns, if one axis alone is.

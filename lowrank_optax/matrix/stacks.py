@@ -63,7 +63,7 @@ class Modules:
         """Returns whether an attention kernel has an axis of heads, seen from outside.
 
         What makes queries, (d, heads, width), is told from layers of (d, heads x width)
-        by d being longer than a head is wide.
+        by d, which attention returns too, or which is longer than a head is wide.
         """
         shape = leaf.shape
         if kernel.kind == "fused" or kernel.heads_first or len(shape) > 3:
@@ -73,7 +73,13 @@ class Modules:
         queries = self.kernels(kernel.module, "in")
         if kernel.kind == "out" and queries:
             return any(self.has_heads(*query) for query in queries)
-        return shape[0] > shape[-1] if kernel.kind == "in" else shape[-2] < shape[-1]
+        if kernel.kind == "out":
+            return shape[-2] < shape[-1]
+        return shape[0] >= shape[-1] or shape[0] in self.returned(kernel.module)
+
+    def returned(self, module: tuple[str, ...]) -> set[int]:
+        """Returns how long what an attention returns may be."""
+        return {leaf.shape[-1] for leaf, _ in self.kernels(module, "out")}
 
 
 def stack_axes(
