@@ -169,29 +169,31 @@ class OnConvergence:
 # --- re-basing: R = P_old^T P_new, moments (a, r) --------------------------------
 
 
-def rebase(rule: str, b2: float = 0.999) -> Rebase:
+def rebase(rule: str, b1: float = 0.9, b2: float = 0.999) -> Rebase:
     """The named rule: (M, V, R, updates done) -> (M, V) in the new basis."""
 
     def transported(m, v, r, t):
         # Coordinate by coordinate: the new j-th one is sum_i R_ij times the old i-th.
         new_m, new_v = np.zeros((len(m), r.shape[1])), np.zeros((len(v), r.shape[1]))
         correction = 1 - b2 ** max(t, 1)
+        mean = m / (1 - b1 ** max(t, 1))
         for j in range(r.shape[1]):
             new_m[:, j] = sum(m[:, i] * r[i, j] for i in range(len(r)))
             linear = sum(v[:, i] * r[i, j] for i in range(len(r)))
             squared = sum(v[:, i] * r[i, j] ** 2 for i in range(len(r)))
             variance = sum(
-                (v[:, i] / correction - m[:, i] ** 2) * r[i, j] ** 2
+                (v[:, i] / correction - mean[:, i] ** 2) * r[i, j] ** 2
                 for i in range(len(r))
             )
+            new_mean = sum(mean[:, i] * r[i, j] for i in range(len(r)))
             outside = max(0, 1 - sum(r[i, j] ** 2 for i in range(len(r))))
             new_v[:, j] = {
                 "abs": np.abs(linear),
                 "square": squared,
                 "filled": squared + outside * _mean_in_use(v, r),
                 "clamp": np.maximum(linear, 0),  # AdaRankGrad, Block 2, clamped
-                # LDAdam, Algorithm 1
-                "ldadam": correction * np.abs(variance + new_m[:, j] ** 2),
+                # LDAdam, Algorithm 1: of moments whose bias is corrected
+                "ldadam": correction * np.abs(variance + new_mean**2),
             }[rule]
         return new_m, new_v
 

@@ -102,7 +102,7 @@ def scale_by_ldadam(
         rank,
         basis=range_finder(oversample=0, power_iterations=0.5, warm_start=True),
         refresh=every(1),
-        rebase=ldadam_rebase(b2),
+        rebase=ldadam_rebase(b1=b1, b2=b2),
         dimension_numbers=dimension_numbers,
         seed=seed,
     )
