@@ -62,6 +62,23 @@ def exact_svd(a: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
     return right[:rank].T, values[:rank] ** 2 / np.sum(a**2)
 
 
+def power_iteration(
+    a: np.ndarray, previous: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Gram-Schmidt of A^T A P_old, column after column: LDAdam, Algorithm 1."""
+    basis = np.linalg.qr(a.T @ (a @ previous))[0]
+    return basis, captured(a, basis)
+
+
+def with_momentum(rho: float, b1: float):
+    """rho M P^T / (1 - b1^t) + (1 - rho) G: what LDAdam's basis follows."""
+
+    def source(g, m, p, t):
+        return rho * (m @ p.T) / (1 - b1 ** max(t, 1)) + (1 - rho) * g
+
+    return source
+
+
 # --- ranks -----------------------------------------------------------------------
 
 
@@ -285,10 +302,12 @@ def low_rank(
     scale: float = 1.0,
     like: Sequence[np.ndarray] | None = None,
     lift: Callable[..., np.ndarray] = lambda g, r, n, p: n @ p.T,
+    source: Callable[..., np.ndarray] = lambda g, m, p, t: g,
 ) -> tuple[list[np.ndarray], list[Record]]:
     """U_t = scale N_t P^T with R_t = G_t P, N_t = inner(R_t), for one matrix.
 
     ``lift``: (G_t, R_t, N_t, P) -> U_t / scale, where a method has another one.
+    ``source``: (G_t, M, P, updates done) -> what a basis is computed from.
 
     GaLore, Algorithm 2, and AdaRankGrad, Algorithm 3. G_t is transposed where its rows
     are projected: for "short" if there are fewer rows than columns, for "long" if not.
@@ -307,7 +326,7 @@ def low_rank(
     for t, g in enumerate(oriented):
         refreshed = bool(schedule.is_due(t) and np.all(np.isfinite(g)) and np.any(g))
         if refreshed:
-            columns, energies = basis(g, p, refreshes)
+            columns, energies = basis(source(g, m, p, t), p, refreshes)
             in_use, demand = rank(energies, demand)
             new = np.zeros_like(p)
             for j in range(in_use):

@@ -197,17 +197,17 @@ def relative_reference(inner, grads, where, side, like, *, rebase="square", lift
 
 def ldadam_reference(grads, where, side, like):
     def basis(a, p, i):
-        omega = draw(where, 3, RANK, a.shape[1], i)
-        return references.range_finder(a, references.warm_start(omega, p), RANK, 0.5)
+        return references.power_iteration(a, p) if i else references.exact_svd(a, RANK)
 
     return references.low_rank(
         grads,
         capacity=RANK,
-        inner=references.adam(),
+        inner=references.adam(0.908, 0.99),
         basis=basis,
+        source=references.with_momentum(0.908, 0.908),
         rank=references.fixed_rank(RANK),
         schedule=references.Every(1),
-        rebase=references.rebase("ldadam"),
+        rebase=references.rebase("ldadam", 0.908, 0.99),
         side=side,
         scale=-0.1,
         like=like,
@@ -303,7 +303,7 @@ METHODS = {
         rebase="keep",
     ),
     "ldadam": _relative(
-        lambda: lowrank_optax.ldadam(0.1, RANK, seed=3), ldadam_reference, SKETCH
+        lambda: lowrank_optax.ldadam(0.1, RANK, start=SVD), ldadam_reference, SKETCH
     ),
     "galore": Method(galore, galore_reference),
     "adarankgrad": Method(adarankgrad, adarankgrad_reference, SKETCH),

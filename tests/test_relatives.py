@@ -255,6 +255,7 @@ def test_full_gradients_are_accumulated(name):
         lambda: lowrank_optax.apollo(0.1, 4, weight_decay=-1.0),
         lambda: lowrank_optax.apollo(0.1, lowrank_optax.energy_rank(4)),
         lambda: lowrank_optax.ldadam(0.1, 4, b1=1.0),
+        lambda: lowrank_optax.ldadam(0.1, 4, rho=1.0),
     ],
 )
 def test_values_out_of_range_are_refused(make):

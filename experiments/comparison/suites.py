@@ -80,7 +80,8 @@ _METHODS = (
     _contender("adafactor", 0.03125, 16e-3),
     _contender("vlorp", 0.25, 16e-3),
     _contender("projfactor", 0.25, 16e-3),
-    _contender("ldadam", 0.25, 16e-3),
+    # Their own decays: the basis, too, follows the momentum.
+    _contender("ldadam", 0.25, 16e-3, b1=0.908, b2=0.99),
     _contender("apollo_mini", 0.25, 16e-3),
     _contender("lora", 0.125, 16e-3),
     _contender("relora", 0.125, 16e-3),
