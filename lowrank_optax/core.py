@@ -85,7 +85,6 @@ class InsideSubspace(NamedTuple):
 
     def update(self, coordinates, state, leaves, count, extra_args):
         """Returns scale N P^T and what the residual adds; see :class:`Core`."""
-        del count
         narrow, state = self.inner.update(coordinates, state, None, **extra_args)
         residuals = {}
 
@@ -93,7 +92,7 @@ class InsideSubspace(NamedTuple):
             if path not in leaves:
                 return self.residual.at_full_size(n)
             projector, subspace, basis, gradient = leaves[path]
-            pieces = Pieces(projector.view, gradient, r, n, basis, self.scale)
+            pieces = Pieces(projector.view, gradient, r, n, basis, self.scale, count)
             update, residuals[path] = self.residual.update(pieces, subspace.residual)
             return update
 

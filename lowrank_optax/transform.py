@@ -9,7 +9,7 @@ GaLore         exact_svd        fixed      every(200)      keep     dropped
 AdaRankGrad    range_finder     by energy  on_convergence  square   dropped
 VLoRP          random           fixed      every(25)       first    dropped
 LDAdam         power_iteration  fixed      every(1)        ldadam   dropped
-Fira           range_finder     fixed      every(200)      square   scaled
+Fira           range_finder     fixed      every(200)      keep     scaled
 SUMO           range_finder     fixed      every(200)      square   dropped
 low_rank_muon  range_finder     fixed      every(200)      square   orthogonalized
 =============  ===============  =========  ==============  =======  ==============

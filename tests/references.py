@@ -235,12 +235,16 @@ def _mean_in_use(v: np.ndarray, r: np.ndarray) -> np.ndarray:
 # --- inner transformations, on the projected gradient R ---------------------------
 
 
-def adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Inner:
-    """Kingma and Ba 2014, Algorithm 1."""
+def adam(
+    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, raw_eps: bool = False
+) -> Inner:
+    """Kingma and Ba 2014, Algorithm 1; ``raw_eps``: their last remark of Section 2."""
 
     def step(r, m, v, t):
         m = b1 * m + (1 - b1) * r
         v = b2 * v + (1 - b2) * r**2
+        if raw_eps:
+            return np.sqrt(1 - b2**t) / (1 - b1**t) * m / (np.sqrt(v) + eps), m, v
         return (m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + eps), m, v
 
     return step
@@ -359,7 +363,7 @@ def galore(
     updates, records = low_rank(
         grads,
         capacity=capacity,
-        inner=adam(),
+        inner=adam(eps=1e-6),
         basis=lambda a, p, i: exact_svd(a, capacity),
         rank=fixed_rank(capacity),
         schedule=Every(gap),
@@ -489,27 +493,45 @@ def with_unit_columns(weight: float, rows: bool):
 class Limited:
     """Fira's norm-growth limiter, and what it limits.
 
-    S = phi (G - R P^T), or phi G where the subspace is not kept; phi by row or one.
+    S = phi (G - k R P^T), k = ``taken``, phi by row or one; k = 0, and N is dropped,
+    where the subspace is not kept. U = alpha N P^T + S. ``decays``: those of an Adam;
+    the norms are then those of S without its bias corrections, which the authors' code
+    multiplies the update by afterwards.
     """
 
-    def __init__(self, keeps_subspace: bool, by_matrix: bool, growth: float = 1.01):
+    def __init__(
+        self,
+        keeps_subspace: bool,
+        by_matrix: bool = False,
+        growth: float = 1.01,
+        alpha: float = 1.0,
+        taken: float = 1.0,
+        decays: tuple[float, float] | None = None,
+    ):
         self.keeps_subspace, self.by_matrix = keeps_subspace, by_matrix
-        self.growth, self.norm = growth, None
+        self.growth, self.alpha, self.decays = growth, alpha, decays
+        self.taken = taken if keeps_subspace else 0
+        self.norm, self.t = None, 0
 
     def __call__(self, g, r, n, p):
+        self.t += 1
         if self.by_matrix:
             phi = np.full(len(r), np.linalg.norm(n) / np.linalg.norm(r))
         else:
             phi = np.array(
                 [np.linalg.norm(n[i]) / np.linalg.norm(r[i]) for i in range(len(r))]
             )
-        inside = r @ p.T if self.keeps_subspace else np.zeros_like(g)
-        part = phi[:, None] * (g - inside)
+        correction = 1
+        if self.decays is not None:
+            b1, b2 = self.decays
+            correction = np.sqrt(1 - b2**self.t) / (1 - b1**self.t)
+        part = phi[:, None] / correction * (g - self.taken * r @ p.T)
         norm = np.linalg.norm(part)
         if self.norm is not None and norm > self.growth * self.norm:
             part = part * (self.growth * self.norm / norm)
         self.norm = np.linalg.norm(part)
-        return part + (n @ p.T if self.keeps_subspace else 0)
+        inside = self.alpha * n @ p.T if self.keeps_subspace else 0
+        return inside + correction * part
 
 
 # --- random bases of various granularity: VLoRP and ProjFactor ------------------------

@@ -175,7 +175,7 @@ def test_fira_adds_what_the_subspace_does_not_hold():
 
 
 def test_the_norm_of_what_is_added_grows_slowly():
-    optimizer = lowrank_optax.apollo(1.0, RANK, 100, growth=1.5)
+    optimizer = lowrank_optax.apollo(1.0, RANK, 100, growth=1.5, corrected=True)
     update = jax.jit(optimizer.update)
     state, norms = optimizer.init(PARAMS), []
     for factor in (1, -1, -1, -1):

@@ -75,7 +75,7 @@ _METHODS = (
     _contender("sumo", 1.0),
     _contender("low_rank_muon", 0.5, 16e-3),
     _contender("galore", 0.25, 16e-3),
-    _contender("fira", 0.25, 16e-3),
+    _contender("fira", 0.5, 16e-3),
     _contender("apollo", 0.25, 16e-3),
     _contender("adafactor", 0.03125, 16e-3),
     _contender("vlorp", 0.25, 16e-3),

@@ -112,7 +112,7 @@ def _ldadam(learning_rate, **options):
 
 
 def _fira(learning_rate, **options):
-    return lowrank_optax.fira(learning_rate, scale=1.0, **options)
+    return lowrank_optax.fira(learning_rate, basis=lowrank_optax.exact_svd(), **options)
 
 
 def _apollo_mini(learning_rate, **options):
