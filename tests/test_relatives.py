@@ -270,6 +270,9 @@ def test_values_out_of_range_are_refused(make):
         ("sumo", AxisType.Explicit),
         ("low_rank_muon", AxisType.Explicit),
         ("fira", AxisType.Auto),
+        ("fira", AxisType.Explicit),
+        ("ldadam", AxisType.Explicit),
+        ("apollo", AxisType.Explicit),
     ],
 )
 def test_sharded_updates_are_those_of_one_device(name, mode):

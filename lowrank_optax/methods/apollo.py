@@ -143,7 +143,7 @@ def scale_by_apollo(
         - Random numbers are others, and leaves draw anew at updates of their own: 0.3.
           With the authors' projections 1e-4.
         - eps is added after the bias correction here: see ``raw_eps``. Beside gradients
-          with entries of 1e-3 that is 0.03, with ``raw_eps`` 1e-5.
+          with entries of 1e-3 that is 0.03, of 1e-5 above 1; with ``raw_eps`` 1e-5.
         - 1e-8 is added there to every norm that divides. After an update with a zero
           gradient the limiter there starts from 1e-8; here the next update is free.
     """

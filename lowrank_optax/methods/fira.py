@@ -152,7 +152,7 @@ def scale_by_fira(
           are kept depend on the signs of singular vectors, which are arbitrary. With
           the authors' bases 7e-5.
         - eps is added after the bias correction here: see ``raw_eps``. Beside gradients
-          with entries of 1e-3 that is 0.04, with ``raw_eps`` 1e-5.
+          with entries of 1e-3 that is 0.04, of 1e-5 above 1; with ``raw_eps`` 1e-5.
         - 1e-8 is added there to every norm that divides. After an update with a zero
           gradient the limiter there starts from 1e-8; here the next update is free.
     """

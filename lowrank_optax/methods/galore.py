@@ -132,7 +132,8 @@ def scale_by_galore(
         - Signs of singular vectors are arbitrary, and the moments that are kept depend
           on them: 0.25, all of it after the second basis. With the authors' bases 2e-5.
         - eps is added after the bias correction here, as in the paper: see ``raw_eps``.
-          Beside gradients with entries of 1e-3 that is 0.01, with ``raw_eps`` 1e-6.
+          Beside gradients with entries of 1e-3 that is 0.01, of 1e-5 0.5; with
+          ``raw_eps`` 1e-5.
     """
     return scale_by_low_rank(
         checked_adam(b1, b2, eps, eps_root, mu_dtype, raw_eps),
