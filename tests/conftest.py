@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 
 XLA_FLAGS = {"--xla_force_host_platform_device_count": "8"}
-if importlib.metadata.version("jaxlib").startswith("0.10."):
+# Jaxlibs end the process over flags that they do not have.
+jaxlib = importlib.metadata.version("jaxlib")
+if jaxlib.startswith("0.10."):
     # The tests wait for little but compilation. With fast_compilation these emitters
     # of kernels take a third of the default ones' time; notebooks and doctests run the
-    # default. Later jaxlibs end the process over flags that they no longer have.
+    # default.
     XLA_FLAGS["--xla_cpu_use_fusion_emitters"] = "false"
+if jaxlib.startswith(("0.10.", "0.11.", "0.12.")):
     XLA_FLAGS["--xla_cpu_parallel_codegen_split_count"] = "1"
 
 # JAX reads these once. What the caller has set stays.
