@@ -42,7 +42,6 @@ QUICK = (
     "tests/test_frameworks.py",
     "tests/test_checkpointing.py",
     "tests/test_restore.py",
-    "tests/test_shared_suite.py",
     "tests/test_optax_suite.py",
 )
 

@@ -30,6 +30,18 @@ flags += [f"{name}={XLA_FLAGS[name]}" for name in XLA_FLAGS if name not in given
 os.environ["XLA_FLAGS"] = " ".join(flags)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_one_module():
+    """Frees what a module compiled, some 70 maps of memory a test.
+
+    Linux gives a process 65,530; XLA ends the process that asks for more.
+    """
+    import jax
+
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The real data beside the repository; its tests are skipped without it."""
