@@ -97,6 +97,7 @@ def run(environment: Environment, quick: bool, unpinned: bool) -> dict[str, Any]
     base = interpreter(environment.python)
     if base is None:
         reason = f"no python{environment.python} on PATH, and none of pyenv"
+        print(f"{environment.python}: not run: {reason}")
         return {"python": environment.python, "not_run": reason}
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([base, "-m", "venv", folder], check=True)
@@ -162,13 +163,22 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def save(records: Sequence[dict[str, Any]]) -> None:
-    """Writes the records to ``benchmarks/results``."""
+def _commit() -> str:
     command = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout
-    date = datetime.date.today().isoformat()
-    record = {"date": date, "commit": commit.strip() or "unknown", "runs": records}
-    RESULT.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    return done.stdout.strip() or "unknown"
+
+
+def save(record: dict[str, Any]) -> None:
+    """Puts a record in the place of that of the same environment and tests."""
+
+    def what(run):
+        return run["environment"], run.get("tests")
+
+    runs = json.loads(RESULT.read_text("utf-8")) if RESULT.is_file() else []
+    runs = [*(run for run in runs if what(run) != what(record)), record]
+    runs.sort(key=lambda run: list(ENVIRONMENTS).index(run["environment"]))
+    RESULT.write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> int:
@@ -186,10 +196,16 @@ def main() -> int:
     for name in names:
         environment = ENVIRONMENTS[name]
         print(f"== {name}: Python {environment.python}", flush=True)
-        record = run(environment, options.quick, options.unpinned)
-        records.append({"environment": name, **record})
-    if options.save:
-        save(records)
+        records.append(
+            {
+                "environment": name,
+                "date": datetime.date.today().isoformat(),
+                "commit": _commit(),
+                **run(environment, options.quick, options.unpinned),
+            }
+        )
+        if options.save:
+            save(records[-1])
     print(table(records))
     return 0 if all(map(passed, records)) else 1
 
