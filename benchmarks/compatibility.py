@@ -92,7 +92,9 @@ def interpreter(version: str) -> str | None:
     return None
 
 
-def run(environment: Environment, quick: bool, unpinned: bool) -> dict[str, Any]:
+def run(
+    environment: Environment, quick: bool, unpinned: bool, processes: int
+) -> dict[str, Any]:
     """Returns versions and counts of one run, or why there was none."""
     base = interpreter(environment.python)
     if base is None:
@@ -107,7 +109,7 @@ def run(environment: Environment, quick: bool, unpinned: bool) -> dict[str, Any]
             pip += ["-c", environment.constraints]
         pip += [*environment.requirements, "-e", ".[test]"]
         subprocess.run(pip, check=True, cwd=ROOT)
-        return {**_versions(python), **_counts(python, Path(folder), quick)}
+        return {**_versions(python), **_counts(python, Path(folder), quick, processes)}
 
 
 def _versions(python: str) -> dict[str, str]:
@@ -120,13 +122,13 @@ def _versions(python: str) -> dict[str, str]:
     return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
 
 
-def _counts(python: str, folder: Path, quick: bool) -> dict[str, Any]:
+def _counts(python: str, folder: Path, quick: bool, processes: int) -> dict[str, Any]:
     report = folder / "report.xml"
     # optax's own suite of tests is slow, and quick to fail on a new optax.
     chosen = QUICK if quick else ("tests", *(f"--ignore={x}" for x in LEFT_OUT))
     marked = "not slow or slow" if quick else "not slow"
     command = [python, "-m", "pytest", *chosen, "-m", marked, f"--junitxml={report}"]
-    parallel = ["-n", "2", "--dist", "worksteal", "--durations=15"]
+    parallel = ["-n", str(processes), "--dist", "worksteal", "--durations=15"]
     code = subprocess.run([*command, *parallel], cwd=ROOT).returncode
     if not report.is_file():
         return {"not_run": f"pytest ended with {code} and no report"}
@@ -186,6 +188,7 @@ def main() -> int:
     parser.add_argument("environments", nargs="*", metavar="|".join(ENVIRONMENTS))
     parser.add_argument("--quick", action="store_true", help="what a new jax breaks")
     parser.add_argument("--unpinned", action="store_true", help="newest of everything")
+    parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--save", action="store_true", help=f"write {RESULT.name}")
     options = parser.parse_args()
     names = options.environments or list(ENVIRONMENTS)
@@ -201,7 +204,7 @@ def main() -> int:
                 "environment": name,
                 "date": datetime.date.today().isoformat(),
                 "commit": _commit(),
-                **run(environment, options.quick, options.unpinned),
+                **run(environment, options.quick, options.unpinned, options.processes),
             }
         )
         if options.save:

@@ -49,7 +49,7 @@ def test_what_was_not_run_has_not_passed(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("PYENV_ROOT", str(tmp_path))
     environment = compatibility.ENVIRONMENTS["newest"]
-    record = compatibility.run(environment, quick=True, unpinned=False)
+    record = compatibility.run(environment, True, False, processes=1)
     assert not compatibility.passed(record)
     assert "NOT RUN: no python3.13 on PATH" in compatibility.table([record])
 
