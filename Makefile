@@ -3,6 +3,7 @@
 #   make pretrain ARGS="--model 60m --data c4 --tokenizer PATH"
 #   make test                the whole check, but for what is slow; under 15 minutes
 #   make test-slow           the rest: many processes, simulated devices, long runs
+#   make compatibility       the library's tests on other versions of Python and jax
 PYTHON ?= python3
 ARGS ?=
 
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: pretrain test test-slow format bench clean
+.PHONY: pretrain test test-slow compatibility format bench clean
 
 pretrain: $(VENV)/.experiments
 	$(BIN)/python -m experiments.pretrain_llama $(ARGS)
@@ -24,6 +25,10 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest tests -m slow --durations=15
+
+# ARGS="newest --quick" is what CI runs; --unpinned, newest of everything; --save.
+compatibility: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.compatibility $(ARGS)
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

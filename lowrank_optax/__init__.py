@@ -1,5 +1,7 @@
 """Composable Optax transformations with low-rank optimizer state."""
 
+import importlib.metadata
+
 from lowrank_optax.codes import decode
 from lowrank_optax.gradients.value_and_grad import subspace_value_and_grad
 from lowrank_optax.matrix.dimension_numbers import (
@@ -106,3 +108,8 @@ __all__ = [
     "sumo",
     "vlorp",
 ]
+
+try:
+    __version__ = importlib.metadata.version("lowrank_optax")
+except importlib.metadata.PackageNotFoundError:
+    __version__ = "0+uninstalled"

@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 
 XLA_FLAGS = {"--xla_force_host_platform_device_count": "8"}
-if importlib.metadata.version("jaxlib").startswith("0.10."):
+# Jaxlibs end the process over flags that they do not have.
+jaxlib = importlib.metadata.version("jaxlib")
+if jaxlib.startswith("0.10."):
     # The tests wait for little but compilation. With fast_compilation these emitters
     # of kernels take a third of the default ones' time; notebooks and doctests run the
-    # default. Later jaxlibs end the process over flags that they no longer have.
+    # default.
     XLA_FLAGS["--xla_cpu_use_fusion_emitters"] = "false"
+if jaxlib.startswith(("0.10.", "0.11.", "0.12.")):
     XLA_FLAGS["--xla_cpu_parallel_codegen_split_count"] = "1"
 
 # JAX reads these once. What the caller has set stays.
@@ -25,6 +28,18 @@ flags = os.environ.get("XLA_FLAGS", "").split()
 given = {flag.partition("=")[0] for flag in flags}
 flags += [f"{name}={XLA_FLAGS[name]}" for name in XLA_FLAGS if name not in given]
 os.environ["XLA_FLAGS"] = " ".join(flags)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_one_module():
+    """Frees what a module compiled, some 70 maps of memory a test.
+
+    Linux gives a process 65,530; XLA ends the process that asks for more.
+    """
+    import jax
+
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -95,7 +95,9 @@ def test_arguments_reach_the_function_as_they_are(name, jitted):
     basis = np.asarray(STATE.subspaces["w"].basis, np.float64)
     # The shorter side, of 8 rows, is projected.
     projected = np.asarray(full["w"], np.float64).T @ basis
-    np.testing.assert_allclose(grads["w"].coordinates, projected, rtol=1e-4, atol=1e-6)
+    # Columns of zeros are rounding: of sums of 8 numbers as large as the gradient's.
+    atol = 8 * np.finfo(np.float32).eps * np.abs(full["w"]).max()
+    np.testing.assert_allclose(grads["w"].coordinates, projected, rtol=1e-4, atol=atol)
 
 
 def test_arrays_may_be_traced_and_flags_stay_python():

@@ -155,7 +155,10 @@ def _compact(inner=None, **parts):
 
 
 def test_leaves_at_full_size_get_bitwise_the_update_of_the_inner_optimizer():
-    found, plain = _run(_compact(), GRADS), _run(optax.scale_by_adam(), GRADS)
+    # Half of a number is exact: fused in one program and not in the other, trace has
+    # the same bits. XLA compiles Adam to other last bits in each program.
+    inner = optax.trace(0.5)
+    found, plain = _run(_compact(inner), GRADS), _run(inner, GRADS)
     for name in ("bias", "scalar", "small"):
         np.testing.assert_array_equal(found[name], plain[name])
     assert np.any(found["w"] != plain["w"])
@@ -338,6 +341,9 @@ def test_float64_of_numpy_is_computed_in_what_jax_has(recwarn):
     params = {"w": np.ones((24, 16))}
     for make in METHODS.values():
         jax.eval_shape(make().update, params, make().init(params), params)
+        narrow = jax.tree.map(np.float32, params)
+        plan = lowrank_optax.memory_plan(make(), params)
+        assert plan == lowrank_optax.memory_plan(make(), narrow)
     assert not [x for x in recwarn if "float64" in str(x.message)]
 
 

@@ -14,6 +14,13 @@ def wide(dtype: Any) -> Any:
     return jax.dtypes.canonicalize_dtype(wider)
 
 
+def struct_of(leaf: Any, sharding: Any = None) -> jax.ShapeDtypeStruct:
+    """Returns the shape and dtype of a leaf in JAX, which may have no float64."""
+    # A key of jax.random has a dtype that is not NumPy's.
+    dtype = jax.dtypes.canonicalize_dtype(leaf.dtype, allow_extended_dtype=True)
+    return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
+
+
 def as_arrays(tree: Any) -> Any:
     """Returns a tree whose leaves have a shape and a dtype; numbers become arrays.
 

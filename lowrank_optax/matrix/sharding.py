@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
+from lowrank_optax.matrix.arrays import struct_of
 from lowrank_optax.matrix.boxes import Axes, boxed_beside, contents, is_box, merged_spec
 from lowrank_optax.matrix.view import MatrixView
 
@@ -76,8 +77,7 @@ def on_mesh_of(like: Any, tree: Any) -> Any:
 
 def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     """Returns shape, dtype and, if it is known, the sharding over a mesh of a leaf."""
-    sharding = named_sharding(leaf)
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    return struct_of(leaf, named_sharding(leaf))
 
 
 def zeros_beside(leaf: Any, shape: tuple[int, ...], dtype: Any, axes: Axes) -> Any:

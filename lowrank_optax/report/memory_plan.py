@@ -10,9 +10,9 @@ import optax
 from lowrank_optax.binding.moments import KNOWN_FIELDS, Kind, owner_and_field
 from lowrank_optax.binding.optimizer import bind
 from lowrank_optax.codes import bytes_of, is_coded, shape_of
-from lowrank_optax.matrix.arrays import as_arrays
+from lowrank_optax.matrix.arrays import as_arrays, struct_of
 from lowrank_optax.matrix.boxes import leaves_by_path, unboxed
-from lowrank_optax.matrix.sharding import named_sharding
+from lowrank_optax.matrix.sharding import abstract, named_sharding
 from lowrank_optax.projected import ProjectedSum
 from lowrank_optax.report.memory import Bytes, LeafMemory, MemoryPlan
 from lowrank_optax.report.projections import projections
@@ -49,8 +49,8 @@ def memory_plan(
         >>> plan.parameter_bytes, plan.optimizer_bytes, plan.full_rank_bytes
         (8388608, 4718620, 33554440)
     """
-    params = as_arrays(params)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    params = jax.tree.map(abstract, as_arrays(params))
+    shapes = jax.tree.map(struct_of, params)
     # A function of its own each time: eval_shape would remember init, and not call.
     state = jax.eval_shape(lambda p: optimizer.init(p), shapes)
     plans = projections(optimizer, shapes)

@@ -6,6 +6,7 @@ import jax
 import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from lowrank_optax.matrix.arrays import struct_of
 from lowrank_optax.matrix.boxes import contents, is_box, names_of, with_contents
 from lowrank_optax.matrix.sharding import named_sharding
 
@@ -107,16 +108,11 @@ def state_shardings(
     def with_sharding(path, leaf):
         known = named_sharding(leaf)
         spec = _spec_of_names(path, leaf, mesh) if known is None else known.spec
-        return with_contents(leaf, typed(contents(leaf), NamedSharding(mesh, spec)))
+        return with_contents(leaf, struct_of(contents(leaf), NamedSharding(mesh, spec)))
 
     shapes = jax.tree_util.tree_map_with_path(with_sharding, params, is_leaf=is_box)
     state = sharded_state(optimizer, shapes, mesh)
     return jax.tree.map(lambda x: NamedSharding(mesh, x.sharding.spec), state)
-
-
-def typed(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    """Returns the shape of a leaf with a sharding."""
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _spec_of_names(path: tuple, leaf: Any, mesh: Any) -> PartitionSpec:
@@ -148,9 +144,9 @@ def sharded_state(
         axis_types=(AxisType.Explicit,) * len(mesh.axis_names),
     )
     shapes = jax.tree.map(
-        lambda x: typed(x, NamedSharding(explicit, x.sharding.spec)), shapes
+        lambda x: struct_of(x, NamedSharding(explicit, x.sharding.spec)), shapes
     )
     with jax.sharding.use_abstract_mesh(explicit):
         state = jax.eval_shape(lambda p: optimizer.init(p), shapes)
     everywhere = NamedSharding(explicit, PartitionSpec())
-    return jax.tree.map(lambda x: typed(x, x.sharding or everywhere), state)
+    return jax.tree.map(lambda x: struct_of(x, x.sharding or everywhere), state)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.matrix.arrays import as_arrays
+from lowrank_optax.matrix.arrays import as_arrays, struct_of
 from lowrank_optax.matrix.sharding import (
     on_mesh_of,
     with_automatic_axes,
@@ -136,9 +136,7 @@ def accumulate(optimizer: optax.GradientTransformation, every_k: int) -> Accumul
         grads = as_arrays(grads)
         weight = jnp.asarray(weight, jnp.float32)
         # Without shardings: those of an explicit mesh mean nothing inside.
-        like = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), full_size(grads, params)
-        )
+        like = jax.tree.map(struct_of, full_size(grads, params))
 
         def added(grads, state):
             return with_gradients(inner, grads, state, weight, like, refresh)

@@ -178,10 +178,12 @@ def finished(
             means, state.inner_state, params, **extra_args
         )
     except (TypeError, ValueError) as error:
-        is_of_structure = "pytree" in str(error) and any(
-            map(is_projected, gradients_by_path(means).values())
+        # The second is in the words of jax 0.10.0.
+        is_of_structure = any(
+            words in str(error) for words in ("pytree", "node type mismatch")
         )
-        if not is_of_structure:
+        has_projected = any(map(is_projected, gradients_by_path(means).values()))
+        if not (is_of_structure and has_projected):
             raise
         raise TypeError(
             "accumulate gives the optimizer means that are projected, "
