@@ -1,8 +1,8 @@
 """Boxes: pytree nodes of one array, on which frameworks write the names of its axes.
 
-``flax.nnx.Variable``, and Linen's ``Partitioned`` and ``LogicallyPartitioned``. They
-are known by their methods, so that Flax is not imported. What the library computes sees
-the arrays inside. Each array of a state that stands beside a boxed leaf has a box of
+``flax.nnx.Variable``, Linen's ``Partitioned`` and ``LogicallyPartitioned``, and
+Haliax's ``NamedArray``. They are known by their methods, so that no framework is
+imported. What the library computes sees the arrays inside. Each array of a state that stands beside a boxed leaf has a box of
 its own, with the names of the leaf's axes that it is made of.
 """
 
@@ -24,10 +24,18 @@ def is_box(node: Any) -> bool:
     """Returns whether a node is a box of one array, or of what stands for one."""
     kind = type(node)
     is_linen, is_nnx = hasattr(kind, "replace_boxed"), hasattr(kind, "get_metadata")
-    if not hasattr(kind, "add_axis") or not (is_linen or is_nnx):
+    is_flax = hasattr(kind, "add_axis") and (is_linen or is_nnx)
+    if not is_flax and not _has_named_axes(node):
         return False
     inside = _inside(node)
-    return not isinstance(inside, (Mapping, list)) and type(inside) is not tuple
+    is_container = isinstance(inside, (Mapping, list)) or type(inside) is tuple
+    # Equinox has None in the place of a leaf that a filter leaves out.
+    return inside is not None and not is_container
+
+
+def _has_named_axes(node: Any) -> bool:
+    """Returns whether a node is a NamedArray, each of whose axes has a name."""
+    return hasattr(type(node), "resolve_axis") and hasattr(node, "axes")
 
 
 def contents(node: Any) -> Any:
@@ -67,6 +75,8 @@ def names_of(box: Any) -> Iterable[Any]:
     """Returns the names of the axes of a leaf, () if it is no box or has none."""
     if not is_box(box):
         return ()
+    if _has_named_axes(box):
+        return tuple(axis.name for axis in box.axes)
     if not hasattr(type(box), "get_metadata"):
         return getattr(box, "names", ())
     metadata = box.get_metadata()
@@ -78,7 +88,8 @@ def boxed_beside(box: Any, array: Any, axes: Axes) -> Any:
     """Returns an array in a box like that of a leaf, with the names of its own axes.
 
     An axis that is not as long as the leaf's, or a multiple of it, has no name: what
-    the mesh divides is the leaf's.
+    the mesh divides is the leaf's. In a box where each must have one, it is called by
+    its place: ``_1``.
 
     Args:
         box: Of the leaf.
@@ -87,19 +98,24 @@ def boxed_beside(box: Any, array: Any, axes: Axes) -> Any:
     """
     shape = contents(box).shape
 
-    def of_array(names: Any) -> Any:
-        if isinstance(names, NamedSharding):
-            return NamedSharding(names.mesh, of_array(names.spec))
-        if not isinstance(names, (tuple, PartitionSpec)):
-            return None
+    def kept(names: Iterable[Any]) -> list[Any]:
         parts = merged_spec(names, len(shape), axes)
-        kept = [
+        return [
             part if part and length % shape[group[0]] == 0 else None
             for length, part, group in zip(array.shape, parts, axes, strict=True)
         ]
-        is_spec = isinstance(names, PartitionSpec)
-        return PartitionSpec(*kept) if is_spec else tuple(kept)
 
+    def of_array(names: Any) -> Any:
+        if isinstance(names, NamedSharding):
+            return NamedSharding(names.mesh, of_array(names.spec))
+        if isinstance(names, PartitionSpec):
+            return PartitionSpec(*kept(names))
+        return tuple(kept(names)) if isinstance(names, tuple) else None
+
+    if _has_named_axes(box):
+        found = enumerate(zip(kept(names_of(box)), array.shape, strict=True))
+        sizes = {name or f"_{place}": length for place, (name, length) in found}
+        return type(box)(array, sizes)
     new = with_contents(box, array)
     if hasattr(type(box), "get_metadata"):
         for key, names in box.get_metadata().items():
@@ -114,7 +130,8 @@ def boxed_beside(box: Any, array: Any, axes: Axes) -> Any:
 def merged_spec(spec: Iterable[Any], ndim: int, axes: Axes) -> list[Any]:
     """Returns the partition of each axis of an array made of a leaf's axes.
 
-    Merged axes are partitioned as the outermost is, if no other one is.
+    Merged axes are partitioned as the outermost is: of logical names no one says which
+    the mesh has.
 
     Args:
         spec: Of the leaf: names of its first axes, or None.
@@ -124,8 +141,4 @@ def merged_spec(spec: Iterable[Any], ndim: int, axes: Axes) -> list[Any]:
     parts = tuple(spec)
     parts += (None,) * (ndim - len(parts))
 
-    def merged(group: Sequence[int]) -> Any:
-        found = [parts[axis] for axis in group]
-        return found[0] if found and not any(found[1:]) else None
-
-    return [merged(group) for group in axes]
+    return [parts[group[0]] if group else None for group in axes]

@@ -58,7 +58,7 @@ class Block(eqx.Module):
             hnn.LayerNorm.init(Embed),
             *map(projection, keys[:3]),
             hnn.Linear.init((Heads, HeadSize), Embed, key=keys[3]),
-            hnn.MLP.init(Embed, Embed, Mlp, 2, key=keys[4]),
+            hnn.MLP.init(Embed, Embed, Mlp, 1, key=keys[4]),
         )
 
     def __call__(self, x):
