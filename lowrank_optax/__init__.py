@@ -6,6 +6,7 @@ from lowrank_optax.matrix.dimension_numbers import (
     LowRankDimensionNumbers,
     dimension_numbers_by_shape,
 )
+from lowrank_optax.matrix.inference import dimension_numbers_by_name
 from lowrank_optax.methods.adarankgrad import adarankgrad, scale_by_adarankgrad
 from lowrank_optax.methods.apollo import apollo, scale_by_apollo
 from lowrank_optax.methods.fira import fira, scale_by_fira
@@ -60,6 +61,7 @@ __all__ = [
     "columns",
     "compact",
     "decode",
+    "dimension_numbers_by_name",
     "dimension_numbers_by_shape",
     "energy_rank",
     "every",

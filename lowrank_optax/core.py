@@ -1,11 +1,13 @@
 """What a low-rank transformation does with gradients once they are projected."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import optax
 
+from lowrank_optax.matrix.dimension_numbers import LowRankDimensionNumbers
+from lowrank_optax.matrix.view import MatrixView
 from lowrank_optax.rules.residual import Pieces, ResidualRule
 from lowrank_optax.subspace import Projector, Subspace
 
@@ -26,11 +28,28 @@ class InLeaf(NamedTuple):
     gradient: jax.Array | None
 
 
+Views = Mapping[tuple, MatrixView | None]
+"""How each leaf is seen as matrices, by its key path; None, if it is none."""
+
+NumbersByPath = Mapping[tuple, LowRankDimensionNumbers | None]
+"""Which axes of what an inner transformation gets form its matrix, by its key path."""
+
+Inner = (
+    optax.GradientTransformation
+    | Callable[[NumbersByPath], optax.GradientTransformation]
+)
+"""An inner transformation, or a function that makes it for certain axes."""
+
+
 class Core(Protocol):
     """What a low-rank transformation does with gradients that are projected."""
 
     def init(
-        self, params: Any, coordinates: Any, projectors: Mapping[tuple, Projector]
+        self,
+        params: Any,
+        coordinates: Any,
+        projectors: Mapping[tuple, Projector],
+        views: Views,
     ) -> Any:
         """Returns its state.
 
@@ -39,10 +58,17 @@ class Core(Protocol):
             coordinates: Tree like the parameters; a projected leaf has shape
                 (*stack, a*c, r).
             projectors: Of the projected leaves.
+            views: Of all leaves.
         """
         ...
 
-    def check(self, coordinates: Any, state: Any) -> None:
+    def check(
+        self,
+        coordinates: Any,
+        state: Any,
+        projectors: Mapping[tuple, Projector],
+        views: Views,
+    ) -> None:
         """Raises ValueError if something else is wrong with the state."""
         ...
 
@@ -51,6 +77,7 @@ class Core(Protocol):
         coordinates: Any,
         state: Any,
         leaves: Mapping[tuple, InLeaf],
+        views: Views,
         count: jax.Array,
         extra_args: Mapping[str, Any],
     ) -> tuple[Any, Any, Mapping[tuple, Any]]:
@@ -60,6 +87,7 @@ class Core(Protocol):
             coordinates: Gradients; those of projected leaves are (*stack, a*c, r).
             state: Of the core.
             leaves: The projected leaves by their key paths.
+            views: Of all leaves.
             count: Updates done; (), int32.
             extra_args: For an inner transformation.
         """
@@ -69,29 +97,31 @@ class Core(Protocol):
 class InsideSubspace(NamedTuple):
     """The core of :func:`scale_by_low_rank`: any transformation, then the lift."""
 
-    inner: optax.GradientTransformationExtraArgs
+    inner: Inner
     residual: ResidualRule
     scale: jax.typing.ArrayLike
 
-    def init(self, params, coordinates, projectors):
+    def init(self, params, coordinates, projectors, views):
         """Returns the state of ``inner``; see :class:`Core`."""
-        del params, projectors
-        return self.inner.init(coordinates)
+        del params
+        return self._inner(views, projectors).init(coordinates)
 
-    def check(self, coordinates, state):
+    def check(self, coordinates, state, projectors, views):
         """Raises if ``inner`` needs parameters; see :class:`Core`."""
         if jax.tree.leaves(coordinates):
-            _check_needs_no_params(self.inner, coordinates, state)
+            inner = self._inner(views, projectors)
+            _check_needs_no_params(inner, coordinates, state)
 
-    def update(self, coordinates, state, leaves, count, extra_args):
+    def update(self, coordinates, state, leaves, views, count, extra_args):
         """Returns scale N P^T and what the residual adds; see :class:`Core`."""
         del count
-        narrow, state = self.inner.update(coordinates, state, None, **extra_args)
+        inner = self._inner(views, leaves)
+        narrow, state = inner.update(coordinates, state, None, **extra_args)
         residuals = {}
 
         def lifted(path, n, r):
             if path not in leaves:
-                return self.residual.at_full_size(n)
+                return self.residual.at_full_size(n, views[path])
             projector, subspace, basis, gradient = leaves[path]
             pieces = Pieces(projector.view, gradient, r, n, basis, self.scale)
             update, residuals[path] = self.residual.update(pieces, subspace.residual)
@@ -99,6 +129,22 @@ class InsideSubspace(NamedTuple):
 
         updates = jax.tree_util.tree_map_with_path(lifted, narrow, coordinates)
         return updates, state, residuals
+
+    def _inner(
+        self, views: Views, projected: Mapping[tuple, Any]
+    ) -> optax.GradientTransformationExtraArgs:
+        """Returns the inner transformation for the axes of these leaves."""
+        if not callable(self.inner):
+            return optax.with_extra_args_support(self.inner)
+        in_subspace = LowRankDimensionNumbers(-2, -1)
+
+        def numbers(path, view):
+            if path in projected:
+                return in_subspace
+            return None if view is None else view.numbers
+
+        by_path = {path: numbers(path, view) for path, view in views.items()}
+        return optax.with_extra_args_support(self.inner(by_path))
 
 
 def _check_needs_no_params(inner, coordinates, state) -> None:

@@ -10,18 +10,15 @@ import optax
 from lowrank_optax.binding.moments import locate_moments
 from lowrank_optax.binding.optimizer import announce, unheard
 from lowrank_optax.codes import bytes_of
-from lowrank_optax.core import Core
+from lowrank_optax.core import Core, Views
 from lowrank_optax.matrix.arrays import as_arrays
 from lowrank_optax.matrix.boxes import is_box, unboxed
+from lowrank_optax.matrix.plan import views_of, warn_if_few_are_projected
 from lowrank_optax.matrix.sharding import on_mesh_of
 from lowrank_optax.parts import Parts
 from lowrank_optax.rules.budget import Budget, Size, as_stored, largest_fitting
 from lowrank_optax.rules.ranks import FixedRank
-from lowrank_optax.subspace import (
-    Projector,
-    ScaleByLowRankState,
-    initial_projectors,
-)
+from lowrank_optax.subspace import Projector, ScaleByLowRankState, initial_projectors
 
 
 def initial_state(params: Any, core: Core, parts: Parts) -> ScaleByLowRankState:
@@ -29,12 +26,14 @@ def initial_state(params: Any, core: Core, parts: Parts) -> ScaleByLowRankState:
     params = as_arrays(params)
     parts = _with_rank_of_budget(params, core, parts)
     plans, projectors = initial_projectors(params, parts)
-    announce(plans, parts)
-    state, in_subspace = _state(params, core, projectors)
+    if not announce(plans, parts):
+        warn_if_few_are_projected(plans)
+    views = views_of(plans)
+    state, in_subspace = _state(params, core, projectors, views)
     shapes = {path: projector.shape for path, projector in projectors.items()}
     others, arrays = plans.keys() - shapes.keys(), unboxed(state.inner_state)
     locate_moments(arrays, shapes, others, parts.moments)
-    core.check(unboxed(in_subspace), arrays)
+    core.check(unboxed(in_subspace), arrays, projectors, views)
     return state
 
 
@@ -48,8 +47,8 @@ def _with_rank_of_budget(params: Any, core: Core, parts: Parts) -> Parts:
 
     def size_at(rank: int) -> Size:
         def init(params):
-            _, projectors = initial_projectors(params, of_rank(rank))
-            return _state(params, core, projectors)[0]
+            plans, projectors = initial_projectors(params, of_rank(rank))
+            return _state(params, core, projectors, views_of(plans))[0]
 
         with unheard():
             state = as_stored(jax.eval_shape(init, params), params)
@@ -67,7 +66,7 @@ def _lasts(params: Any, parts: Parts) -> list[int]:
 
 
 def _state(
-    params: Any, core: Core, projectors: Mapping[tuple, Projector]
+    params: Any, core: Core, projectors: Mapping[tuple, Projector], views: Views
 ) -> tuple[ScaleByLowRankState, Any]:
     """Returns the state, and zeros like the gradients that the core gets."""
 
@@ -82,7 +81,7 @@ def _state(
         return projectors[path].coordinates_beside(leaf)
 
     in_subspace = jax.tree_util.tree_map_with_path(coordinates, params, is_leaf=is_box)
-    inner_state = core.init(params, in_subspace, projectors)
+    inner_state = core.init(params, in_subspace, projectors, views)
     subspaces = jax.tree_util.tree_map_with_path(subspace, params, is_leaf=is_box)
     state = ScaleByLowRankState(jnp.zeros([], jnp.int32), subspaces, inner_state)
     return on_mesh_of(params, state), in_subspace

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 
 from lowrank_optax.matrix.dimension_numbers import DimensionNumbers
+from lowrank_optax.matrix.plan import LeafPlan, plan_leaves
 from lowrank_optax.matrix.view import Side
 from lowrank_optax.rules.bases import BasisRule
 from lowrank_optax.rules.random_bases import RandomBasis
@@ -38,6 +39,17 @@ class Parts(NamedTuple):
     def needs_full_gradients(self) -> bool:
         """Whether an update looks at more than projected gradients."""
         return self.residual.needs_full_gradients
+
+    def plans(self, tree: Any, capacity: int = 0) -> dict[tuple, LeafPlan]:
+        """Returns the plan of every leaf by its key path.
+
+        Args:
+            tree: Leaves at full size, or their shapes; boxes may name their axes.
+            capacity: Columns of a basis; with 0 each leaf that has a matrix is planned.
+        """
+        return plan_leaves(
+            tree, capacity, self.side, self.dimension_numbers, self.granularity
+        )
 
 
 def make_parts(
@@ -82,3 +94,17 @@ def make_parts(
         moments=moments or {},
         seed=seed,
     )
+
+
+def check_subspace_is_enough(parts: Parts, path: tuple) -> None:
+    """Raises if gradients inside the subspace do not do for a transformation.
+
+    Args:
+        parts: Of the transformation.
+        path: Key path of a leaf whose gradient is projected before the update.
+    """
+    if parts.needs_full_gradients:
+        raise ValueError(
+            f"{jax.tree_util.keystr(path)}: this method needs the full gradient at "
+            "every update; use jax.value_and_grad."
+        )

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from lowrank_optax.codes import decode, shape_of
 from lowrank_optax.matrix.arrays import wide
 from lowrank_optax.matrix.boxes import leaves_by_path
-from lowrank_optax.matrix.plan import LeafPlan, plan_leaves
+from lowrank_optax.matrix.plan import LeafPlan
 from lowrank_optax.matrix.sharding import (
     basis_axes,
     coordinate_axes,
@@ -188,13 +188,16 @@ def initial_projectors(
     params: Any, parts: Parts
 ) -> tuple[dict[tuple, LeafPlan], dict[tuple, Projector]]:
     """Returns the plan of every leaf and the projector of each projected one."""
-    plans = _plans(params, parts, parts.rank.capacity)
+    plans = parts.plans(params, parts.rank.capacity)
     capacities = {path: x.capacity for path, x in plans.items() if x.is_projected}
     return plans, _projectors(leaves_by_path(params), plans, capacities, parts)
 
 
 def projectors_of_state(
-    tree: Any, subspaces: Mapping[tuple, Subspace], parts: Parts
+    plans: Mapping[tuple, LeafPlan],
+    tree: Any,
+    subspaces: Mapping[tuple, Subspace],
+    parts: Parts,
 ) -> dict[tuple, Projector]:
     """Returns the projector of each leaf that has a subspace in the state.
 
@@ -202,6 +205,7 @@ def projectors_of_state(
     allocate; random bases, which have none, take the rule's.
 
     Args:
+        plans: Key path -> plan, of every leaf; for the views, whatever the rank.
         tree: Leaves at full size, or their shapes.
         subspaces: Key path -> subspace, of the projected leaves.
         parts: Of the transformation.
@@ -209,8 +213,6 @@ def projectors_of_state(
     Raises:
         ValueError: If a leaf does not fit its subspace.
     """
-    # A capacity of 0 plans every leaf with a matrix; the state's own shapes decide.
-    plans = _plans(tree, parts, 0)
     leaves, capacities = leaves_by_path(tree), {}
     for path, subspace in subspaces.items():
         if path not in plans:
@@ -272,12 +274,6 @@ def _check_rules(
                 "was the state made by another optimizer, or with another basis, "
                 "refresh or residual rule?"
             )
-
-
-def _plans(tree: Any, parts: Parts, capacity: int) -> dict[tuple, LeafPlan]:
-    return plan_leaves(
-        tree, capacity, parts.side, parts.dimension_numbers, parts.granularity
-    )
 
 
 def _projectors(leaves, plans, capacities, parts: Parts) -> dict[tuple, Projector]:

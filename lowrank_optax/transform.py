@@ -35,14 +35,15 @@ from lowrank_optax.binding.states import (
     with_slots,
 )
 from lowrank_optax.codes import decoded_tree, encoded_tree
-from lowrank_optax.core import Core, InLeaf, InsideSubspace
+from lowrank_optax.core import Core, InLeaf, Inner, InsideSubspace
 from lowrank_optax.initial import initial_state
 from lowrank_optax.matrix.arrays import as_arrays
 from lowrank_optax.matrix.boxes import is_box, unboxed, with_contents
 from lowrank_optax.matrix.dimension_numbers import DimensionNumbers
+from lowrank_optax.matrix.plan import LeafPlan, views_of
 from lowrank_optax.matrix.sharding import with_automatic_axes
 from lowrank_optax.matrix.view import Side
-from lowrank_optax.parts import Parts, make_parts
+from lowrank_optax.parts import Parts, check_subspace_is_enough, make_parts
 from lowrank_optax.projected import full_size, gradients_by_path, is_projected
 from lowrank_optax.renewal import renewed
 from lowrank_optax.rules.bases import BasisRule, range_finder
@@ -51,15 +52,11 @@ from lowrank_optax.rules.ranks import RankRule
 from lowrank_optax.rules.rebase import RebaseRule
 from lowrank_optax.rules.residual import ResidualRule
 from lowrank_optax.rules.schedules import RefreshRule, every
-from lowrank_optax.subspace import (
-    Projector,
-    ScaleByLowRankState,
-    projectors_of_state,
-)
+from lowrank_optax.subspace import Projector, ScaleByLowRankState, projectors_of_state
 
 
 def scale_by_low_rank(
-    inner: optax.GradientTransformation,
+    inner: Inner,
     rank: int | RankRule = 128,
     *,
     basis: BasisRule | RandomBasis | None = None,
@@ -98,8 +95,9 @@ def scale_by_low_rank(
     Args:
         inner: Transformation of gradients that needs no parameters, such as
             ``optax.scale_by_adam()``, ``optax.trace(0.9)``, ``optax.scale_by_lion()``,
-            ``optax.scale_by_rms()``, ``optax.contrib.scale_by_muon(...)`` (whose own
-            ``weight_dimension_numbers`` must fit (*stack, a*c, r)).
+            ``optax.scale_by_rms()``. One that depends on which axes form a matrix, as
+            Muon does: a function that makes it from {key path: the dimension numbers of
+            what it gets, None for a vector}; (-2, -1) inside a subspace.
         rank: Columns r of the bases, >= 1, or a rule such as
             :func:`lowrank_optax.energy_rank`, or a :func:`lowrank_optax.budget`.
         basis: :func:`lowrank_optax.range_finder` (None) or
@@ -118,9 +116,10 @@ def scale_by_low_rank(
             where c does not divide b, at the nearest divisor below, which
             ``lowrank_optax.projections`` lists. The moments then take a * (c r).
         dimension_numbers: Which axes of a leaf form its matrix: a tree like the
-            parameters of ``LowRankDimensionNumbers`` (None: leave the leaf at full
-            size), or a function from the parameters (or gradients: only their shapes
-            count) to such a tree. None: ``lowrank_optax.dimension_numbers_by_shape``.
+            parameters of ``LowRankDimensionNumbers`` or ``MuonDimensionNumbers`` (None:
+            leave the leaf at full size), or a function from the parameters (or
+            gradients: only their shapes count) to such a tree. None:
+            ``lowrank_optax.dimension_numbers_by_name``.
         scale: Factor on the updates of projected leaves (GaLore's alpha).
         moments: What the fields of ``inner``'s state are, for transformations that the
             library does not know: name -> "first", "second" or "constant".
@@ -174,7 +173,6 @@ def scale_by_low_rank(
         residual=residual,
         seed=seed,
     )
-    inner = optax.with_extra_args_support(inner)
     core = InsideSubspace(inner, parts.residual, scale)
     return low_rank_transformation(core, parts)
 
@@ -198,8 +196,13 @@ def low_rank_transformation(
         gradients = unboxed(updates)
         like = full_size(gradients, unboxed(params))
 
+        # Of projected gradients the parameters know the shapes, and boxes name axes.
+        is_whole = not any(map(is_projected, gradients_by_path(updates).values()))
+        plans = parts.plans(updates if is_whole else params)
+
         def update(updates, state):
-            return _update(updates, state, like, core, parts, refresh, extra_args)
+            given = (core, plans, parts, refresh, extra_args)
+            return _update(updates, state, like, *given)
 
         new_updates, new_state = with_automatic_axes(
             update, (like, record), gradients, record
@@ -216,10 +219,17 @@ def low_rank_transformation(
 
 
 def _update(
-    updates, state: ScaleByLowRankState, like, core: Core, parts: Parts, refresh, extra
+    updates,
+    state: ScaleByLowRankState,
+    like,
+    core: Core,
+    plans: Mapping[tuple, LeafPlan],
+    parts: Parts,
+    refresh,
+    extra,
 ):
     gradients = gradients_by_path(updates)
-    projectors = projectors_of_state(like, slots_of(state), parts)
+    projectors = projectors_of_state(plans, like, slots_of(state), parts)
     _check_projected(gradients, projectors, parts)
     if refresh:
         state = renewed(updates, state, projectors)
@@ -245,7 +255,12 @@ def _update(
         projected, updates, is_leaf=is_projected
     )
     new_updates, inner_state, residuals = core.update(
-        coordinates, decoded_tree(state.inner_state), leaves, state.count, extra
+        coordinates,
+        decoded_tree(state.inner_state),
+        leaves,
+        views_of(plans),
+        state.count,
+        extra,
     )
 
     def in_own_dtype(path, update, leaf):
@@ -279,17 +294,3 @@ def _check_projected(
                 f"does not fit its subspace, {where}."
             )
         check_subspace_is_enough(parts, path)
-
-
-def check_subspace_is_enough(parts: Parts, path: tuple) -> None:
-    """Raises if gradients inside the subspace do not do for a transformation.
-
-    Args:
-        parts: Of the transformation.
-        path: Key path of a leaf whose gradient is projected before the update.
-    """
-    if parts.needs_full_gradients:
-        raise ValueError(
-            f"{jax.tree_util.keystr(path)}: this method needs the full gradient at "
-            "every update; use jax.value_and_grad."
-        )

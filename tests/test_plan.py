@@ -36,8 +36,8 @@ def _low_rank(**parts):
 SENTENCES = {
     "blocks": "3x16x8: 3 x (16 x 8), columns projected, 8 -> 4",
     "bias": "8: full size, fewer than two axes",
-    "head": "8x20: full size, left alone by request",
-    "heads": "8x3x4: (8 x 12), rows projected, 8 -> 4",
+    "head": "8x20: full size, its dimension numbers are None",
+    "heads": "8x3x4: (8 x 12), axes (0) x (1, 2), rows projected, 8 -> 4",
     "scalar": "scalar: full size, fewer than two axes",
     "small": "50x4: full size, short side 4 is not above rank 4",
     "steps": "9x9: full size, its dtype int32 is not a real floating one",
@@ -89,7 +89,7 @@ def test_leaves_that_are_none_are_no_leaves():
         ({"w": LowRankDimensionNumbers()}, r"no entry for \['v'\]"),
         (
             {"w": (0, 1), "v": None},
-            r"dimension_numbers\['w'\]\[0\] must be LowRankDimensionNumbers or None",
+            r"dimension_numbers\['w'\]\[0\] must be LowRankDimensionNumbers, optax",
         ),
         (lambda params: {"v": None}, r"no entry for \['w'\]"),
         (LowRankDimensionNumbers(), r"no entry for \['v'\]"),

@@ -40,11 +40,12 @@ _listeners: contextvars.ContextVar[list[Bound] | None] = contextvars.ContextVar(
 )
 
 
-def announce(plans: Mapping[tuple, LeafPlan], parts: Parts) -> None:
-    """Tells :func:`bind`, if it is what calls ``init``, what that has decided."""
+def announce(plans: Mapping[tuple, LeafPlan], parts: Parts) -> bool:
+    """Tells :func:`bind` what ``init`` has decided; returns whether it listens."""
     heard = _listeners.get()
     if heard is not None:
         heard.append(Bound(plans, parts))
+    return heard is not None
 
 
 @contextlib.contextmanager
@@ -111,7 +112,8 @@ class Binding:
             ValueError: If the state does not fit the parameters.
         """
         own = self.own(tree, node)
-        return projectors_of_state(own, slots_of(node), self.of(node).parts)
+        plans, parts = self.of(node)
+        return projectors_of_state(plans, own, slots_of(node), parts)
 
     @property
     def shared(self) -> Set[tuple]:

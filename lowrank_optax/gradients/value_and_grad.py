@@ -15,9 +15,9 @@ from lowrank_optax.gradients.leaves import ProjectedLeaf
 from lowrank_optax.gradients.program import evaluate
 from lowrank_optax.gradients.traced import traced
 from lowrank_optax.matrix.boxes import leaves_by_path
+from lowrank_optax.parts import check_subspace_is_enough
 from lowrank_optax.projected import Projected
 from lowrank_optax.renewal import renewed_everywhere
-from lowrank_optax.transform import check_subspace_is_enough
 
 
 class SubspaceValueAndGrad:

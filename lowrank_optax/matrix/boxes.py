@@ -71,6 +71,12 @@ def leaves_by_path(tree: Any) -> dict[tuple, Any]:
     return dict(jax.tree.leaves_with_path(unboxed(tree)))
 
 
+def names_by_path(tree: Any) -> dict[tuple, tuple]:
+    """Returns the names of the axes of each leaf, of those that have some."""
+    boxes = jax.tree.leaves_with_path(tree, is_leaf=is_box)
+    return {path: tuple(names_of(box)) for path, box in boxes if names_of(box)}
+
+
 def names_of(box: Any) -> Iterable[Any]:
     """Returns the names of the axes of a leaf, () if it is no box or has none."""
     if not is_box(box):

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 
 from lowrank_optax.matrix.boxes import unboxed
 
@@ -28,17 +29,53 @@ class LowRankDimensionNumbers(NamedTuple):
 
 
 DimensionNumbers = Any | Callable[[Any], Any]
-"""A tree like the parameters of LowRankDimensionNumbers (None: leave the leaf at full
-size), or a function that makes one from the parameters."""
+"""A tree like the parameters of LowRankDimensionNumbers, or of optax's own
+MuonDimensionNumbers (None: leave the leaf at full size); or a function that makes one
+from the parameters."""
+
+
+def is_numbers(node: Any) -> bool:
+    """Returns whether a node is dimension numbers, this library's or optax's."""
+    kinds = (LowRankDimensionNumbers, optax.contrib.MuonDimensionNumbers)
+    return isinstance(node, kinds)
+
+
+def numbers_by_path(
+    dimension_numbers: DimensionNumbers, params: Any
+) -> dict[tuple, LowRankDimensionNumbers | None]:
+    """Returns what a user says of each leaf, by its key path.
+
+    Raises:
+        ValueError: If a leaf of the tree is something else.
+    """
+    # A module of Equinox is a tree, and callable.
+    leaves = jax.tree.leaves(dimension_numbers, is_leaf=is_numbers)
+    if callable(dimension_numbers) and leaves and not any(map(is_numbers, leaves)):
+        dimension_numbers = dimension_numbers(params)
+
+    def read(path, leaf):
+        if leaf is None or isinstance(leaf, LowRankDimensionNumbers):
+            return leaf
+        if is_numbers(leaf):
+            return LowRankDimensionNumbers(leaf.reduction_axis, leaf.output_axis)
+        raise ValueError(
+            f"dimension_numbers{jax.tree_util.keystr(path)} must be "
+            "LowRankDimensionNumbers, optax.contrib.MuonDimensionNumbers or None, "
+            f"got {leaf!r}."
+        )
+
+    found = jax.tree.leaves_with_path(
+        unboxed(dimension_numbers), is_leaf=lambda x: x is None or is_numbers(x)
+    )
+    return {path: read(path, leaf) for path, leaf in found}
 
 
 def dimension_numbers_by_shape(params: Any) -> Any:
-    """Returns the default dimension numbers of every leaf, a tree like ``params``.
+    """Returns dimension numbers by the number of axes alone, a tree like ``params``.
 
     A matrix is itself; a leaf of more axes is a stack of its last two; vectors and
-    scalars get None and stay at full size. Change single entries of the result, with
-    ``jax.tree_util.tree_map_with_path`` for instance, and hand it on as
-    ``dimension_numbers``.
+    scalars get None and stay at full size. The default, which knows attention kernels
+    and the like, is :func:`lowrank_optax.dimension_numbers_by_name`.
 
     Args:
         params: Tree of arrays or shapes.

@@ -1,17 +1,17 @@
 """What is projected, how, and what is not and why: decided here, from shapes alone."""
 
 import dataclasses
+import math
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.matrix.boxes import leaves_by_path, unboxed
-from lowrank_optax.matrix.dimension_numbers import (
-    DimensionNumbers,
-    LowRankDimensionNumbers,
-    dimension_numbers_by_shape,
-)
+from lowrank_optax.matrix.boxes import leaves_by_path
+from lowrank_optax.matrix.dimension_numbers import DimensionNumbers, numbers_by_path
+from lowrank_optax.matrix.inference import Inferred, inferred
 from lowrank_optax.matrix.view import MatrixView, Side, matrix_view
 
 
@@ -48,8 +48,9 @@ class LeafPlan:
         stack = "".join(f"{length} x " for length in self.view.stack)
         side = "rows" if self.view.projects_rows else "columns"
         text = (
-            f"{self.path} {shape}: {stack}({self.view.rows} x {self.view.columns}), "
-            f"{side} projected, {self.view.projected_size} -> {self.capacity}"
+            f"{self.path} {shape}: {stack}({self.view.rows} x {self.view.columns})"
+            f"{self._axes}, {side} projected, "
+            f"{self.view.projected_size} -> {self.capacity}"
         )
         granularity = self.view.granularity
         if granularity != 1:
@@ -58,6 +59,16 @@ class LeafPlan:
             b = self.view.projected_size * granularity
             text += f" ({self.asked_granularity} does not divide {b})"
         return text
+
+    @property
+    def _axes(self) -> str:
+        """Which axes those are, where they are not the last two."""
+        assert self.view is not None
+        sides = self.view.row_axes, self.view.column_axes
+        if sides == ((len(self.shape) - 2,), (len(self.shape) - 1,)):
+            return ""
+        rows, columns = (str(axes).replace(",)", ")") for axes in sides)
+        return f", axes {rows} x {columns}"
 
 
 def plan_leaves(
@@ -69,10 +80,22 @@ def plan_leaves(
 ) -> dict[tuple, LeafPlan]:
     """Returns the plan of every leaf by its key path.
 
+    Args:
+        params: Arrays or shapes; their boxes may name their axes.
+        capacity: Columns of a basis.
+        side: Which one is projected.
+        dimension_numbers: Of the user; None: inferred.
+        granularity: Asked for.
+
     Raises:
         ValueError: If dimension numbers are missing for a leaf, or do not fit it.
     """
-    numbers = _numbers_by_path(dimension_numbers, unboxed(params))
+    if dimension_numbers is None:
+        numbers = inferred(params)
+    else:
+        asked = numbers_by_path(dimension_numbers, params)
+        reason = "its dimension numbers are None"
+        numbers = {path: Inferred(axes, reason) for path, axes in asked.items()}
     return {
         path: _plan_leaf(path, leaf, capacity, side, numbers, granularity)
         for path, leaf in leaves_by_path(params).items()
@@ -91,10 +114,10 @@ def _plan_leaf(path, leaf, capacity, side, numbers, granularity) -> LeafPlan:
         return full_size(f"its dtype {leaf.dtype} is not a real floating one")
     if 0 in leaf.shape:
         return full_size("it is empty")
-    if numbers[path] is None:
-        is_small = leaf.ndim < 2
-        return full_size("fewer than two axes" if is_small else "left alone by request")
-    view = matrix_view(leaf.shape, numbers[path], side, name, granularity)
+    axes, reason = numbers[path]
+    if axes is None:
+        return full_size("fewer than two axes" if leaf.ndim < 2 else reason)
+    view = matrix_view(leaf.shape, axes, side, name, granularity)
     short_side = min(view.kept_size, view.projected_size)
     if short_side <= capacity:
         what = "short side"
@@ -104,20 +127,25 @@ def _plan_leaf(path, leaf, capacity, side, numbers, granularity) -> LeafPlan:
     return LeafPlan(name, tuple(leaf.shape), view, capacity, "", granularity)
 
 
-def _numbers_by_path(dimension_numbers: Any, params: Any) -> dict[tuple, Any]:
-    if dimension_numbers is None:
-        dimension_numbers = dimension_numbers_by_shape
-    is_numbers = isinstance(dimension_numbers, LowRankDimensionNumbers)
-    if callable(dimension_numbers) and not is_numbers:
-        dimension_numbers = dimension_numbers(params)
-    leaves = jax.tree.leaves_with_path(
-        unboxed(dimension_numbers),
-        is_leaf=lambda x: x is None or isinstance(x, LowRankDimensionNumbers),
-    )
-    for path, leaf in leaves:
-        if leaf is not None and not isinstance(leaf, LowRankDimensionNumbers):
-            raise ValueError(
-                f"dimension_numbers{jax.tree_util.keystr(path)} must be "
-                f"LowRankDimensionNumbers or None, got {leaf!r}."
-            )
-    return dict(leaves)
+def views_of(plans: Mapping[tuple, LeafPlan]) -> dict[tuple, MatrixView | None]:
+    """Returns how each leaf is seen as matrices, None if it is none."""
+    return {path: plan.view for path, plan in plans.items()}
+
+
+def warn_if_few_are_projected(plans: Mapping[tuple, LeafPlan]) -> None:
+    """Warns if less than half of what the matrices hold is projected."""
+    matrices = [plan for plan in plans.values() if plan.view is not None]
+    entries = {plan.path: math.prod(plan.shape) for plan in matrices}
+    whole = sum(entries.values())
+    part = sum(entries[plan.path] for plan in matrices if plan.is_projected)
+    if 2 * part < whole:
+        kept = [plan for plan in matrices if not plan.is_projected]
+        largest = max(kept, key=lambda plan: entries[plan.path])
+        warnings.warn(
+            f"only {part / whole:.0%} of what {len(matrices)} matrices hold is "
+            f"projected; the largest of the rest: {largest}. All are listed by "
+            "lowrank_optax.projections(optimizer, params); dimension_numbers says "
+            "which axes form a matrix; optax.partition gives leaves to another "
+            "optimizer, without this warning.",
+            stacklevel=2,
+        )

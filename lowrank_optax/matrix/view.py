@@ -39,6 +39,11 @@ class MatrixView:
     granularity: int = 1
 
     @property
+    def numbers(self) -> LowRankDimensionNumbers:
+        """Dimension numbers of the leaf."""
+        return LowRankDimensionNumbers(self.row_axes, self.column_axes)
+
+    @property
     def stack(self) -> tuple[int, ...]:
         """Shape of the stack, () for a single matrix."""
         return tuple(self.shape[axis] for axis in self.stack_axes)

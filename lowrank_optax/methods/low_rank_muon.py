@@ -142,7 +142,7 @@ def scale_by_low_rank_muon(
     if isinstance(residual, (int, float)) and not residual >= 0:
         raise ValueError(f"residual must be >= 0, got {residual}.")
     return scale_by_low_rank(
-        by_kind(matrix=optax.trace(beta, nesterov=nesterov)),
+        by_kind(lambda numbers: optax.trace(beta, nesterov=nesterov)),
         rank,
         basis=range_finder(power_iterations=1) if basis is None else basis,
         refresh=every(200) if refresh is None else refresh,

@@ -203,8 +203,9 @@ class FactoredAtFullSize(NamedTuple):
     def _adam(self) -> optax.GradientTransformation:
         return optax.scale_by_adam(self.b1, self.b2, self.eps)
 
-    def init(self, params, coordinates, projectors):
+    def init(self, params, coordinates, projectors, views):
         """Returns zeros; see :class:`lowrank_optax.core.Core`."""
+        del views
 
         def zeros(shape_and_axes):
             def per_leaf(path, leaf):
@@ -222,12 +223,12 @@ class FactoredAtFullSize(NamedTuple):
             rest=self._adam.init(_unprojected(coordinates, projectors)),
         )
 
-    def check(self, coordinates, state):
+    def check(self, coordinates, state, projectors, views):
         """Does nothing; see :class:`lowrank_optax.core.Core`."""
 
-    def update(self, coordinates, state, leaves, count, extra_args):
+    def update(self, coordinates, state, leaves, views, count, extra_args):
         """Returns the updates; see :class:`lowrank_optax.core.Core`."""
-        del extra_args
+        del views, extra_args
         rest = _unprojected(coordinates, leaves)
         others, rest_state = self._adam.update(rest, state.rest)
         gradients, treedef = jax.tree_util.tree_flatten_with_path(coordinates)

@@ -1,20 +1,21 @@
 """SUMO: Muon inside a subspace, the momentum orthogonalized there."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import optax
 
+from lowrank_optax.core import NumbersByPath
+from lowrank_optax.matrix.boxes import is_box
 from lowrank_optax.matrix.dimension_numbers import DimensionNumbers
+from lowrank_optax.matrix.view import matrix_view
 from lowrank_optax.methods.optimizer import Mask, as_optimizer
 from lowrank_optax.rules.bases import BasisRule, range_finder
 from lowrank_optax.rules.ranks import RankRule
 from lowrank_optax.rules.rebase import RebaseRule
-from lowrank_optax.rules.residual_orthogonalized import (
-    check_orthogonalization,
-    last_two_axes,
-    scaled_by_side,
-)
+from lowrank_optax.rules.residual_orthogonalized import check_orthogonalization
 from lowrank_optax.rules.schedules import RefreshRule, every
 from lowrank_optax.transform import scale_by_low_rank
 
@@ -101,10 +102,9 @@ def scale_by_sumo(
     with orth(U S V^T) = U V^T and M^ the momentum with its bias corrected, and with
     Nesterov's step. sqrt(a) is sqrt(max(n, m)), so that 0.2 is the root mean square of
     an update of full rank. One moment and the basis: (a + b) r numbers, float32, where
-    Adam in the subspace has (2 a + b) r and AdamW 2 a b. Leaves at full size have Muon
-    on their last two axes, whatever ``dimension_numbers`` says of them; vectors have
-    Adam with the same learning rate. Embedding, head and stacks of vectors (norms of
-    scanned layers) want another optimizer: ``optax.partition``.
+    Adam in the subspace has (2 a + b) r and AdamW 2 a b. Matrices at full size
+    have Muon, and what has no matrix has Adam, with the same learning rate. Embedding
+    and head want another optimizer: ``optax.partition``.
 
     Args:
         rank: Columns r of the bases, >= 1, or a rule.
@@ -132,19 +132,20 @@ def scale_by_sumo(
     """
     check_beta(beta)
     check_orthogonalization(ns_steps, rms)
-    inner = by_kind(
-        matrix=optax.chain(
+
+    def muon(numbers):
+        return optax.chain(
             optax.contrib.scale_by_muon(
                 beta=beta,
                 nesterov=nesterov,
                 ns_steps=ns_steps,
-                weight_dimension_numbers=last_two_axes,
+                weight_dimension_numbers=functools.partial(_of_muon, numbers),
             ),
-            optax.stateless(lambda tree, _: scaled_by_side(tree, rms)),
+            optax.stateless(lambda tree, _: _scaled_by_sides(tree, numbers, rms)),
         )
-    )
+
     return scale_by_low_rank(
-        inner,
+        by_kind(muon),
         rank,
         basis=range_finder(power_iterations=1) if basis is None else basis,
         refresh=every(200) if refresh is None else refresh,
@@ -161,12 +162,48 @@ def check_beta(beta: jax.typing.ArrayLike) -> None:
 
 
 def by_kind(
-    matrix: optax.GradientTransformation,
-) -> optax.GradientTransformationExtraArgs:
-    """Returns ``matrix`` for matrices and their stacks, Adam for vectors."""
-    return optax.partition(
-        {"matrix": matrix, "vector": optax.scale_by_adam()},
-        functools.partial(
-            jax.tree.map, lambda leaf: "matrix" if leaf.ndim > 1 else "vector"
-        ),
-    )
+    matrix: Callable[[NumbersByPath], optax.GradientTransformation],
+) -> Callable[[NumbersByPath], optax.GradientTransformation]:
+    """Returns what makes ``matrix`` for matrices and their stacks, Adam for vectors."""
+
+    def made(numbers: NumbersByPath) -> optax.GradientTransformation:
+        def labels(tree):
+            return jax.tree_util.tree_map_with_path(
+                lambda path, _: "vector" if numbers[path] is None else "matrix",
+                tree,
+                is_leaf=is_box,
+            )
+
+        return optax.partition(
+            {"matrix": matrix(numbers), "vector": optax.scale_by_adam()}, labels
+        )
+
+    return made
+
+
+def _of_muon(numbers: NumbersByPath, tree: Any) -> Any:
+    """Returns Muon's dimension numbers of a tree."""
+
+    def of_leaf(path, _):
+        axes = numbers[path]
+        assert axes is not None
+        return optax.contrib.MuonDimensionNumbers(*axes)
+
+    return jax.tree_util.tree_map_with_path(of_leaf, tree)
+
+
+def _scaled_by_sides(
+    tree: Any, numbers: NumbersByPath, rms: jax.typing.ArrayLike
+) -> Any:
+    """Returns orthogonal matrices scaled to the root mean square of full rank.
+
+    The kept side, the longer one, is there in the subspace too.
+    """
+
+    def scaled(path, leaf):
+        axes = numbers[path]
+        assert axes is not None
+        view = matrix_view(leaf.shape, axes, "short", "")
+        return leaf * (rms * max(view.rows, view.columns) ** 0.5)
+
+    return jax.tree_util.tree_map_with_path(scaled, tree)

@@ -89,8 +89,13 @@ class ResidualRule(Protocol):
         """Returns the update of a projected leaf, in its shape, and the new state."""
         ...
 
-    def at_full_size(self, update: jax.Array) -> jax.Array:
-        """Returns the update of a leaf that is not projected: R = G and E = 0 there."""
+    def at_full_size(self, update: jax.Array, view: MatrixView | None) -> jax.Array:
+        """Returns the update of a leaf that is not projected: R = G and E = 0 there.
+
+        Args:
+            update: What the inner transformation made of it.
+            view: The leaf as matrices; None, if it is none.
+        """
         ...
 
 
@@ -108,8 +113,9 @@ class Stateless:
         del view, leaf
         return ()
 
-    def at_full_size(self, update: jax.Array) -> jax.Array:
+    def at_full_size(self, update: jax.Array, view: MatrixView | None) -> jax.Array:
         """Returns the update as it is; see :class:`ResidualRule`."""
+        del view
         return update
 
 

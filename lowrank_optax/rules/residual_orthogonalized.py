@@ -1,11 +1,11 @@
 """The residual orthogonalized together with what the subspace holds."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import optax
 
+from lowrank_optax.matrix.view import MatrixView
 from lowrank_optax.rules.residual import Pieces, Stateless, check_weight
 
 
@@ -26,9 +26,11 @@ class Orthogonalized(Stateless):
         orthogonal = self._orthogonal(whole.astype(pieces.gradient.dtype))
         return pieces.scaled(view.leaf(orthogonal)), state
 
-    def at_full_size(self, update: jax.Array) -> jax.Array:
+    def at_full_size(self, update: jax.Array, view: MatrixView | None) -> jax.Array:
         """Returns the orthogonal factor of matrices; vectors as they are."""
-        return self._orthogonal(update) if update.ndim > 1 else update
+        if view is None:
+            return update
+        return view.leaf(self._orthogonal(view.matrices(update)))
 
     def _orthogonal(self, matrices: jax.Array) -> jax.Array:
         # With a decay of 0 Muon's momentum is what it is given: nothing to keep.
@@ -36,10 +38,11 @@ class Orthogonalized(Stateless):
             beta=0.0,
             nesterov=False,
             ns_steps=self.ns_steps,
-            weight_dimension_numbers=last_two_axes,
+            weight_dimension_numbers=optax.contrib.MuonDimensionNumbers(-2, -1),
         )
         update, _ = muon.update(matrices, muon.init(matrices))
-        return scaled_by_side(update, self.rms)
+        # The longer side, the kept one, is there in the subspace too.
+        return update * (self.rms * max(matrices.shape[-2:]) ** 0.5)
 
 
 def orthogonalized_residual(
@@ -69,20 +72,6 @@ def orthogonalized_residual(
     check_weight(weight)
     check_orthogonalization(ns_steps, rms)
     return Orthogonalized(weight, ns_steps, rms)
-
-
-def last_two_axes(tree: Any) -> Any:
-    """Returns Muon's dimension numbers of stacks of matrices."""
-    numbers = optax.contrib.MuonDimensionNumbers(-2, -1)
-    return jax.tree.map(lambda leaf: numbers, tree)
-
-
-def scaled_by_side(tree: Any, rms: jax.typing.ArrayLike) -> Any:
-    """Returns orthogonal matrices scaled to the root mean square of full rank.
-
-    The kept side, the longer one, is there in the subspace too.
-    """
-    return jax.tree.map(lambda x: x * (rms * max(x.shape[-2:]) ** 0.5), tree)
 
 
 def check_orthogonalization(

@@ -34,8 +34,9 @@ class Scaled:
         """Returns the norm of the scaled part, 0 before the first; (*stack,)."""
         return zeros_beside(leaf, view.stack, jnp.float32, stack_axes(view))
 
-    def at_full_size(self, update: jax.Array) -> jax.Array:
+    def at_full_size(self, update: jax.Array, view: MatrixView | None) -> jax.Array:
         """Returns the update as it is; see :class:`ResidualRule`."""
+        del view
         return update
 
     def update(self, pieces: Pieces, state: jax.Array) -> tuple[jax.Array, jax.Array]:
