@@ -3,14 +3,16 @@
 #   make pretrain ARGS="--model 60m --data c4 --tokenizer PATH"
 #   make test                the whole check, but for what is slow; under 15 minutes
 #   make test-slow           the rest: many processes, simulated devices, long runs
+#   make clients             other people's trainers, in an environment of their own
 PYTHON ?= python3
+CLIENTS_PYTHON ?= python3.12
 ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: pretrain test test-slow format bench clean
+.PHONY: pretrain test test-slow clients clients-table format bench clean
 
 pretrain: $(VENV)/.experiments
 	$(BIN)/python -m experiments.pretrain_llama $(ARGS)
@@ -24,6 +26,22 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest tests -m slow --durations=15
+
+clients:
+	@if $(CLIENTS_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' \
+	    2>/dev/null; then $(MAKE) --no-print-directory clients-table; \
+	  else echo "clients: skipped, there is no $(CLIENTS_PYTHON) here; name one:" \
+	    "make clients CLIENTS_PYTHON=..."; fi
+
+clients-table: $(VENV)-clients/.installed
+	$(VENV)-clients/bin/python -m tests.clients --json benchmarks/results/clients.json
+
+# Every package is named: Levanter asks for others than Tunix, and works with these.
+$(VENV)-clients/.installed: pyproject.toml constraints-clients.txt
+	$(CLIENTS_PYTHON) -m venv $(VENV)-clients
+	$(VENV)-clients/bin/python -m pip --disable-pip-version-check install --quiet \
+	  --no-deps -r constraints-clients.txt -e .
+	@touch $@
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
@@ -50,4 +68,4 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@ $(VENV)/.experiments
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV)-clients

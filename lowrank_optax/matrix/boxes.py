@@ -2,8 +2,9 @@
 
 ``flax.nnx.Variable``, Linen's ``Partitioned`` and ``LogicallyPartitioned``, and
 Haliax's ``NamedArray``. They are known by their methods, so that no framework is
-imported. What the library computes sees the arrays inside. Each array of a state that stands beside a boxed leaf has a box of
-its own, with the names of the leaf's axes that it is made of.
+imported. What the library computes sees the arrays inside. Each array of a state that
+stands beside a boxed leaf has a box of its own, with the names of the leaf's axes that
+it is made of.
 """
 
 import dataclasses
@@ -105,10 +106,11 @@ def boxed_beside(box: Any, array: Any, axes: Axes) -> Any:
     shape = contents(box).shape
 
     def kept(names: Iterable[Any]) -> list[Any]:
-        parts = merged_spec(names, len(shape), axes)
+        parts = _padded(names, len(shape))
+        named = [_outermost(parts, group) for group in axes]
         return [
-            part if part and length % shape[group[0]] == 0 else None
-            for length, part, group in zip(array.shape, parts, axes, strict=True)
+            None if axis is None or length % shape[axis] else parts[axis]
+            for length, axis in zip(array.shape, named, strict=True)
         ]
 
     def of_array(names: Any) -> Any:
@@ -136,15 +138,24 @@ def boxed_beside(box: Any, array: Any, axes: Axes) -> Any:
 def merged_spec(spec: Iterable[Any], ndim: int, axes: Axes) -> list[Any]:
     """Returns the partition of each axis of an array made of a leaf's axes.
 
-    Merged axes are partitioned as the outermost is: of logical names no one says which
-    the mesh has.
+    Merged axes are partitioned as the outermost that is: of logical names no one says
+    which the mesh has, and nothing is replicated that belongs to a partitioned leaf.
 
     Args:
         spec: Of the leaf: names of its first axes, or None.
         ndim: Of the leaf.
         axes: For each axis of the array, the leaf's merged in it.
     """
-    parts = tuple(spec)
-    parts += (None,) * (ndim - len(parts))
+    parts = _padded(spec, ndim)
+    found = (_outermost(parts, group) for group in axes)
+    return [None if axis is None else parts[axis] for axis in found]
 
-    return [parts[group[0]] if group else None for group in axes]
+
+def _padded(spec: Iterable[Any], ndim: int) -> tuple[Any, ...]:
+    parts = tuple(spec)
+    return parts + (None,) * (ndim - len(parts))
+
+
+def _outermost(parts: Sequence[Any], group: Sequence[int]) -> int | None:
+    """Returns the first of some axes that is partitioned, None if none is."""
+    return next((axis for axis in group if parts[axis]), None)

@@ -131,29 +131,32 @@ def sharded(params, mesh):
     return jax.tree.map(put, params)
 
 
+LAYER = {
+    "norm/weight": None,
+    "norm/bias": None,
+    "attention/query_proj/weight": matrices(WIDTH, INNER),
+    "attention/query_proj/bias": None,
+    "attention/key_proj/weight": matrices(WIDTH, INNER),
+    "attention/value_proj/weight": matrices(WIDTH, INNER),
+    "attention/value_proj/bias": None,
+    "attention/output_proj/weight": matrices(INNER, WIDTH),
+    "mlp/layers/0/weight": matrices(WIDTH, HIDDEN),
+    "mlp/layers/0/bias": None,
+    "mlp/layers/1/weight": matrices(HIDDEN, WIDTH),
+    "mlp/layers/1/bias": None,
+}
+# Equinox's convolutions are (output, input, width), with a bias (output, 1).
+EXPECTED = {
+    "embedding/weight": matrices(VOCABULARY, WIDTH),
+    **under("layers", stacked(LAYER, LAYERS)),
+    "conv/weight": matrices(3 * WIDTH, WIDTH),
+    "conv/bias": None,
+    "head/weight": matrices(WIDTH, VOCABULARY),
+}
+
+
 class Equinox(Client):
-    layer = {
-        "norm/weight": None,
-        "norm/bias": None,
-        "attention/query_proj/weight": matrices(WIDTH, INNER),
-        "attention/query_proj/bias": None,
-        "attention/key_proj/weight": matrices(WIDTH, INNER),
-        "attention/value_proj/weight": matrices(WIDTH, INNER),
-        "attention/value_proj/bias": None,
-        "attention/output_proj/weight": matrices(INNER, WIDTH),
-        "mlp/layers/0/weight": matrices(WIDTH, HIDDEN),
-        "mlp/layers/0/bias": None,
-        "mlp/layers/1/weight": matrices(HIDDEN, WIDTH),
-        "mlp/layers/1/bias": None,
-    }
-    # Equinox's convolutions are (output, input, width), with a bias (output, 1).
-    expected = {
-        "embedding/weight": matrices(VOCABULARY, WIDTH),
-        **under("layers", stacked(layer, LAYERS)),
-        "conv/weight": matrices(3 * WIDTH, WIDTH),
-        "conv/bias": None,
-        "head/weight": matrices(WIDTH, VOCABULARY),
-    }
+    expected = EXPECTED
 
     def trainer(self, optimizer: optax.GradientTransformation, mesh=None, seed=0):
         model = Model(jax.random.key(seed))

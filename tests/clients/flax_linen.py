@@ -28,15 +28,13 @@ from tests.clients.protocol import (
 
 
 class Block(nn.Module):
-    box: type
+    boxed: bool
 
     @nn.compact
     def __call__(self, x, _):
         def named(*names):
             init = nn.initializers.lecun_normal()
-            if self.box is nn.LogicallyPartitioned:
-                return nn.with_logical_partitioning(init, names)
-            return nn.with_partitioning(init, names) if self.box else init
+            return nn.with_partitioning(init, names) if self.boxed else init
 
         mask = nn.make_causal_mask(x[..., 0])
         attention = nn.MultiHeadDotProductAttention(
@@ -55,7 +53,7 @@ class Block(nn.Module):
 class Model(nn.Module):
     """A scanned transformer with a convolution before its head."""
 
-    box: type | None = None
+    boxed: bool
 
     @nn.compact
     def __call__(self, tokens):
@@ -67,9 +65,13 @@ class Model(nn.Module):
             metadata_params={nn.PARTITION_NAME: None},
         )
         x = nn.Embed(VOCABULARY, WIDTH, name="embedding")(tokens)
-        x, _ = stack(self.box, name="layers")(x, None)
+        x, _ = stack(self.boxed, name="layers")(x, None)
         x = x + nn.relu(nn.Conv(WIDTH, (3,), padding="CAUSAL", name="conv")(x))
         return nn.Dense(VOCABULARY, use_bias=False, name="head")(x)
+
+
+# One object, or a state made anew is another type, and compiled anew.
+make_model = functools.cache(Model)
 
 
 @jax.jit
@@ -107,39 +109,39 @@ class LinenTrainer(Trainer):
             self.state = checkpointer.restore(directory / "state", self.state)
 
 
+LAYER = {
+    "norm/scale": None,
+    "norm/bias": None,
+    "attention/query/kernel": matrices(WIDTH, INNER),
+    "attention/key/kernel": matrices(WIDTH, INNER),
+    "attention/value/kernel": matrices(WIDTH, INNER),
+    "attention/query/bias": None,
+    "attention/key/bias": None,
+    "attention/value/bias": None,
+    "attention/out/kernel": matrices(INNER, WIDTH),
+    "attention/out/bias": None,
+    "up/kernel": matrices(WIDTH, HIDDEN),
+    "up/bias": None,
+    "down/kernel": matrices(HIDDEN, WIDTH),
+    "down/bias": None,
+}
+EXPECTED = {
+    "embedding/embedding": matrices(VOCABULARY, WIDTH),
+    **under("layers", stacked(LAYER, LAYERS)),
+    "conv/kernel": matrices(3 * WIDTH, WIDTH),
+    "conv/bias": None,
+    "head/kernel": matrices(WIDTH, VOCABULARY),
+}
+
+
 class Linen(Client):
     """Plain arrays alone, ``nn.Partitioned`` on a mesh, as Flax's guide has it."""
 
-    needs = ("flax",)
     without_gradient = ("key/bias",)
-    model = staticmethod(functools.cache(Model))
-    box: type | None = None
-    layer = {
-        "norm/scale": None,
-        "norm/bias": None,
-        "attention/query/kernel": matrices(WIDTH, INNER),
-        "attention/key/kernel": matrices(WIDTH, INNER),
-        "attention/value/kernel": matrices(WIDTH, INNER),
-        "attention/query/bias": None,
-        "attention/key/bias": None,
-        "attention/value/bias": None,
-        "attention/out/kernel": matrices(INNER, WIDTH),
-        "attention/out/bias": None,
-        "up/kernel": matrices(WIDTH, HIDDEN),
-        "up/bias": None,
-        "down/kernel": matrices(HIDDEN, WIDTH),
-        "down/bias": None,
-    }
-    expected = {
-        "embedding/embedding": matrices(VOCABULARY, WIDTH),
-        **under("layers", stacked(layer, LAYERS)),
-        "conv/kernel": matrices(3 * WIDTH, WIDTH),
-        "conv/bias": None,
-        "head/kernel": matrices(WIDTH, VOCABULARY),
-    }
+    expected = EXPECTED
 
     def trainer(self, optimizer, mesh=None, seed=0):
-        model = self.model(self.box or (nn.Partitioned if mesh else None))
+        model = make_model(mesh is not None)
         tokens = jnp.asarray(batch(0)[0])
 
         def create(key):
@@ -153,9 +155,3 @@ class Linen(Client):
         # a constraint of three axes on them.
         shardings = nn.get_sharding(jax.eval_shape(create, key), mesh)
         return LinenTrainer(jax.jit(create, out_shardings=shardings)(key), mesh)
-
-
-class LinenBoxes(Linen):
-    """``nn.Partitioned`` boxes without a mesh too."""
-
-    box = nn.Partitioned

@@ -3,15 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import optax
 import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh
 
 from tests.clients.protocol import (
-    HEAD_DIM,
     HEADS,
     HIDDEN,
     INNER,
@@ -130,27 +126,32 @@ class NNXTrainer(Trainer):
         nnx.update(self.optimizer, found["optimizer"])
 
 
+LAYER = {
+    "norm/scale": None,
+    "norm/bias": None,
+    **{
+        f"attention/{x}/kernel": matrices(WIDTH, INNER)
+        for x in ("query", "key", "value")
+    },
+    **{f"attention/{x}/bias": None for x in ("query", "key", "value", "out")},
+    "attention/out/kernel": matrices(INNER, WIDTH),
+    "up/kernel": matrices(WIDTH, HIDDEN),
+    "up/bias": None,
+    "down/kernel": matrices(HIDDEN, WIDTH),
+    "down/bias": None,
+}
+EXPECTED = {
+    "embedding/embedding": matrices(VOCABULARY, WIDTH),
+    **under("layers", stacked(LAYER, LAYERS)),
+    "conv/kernel": matrices(3 * WIDTH, WIDTH),
+    "conv/bias": None,
+    "head/kernel": matrices(WIDTH, VOCABULARY),
+}
+
+
 class NNX(Client):
-    needs = ("flax",)
     without_gradient = ("key/bias",)
-    layer = {
-        "norm/scale": None,
-        "norm/bias": None,
-        **{f"attention/{x}/kernel": matrices(WIDTH, INNER) for x in ("query", "key", "value")},
-        **{f"attention/{x}/bias": None for x in ("query", "key", "value", "out")},
-        "attention/out/kernel": matrices(INNER, WIDTH),
-        "up/kernel": matrices(WIDTH, HIDDEN),
-        "up/bias": None,
-        "down/kernel": matrices(HIDDEN, WIDTH),
-        "down/bias": None,
-    }
-    expected = {
-        "embedding/embedding": matrices(VOCABULARY, WIDTH),
-        **under("layers", stacked(layer, LAYERS)),
-        "conv/kernel": matrices(3 * WIDTH, WIDTH),
-        "conv/bias": None,
-        "head/kernel": matrices(WIDTH, VOCABULARY),
-    }
+    expected = EXPECTED
 
     def trainer(self, optimizer, mesh=None, seed=0):
         def create():

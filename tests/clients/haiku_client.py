@@ -89,31 +89,34 @@ class HaikuTrainer(Trainer):
         self.parts = jax.tree.map(jnp.asarray, pickle.loads(content))
 
 
+LAYER = {
+    "layer_norm/scale": None,
+    "layer_norm/offset": None,
+    "multi_head_attention/query/w": matrices(WIDTH, INNER),
+    "multi_head_attention/query/b": None,
+    "multi_head_attention/key/w": matrices(WIDTH, INNER),
+    "multi_head_attention/key/b": None,
+    "multi_head_attention/value/w": matrices(WIDTH, INNER),
+    "multi_head_attention/value/b": None,
+    "multi_head_attention/linear/w": matrices(INNER, WIDTH),
+    "multi_head_attention/linear/b": None,
+    "mlp/~/linear_0/w": matrices(WIDTH, HIDDEN),
+    "mlp/~/linear_0/b": None,
+    "mlp/~/linear_1/w": matrices(HIDDEN, WIDTH),
+    "mlp/~/linear_1/b": None,
+}
+EXPECTED = {
+    "embed/embeddings": matrices(VOCABULARY, WIDTH),
+    **under("__layer_stack_no_per_layer", stacked(LAYER, LAYERS)),
+    "conv1_d/w": matrices(3 * WIDTH, WIDTH),
+    "conv1_d/b": None,
+    "linear/w": matrices(WIDTH, VOCABULARY),
+}
+
+
 class Haiku(Client):
     without_gradient = ("key/b",)
-    layer = {
-        "layer_norm/scale": None,
-        "layer_norm/offset": None,
-        "multi_head_attention/query/w": matrices(WIDTH, INNER),
-        "multi_head_attention/query/b": None,
-        "multi_head_attention/key/w": matrices(WIDTH, INNER),
-        "multi_head_attention/key/b": None,
-        "multi_head_attention/value/w": matrices(WIDTH, INNER),
-        "multi_head_attention/value/b": None,
-        "multi_head_attention/linear/w": matrices(INNER, WIDTH),
-        "multi_head_attention/linear/b": None,
-        "mlp/~/linear_0/w": matrices(WIDTH, HIDDEN),
-        "mlp/~/linear_0/b": None,
-        "mlp/~/linear_1/w": matrices(HIDDEN, WIDTH),
-        "mlp/~/linear_1/b": None,
-    }
-    expected = {
-        "embed/embeddings": matrices(VOCABULARY, WIDTH),
-        **under("__layer_stack_no_per_layer", stacked(layer, LAYERS)),
-        "conv1_d/w": matrices(3 * WIDTH, WIDTH),
-        "conv1_d/b": None,
-        "linear/w": matrices(WIDTH, VOCABULARY),
-    }
+    expected = EXPECTED
 
     def trainer(self, optimizer, mesh=None, seed=0):
         params = model.init(jax.random.key(seed), batch(0)[0])

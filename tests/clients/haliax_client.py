@@ -6,9 +6,8 @@ import equinox as eqx
 import haliax as hax
 import haliax.nn as hnn
 import jax
-import jax.numpy as jnp
 import optax
-from haliax import Axis, NamedArray
+from haliax import Axis
 
 from tests.clients.protocol import (
     HEAD_DIM,
@@ -137,25 +136,28 @@ class HaliaxTrainer(Trainer):
         self.model, self.state = eqx.tree_deserialise_leaves(path, like)
 
 
+LAYER = {
+    "norm/weight": None,
+    "norm/bias": None,
+    "q_proj/weight": matrices(WIDTH, INNER),
+    "k_proj/weight": matrices(WIDTH, INNER),
+    "v_proj/weight": matrices(WIDTH, INNER),
+    "o_proj/weight": matrices(INNER, WIDTH),
+    "o_proj/bias": None,
+    "mlp/layers/0/weight": matrices(WIDTH, HIDDEN),
+    "mlp/layers/0/bias": None,
+    "mlp/layers/1/weight": matrices(HIDDEN, WIDTH),
+    "mlp/layers/1/bias": None,
+}
+EXPECTED = {
+    "embedding/weight": matrices(VOCABULARY, WIDTH),
+    **under("layers/stacked", stacked(LAYER, LAYERS)),
+    "head/weight": matrices(WIDTH, VOCABULARY),
+}
+
+
 class Haliax(Client):
-    layer = {
-        "norm/weight": None,
-        "norm/bias": None,
-        "q_proj/weight": matrices(WIDTH, INNER),
-        "k_proj/weight": matrices(WIDTH, INNER),
-        "v_proj/weight": matrices(WIDTH, INNER),
-        "o_proj/weight": matrices(INNER, WIDTH),
-        "o_proj/bias": None,
-        "mlp/layers/0/weight": matrices(WIDTH, HIDDEN),
-        "mlp/layers/0/bias": None,
-        "mlp/layers/1/weight": matrices(HIDDEN, WIDTH),
-        "mlp/layers/1/bias": None,
-    }
-    expected = {
-        "embedding/weight": matrices(VOCABULARY, WIDTH),
-        **under("layers/stacked", stacked(layer, LAYERS)),
-        "head/weight": matrices(WIDTH, VOCABULARY),
-    }
+    expected = EXPECTED
 
     def trainer(self, optimizer: optax.GradientTransformation, mesh=None, seed=0):
         def create():

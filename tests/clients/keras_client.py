@@ -108,33 +108,36 @@ class KerasTrainer(Trainer):
             self.state = checkpointer.restore(directory / "state", self.state)
 
 
+EXPECTED = {
+    "embedding/embeddings": matrices(VOCABULARY, WIDTH),
+    **{
+        f"{name}_{i}/{leaf}": seen
+        for i in range(LAYERS)
+        for name, listing in {
+            "norm": {"gamma": None, "beta": None},
+            "attention": {
+                "query/kernel": matrices(WIDTH, INNER),
+                "query/bias": None,
+                "key/kernel": matrices(WIDTH, INNER),
+                "key/bias": None,
+                "value/kernel": matrices(WIDTH, INNER),
+                "value/bias": None,
+                "attention_output/kernel": matrices(INNER, WIDTH),
+                "attention_output/bias": None,
+            },
+            "up": {"kernel": matrices(WIDTH, HIDDEN), "bias": None},
+            "down": {"kernel": matrices(HIDDEN, WIDTH), "bias": None},
+        }.items()
+        for leaf, seen in listing.items()
+    },
+    **under("conv", {"kernel": matrices(3 * WIDTH, WIDTH), "bias": None}),
+    "head/kernel": matrices(WIDTH, VOCABULARY),
+}
+
+
 class Keras(Client):
     without_gradient = ("key/bias",)
-    expected = {
-        "embedding/embeddings": matrices(VOCABULARY, WIDTH),
-        **{
-            f"{name}_{i}/{leaf}": seen
-            for i in range(LAYERS)
-            for name, listing in {
-                "norm": {"gamma": None, "beta": None},
-                "attention": {
-                    "query/kernel": matrices(WIDTH, INNER),
-                    "query/bias": None,
-                    "key/kernel": matrices(WIDTH, INNER),
-                    "key/bias": None,
-                    "value/kernel": matrices(WIDTH, INNER),
-                    "value/bias": None,
-                    "attention_output/kernel": matrices(INNER, WIDTH),
-                    "attention_output/bias": None,
-                },
-                "up": {"kernel": matrices(WIDTH, HIDDEN), "bias": None},
-                "down": {"kernel": matrices(HIDDEN, WIDTH), "bias": None},
-            }.items()
-            for leaf, seen in listing.items()
-        },
-        **under("conv", {"kernel": matrices(3 * WIDTH, WIDTH), "bias": None}),
-        "head/kernel": matrices(WIDTH, VOCABULARY),
-    }
+    expected = EXPECTED
 
     def trainer(self, optimizer, mesh=None, seed=0):
         model = make_model(seed)

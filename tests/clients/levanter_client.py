@@ -1,4 +1,4 @@
-"""Levanter: its ``Trainer`` on a small LLaMA, its checkpoints, found again by itself."""
+"""Levanter: its ``Trainer`` on a small LLaMA; it finds its checkpoints by itself."""
 
 import dataclasses
 from pathlib import Path
@@ -120,24 +120,27 @@ class LevanterTrainer(Trainer):
         self.__init__(*self.arguments, load_from=str(directory))
 
 
+LAYER = {
+    "input_layernorm/weight": None,
+    "post_attention_layernorm/weight": None,
+    "self_attn/q_proj/weight": matrices(WIDTH, INNER),
+    "self_attn/k_proj/weight": matrices(WIDTH, KEY_HEADS * HEAD_DIM),
+    "self_attn/v_proj/weight": matrices(WIDTH, KEY_HEADS * HEAD_DIM),
+    "self_attn/o_proj/weight": matrices(INNER, WIDTH),
+    "mlp/gate_proj/weight": matrices(WIDTH, HIDDEN),
+    "mlp/up_proj/weight": matrices(WIDTH, HIDDEN),
+    "mlp/down_proj/weight": matrices(HIDDEN, WIDTH),
+}
+EXPECTED = {
+    "embeddings/token_embeddings/weight": matrices(VOCABULARY, WIDTH),
+    **under("transformer/layers/stacked", stacked(LAYER, LAYERS)),
+    "transformer/norm/weight": None,
+    "lm_head/weight": matrices(WIDTH, VOCABULARY),
+}
+
+
 class Levanter(Client):
-    layer = {
-        "input_layernorm/weight": None,
-        "post_attention_layernorm/weight": None,
-        "self_attn/q_proj/weight": matrices(WIDTH, INNER),
-        "self_attn/k_proj/weight": matrices(WIDTH, KEY_HEADS * HEAD_DIM),
-        "self_attn/v_proj/weight": matrices(WIDTH, KEY_HEADS * HEAD_DIM),
-        "self_attn/o_proj/weight": matrices(INNER, WIDTH),
-        "mlp/gate_proj/weight": matrices(WIDTH, HIDDEN),
-        "mlp/up_proj/weight": matrices(WIDTH, HIDDEN),
-        "mlp/down_proj/weight": matrices(HIDDEN, WIDTH),
-    }
-    expected = {
-        "embeddings/token_embeddings/weight": matrices(VOCABULARY, WIDTH),
-        **under("transformer/layers/stacked", stacked(layer, LAYERS)),
-        "transformer/norm/weight": None,
-        "lm_head/weight": matrices(WIDTH, VOCABULARY),
-    }
+    expected = EXPECTED
 
     def trainer(self, optimizer: optax.GradientTransformation, mesh=None, seed=0):
         devices = np.array(jax.devices()[:1])[:, None] if mesh is None else mesh.devices

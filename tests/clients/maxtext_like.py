@@ -118,26 +118,28 @@ class Model(nn.Module):
         return Decoder(name="decoder")(embed(tokens))
 
 
+LAYER = {
+    "pre_self_attention_layer_norm/scale": None,
+    "post_self_attention_layer_norm/scale": None,
+    "self_attention/query/kernel": matrices(WIDTH, INNER),
+    "self_attention/key/kernel": matrices(WIDTH, INNER),
+    "self_attention/value/kernel": matrices(WIDTH, INNER),
+    "self_attention/out/kernel": matrices(INNER, WIDTH),
+    "mlp/wi_0/kernel": matrices(WIDTH, HIDDEN),
+    "mlp/wi_1/kernel": matrices(WIDTH, HIDDEN),
+    "mlp/wo/kernel": matrices(HIDDEN, WIDTH),
+}
+EXPECTED = {
+    "token_embedder/embedding": matrices(VOCABULARY, WIDTH),
+    **under("decoder/layers", stacked(LAYER, LAYERS)),
+    "decoder/decoder_norm/scale": None,
+    "decoder/logits_dense/kernel": matrices(WIDTH, VOCABULARY),
+}
+
+
 class MaxTextLike(Client):
-    needs = ("flax",)
     model = Model()
-    layer = {
-        "pre_self_attention_layer_norm/scale": None,
-        "post_self_attention_layer_norm/scale": None,
-        "self_attention/query/kernel": matrices(WIDTH, INNER),
-        "self_attention/key/kernel": matrices(WIDTH, INNER),
-        "self_attention/value/kernel": matrices(WIDTH, INNER),
-        "self_attention/out/kernel": matrices(INNER, WIDTH),
-        "mlp/wi_0/kernel": matrices(WIDTH, HIDDEN),
-        "mlp/wi_1/kernel": matrices(WIDTH, HIDDEN),
-        "mlp/wo/kernel": matrices(HIDDEN, WIDTH),
-    }
-    expected = {
-        "token_embedder/embedding": matrices(VOCABULARY, WIDTH),
-        **under("decoder/layers", stacked(layer, LAYERS)),
-        "decoder/decoder_norm/scale": None,
-        "decoder/logits_dense/kernel": matrices(WIDTH, VOCABULARY),
-    }
+    expected = EXPECTED
 
     def trainer(self, optimizer, mesh=None, seed=0):
         model, tokens = self.model, jnp.asarray(batch(0)[0])

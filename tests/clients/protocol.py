@@ -2,7 +2,6 @@
 
 import abc
 import contextlib
-import importlib.util
 import re
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -115,13 +114,11 @@ class Client(abc.ABC):
     """A client: how it makes a run, and what is right to list of its parameters.
 
     Attributes:
-        needs: Modules that must be installed.
         expected: Names of the leaf's path -> how it is seen; None: at full size.
         without_gradient: Parts of names of leaves whose gradient is rounding alone, as
             the bias of attention's keys: no two programs agree on its sign.
     """
 
-    needs: ClassVar[tuple[str, ...]] = ()
     expected: ClassVar[dict[str, Matrices | None]]
     without_gradient: ClassVar[tuple[str, ...]] = ()
 
@@ -139,8 +136,3 @@ class Client(abc.ABC):
             mesh: Of the axes "fsdp" and "tp".
             seed: Of the parameters.
         """
-
-    def missing(self) -> str:
-        """Returns what is not installed; empty, if everything is."""
-        found = (x for x in self.needs if importlib.util.find_spec(x) is None)
-        return ", ".join(found)

@@ -1,6 +1,5 @@
-"""google-tunix: ``PeftTrainer`` on a small Qwen3, under a mesh, with its checkpoints."""
+"""google-tunix: ``PeftTrainer`` on a small Qwen3 under a mesh; its checkpoints."""
 
-import contextlib
 from pathlib import Path
 
 import jax
@@ -124,34 +123,39 @@ class TunixTrainer(Trainer):
         assert self.trainer.train_steps > steps
 
 
+EXPECTED = {
+    "embedder/input_embedding": matrices(VOCABULARY, WIDTH),
+    "final_norm/w": None,
+    "lm_head/w": matrices(WIDTH, VOCABULARY),
+    **{
+        f"layers/{i}/{leaf}": seen
+        for i in range(LAYERS)
+        for leaf, seen in {
+            "input_layernorm/w": None,
+            "post_attention_layernorm/w": None,
+            "attn/q_proj/w": matrices(WIDTH, INNER),
+            "attn/k_proj/w": matrices(WIDTH, KEY_HEADS * HEAD_DIM),
+            "attn/v_proj/w": matrices(WIDTH, KEY_HEADS * HEAD_DIM),
+            "attn/o_proj/w": matrices(INNER, WIDTH),
+            "attn/q_norm/w": None,
+            "attn/k_norm/w": None,
+            "mlp/gate_proj/kernel": matrices(WIDTH, HIDDEN),
+            "mlp/up_proj/kernel": matrices(WIDTH, HIDDEN),
+            "mlp/down_proj/kernel": matrices(HIDDEN, WIDTH),
+        }.items()
+    },
+}
+
+
 class Tunix(Client):
-    expected = {
-        "embedder/input_embedding": matrices(VOCABULARY, WIDTH),
-        "final_norm/w": None,
-        "lm_head/w": matrices(WIDTH, VOCABULARY),
-        **{
-            f"layers/{i}/{leaf}": seen
-            for i in range(LAYERS)
-            for leaf, seen in {
-                "input_layernorm/w": None,
-                "post_attention_layernorm/w": None,
-                "attn/q_proj/w": matrices(WIDTH, INNER),
-                "attn/k_proj/w": matrices(WIDTH, KEY_HEADS * HEAD_DIM),
-                "attn/v_proj/w": matrices(WIDTH, KEY_HEADS * HEAD_DIM),
-                "attn/o_proj/w": matrices(INNER, WIDTH),
-                "attn/q_norm/w": None,
-                "attn/k_norm/w": None,
-                "mlp/gate_proj/kernel": matrices(WIDTH, HIDDEN),
-                "mlp/up_proj/kernel": matrices(WIDTH, HIDDEN),
-                "mlp/down_proj/kernel": matrices(HIDDEN, WIDTH),
-            }.items()
-        },
-    }
+    expected = EXPECTED
 
     def trainer(self, optimizer: optax.GradientTransformation, mesh=None, seed=0):
-        # Tunix shards its data over "fsdp", and so needs a mesh, of one device at least.
+        # Tunix shards its data over "fsdp": a mesh, of one device at least.
         mesh = mesh or jax.make_mesh(
-            (1, 1), ("fsdp", "tp"), devices=jax.devices()[:1],
+            (1, 1),
+            ("fsdp", "tp"),
+            devices=jax.devices()[:1],
             axis_types=(jax.sharding.AxisType.Auto,) * 2,
         )
         with mesh:
