@@ -24,6 +24,7 @@ from tests.clients.protocol import (
     cross_entropy,
     matrices,
     on,
+    placed_like,
     stacked,
     under,
 )
@@ -114,7 +115,8 @@ class EquinoxTrainer(Trainer):
 
     def restore(self, directory: Path):
         path, like = directory / "run.eqx", (self.model, self.state)
-        self.model, self.state = eqx.tree_deserialise_leaves(path, like)
+        found = eqx.tree_deserialise_leaves(path, like)
+        self.model, self.state = placed_like(found, like)
 
 
 def sharded(params, mesh):

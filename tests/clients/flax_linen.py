@@ -154,4 +154,5 @@ class Linen(Client):
         # Without jax.set_mesh: DenseGeneral makes its kernels flat, and Flax would put
         # a constraint of three axes on them.
         shardings = nn.get_sharding(jax.eval_shape(create, key), mesh)
-        return LinenTrainer(jax.jit(create, out_shardings=shardings)(key), mesh)
+        state = jax.jit(create, out_shardings=shardings)(key)
+        return LinenTrainer(state, mesh)

@@ -159,4 +159,5 @@ class NNX(Client):
             return model, nnx.Optimizer(model, optimizer, wrt=nnx.Param)
 
         with on(mesh):
-            return NNXTrainer(*(nnx.jit(create) if mesh else create)(), mesh)
+            made = (nnx.jit(create) if mesh else create)()
+        return NNXTrainer(*made, mesh)

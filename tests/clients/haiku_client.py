@@ -25,6 +25,7 @@ from tests.clients.protocol import (
     cross_entropy,
     matrices,
     on,
+    placed_like,
     stacked,
     under,
 )
@@ -86,7 +87,7 @@ class HaikuTrainer(Trainer):
 
     def restore(self, directory: Path):
         content = (directory / "run.pickle").read_bytes()
-        self.parts = jax.tree.map(jnp.asarray, pickle.loads(content))
+        self.parts = placed_like(pickle.loads(content), self.parts)
 
 
 LAYER = {

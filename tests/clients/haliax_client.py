@@ -23,6 +23,7 @@ from tests.clients.protocol import (
     cross_entropy,
     matrices,
     on,
+    placed_like,
     stacked,
     under,
 )
@@ -133,7 +134,8 @@ class HaliaxTrainer(Trainer):
 
     def restore(self, directory: Path):
         path, like = directory / "run.eqx", (self.model, self.state)
-        self.model, self.state = eqx.tree_deserialise_leaves(path, like)
+        found = eqx.tree_deserialise_leaves(path, like)
+        self.model, self.state = placed_like(found, like)
 
 
 LAYER = {

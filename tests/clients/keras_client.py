@@ -31,6 +31,7 @@ from tests.clients.protocol import (
     cross_entropy,
     matrices,
     on,
+    placed_like,
     under,
 )
 
@@ -103,7 +104,8 @@ class KerasTrainer(Trainer):
 
     def restore(self, directory: Path):
         self.model = keras.saving.load_model(directory / "model.keras")
-        self._params = {x.path: x.value for x in self.model.trainable_variables}
+        params = {x.path: x.value for x in self.model.trainable_variables}
+        self._params = placed_like(params, self._params)
         with ocp.StandardCheckpointer() as checkpointer:
             self.state = checkpointer.restore(directory / "state", self.state)
 

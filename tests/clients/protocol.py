@@ -40,6 +40,15 @@ def on(mesh: Mesh | None) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
+def placed_like(tree: Any, like: Any) -> Any:
+    """Returns a tree with each array on the devices where that of another one is."""
+
+    def placed(x, like):
+        return jax.device_put(x, like.sharding) if isinstance(like, jax.Array) else x
+
+    return jax.tree.map(placed, tree, like)
+
+
 METHODS = {
     "adarankgrad": lambda: lowrank_optax.adarankgrad(
         RATE, RANK, refresh=lowrank_optax.on_convergence(4, 6)

@@ -140,7 +140,8 @@ def test_restores(run):
 
 
 @pytest.mark.skipif(jax.device_count() < 4, reason="needs 4 simulated devices")
-def test_sharded(run):
+def test_sharded(run, tmp_path):
+    """As state_shardings says, the same update, and so again after it was restored."""
     mesh = jax.make_mesh(
         (2, 2),
         ("fsdp", "tp"),
@@ -163,6 +164,13 @@ def test_sharded(run):
 
     pairs = (unboxed(sharded.params), unboxed(alone.params))
     jax.tree_util.tree_map_with_path(compare, *pairs)
+
+    sharded.save(tmp_path)
+    restored = run.client.trainer(run.optimizer, mesh, seed=1)
+    restored.restore(tmp_path)
+    _assert_sharded(restored.params, restored.opt_state, run.optimizer)
+    for actual, expected in zip(arrays(restored), arrays(sharded), strict=True):
+        np.testing.assert_array_equal(actual, expected)
 
 
 def _assert_sharded(params: Any, state: Any, optimizer: Any) -> None:
