@@ -27,6 +27,7 @@ from lowrank_optax.report.ranks import ranks, subspaces
 from lowrank_optax.report.state_shardings import state_shardings
 from lowrank_optax.rules.bases import exact_svd, range_finder
 from lowrank_optax.rules.budget import budget
+from lowrank_optax.rules.power_iteration import power_iteration
 from lowrank_optax.rules.random_bases import gaussian, rademacher
 from lowrank_optax.rules.ranks import energy_rank
 from lowrank_optax.rules.rebase import REBASE_RULES, RebaseRule, ldadam_rebase
@@ -78,6 +79,7 @@ __all__ = [
     "normalized_residual",
     "on_convergence",
     "orthogonalized_residual",
+    "power_iteration",
     "projections",
     "projfactor",
     "rademacher",

@@ -114,7 +114,6 @@ class InsideSubspace(NamedTuple):
 
     def update(self, coordinates, state, leaves, views, count, extra_args):
         """Returns scale N P^T and what the residual adds; see :class:`Core`."""
-        del count
         inner = self._inner(views, leaves)
         narrow, state = inner.update(coordinates, state, None, **extra_args)
         residuals = {}
@@ -123,7 +122,7 @@ class InsideSubspace(NamedTuple):
             if path not in leaves:
                 return self.residual.at_full_size(n, views[path])
             projector, subspace, basis, gradient = leaves[path]
-            pieces = Pieces(projector.view, gradient, r, n, basis, self.scale)
+            pieces = Pieces(projector.view, gradient, r, n, basis, self.scale, count)
             update, residuals[path] = self.residual.update(pieces, subspace.residual)
             return update
 

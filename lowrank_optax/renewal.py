@@ -22,9 +22,9 @@ from lowrank_optax.binding.states import (
 )
 from lowrank_optax.codes import coded_record, decode, encode, is_coded
 from lowrank_optax.due import asked
+from lowrank_optax.fitting import below, blended, with_basis_of
 from lowrank_optax.projected import gradients_by_path, is_projected
-from lowrank_optax.rules.bases import captured_energies, is_usable
-from lowrank_optax.rules.random_bases import RandomBasis
+from lowrank_optax.rules.products import is_usable
 from lowrank_optax.rules.rebase import random_transfer, rebased, transfer
 from lowrank_optax.subspace import (
     Projector,
@@ -234,6 +234,8 @@ def _renew_leaf(
     """Returns subspace and moments, renewed for the matrices that are due."""
     projector, (subspace, moments) = leaf.projector, leaf.renewable
     parts, is_first = projector.parts, subspace.refreshes == 0
+    wide = [decode(moment) for moment in moments]
+    kinds = [moment.kind for moment in leaf.moments]
     new = subspace._replace(
         age=jnp.where(is_first, parts.refresh.first_age(fraction), 0).astype(jnp.int32),
         refreshes=subspace.refreshes + 1,
@@ -245,15 +247,15 @@ def _renew_leaf(
         numbers = jnp.stack([subspace.refreshes, new.refreshes]) - 1
         r = random_transfer(*projector.drawn(numbers, name_hash))
     else:
-        new, found = _with_basis_of(leaf.gradient, new, projector, name_hash)
+        means = [x for x, kind in zip(wide, kinds, strict=True) if kind == "first"]
+        source = blended(leaf.gradient, means, subspace, projector, count)
+        new, found = with_basis_of(source, new, projector, name_hash)
         r = transfer(decode(subspace.basis), decode(new.basis))
         # What is selected below then waits for r: it is written over the old basis,
         # which XLA would copy at every update if r might still need it.
         found &= jnp.all(jnp.isfinite(r), axis=(-1, -2))
-    wide = [decode(moment) for moment in moments]
-    kinds = [moment.kind for moment in leaf.moments]
     followed = rebased(wide, kinds, r, count, parts.rebase)
-    followed = [_below(new.rank, x) for x in followed]
+    followed = [below(new.rank, x) for x in followed]
     followed = [encode(x, old) for x, old in zip(followed, moments, strict=True)]
     renews = leaf.due & found
     return _Renewable(
@@ -261,33 +263,6 @@ def _renew_leaf(
         # Before the first basis there is nothing to follow.
         _where(renews & ~is_first, followed, moments),
     )
-
-
-def _with_basis_of(
-    gradient: jax.Array, subspace: Subspace, projector: Projector, name_hash: jax.Array
-) -> tuple[Subspace, jax.Array]:
-    """Returns the subspace with a basis of the gradient, and where there is one."""
-    parts = projector.parts
-    assert not isinstance(parts.basis, RandomBasis)
-    matrix = projector.view.oriented(gradient).astype(projector.dtype)
-    seeds = projector.seeds(subspace.refreshes - 1, name_hash)
-    columns = parts.basis.compute(matrix, decode(subspace.basis), seeds)
-    # By squares, which keep NaN: XLA's maximum may pass over it (jaxlib 0.10 and 0.11,
-    # CPU).
-    squares = jnp.sum(columns**2, axis=-2)
-    found = jnp.all(jnp.isfinite(squares) & (squares > 0), axis=-1)
-    # A product with the gradient, which the compiler drops for a fixed rank.
-    energies = captured_energies(matrix, columns)
-    rank, demand = parts.rank.select(energies, subspace.demand)
-    columns = _below(rank, columns).astype(projector.dtype)
-    basis = encode(columns, subspace.basis)
-    return subspace._replace(basis=basis, rank=rank, demand=demand), found
-
-
-def _below(rank: jax.Array, array: jax.Array) -> jax.Array:
-    """Returns an array (*stack, a, r) with zeros in columns at and above the rank."""
-    position = jax.lax.broadcasted_iota(jnp.int32, array.shape, array.ndim - 1)
-    return jnp.where(position < rank[..., None, None], array, 0)
 
 
 def _where(condition: jax.Array, new: Any, old: Any) -> Any:

@@ -255,12 +255,14 @@ def _check_rules(
     subspace: Subspace, parts: Parts, name: str, view: MatrixView, leaf: Any
 ) -> None:
     """Raises ValueError if a subspace has not what the parts' rules keep in it."""
+    # Without a sharding: inside an update the mesh is another one than the leaf's.
+    bare = jax.ShapeDtypeStruct(view.shape, leaf.dtype)
 
     def kept():
         return {
             "basis": () if parts.is_random else jnp.zeros([]),
             "trend": parts.refresh.init(lambda dtype: jnp.zeros([], dtype)),
-            "residual": parts.residual.init(view, leaf),
+            "residual": parts.residual.init(view, bare),
         }
 
     for field, like in jax.eval_shape(kept).items():

@@ -2,17 +2,17 @@
 
 Every method of this library is a choice of parts around an inner transformation:
 
-=============  ============  =========  ==============  ==========  ==============
-method         basis         rank       refresh         re-basing   residual
-=============  ============  =========  ==============  ==========  ==============
-GaLore         exact_svd     fixed      every(200)      keep        dropped
-AdaRankGrad    range_finder  by energy  on_convergence  square      dropped
-VLoRP          random        fixed      every(25)       first       dropped
-LDAdam         range_finder  fixed      every(1)        ldadam      dropped
-Fira           range_finder  fixed      every(200)      square      scaled
-SUMO           range_finder  fixed      every(200)      square      dropped
-low_rank_muon  range_finder  fixed      every(200)      square      orthogonalized
-=============  ============  =========  ==============  ==========  ==============
+=============  ===============  =========  ==============  =======  ==============
+method         basis            rank       refresh         rebase   residual
+=============  ===============  =========  ==============  =======  ==============
+GaLore         exact_svd        fixed      every(200)      keep     dropped
+AdaRankGrad    range_finder     by energy  on_convergence  square   dropped
+VLoRP          random           fixed      every(25)       first    dropped
+LDAdam         power_iteration  fixed      every(1)        ldadam   dropped
+Fira           range_finder     fixed      every(200)      keep     scaled
+SUMO           range_finder     fixed      every(200)      square   dropped
+low_rank_muon  range_finder     fixed      every(200)      square   orthogonalized
+=============  ===============  =========  ==============  =======  ==============
 
 with Adam in the subspace, Muon for SUMO, momentum for low_rank_muon. APOLLO scales the
 gradient itself, and ProjFactor has its second moment at full size: a core of its own.
@@ -100,8 +100,9 @@ def scale_by_low_rank(
             what it gets, None for a vector}; (-2, -1) inside a subspace.
         rank: Columns r of the bases, >= 1, or a rule such as
             :func:`lowrank_optax.energy_rank`, or a :func:`lowrank_optax.budget`.
-        basis: :func:`lowrank_optax.range_finder` (None) or
-            :func:`lowrank_optax.exact_svd`, computed and stored;
+        basis: :func:`lowrank_optax.range_finder` (None),
+            :func:`lowrank_optax.exact_svd` or :func:`lowrank_optax.power_iteration`,
+            computed and stored;
             :func:`lowrank_optax.gaussian` or :func:`lowrank_optax.rademacher`, drawn
             and not stored, for a rank that is an int.
         refresh: :func:`lowrank_optax.every`, ``every(200)`` if None, or

@@ -62,6 +62,23 @@ def exact_svd(a: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
     return right[:rank].T, values[:rank] ** 2 / np.sum(a**2)
 
 
+def power_iteration(
+    a: np.ndarray, previous: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Gram-Schmidt of A^T A P_old, column after column: LDAdam, Algorithm 1."""
+    basis = np.linalg.qr(a.T @ (a @ previous))[0]
+    return basis, captured(a, basis)
+
+
+def with_momentum(rho: float, b1: float):
+    """rho M P^T / (1 - b1^t) + (1 - rho) G: what LDAdam's basis follows."""
+
+    def source(g, m, p, t):
+        return rho * (m @ p.T) / (1 - b1 ** max(t, 1)) + (1 - rho) * g
+
+    return source
+
+
 # --- ranks -----------------------------------------------------------------------
 
 
@@ -169,29 +186,31 @@ class OnConvergence:
 # --- re-basing: R = P_old^T P_new, moments (a, r) --------------------------------
 
 
-def rebase(rule: str, b2: float = 0.999) -> Rebase:
+def rebase(rule: str, b1: float = 0.9, b2: float = 0.999) -> Rebase:
     """The named rule: (M, V, R, updates done) -> (M, V) in the new basis."""
 
     def transported(m, v, r, t):
         # Coordinate by coordinate: the new j-th one is sum_i R_ij times the old i-th.
         new_m, new_v = np.zeros((len(m), r.shape[1])), np.zeros((len(v), r.shape[1]))
         correction = 1 - b2 ** max(t, 1)
+        mean = m / (1 - b1 ** max(t, 1))
         for j in range(r.shape[1]):
             new_m[:, j] = sum(m[:, i] * r[i, j] for i in range(len(r)))
             linear = sum(v[:, i] * r[i, j] for i in range(len(r)))
             squared = sum(v[:, i] * r[i, j] ** 2 for i in range(len(r)))
             variance = sum(
-                (v[:, i] / correction - m[:, i] ** 2) * r[i, j] ** 2
+                (v[:, i] / correction - mean[:, i] ** 2) * r[i, j] ** 2
                 for i in range(len(r))
             )
+            new_mean = sum(mean[:, i] * r[i, j] for i in range(len(r)))
             outside = max(0, 1 - sum(r[i, j] ** 2 for i in range(len(r))))
             new_v[:, j] = {
                 "abs": np.abs(linear),
                 "square": squared,
                 "filled": squared + outside * _mean_in_use(v, r),
                 "clamp": np.maximum(linear, 0),  # AdaRankGrad, Block 2, clamped
-                # LDAdam, Algorithm 1
-                "ldadam": correction * np.abs(variance + new_m[:, j] ** 2),
+                # LDAdam, Algorithm 1: of moments whose bias is corrected
+                "ldadam": correction * np.abs(variance + new_mean**2),
             }[rule]
         return new_m, new_v
 
@@ -216,12 +235,16 @@ def _mean_in_use(v: np.ndarray, r: np.ndarray) -> np.ndarray:
 # --- inner transformations, on the projected gradient R ---------------------------
 
 
-def adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Inner:
-    """Kingma and Ba 2014, Algorithm 1."""
+def adam(
+    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, raw_eps: bool = False
+) -> Inner:
+    """Kingma and Ba 2014, Algorithm 1; ``raw_eps``: their last remark of Section 2."""
 
     def step(r, m, v, t):
         m = b1 * m + (1 - b1) * r
         v = b2 * v + (1 - b2) * r**2
+        if raw_eps:
+            return np.sqrt(1 - b2**t) / (1 - b1**t) * m / (np.sqrt(v) + eps), m, v
         return (m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + eps), m, v
 
     return step
@@ -283,10 +306,12 @@ def low_rank(
     scale: float = 1.0,
     like: Sequence[np.ndarray] | None = None,
     lift: Callable[..., np.ndarray] = lambda g, r, n, p: n @ p.T,
+    source: Callable[..., np.ndarray] = lambda g, m, p, t: g,
 ) -> tuple[list[np.ndarray], list[Record]]:
     """U_t = scale N_t P^T with R_t = G_t P, N_t = inner(R_t), for one matrix.
 
     ``lift``: (G_t, R_t, N_t, P) -> U_t / scale, where a method has another one.
+    ``source``: (G_t, M, P, updates done) -> what a basis is computed from.
 
     GaLore, Algorithm 2, and AdaRankGrad, Algorithm 3. G_t is transposed where its rows
     are projected: for "short" if there are fewer rows than columns, for "long" if not.
@@ -305,7 +330,7 @@ def low_rank(
     for t, g in enumerate(oriented):
         refreshed = bool(schedule.is_due(t) and np.all(np.isfinite(g)) and np.any(g))
         if refreshed:
-            columns, energies = basis(g, p, refreshes)
+            columns, energies = basis(source(g, m, p, t), p, refreshes)
             in_use, demand = rank(energies, demand)
             new = np.zeros_like(p)
             for j in range(in_use):
@@ -338,7 +363,7 @@ def galore(
     updates, records = low_rank(
         grads,
         capacity=capacity,
-        inner=adam(),
+        inner=adam(eps=1e-6),
         basis=lambda a, p, i: exact_svd(a, capacity),
         rank=fixed_rank(capacity),
         schedule=Every(gap),
@@ -468,27 +493,45 @@ def with_unit_columns(weight: float, rows: bool):
 class Limited:
     """Fira's norm-growth limiter, and what it limits.
 
-    S = phi (G - R P^T), or phi G where the subspace is not kept; phi by row or one.
+    S = phi (G - k R P^T), k = ``taken``, phi by row or one; k = 0, and N is dropped,
+    where the subspace is not kept. U = alpha N P^T + S. ``decays``: those of an Adam;
+    the norms are then those of S without its bias corrections, which the authors' code
+    multiplies the update by afterwards.
     """
 
-    def __init__(self, keeps_subspace: bool, by_matrix: bool, growth: float = 1.01):
+    def __init__(
+        self,
+        keeps_subspace: bool,
+        by_matrix: bool = False,
+        growth: float = 1.01,
+        alpha: float = 1.0,
+        taken: float = 1.0,
+        decays: tuple[float, float] | None = None,
+    ):
         self.keeps_subspace, self.by_matrix = keeps_subspace, by_matrix
-        self.growth, self.norm = growth, None
+        self.growth, self.alpha, self.decays = growth, alpha, decays
+        self.taken = taken if keeps_subspace else 0
+        self.norm, self.t = None, 0
 
     def __call__(self, g, r, n, p):
+        self.t += 1
         if self.by_matrix:
             phi = np.full(len(r), np.linalg.norm(n) / np.linalg.norm(r))
         else:
             phi = np.array(
                 [np.linalg.norm(n[i]) / np.linalg.norm(r[i]) for i in range(len(r))]
             )
-        inside = r @ p.T if self.keeps_subspace else np.zeros_like(g)
-        part = phi[:, None] * (g - inside)
+        correction = 1
+        if self.decays is not None:
+            b1, b2 = self.decays
+            correction = np.sqrt(1 - b2**self.t) / (1 - b1**self.t)
+        part = phi[:, None] / correction * (g - self.taken * r @ p.T)
         norm = np.linalg.norm(part)
         if self.norm is not None and norm > self.growth * self.norm:
             part = part * (self.growth * self.norm / norm)
         self.norm = np.linalg.norm(part)
-        return part + (n @ p.T if self.keeps_subspace else 0)
+        inside = self.alpha * n @ p.T if self.keeps_subspace else 0
+        return inside + correction * part
 
 
 # --- random bases of various granularity: VLoRP and ProjFactor ------------------------

@@ -101,7 +101,9 @@ ROWS = (
     Row(
         name="galore",
         build=_galore,
-        at_full_size=lambda learning_rate: optax.adamw(learning_rate, weight_decay=0.0),
+        at_full_size=lambda learning_rate: optax.adamw(
+            learning_rate, eps=1e-6, weight_decay=0.0
+        ),
         moments=2,
         trend=0,
         is_long=False,

@@ -197,17 +197,17 @@ def relative_reference(inner, grads, where, side, like, *, rebase="square", lift
 
 def ldadam_reference(grads, where, side, like):
     def basis(a, p, i):
-        omega = draw(where, 3, RANK, a.shape[1], i)
-        return references.range_finder(a, references.warm_start(omega, p), RANK, 0.5)
+        return references.power_iteration(a, p) if i else references.exact_svd(a, RANK)
 
     return references.low_rank(
         grads,
         capacity=RANK,
-        inner=references.adam(),
+        inner=references.adam(0.908, 0.99),
         basis=basis,
+        source=references.with_momentum(0.908, 0.908),
         rank=references.fixed_rank(RANK),
         schedule=references.Every(1),
-        rebase=references.rebase("ldadam"),
+        rebase=references.rebase("ldadam", 0.908, 0.99),
         side=side,
         scale=-0.1,
         like=like,
@@ -219,15 +219,15 @@ def _relative(build, reference, tolerance=ROUNDING) -> Method:
     return Method(lambda side: build(), reference, tolerance, ("short",))
 
 
-def _limited(build, *, keeps_subspace, by_matrix=False, rebase="square") -> Method:
+def _limited(build, *, rebase="keep", raw_eps=False, **limited) -> Method:
     """Returns a method that limits what it makes of full gradients."""
     return _relative(
         build,
         functools.partial(
             relative_reference,
-            references.adam(),
+            references.adam(eps=1e-6, raw_eps=raw_eps),
             rebase=rebase,
-            lift=lambda rows: references.Limited(keeps_subspace, by_matrix),
+            lift=lambda rows: references.Limited(**limited),
         ),
     )
 
@@ -253,6 +253,7 @@ def _with_residual(residual, lift) -> Method:
 
 
 SVD = lowrank_optax.exact_svd()
+DECAYS = (0.9, 0.999)
 METHODS = {
     "sign residual": _with_residual(
         lowrank_optax.sign_residual(0.3), lambda rows: references.with_signs(0.3)
@@ -262,7 +263,7 @@ METHODS = {
         functools.partial(references.with_unit_columns, 0.3),
     ),
     "scaled residual": _with_residual(
-        lowrank_optax.scaled_residual(), lambda rows: references.Limited(True, False)
+        lowrank_optax.scaled_residual(), lambda rows: references.Limited(True)
     ),
     "orthogonalized residual": _with_residual(
         lowrank_optax.orthogonalized_residual(0.5),
@@ -288,22 +289,36 @@ METHODS = {
         SKETCH,
     ),
     "fira": _limited(
-        lambda: lowrank_optax.fira(0.1, RANK, 5, scale=1.0, basis=SVD),
+        lambda: lowrank_optax.fira(0.1, RANK, 5, basis=SVD),
         keeps_subspace=True,
+        alpha=0.25,
+        taken=0.25,
+        decays=DECAYS,
+    ),
+    "fira with other choices": _limited(
+        lambda: lowrank_optax.fira(
+            0.1, RANK, 5, 0.5, taken=0.9, corrected=True, basis=SVD, rebase="square"
+        ),
+        keeps_subspace=True,
+        alpha=0.5,
+        taken=0.9,
+        rebase="square",
     ),
     "apollo": _limited(
-        lambda: lowrank_optax.apollo(0.1, RANK, 5, basis=SVD),
+        lambda: lowrank_optax.apollo(0.1, RANK, 5, basis=SVD, raw_eps=True),
         keeps_subspace=False,
-        rebase="keep",
+        decays=DECAYS,
+        raw_eps=True,
     ),
     "apollo by matrix": _limited(
-        lambda: lowrank_optax.apollo(0.1, RANK, 5, basis=SVD, by_matrix=True),
+        lambda: lowrank_optax.apollo(
+            0.1, RANK, 5, basis=SVD, by_matrix=True, corrected=True
+        ),
         keeps_subspace=False,
         by_matrix=True,
-        rebase="keep",
     ),
     "ldadam": _relative(
-        lambda: lowrank_optax.ldadam(0.1, RANK, seed=3), ldadam_reference, SKETCH
+        lambda: lowrank_optax.ldadam(0.1, RANK, start=SVD), ldadam_reference, SKETCH
     ),
     "galore": Method(galore, galore_reference),
     "adarankgrad": Method(adarankgrad, adarankgrad_reference, SKETCH),

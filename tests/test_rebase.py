@@ -14,13 +14,16 @@ from lowrank_optax.rules.rebase import random_transfer, transfer
 from tests import references
 
 STEPS, ROWS, COLUMNS, RANK = 51, 9, 6, 3
-RULES = {**REBASE_RULES, "ldadam with b2": lowrank_optax.ldadam_rebase(0.95)}
+RULES = {
+    **REBASE_RULES,
+    "ldadam with decays": lowrank_optax.ldadam_rebase(b1=0.8, b2=0.95),
+}
 every_rule = pytest.mark.parametrize("name", RULES)
 
 
 def _reference(name):
-    b2 = 0.95 if name == "ldadam with b2" else 0.999
-    return references.rebase(name.split()[0], b2)
+    decays = {"b1": 0.8, "b2": 0.95} if name == "ldadam with decays" else {}
+    return references.rebase(name.split()[0], **decays)
 
 
 def _transfers():

@@ -175,7 +175,7 @@ def test_fira_adds_what_the_subspace_does_not_hold():
 
 
 def test_the_norm_of_what_is_added_grows_slowly():
-    optimizer = lowrank_optax.apollo(1.0, RANK, 100, growth=1.5)
+    optimizer = lowrank_optax.apollo(1.0, RANK, 100, growth=1.5, corrected=True)
     update = jax.jit(optimizer.update)
     state, norms = optimizer.init(PARAMS), []
     for factor in (1, -1, -1, -1):
@@ -255,6 +255,7 @@ def test_full_gradients_are_accumulated(name):
         lambda: lowrank_optax.apollo(0.1, 4, weight_decay=-1.0),
         lambda: lowrank_optax.apollo(0.1, lowrank_optax.energy_rank(4)),
         lambda: lowrank_optax.ldadam(0.1, 4, b1=1.0),
+        lambda: lowrank_optax.ldadam(0.1, 4, rho=1.0),
     ],
 )
 def test_values_out_of_range_are_refused(make):
@@ -269,6 +270,9 @@ def test_values_out_of_range_are_refused(make):
         ("sumo", AxisType.Explicit),
         ("low_rank_muon", AxisType.Explicit),
         ("fira", AxisType.Auto),
+        ("fira", AxisType.Explicit),
+        ("ldadam", AxisType.Explicit),
+        ("apollo", AxisType.Explicit),
     ],
 )
 def test_sharded_updates_are_those_of_one_device(name, mode):

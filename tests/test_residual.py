@@ -44,12 +44,14 @@ COMPOSED = {
     "fira": (
         lambda: lowrank_optax.scale_by_fira(RANK, 3, growth=1.2),
         lambda: lowrank_optax.scale_by_low_rank(
-            optax.scale_by_adam(),
+            optax.scale_by_adam(eps=1e-6),
             RANK,
             basis=ONE_ITERATION,
             refresh=lowrank_optax.every(3),
-            residual=lowrank_optax.scaled_residual(1.2),
-            scale=0.25,
+            rebase="keep",
+            residual=lowrank_optax.scaled_residual(
+                1.2, inside=0.25, taken=0.25, decays=(0.9, 0.999)
+            ),
         ),
     ),
     "low_rank_muon": (

@@ -105,8 +105,14 @@ def _optax_galore(
     return unstacked(galore)
 
 
+def _ldadam(learning_rate, **options):
+    return lowrank_optax.ldadam(
+        learning_rate, start=lowrank_optax.exact_svd(), **options
+    )
+
+
 def _fira(learning_rate, **options):
-    return lowrank_optax.fira(learning_rate, scale=1.0, **options)
+    return lowrank_optax.fira(learning_rate, basis=lowrank_optax.exact_svd(), **options)
 
 
 def _apollo_mini(learning_rate, **options):
@@ -232,7 +238,7 @@ OPTIMIZERS: dict[str, Method] = {
         0.5,
         {**_ORTHOGONALIZED, "residual": 4.0},
     ),
-    "ldadam": Method(lowrank_optax.ldadam, 0.5, {"rank": None}),
+    "ldadam": Method(_ldadam, 0.5, {"rank": None}),
     "fira": Method(_fira, 0.5, {"rank": None, "update_proj_gap": 200}),
     "apollo": Method(lowrank_optax.apollo, 0.5, {"rank": None, "update_proj_gap": 200}),
     "apollo_mini": Method(_apollo_mini, 0.5, {"update_proj_gap": 200}),

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 Mask = Any | Callable[[Any], Any]
@@ -15,8 +16,14 @@ def checked_adam(
     eps: jax.typing.ArrayLike,
     eps_root: jax.typing.ArrayLike = 0.0,
     mu_dtype: jax.typing.DTypeLike | None = None,
+    raw_eps: bool = False,
 ) -> optax.GradientTransformation:
     """Returns ``optax.scale_by_adam``.
+
+    Args:
+        b1, b2, eps, eps_root, mu_dtype: See ``optax.scale_by_adam``.
+        raw_eps: Whether eps is added to the root of the second moment before its bias
+            is corrected: it then counts as eps / sqrt(1 - b2^t).
 
     Raises:
         ValueError: If a value is out of its range. Traced values
@@ -29,7 +36,17 @@ def checked_adam(
         raise ValueError(f"eps must be above 0, got {eps}.")
     if isinstance(eps_root, (int, float)) and eps_root < 0:
         raise ValueError(f"eps_root must be >= 0, got {eps_root}.")
-    return optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype)
+    adam = optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype)
+    if not raw_eps:
+        return adam
+
+    def update(updates, state, params=None):
+        count = optax.safe_increment(state.count)
+        now = eps / jnp.sqrt(1 - jnp.asarray(b2, jnp.float32) ** count)
+        each = optax.scale_by_adam(b1, b2, now, eps_root, mu_dtype)
+        return each.update(updates, state, params)
+
+    return optax.GradientTransformation(adam.init, update)
 
 
 def as_optimizer(

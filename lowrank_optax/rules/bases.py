@@ -14,10 +14,13 @@ import jax.numpy as jnp
 from lowrank_optax.rules.hashing import hashed_uniform
 from lowrank_optax.rules.lapack import one_by_one
 from lowrank_optax.rules.orthonormal import HIGHEST, gram, orthonormalize
-
-# How far Q Q^T may be from I between two products: what counts there is that no
-# direction is lost to rounding.
-NEARLY = 3e-2
+from lowrank_optax.rules.products import (
+    NEARLY,
+    image_rows,
+    is_usable,
+    scaled,
+    sketch_rows,
+)
 
 
 class BasisRule(Protocol):
@@ -72,17 +75,17 @@ class RangeFinder:
             warm = jnp.where(in_use, warm, rows[..., :rank, :])
             rows = jnp.concatenate([warm, rows[..., rank:, :]], axis=-2)
             rows = orthonormalize(rows, NEARLY)
-        product = (_sketch if products % 2 else _image)(matrix, rows)
+        product = (sketch_rows if products % 2 else image_rows)(matrix, rows)
         if products % 2 == 0:
-            product = _sketch(matrix, orthonormalize(_scaled(product), NEARLY))
+            product = sketch_rows(matrix, orthonormalize(scaled(product), NEARLY))
 
         def power_iteration(_, sketch):
-            image = _image(matrix, orthonormalize(_scaled(sketch), NEARLY))
-            return _sketch(matrix, orthonormalize(_scaled(image), NEARLY))
+            image = image_rows(matrix, orthonormalize(scaled(sketch), NEARLY))
+            return sketch_rows(matrix, orthonormalize(scaled(image), NEARLY))
 
         iterations = (products - 1) // 2
         product = jax.lax.fori_loop(0, iterations, power_iteration, product)
-        rows = _scaled(product)
+        rows = scaled(product)
         # Each entry of A is in some sum of the last product, and NaN stays there.
         return jnp.where(is_usable(product), _leading(rows, rank), 0)
 
@@ -162,7 +165,7 @@ class ExactSVD:
         """Returns the basis; see :class:`BasisRule`."""
         del seeds
         rank = previous.shape[-1]
-        right = one_by_one(_right_singular_vectors, _scaled(matrix))
+        right = one_by_one(_right_singular_vectors, scaled(matrix))
         columns = jnp.swapaxes(right, -1, -2)[..., :rank]
         return jnp.where(is_usable(matrix), columns, 0)
 
@@ -187,41 +190,11 @@ def captured_energies(matrix: jax.Array, basis: jax.Array) -> jax.Array:
     # Squares of unscaled entries would overflow, or underflow.
     peak = jnp.max(jnp.abs(matrix), axis=(-1, -2), keepdims=True)
     peak = jnp.where(peak > 0, peak, 1)
-    image = _image(matrix, jnp.swapaxes(basis, -1, -2)) / peak
+    image = image_rows(matrix, jnp.swapaxes(basis, -1, -2)) / peak
     # Never zero: it divides.
     total = jnp.sum((matrix / peak) ** 2, axis=(-1, -2))
     total = jnp.maximum(total, jnp.finfo(matrix.dtype).tiny)
     return jnp.sum(image**2, axis=-1) / total[..., None]
-
-
-# Bases are held as rows in here: see orthonormal. A stands last and in its own layout,
-# so that only small matrices are transposed.
-
-
-def _image(matrix: jax.Array, rows: jax.Array) -> jax.Array:
-    """Returns (A rows^T)^T, (*stack, k, a), for rows (*stack, k, b)."""
-    return jnp.einsum("...kb,...ab->...ka", rows, matrix, precision=HIGHEST)
-
-
-def _sketch(matrix: jax.Array, rows: jax.Array) -> jax.Array:
-    """Returns rows A, (*stack, k, b), for rows (*stack, k, a)."""
-    return jnp.einsum("...ka,...ab->...kb", rows, matrix, precision=HIGHEST)
-
-
-def _scaled(x: jax.Array) -> jax.Array:
-    """Returns matrices X, the largest |entry| of each 1, with 0 for what is not finite.
-
-    Squares then neither overflow nor underflow; decompositions may hang on NaN.
-    """
-    x = jnp.where(jnp.isfinite(x), x, 0)
-    peak = jnp.max(jnp.abs(x), axis=(-1, -2), keepdims=True)
-    return x / jnp.where(peak > 0, peak, 1)
-
-
-def is_usable(x: jax.Array) -> jax.Array:
-    """Returns whether each matrix is finite and not zero, (*stack, 1, 1)."""
-    is_finite = jnp.all(jnp.isfinite(x), axis=(-1, -2), keepdims=True)
-    return is_finite & jnp.any(x != 0, axis=(-1, -2), keepdims=True)
 
 
 def _right_singular_vectors(matrices: jax.Array) -> jax.Array:

@@ -80,14 +80,20 @@ def _filled(nu: jax.Array, r: jax.Array) -> jax.Array:
     return _exact(nu, squares) + jnp.maximum(missing, 0) * _row_means(nu, r)
 
 
-def ldadam_rebase(b2: jax.typing.ArrayLike = 0.999) -> RebaseRule:
+def ldadam_rebase(
+    *, b1: jax.typing.ArrayLike = 0.9, b2: jax.typing.ArrayLike = 0.999
+) -> RebaseRule:
     r"""The rule of LDAdam: transports the variance and the mean separately.
 
+    After t updates, with both moments corrected for their start at zero,
+    :math:`\hat M = M / (1 - b_1^t)` and :math:`\hat V = V / (1 - b_2^t)`,
+
     .. math::
-        V' = (1 - b_2^t) \, | (V / (1 - b_2^t) - M^2) (R \circ R) + (M R)^2 |
+        V' = (1 - b_2^t) \, | (\hat V - \hat M^2) (R \circ R) + (\hat M R)^2 |
 
     Args:
-        b2: Decay of the second moment of the inner Adam; in (0, 1).
+        b1: Decay of the first moment of the inner Adam; in [0, 1).
+        b2: Decay of the second moment of the inner Adam; in [0, 1).
 
     References:
         Robert et al., `LDAdam <https://arxiv.org/abs/2410.16103>`_, 2024.
@@ -95,9 +101,11 @@ def ldadam_rebase(b2: jax.typing.ArrayLike = 0.999) -> RebaseRule:
 
     def second(nu, mu, r, count):
         # count is 0 only before the first basis, where the moments are zero.
-        correction = 1 - jnp.asarray(b2, nu.dtype) ** jnp.maximum(count, 1)
-        variance = _exact(nu / correction - mu**2, r**2)
-        return correction * jnp.abs(variance + _exact(mu, r) ** 2)
+        t = jnp.maximum(count, 1)
+        correction = 1 - jnp.asarray(b2, nu.dtype) ** t
+        mean = mu / (1 - jnp.asarray(b1, nu.dtype) ** t)
+        variance = _exact(nu / correction - mean**2, r**2)
+        return correction * jnp.abs(variance + _exact(mean, r) ** 2)
 
     return RebaseRule(_exact, second)
 
@@ -124,7 +132,7 @@ filled    V (R o R) + (1 - colsums(R o R)) rowmeans(V): what the old subspace di
 square    V (R o R): exact for uncorrelated coordinates inside the old subspace, as if
           gradients were zero outside of it; the default
 abs       | V R |: depends on the signs of the basis' columns, which are arbitrary
-ldadam    see :func:`ldadam_rebase`, with b2 = 0.999
+ldadam    see :func:`ldadam_rebase`, with b1 = 0.9, b2 = 0.999
 clamp     max(V R, 0): the paper's rule, kept from going negative; it starves columns
 first     V: the expectation, where bases are random; the default there
 keep      V, and M too: GaLore

@@ -34,6 +34,7 @@ class Pieces:
         narrow: N; (*stack, a*c, r).
         basis: P; (*stack, b/c, r), whose dtype is that of the computation.
         scale: Factor on the update.
+        count: Updates done.
     """
 
     view: MatrixView
@@ -42,6 +43,7 @@ class Pieces:
     narrow: jax.Array
     basis: jax.Array
     scale: jax.typing.ArrayLike
+    count: jax.Array
 
     def scaled(self, array: jax.Array) -> jax.Array:
         """Returns an array times the scale, which a plain 1 leaves as it is."""

@@ -8,7 +8,10 @@ import jax.numpy as jnp
 
 from lowrank_optax.matrix.sharding import stack_axes, zeros_beside
 from lowrank_optax.matrix.view import MatrixView
-from lowrank_optax.rules.residual import Pieces, added
+from lowrank_optax.rules.residual import Pieces
+
+# b1 and b2 of Adam.
+Decays = tuple[jax.typing.ArrayLike, jax.typing.ArrayLike]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,11 +20,17 @@ class Scaled:
 
     Attributes:
         growth: >= 1.
+        inside: Factor on N P^T.
+        taken: Share of R P^T that is taken off the gradient.
+        decays: Of the Adam whose bias corrections the limiter does not see; or None.
         by_matrix: One phi for a matrix and not for each row.
         whole: Whether it is the gradient itself that is scaled, N dropped: APOLLO.
     """
 
     growth: jax.typing.ArrayLike
+    inside: jax.typing.ArrayLike = 1.0
+    taken: jax.typing.ArrayLike = 1.0
+    decays: Decays | None = None
     by_matrix: bool = False
     whole: bool = False
 
@@ -40,22 +49,31 @@ class Scaled:
         return update
 
     def update(self, pieces: Pieces, state: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns scale (N P^T + limited(phi E)); see :class:`ResidualRule`."""
+        """Returns scale (inside N P^T + limited(phi E)); see :class:`ResidualRule`."""
         view, dtype = pieces.view, pieces.basis.dtype
-        if self.whole:
-            assert pieces.gradient is not None
-            part = pieces.gradient.astype(dtype)
-        else:
-            part = pieces.residual()
+        assert pieces.gradient is not None
+        part = pieces.gradient.astype(dtype)
+        if not self.whole:
+            taken = jnp.asarray(self.taken, dtype) * pieces.coordinates.astype(dtype)
+            part = part - view.lift(taken, pieces.basis)
         part = view.oriented(part) * self._phi(pieces)
         norm = jnp.linalg.norm(part, axis=(-1, -2)).astype(jnp.float32)
+        norm = norm / self._correction(pieces.count)
         most = jnp.where(state > 0, self.growth * state, norm)
         limited = jnp.minimum(norm, most)
         shrink = limited / jnp.where(norm > 0, norm, 1)
         part = view.unoriented(part * shrink[..., None, None].astype(dtype))
-        if not self.whole:
-            return added(pieces, part), limited
-        return pieces.scaled(part), limited
+        if self.whole:
+            return pieces.scaled(part), limited
+        inside = jnp.asarray(self.inside, dtype) * pieces.narrow.astype(dtype)
+        return pieces.scaled(view.lift(inside, pieces.basis) + part), limited
+
+    def _correction(self, count: jax.Array) -> jax.typing.ArrayLike:
+        """Returns what Adam's bias corrections multiply its update by."""
+        if self.decays is None:
+            return 1
+        b1, b2 = (jnp.asarray(decay, jnp.float32) for decay in self.decays)
+        return jnp.sqrt(1 - b2 ** (count + 1)) / (1 - b1 ** (count + 1))
 
     def _phi(self, pieces: Pieces) -> jax.Array:
         """Returns ||N_i|| / ||R_i|| of each row i of the kept side."""
@@ -68,30 +86,44 @@ class Scaled:
         return jnp.where(r > 0, n / jnp.where(r > 0, r, 1), 0)
 
 
-def scaled_residual(growth: jax.typing.ArrayLike = 1.01) -> Scaled:
+def scaled_residual(
+    growth: jax.typing.ArrayLike = 1.01,
+    *,
+    inside: jax.typing.ArrayLike = 1.0,
+    taken: jax.typing.ArrayLike = 1.0,
+    decays: Decays | None = None,
+) -> Scaled:
     r"""What the subspace does not hold, scaled as the optimizer scales what it does.
 
     For each row i of the kept side
 
     .. math::
-        U = \mathrm{scale} \, (N P^\top + \mathrm{limited}(\phi (G - R P^\top))), \quad
+        U = \mathrm{scale} \, (\mathrm{inside} \, N P^\top
+            + \mathrm{limited}(\phi (G - \mathrm{taken} \, R P^\top))), \quad
         \phi_i = \|N_i\| / \|R_i\|
 
     limited(S) shrinks S to ``growth`` times the norm that it had at the update before,
-    where it is longer. State: one number a matrix, that norm. Needs the full gradient
-    at every update: no subspace gradients, and ``accumulate`` adds up full ones.
+    where it is longer. With ``decays`` these are the norms of S divided by
+    :math:`\sqrt{1 - b_2^t} / (1 - b_1^t)`, which is what S would be without Adam's bias
+    corrections. State: one number a matrix, that norm. Needs the full gradient at every
+    update: no subspace gradients, and ``accumulate`` adds up full ones.
 
     Args:
         growth: Largest growth of the residual's norm from one update to the next; >= 1.
+        inside: Factor on what the inner transformation makes of the gradient inside.
+        taken: Share of the gradient inside the subspace that is taken off it; 1: all.
+        decays: (b1, b2) of an inner Adam whose bias corrections the limiter is not to
+            see. None: it compares norms as they are.
 
     Raises:
         ValueError: If ``growth`` is below 1.
 
     References:
         Chen et al., `Fira <https://arxiv.org/abs/2410.01623>`_, 2024.
+        :func:`lowrank_optax.fira` says where its authors' code differs.
     """
     check_growth(growth)
-    return Scaled(growth)
+    return Scaled(growth, inside, taken, decays)
 
 
 def check_growth(growth: jax.typing.ArrayLike) -> None:
