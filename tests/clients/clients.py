@@ -4,8 +4,9 @@ import importlib
 
 from tests.clients.protocol import Client
 
-# Name -> module and class; the first three run in every environment.
-IN_EVERY_ENVIRONMENT = ("nnx", "linen", "maxtext_like")
+# Those that make test runs, with one method.
+QUICK = ("nnx", "linen")
+# Name -> module and class.
 CLIENTS = {
     "nnx": "flax_nnx.NNX",
     "linen": "flax_linen.Linen",

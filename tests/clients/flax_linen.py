@@ -155,4 +155,4 @@ class Linen(Client):
         # a constraint of three axes on them.
         shardings = nn.get_sharding(jax.eval_shape(create, key), mesh)
         state = jax.jit(create, out_shardings=shardings)(key)
-        return LinenTrainer(state, mesh)
+        return LinenTrainer(state, None)

@@ -13,7 +13,7 @@ from jax.sharding import AxisType
 import lowrank_optax
 from lowrank_optax.binding.states import names
 from lowrank_optax.matrix.boxes import unboxed
-from tests.clients.clients import CLIENTS, IN_EVERY_ENVIRONMENT, client
+from tests.clients.clients import CLIENTS, QUICK, client
 from tests.clients.protocol import (
     METHODS,
     RATE,
@@ -30,15 +30,12 @@ pytestmark = [
     pytest.mark.filterwarnings("error:::lowrank_optax", "default"),
 ]
 
-QUICK = ("galore",)
-
 
 def _cells() -> list:
     """Returns each client with each method; what takes long has its mark."""
 
     def marks(name, method):
-        quick = name in IN_EVERY_ENVIRONMENT and method in QUICK
-        return () if quick else pytest.mark.slow
+        return () if name in QUICK and method == "galore" else pytest.mark.slow
 
     return [
         pytest.param((name, method), id=f"{name}-{method}", marks=marks(name, method))
@@ -139,6 +136,7 @@ def test_restores(run):
         np.testing.assert_array_equal(actual, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jax.device_count() < 4, reason="needs 4 simulated devices")
 def test_sharded(run, tmp_path):
     """As state_shardings says, the same update, and so again after it was restored."""
