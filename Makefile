@@ -5,7 +5,8 @@
 #   make test-slow           the rest: many processes, simulated devices, long runs
 #   make clients             other people's trainers, in an environment of their own
 PYTHON ?= python3
-CLIENTS_PYTHON ?= python3.12
+# pyenv's own python3.12 answers only where it is chosen.
+CLIENTS_PYTHON ?= $(firstword $(wildcard ~/.pyenv/versions/3.12.*/bin/python3.12) python3.12)
 ARGS ?=
 
 VENV := .venv

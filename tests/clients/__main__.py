@@ -97,12 +97,12 @@ def main() -> int:
             print(f"{name:14}{method:15}{words}")
     for reason in sorted({x for x in cells if x != "passed"}):
         print(reason)
-    print(", ".join(f"{count} {word}" for word, count in counts.items()))
+    words = ", ".join(f"{count} {word}" for word, count in counts.items())
+    print(f"{words} in {time.monotonic() - start:.0f} s")
     if arguments.json:
         content = {
             "python": ".".join(map(str, sys.version_info[:3])),
             "versions": versions(),
-            "seconds": round(time.monotonic() - start),
             "counts": counts,
             "table": table,
         }
