@@ -35,6 +35,7 @@ clients:
 	    "make clients CLIENTS_PYTHON=..."; fi
 
 clients-table: $(VENV)-clients/.installed
+	$(VENV)-clients/bin/python -m pytest tests/clients/test_tunix_models.py
 	$(VENV)-clients/bin/python -m tests.clients --json benchmarks/results/clients.json
 
 # Every package is named: Levanter asks for others than Tunix, and works with these.
