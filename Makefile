@@ -4,14 +4,17 @@
 #   make test                the whole check, but for what is slow; under 15 minutes
 #   make test-slow           the rest: many processes, simulated devices, long runs
 #   make compatibility       the library's tests on other versions of Python and jax
+#   make clients             other people's trainers, in an environment of their own
 PYTHON ?= python3
+# pyenv's own python3.12 answers only where it is chosen.
+CLIENTS_PYTHON ?= $(firstword $(wildcard ~/.pyenv/versions/3.12.*/bin/python3.12) python3.12)
 ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: pretrain test test-slow compatibility format bench clean
+.PHONY: pretrain test test-slow compatibility clients clients-table format bench clean
 
 pretrain: $(VENV)/.experiments
 	$(BIN)/python -m experiments.pretrain_llama $(ARGS)
@@ -29,6 +32,23 @@ test-slow: $(VENV)/.dev
 # ARGS="newest --quick" is what CI runs; --unpinned, newest of everything; --save.
 compatibility: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.compatibility $(ARGS)
+
+clients:
+	@if $(CLIENTS_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' \
+	    2>/dev/null; then $(MAKE) --no-print-directory clients-table; \
+	  else echo "clients: skipped, there is no $(CLIENTS_PYTHON) here; name one:" \
+	    "make clients CLIENTS_PYTHON=..."; fi
+
+clients-table: $(VENV)-clients/.installed
+	$(VENV)-clients/bin/python -m pytest tests/clients/test_tunix_models.py
+	$(VENV)-clients/bin/python -m tests.clients --json benchmarks/results/clients.json
+
+# Every package is named: Levanter asks for others than Tunix, and works with these.
+$(VENV)-clients/.installed: pyproject.toml constraints-clients.txt
+	$(CLIENTS_PYTHON) -m venv $(VENV)-clients
+	$(VENV)-clients/bin/python -m pip --disable-pip-version-check install --quiet \
+	  --no-deps -r constraints-clients.txt -e .
+	@touch $@
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
@@ -55,4 +75,4 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@ $(VENV)/.experiments
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV)-clients

@@ -1,6 +1,8 @@
 """Parameters in boxes that name their axes: the same numbers, names for the state."""
 
-from typing import Any
+from collections.abc import Mapping
+from itertools import starmap
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +26,7 @@ RANK = 4
 SHAPES = {"w": (64, 48), "heads": (48, 8, 6), "stack": (8, 16, 12), "b": (48,)}
 NAMES = {
     "w": ("x", "y"),
-    "heads": ("embed", "heads", None),
+    "heads": ("embed", "heads", "kv"),
     "stack": ("layers", None, "y"),
     "b": ("y",),
 }
@@ -76,6 +78,58 @@ def linen_boxes(params: Any) -> Any:
     return {k: kinds.get(k, nn.Partitioned)(x, NAMES[k]) for k, x in params.items()}
 
 
+class Axis(NamedTuple):
+    name: str
+    size: int
+
+
+@jax.tree_util.register_pytree_node_class
+class NamedArray:
+    """What Haliax's is to a tree: an array, each of whose axes has a name."""
+
+    def __init__(self, array, axes):
+        is_mapping = isinstance(axes, Mapping)
+        self.array = array
+        self.axes = tuple(starmap(Axis, axes.items())) if is_mapping else axes
+
+    def resolve_axis(self, name):
+        return next(axis for axis in self.axes if axis.name == name)
+
+    @property
+    def ndim(self):
+        return len(self.axes)
+
+    def tree_flatten(self):
+        return (self.array,), self.axes
+
+    @classmethod
+    def tree_unflatten(cls, axes, arrays):
+        return cls(*arrays, axes)
+
+
+def is_named(node: Any) -> bool:
+    return isinstance(node, NamedArray)
+
+
+def named_arrays(params: Any) -> Any:
+    def named(key, x):
+        names = (name or f"none {i}" for i, name in enumerate(NAMES[key]))
+        return NamedArray(x, dict(zip(names, x.shape, strict=True)))
+
+    return {key: named(key, x) for key, x in params.items()}
+
+
+def specs_of_named_arrays(tree: Any) -> Any:
+    def spec(node):
+        if not is_named(node):
+            return P()
+        assert node.array.shape == tuple(axis.size for axis in node.axes)
+        names = (axis.name for axis in node.axes)
+        return P(*(None if x[:4] == "none" or x[0] == "_" else x for x in names))
+
+    return jax.tree.map(spec, tree, is_leaf=is_named)
+
+
 def nnx_boxes(params: Any) -> Any:
     def named(key, x):
         return nnx.Param(x, out_sharding=NAMES[key], eager_sharding=False)
@@ -83,11 +137,12 @@ def nnx_boxes(params: Any) -> Any:
     return nnx.State({key: named(key, x) for key, x in params.items()})
 
 
-BOXES = {"Linen": linen_boxes, "NNX": nnx_boxes}
+BOXES = {"Linen": linen_boxes, "NNX": nnx_boxes, "Haliax": named_arrays}
 every_box = pytest.mark.parametrize("box", BOXES.values(), ids=BOXES)
 
 
 def without_boxes(tree: Any) -> Any:
+    tree = jax.tree.map(lambda x: x.array if is_named(x) else x, tree, is_leaf=is_named)
     return nnx.as_pure(nn.unbox(tree))
 
 
@@ -95,6 +150,7 @@ def without_boxes(tree: Any) -> Any:
 PAIRS = [
     *((name, linen_boxes) for name in OPTIMIZERS),
     *((name, nnx_boxes) for name in ("projfactor", "low_bit", "accumulate")),
+    *((name, named_arrays) for name in ("galore", "low_bit", "accumulate")),
 ]
 
 
@@ -117,7 +173,11 @@ def test_updates_and_states_are_those_of_arrays_without_boxes_to_the_bit(name, b
 
 
 def specs_of(state: Any, box: Any) -> Any:
-    found = {linen_boxes: nn.get_partition_spec, nnx_boxes: nnx.get_partition_spec}
+    found = {
+        linen_boxes: nn.get_partition_spec,
+        nnx_boxes: nnx.get_partition_spec,
+        named_arrays: specs_of_named_arrays,
+    }
     return nnx.as_pure(found[box](state))
 
 

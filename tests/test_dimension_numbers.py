@@ -237,7 +237,7 @@ BOXES = {
     "latent": _Box(("q_lora", "q_heads", "kv"), (D, N, H), ((), D, N * H)),
     "mesh": _Box(("expert", "fsdp", "tensor"), (E, D, F), ((E,), D, F)),
     "grouped": _Box(
-        ("kv_heads", "q_heads_per_group", "head_size", "embed"),
+        ("kv_head", "q_heads_per_group", "head_size", "embed"),
         (K, 2, H, D),
         ((), K * 2 * H, D),
     ),

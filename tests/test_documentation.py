@@ -8,6 +8,7 @@ import dataclasses
 import inspect
 import itertools
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -117,3 +118,20 @@ def test_the_readmes_python_blocks_run_one_after_the_other():
     namespace = {"__name__": "readme"}
     for block in _python_blocks():
         exec(compile(block, str(README), "exec"), namespace)
+
+
+CLIENTS = README.parent / "docs/clients.md"
+EXCERPT = re.compile(r"^From `(\S+)`:\n\n```python\n(.*?)```", re.MULTILINE | re.DOTALL)
+EXCERPTS = EXCERPT.findall(CLIENTS.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(("path", "code"), EXCERPTS, ids=[x for x, _ in EXCERPTS])
+def test_the_code_of_the_recipes_is_that_of_the_client_tests(path, code):
+    source = (README.parent / path).read_text(encoding="utf-8")
+    depths = (textwrap.indent(code, depth * " ") for depth in range(0, 13, 4))
+    assert any(part in source for part in depths)
+
+
+def test_every_recipe_is_an_excerpt():
+    text = CLIENTS.read_text(encoding="utf-8")
+    assert text.count("```python") == len(EXCERPTS)

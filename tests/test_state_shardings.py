@@ -127,6 +127,34 @@ def test_names_in_boxes_count_as_shardings_on_the_mesh_that_is_given():
     assert specs == [x.spec for x in jax.tree.leaves(expected)]
 
 
+def test_merged_axes_are_partitioned_as_the_outermost_that_is():
+    """Of the rows of the convolution the inner axis is."""
+    mesh = mesh_for()
+    specs = {"conv": P(None, "x", "y"), "query": P(None, "x", "y")}
+    params = {
+        "conv": jax.ShapeDtypeStruct((3, 32, 24), "float32"),
+        "query": jax.ShapeDtypeStruct((32, 4, 6), "float32"),
+    }
+    params = jax.tree.map(
+        lambda x, spec: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=NamedSharding(mesh, spec)
+        ),
+        params,
+        specs,
+    )
+    numbers = {
+        "conv": lowrank_optax.LowRankDimensionNumbers((0, 1), 2),
+        "query": lowrank_optax.LowRankDimensionNumbers(0, (1, 2)),
+    }
+    optimizer = lowrank_optax.galore(0.1, RANK, dimension_numbers=numbers)
+    found = state_shardings(optimizer, params)[0]
+    assert found.inner_state.mu["conv"].spec == P("x", None)
+    assert found.subspaces["conv"].basis.spec == P("y", None)
+    assert found.inner_state.mu["query"].spec == P(None, None)
+    # Of the heads, and of their width.
+    assert found.subspaces["query"].basis.spec == P("x", None)
+
+
 def test_a_leaf_without_a_sharding_is_replicated():
     mesh = mesh_for()
     params = {

@@ -1,9 +1,10 @@
 """Boxes: pytree nodes of one array, on which frameworks write the names of its axes.
 
-``flax.nnx.Variable``, and Linen's ``Partitioned`` and ``LogicallyPartitioned``. They
-are known by their methods, so that Flax is not imported. What the library computes sees
-the arrays inside. Each array of a state that stands beside a boxed leaf has a box of
-its own, with the names of the leaf's axes that it is made of.
+``flax.nnx.Variable``, Linen's ``Partitioned`` and ``LogicallyPartitioned``, and
+Haliax's ``NamedArray``. They are known by their methods, so that no framework is
+imported. What the library computes sees the arrays inside. Each array of a state that
+stands beside a boxed leaf has a box of its own, with the names of the leaf's axes that
+it is made of.
 """
 
 import dataclasses
@@ -24,10 +25,18 @@ def is_box(node: Any) -> bool:
     """Returns whether a node is a box of one array, or of what stands for one."""
     kind = type(node)
     is_linen, is_nnx = hasattr(kind, "replace_boxed"), hasattr(kind, "get_metadata")
-    if not hasattr(kind, "add_axis") or not (is_linen or is_nnx):
+    is_flax = hasattr(kind, "add_axis") and (is_linen or is_nnx)
+    if not is_flax and not _has_named_axes(node):
         return False
     inside = _inside(node)
-    return not isinstance(inside, (Mapping, list)) and type(inside) is not tuple
+    is_container = isinstance(inside, (Mapping, list)) or type(inside) is tuple
+    # Equinox has None in the place of a leaf that a filter leaves out.
+    return inside is not None and not is_container
+
+
+def _has_named_axes(node: Any) -> bool:
+    """Returns whether a node is a NamedArray, each of whose axes has a name."""
+    return hasattr(type(node), "resolve_axis") and hasattr(node, "axes")
 
 
 def contents(node: Any) -> Any:
@@ -73,6 +82,8 @@ def names_of(box: Any) -> Iterable[Any]:
     """Returns the names of the axes of a leaf, () if it is no box or has none."""
     if not is_box(box):
         return ()
+    if _has_named_axes(box):
+        return tuple(axis.name for axis in box.axes)
     if not hasattr(type(box), "get_metadata"):
         return getattr(box, "names", ())
     metadata = box.get_metadata()
@@ -84,7 +95,8 @@ def boxed_beside(box: Any, array: Any, axes: Axes) -> Any:
     """Returns an array in a box like that of a leaf, with the names of its own axes.
 
     An axis that is not as long as the leaf's, or a multiple of it, has no name: what
-    the mesh divides is the leaf's.
+    the mesh divides is the leaf's. In a box where each must have one, it is called by
+    its place: ``_1``.
 
     Args:
         box: Of the leaf.
@@ -93,19 +105,25 @@ def boxed_beside(box: Any, array: Any, axes: Axes) -> Any:
     """
     shape = contents(box).shape
 
+    def kept(names: Iterable[Any]) -> list[Any]:
+        parts = _padded(names, len(shape))
+        named = [_outermost(parts, group) for group in axes]
+        return [
+            None if axis is None or length % shape[axis] else parts[axis]
+            for length, axis in zip(array.shape, named, strict=True)
+        ]
+
     def of_array(names: Any) -> Any:
         if isinstance(names, NamedSharding):
             return NamedSharding(names.mesh, of_array(names.spec))
-        if not isinstance(names, (tuple, PartitionSpec)):
-            return None
-        parts = merged_spec(names, len(shape), axes)
-        kept = [
-            part if part and length % shape[group[0]] == 0 else None
-            for length, part, group in zip(array.shape, parts, axes, strict=True)
-        ]
-        is_spec = isinstance(names, PartitionSpec)
-        return PartitionSpec(*kept) if is_spec else tuple(kept)
+        if isinstance(names, PartitionSpec):
+            return PartitionSpec(*kept(names))
+        return tuple(kept(names)) if isinstance(names, tuple) else None
 
+    if _has_named_axes(box):
+        found = enumerate(zip(kept(names_of(box)), array.shape, strict=True))
+        sizes = {name or f"_{place}": length for place, (name, length) in found}
+        return type(box)(array, sizes)
     new = with_contents(box, array)
     if hasattr(type(box), "get_metadata"):
         for key, names in box.get_metadata().items():
@@ -120,18 +138,24 @@ def boxed_beside(box: Any, array: Any, axes: Axes) -> Any:
 def merged_spec(spec: Iterable[Any], ndim: int, axes: Axes) -> list[Any]:
     """Returns the partition of each axis of an array made of a leaf's axes.
 
-    Merged axes are partitioned as the outermost is, if no other one is.
+    Merged axes are partitioned as the outermost that is: of logical names no one says
+    which the mesh has, and nothing is replicated that belongs to a partitioned leaf.
 
     Args:
         spec: Of the leaf: names of its first axes, or None.
         ndim: Of the leaf.
         axes: For each axis of the array, the leaf's merged in it.
     """
+    parts = _padded(spec, ndim)
+    found = (_outermost(parts, group) for group in axes)
+    return [None if axis is None else parts[axis] for axis in found]
+
+
+def _padded(spec: Iterable[Any], ndim: int) -> tuple[Any, ...]:
     parts = tuple(spec)
-    parts += (None,) * (ndim - len(parts))
+    return parts + (None,) * (ndim - len(parts))
 
-    def merged(group: Sequence[int]) -> Any:
-        found = [parts[axis] for axis in group]
-        return found[0] if found and not any(found[1:]) else None
 
-    return [merged(group) for group in axes]
+def _outermost(parts: Sequence[Any], group: Sequence[int]) -> int | None:
+    """Returns the first of some axes that is partitioned, None if none is."""
+    return next((axis for axis in group if parts[axis]), None)

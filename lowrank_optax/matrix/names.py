@@ -25,7 +25,7 @@ _LAYERS = {"layers", "blocks", "stack", "stacked", "scan", "scanned"}
 _LAYER_AXES = {"layers", "layer", "scan", "stack", "qkv", "block", "blocks"}
 _STACK_AXES = {"exp", "expert", "experts", "num_experts", "stage", "stages"}
 _HEAD_AXES = {
-    *("heads", "q_heads", "kv_heads", "num_heads", "q_heads_per_group"),
+    *("heads", "q_heads", "kv_heads", "kv_head", "num_heads", "q_heads_per_group"),
     *("kv", "head_dim", "head_size", "kv_head_dim", "qk_head_dim", "v_head_dim"),
 }
 _OTHER_AXES = {"embed", "mlp", "vocab", "joined_kv", "norm", "q_lora", "kv_lora"}

@@ -1,0 +1,1 @@
+"""Other people's trainers: each trains, saves and resumes with this library."""
