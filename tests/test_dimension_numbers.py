@@ -109,6 +109,11 @@ WIDE_HEADS = {
     "attn/q_proj/w": ((16, N, 32), ((), 16, N * 32)),
     "attn/o_proj/w": ((N, 32, 16), ((), N * 32, 16)),
 }
+# All begin with the axes of the norm.
+INPUTS_ALONE = {
+    "layers/up/kernel": ((D, L, F), ((L,), D, F)),
+    "layers/norm/scale": ((D, L), False),
+}
 FUSED = {
     "self_attention/qkv_proj/kernel": ((D, 3, N, H), ((3,), D, N * H)),
     "self_attention/out/kernel": ((N, H, D), ((), N * H, D)),
@@ -146,6 +151,7 @@ LAYOUTS = {
     "maxtext": MAXTEXT,
     "pipeline": PIPELINE,
     "fused": FUSED,
+    "inputs alone": INPUTS_ALONE,
     "wide heads": WIDE_HEADS,
     "haiku": HAIKU,
     "equinox": EQUINOX,

@@ -119,8 +119,13 @@ def _shown(group: Sequence[Leaf], modules: Modules) -> tuple[int, ...]:
     )
     norms = [len(leaf.shape) for leaf in group if is_norm(leaf)]
     if norms:
-        is_shown = len(group) > len(norms) and min(norms) > 1
-        return shared if is_shown and len(shared) == min(norms) - 1 else ()
+        if len(group) == len(norms) or min(norms) < 2:
+            return ()
+        if len(shared) == min(norms):
+            # All begin with a norm's axes: its vectors are longer than layers are many.
+            longest = max(shared, key=lambda axis: group[0].shape[axis])
+            shared = tuple(axis for axis in shared if axis != longest)
+        return shared if len(shared) == min(norms) - 1 else ()
     if len(shared) != 1 or not all(_may_be_layers(x, *shared, modules) for x in group):
         return ()
     return shared
