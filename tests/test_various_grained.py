@@ -706,7 +706,7 @@ def test_accumulated_galore_is_the_reference_in_bases_of_first_micro_batches(gap
     updates, _ = references.low_rank(
         references.window_means(flat, weights(), MICRO),
         capacity=RANK,
-        inner=references.adam(),
+        inner=references.adam(eps=1e-6),
         basis=lambda a, p, i: references.exact_svd(windows.grads[i * gap, 0], RANK),
         rank=references.fixed_rank(RANK),
         schedule=references.Every(gap),
