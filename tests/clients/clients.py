@@ -1,31 +1,37 @@
 """The clients by name. Each is imported when it is asked for."""
 
+import functools
 import importlib
+import importlib.util
 
 from tests.clients.protocol import Client
 
 # Those that make test runs, with one method.
 QUICK = ("nnx", "linen")
-# Name -> module and class.
+# Name -> module and class, and the package that it is a client with.
 CLIENTS = {
-    "nnx": "flax_nnx.NNX",
-    "linen": "flax_linen.Linen",
-    "maxtext_like": "maxtext_like.MaxTextLike",
-    "equinox": "equinox_client.Equinox",
-    "haiku": "haiku_client.Haiku",
-    "haliax": "haliax_client.Haliax",
-    "levanter": "levanter_client.Levanter",
-    "tunix": "tunix_client.Tunix",
-    "keras": "keras_client.Keras",
+    "nnx": ("flax_nnx.NNX", "flax"),
+    "linen": ("flax_linen.Linen", "flax"),
+    "maxtext_like": ("maxtext_like.MaxTextLike", "flax"),
+    "equinox": ("equinox_client.Equinox", "equinox"),
+    "haiku": ("haiku_client.Haiku", "haiku"),
+    "haliax": ("haliax_client.Haliax", "haliax"),
+    "levanter": ("levanter_client.Levanter", "levanter"),
+    "tunix": ("tunix_client.Tunix", "tunix"),
+    "keras": ("keras_client.Keras", "keras"),
 }
 
 
-def client(name: str) -> Client:
-    """Returns a client.
+def is_installed(name: str) -> bool:
+    """Returns whether the package of a client is there; it may still fail."""
+    _, package = CLIENTS[name]
+    return importlib.util.find_spec(package) is not None
 
-    Raises:
-        ImportError: If something that it needs is not installed.
-    """
-    module, kind = CLIENTS[name].split(".")
+
+@functools.cache
+def client(name: str) -> Client:
+    """Returns a client; its package is installed."""
+    place, _ = CLIENTS[name]
+    module, kind = place.split(".")
     found = importlib.import_module(f"tests.clients.{module}")
     return getattr(found, kind)()
