@@ -6,10 +6,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from lowrank_optax import state_shardings
+from tests.clients.placement import begun, placed_like
 from tests.clients.protocol import (
     HEAD_DIM,
     HEADS,
@@ -19,12 +17,9 @@ from tests.clients.protocol import (
     VOCABULARY,
     WIDTH,
     Client,
-    Trainer,
-    batch,
+    Loop,
     cross_entropy,
     matrices,
-    on,
-    placed_like,
     stacked,
     under,
 )
@@ -89,48 +84,17 @@ def train_step(model, state, optimizer, tokens, targets):
     return eqx.apply_updates(model, updates), state, value
 
 
-class EquinoxTrainer(Trainer):
-    def __init__(self, model, state, optimizer, mesh):
-        self.model, self.state = model, state
-        self.optimizer, self.mesh = optimizer, mesh
-
+class EquinoxLoop(Loop):
     @property
     def params(self):
-        return eqx.filter(self.model, eqx.is_inexact_array)
-
-    @property
-    def opt_state(self):
-        return self.state
-
-    def step(self, index):
-        with on(self.mesh):
-            self.model, self.state, loss = train_step(
-                self.model, self.state, self.optimizer, *batch(index)
-            )
-        return float(loss)
+        return eqx.filter(self.parts[0], eqx.is_inexact_array)
 
     def save(self, directory: Path):
-        path = directory / "run.eqx"
-        eqx.tree_serialise_leaves(path, (self.model, self.state))
+        eqx.tree_serialise_leaves(directory / "run.eqx", self.parts)
 
     def restore(self, directory: Path):
-        path, like = directory / "run.eqx", (self.model, self.state)
-        found = eqx.tree_deserialise_leaves(path, like)
-        self.model, self.state = placed_like(found, like)
-
-
-def sharded(params, mesh):
-    """Returns arrays cut on their last two axes, as far as the mesh divides them."""
-
-    def put(x):
-        spec = [None] * (x.ndim - 2) + ["fsdp", "tp"] if x.ndim > 1 else []
-        spec = [
-            name if name and n % mesh.shape[name] == 0 else None
-            for n, name in zip(x.shape, spec, strict=False)
-        ]
-        return jax.device_put(x, NamedSharding(mesh, P(*spec)))
-
-    return jax.tree.map(put, params)
+        found = eqx.tree_deserialise_leaves(directory / "run.eqx", self.parts)
+        self.parts = placed_like(found, self.parts)
 
 
 LAYER = {
@@ -163,9 +127,6 @@ class Equinox(Client):
     def trainer(self, optimizer: optax.GradientTransformation, mesh=None, seed=0):
         model = Model(jax.random.key(seed))
         params, static = eqx.partition(model, eqx.is_inexact_array)
-        if mesh is None:
-            return EquinoxTrainer(model, optimizer.init(params), optimizer, None)
-        params = sharded(params, mesh)
-        shardings = state_shardings(optimizer, params)
-        state = jax.jit(optimizer.init, out_shardings=shardings)(params)
-        return EquinoxTrainer(eqx.combine(params, static), state, optimizer, mesh)
+        params, state = begun(optimizer, params, mesh)
+        parts = eqx.combine(params, static), state
+        return EquinoxLoop(train_step, parts, optimizer, mesh)

@@ -9,6 +9,7 @@ import orbax.checkpoint as ocp
 from flax import linen as nn
 from flax.training.train_state import TrainState
 
+from tests.clients.placement import on
 from tests.clients.protocol import (
     HEADS,
     HIDDEN,
@@ -21,7 +22,6 @@ from tests.clients.protocol import (
     batch,
     cross_entropy,
     matrices,
-    on,
     stacked,
     under,
 )
@@ -125,6 +125,7 @@ LAYER = {
     "down/kernel": matrices(HIDDEN, WIDTH),
     "down/bias": None,
 }
+# NNX names what is in its modules as Linen does.
 EXPECTED = {
     "embedding/embedding": matrices(VOCABULARY, WIDTH),
     **under("layers", stacked(LAYER, LAYERS)),

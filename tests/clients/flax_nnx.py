@@ -7,6 +7,8 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh
 
+from tests.clients.flax_linen import EXPECTED
+from tests.clients.placement import on
 from tests.clients.protocol import (
     HEADS,
     HIDDEN,
@@ -18,10 +20,6 @@ from tests.clients.protocol import (
     Trainer,
     batch,
     cross_entropy,
-    matrices,
-    on,
-    stacked,
-    under,
 )
 
 
@@ -124,29 +122,6 @@ class NNXTrainer(Trainer):
             found = checkpointer.restore(directory / "state", self._states)
         nnx.update(self.model, found["model"])
         nnx.update(self.optimizer, found["optimizer"])
-
-
-LAYER = {
-    "norm/scale": None,
-    "norm/bias": None,
-    **{
-        f"attention/{x}/kernel": matrices(WIDTH, INNER)
-        for x in ("query", "key", "value")
-    },
-    **{f"attention/{x}/bias": None for x in ("query", "key", "value", "out")},
-    "attention/out/kernel": matrices(INNER, WIDTH),
-    "up/kernel": matrices(WIDTH, HIDDEN),
-    "up/bias": None,
-    "down/kernel": matrices(HIDDEN, WIDTH),
-    "down/bias": None,
-}
-EXPECTED = {
-    "embedding/embedding": matrices(VOCABULARY, WIDTH),
-    **under("layers", stacked(LAYER, LAYERS)),
-    "conv/kernel": matrices(3 * WIDTH, WIDTH),
-    "conv/bias": None,
-    "head/kernel": matrices(WIDTH, VOCABULARY),
-}
 
 
 class NNX(Client):

@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax import state_shardings
-from tests.clients.equinox_client import sharded
+from tests.clients.placement import begun, placed_like
 from tests.clients.protocol import (
     HEAD_DIM,
     HEADS,
@@ -20,12 +19,10 @@ from tests.clients.protocol import (
     VOCABULARY,
     WIDTH,
     Client,
-    Trainer,
+    Loop,
     batch,
     cross_entropy,
     matrices,
-    on,
-    placed_like,
     stacked,
     under,
 )
@@ -63,24 +60,7 @@ def train_step(params, state, optimizer, tokens, targets):
     return optax.apply_updates(params, updates), state, value
 
 
-class HaikuTrainer(Trainer):
-    def __init__(self, params, state, optimizer, mesh):
-        self.parts, self.optimizer, self.mesh = (params, state), optimizer, mesh
-
-    @property
-    def params(self):
-        return self.parts[0]
-
-    @property
-    def opt_state(self):
-        return self.parts[1]
-
-    def step(self, index):
-        with on(self.mesh):
-            *parts, loss = train_step(*self.parts, self.optimizer, *batch(index))
-        self.parts = tuple(parts)
-        return float(loss)
-
+class HaikuLoop(Loop):
     def save(self, directory: Path):
         content = pickle.dumps(jax.device_get(self.parts))
         (directory / "run.pickle").write_bytes(content)
@@ -121,9 +101,5 @@ class Haiku(Client):
 
     def trainer(self, optimizer, mesh=None, seed=0):
         params = model.init(jax.random.key(seed), batch(0)[0])
-        if mesh is None:
-            return HaikuTrainer(params, optimizer.init(params), optimizer, None)
-        params = sharded(params, mesh)
-        shardings = state_shardings(optimizer, params)
-        state = jax.jit(optimizer.init, out_shardings=shardings)(params)
-        return HaikuTrainer(params, state, optimizer, mesh)
+        parts = begun(optimizer, params, mesh)
+        return HaikuLoop(train_step, parts, optimizer, mesh)

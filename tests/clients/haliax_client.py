@@ -1,7 +1,5 @@
 """Haliax: parameters that are ``NamedArray``, sharded by the names of their axes."""
 
-from pathlib import Path
-
 import equinox as eqx
 import haliax as hax
 import haliax.nn as hnn
@@ -9,6 +7,7 @@ import jax
 import optax
 from haliax import Axis
 
+from tests.clients.equinox_client import EquinoxLoop
 from tests.clients.protocol import (
     HEAD_DIM,
     HEADS,
@@ -18,12 +17,8 @@ from tests.clients.protocol import (
     VOCABULARY,
     WIDTH,
     Client,
-    Trainer,
-    batch,
     cross_entropy,
     matrices,
-    on,
-    placed_like,
     stacked,
     under,
 )
@@ -108,36 +103,6 @@ def train_step(model, state, optimizer, tokens, targets):
     return eqx.apply_updates(model, updates), state, value
 
 
-class HaliaxTrainer(Trainer):
-    def __init__(self, model, state, optimizer, mesh):
-        self.model, self.state = model, state
-        self.optimizer, self.mesh = optimizer, mesh
-
-    @property
-    def params(self):
-        return eqx.filter(self.model, eqx.is_inexact_array)
-
-    @property
-    def opt_state(self):
-        return self.state
-
-    def step(self, index):
-        with on(self.mesh):
-            self.model, self.state, loss = train_step(
-                self.model, self.state, self.optimizer, *batch(index)
-            )
-        return float(loss)
-
-    def save(self, directory: Path):
-        path = directory / "run.eqx"
-        eqx.tree_serialise_leaves(path, (self.model, self.state))
-
-    def restore(self, directory: Path):
-        path, like = directory / "run.eqx", (self.model, self.state)
-        found = eqx.tree_deserialise_leaves(path, like)
-        self.model, self.state = placed_like(found, like)
-
-
 LAYER = {
     "norm/weight": None,
     "norm/bias": None,
@@ -168,7 +133,7 @@ class Haliax(Client):
             return model, optimizer.init(params)
 
         if mesh is None:
-            return HaliaxTrainer(*create(), optimizer, None)
+            return EquinoxLoop(train_step, create(), optimizer, None)
         with jax.set_mesh(mesh):
             made = hax.named_jit(create, out_axis_resources=MAPPING)()
-        return HaliaxTrainer(*made, optimizer, mesh)
+        return EquinoxLoop(train_step, made, optimizer, mesh)

@@ -16,8 +16,7 @@ import keras
 import optax
 import orbax.checkpoint as ocp
 
-from lowrank_optax import state_shardings
-from tests.clients.equinox_client import sharded
+from tests.clients.placement import begun, on, placed_like
 from tests.clients.protocol import (
     HEAD_DIM,
     HEADS,
@@ -30,8 +29,6 @@ from tests.clients.protocol import (
     batch,
     cross_entropy,
     matrices,
-    on,
-    placed_like,
     under,
 )
 
@@ -144,10 +141,5 @@ class Keras(Client):
     def trainer(self, optimizer, mesh=None, seed=0):
         model = make_model(seed)
         params = {x.path: jnp.copy(x.value) for x in model.trainable_variables}
-        if mesh is None:
-            state = optimizer.init(params)
-            return KerasTrainer(model, params, state, optimizer, None)
-        params = sharded(params, mesh)
-        shardings = state_shardings(optimizer, params)
-        state = jax.jit(optimizer.init, out_shardings=shardings)(params)
+        params, state = begun(optimizer, params, mesh)
         return KerasTrainer(model, params, state, optimizer, mesh)

@@ -1,8 +1,8 @@
 """What a client is, and what all of them share: sizes, data and methods."""
 
 import abc
-import contextlib
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -13,6 +13,7 @@ import optax
 from jax.sharding import Mesh
 
 import lowrank_optax
+from tests.clients.placement import on
 
 # No two sizes of a matrix agree, and each is a multiple of the mesh's axes. Six layers,
 # and four heads: at rank 3 a stack of norms, and a bias per head, would count as
@@ -33,20 +34,6 @@ def batch(index: int, rows: int = 8, length: int = 16) -> tuple[np.ndarray, np.n
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     return jnp.mean(losses)
-
-
-def on(mesh: Mesh | None) -> contextlib.AbstractContextManager:
-    """Returns a context in which arrays are on a mesh, if there is one."""
-    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
-
-
-def placed_like(tree: Any, like: Any) -> Any:
-    """Returns a tree with each array on the devices where that of another one is."""
-
-    def placed(x, like):
-        return jax.device_put(x, like.sharding) if isinstance(like, jax.Array) else x
-
-    return jax.tree.map(placed, tree, like)
 
 
 METHODS = {
@@ -117,6 +104,42 @@ class Trainer(abc.ABC):
     @abc.abstractmethod
     def restore(self, directory: Path) -> None:
         """Reads them in a run that has just begun."""
+
+
+class Loop(Trainer):
+    """A loop of the user's own: what is trained, the state, and a function for both.
+
+    Attributes:
+        parts: What is trained, and the optimizer's state.
+        train_step: (what is trained, state, optimizer, tokens, targets) -> both anew,
+            and the loss.
+    """
+
+    def __init__(
+        self,
+        train_step: Callable[..., tuple],
+        parts: tuple[Any, Any],
+        optimizer: optax.GradientTransformation,
+        mesh: Mesh | None,
+    ):
+        self.train_step, self.parts = train_step, parts
+        self.optimizer, self.mesh = optimizer, mesh
+
+    @property
+    def params(self):
+        return self.parts[0]
+
+    @property
+    def opt_state(self):
+        return self.parts[1]
+
+    def step(self, index):
+        with on(self.mesh):
+            trained, state, loss = self.train_step(
+                *self.parts, self.optimizer, *batch(index)
+            )
+        self.parts = trained, state
+        return float(loss)
 
 
 class Client(abc.ABC):
