@@ -66,7 +66,7 @@ class Attention(nn.Module):
             shape, names = (WIDTH, HEADS, HEAD_DIM), ("embed", axis, "kv")
             return Kernel(shape, names, "bld,dhk->blhk", WIDTH, name=name)(x)
 
-        q, k, v = heads("query", "q_heads"), heads("key", "kv_heads"), None
+        q, k = heads("query", "q_heads"), heads("key", "kv_heads")
         v = heads("value", "kv_heads")
         mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
         shape, names = (HEADS, HEAD_DIM, WIDTH), ("heads", "kv", "embed")
