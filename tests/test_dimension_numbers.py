@@ -114,6 +114,12 @@ INPUTS_ALONE = {
     "layers/up/kernel": ((D, L, F), ((L,), D, F)),
     "layers/norm/scale": ((D, L), False),
 }
+SCALARS = {
+    "attn/q": ((D, N, H), ((), D, N * H)),
+    "attn/k": ((D, N, H), ((), D, N * H)),
+    "attn/out": ((), False),
+    "attn/value/scale": ((), False),
+}
 FUSED = {
     "self_attention/qkv_proj/kernel": ((D, 3, N, H), ((3,), D, N * H)),
     "self_attention/out/kernel": ((N, H, D), ((), N * H, D)),
@@ -151,6 +157,7 @@ LAYOUTS = {
     "maxtext": MAXTEXT,
     "pipeline": PIPELINE,
     "fused": FUSED,
+    "scalars": SCALARS,
     "inputs alone": INPUTS_ALONE,
     "wide heads": WIDE_HEADS,
     "haiku": HAIKU,

@@ -79,7 +79,8 @@ class Modules:
 
     def returned(self, module: tuple[str, ...]) -> set[int]:
         """Returns how long what an attention returns may be."""
-        return {leaf.shape[-1] for leaf, _ in self.kernels(module, "out")}
+        outputs = self.kernels(module, "out")
+        return {leaf.shape[-1] for leaf, _ in outputs if leaf.shape}
 
 
 def stack_axes(
@@ -146,13 +147,11 @@ def _may_be_layers(leaf: Leaf, axis: int, modules: Modules) -> bool:
 
 def _said(leaves: Iterable[Leaf], scan_axis: ScanAxis | None) -> dict[tuple, int]:
     """Returns the axis that ``scan_axis`` says of each leaf that it speaks of."""
+    if scan_axis is None:
+        return {}
     found: dict[tuple, int] = {}
-    patterns = (
-        scan_axis.items() if isinstance(scan_axis, Mapping) else [("", scan_axis)]
-    )
-    for pattern, axis in patterns:
-        if axis is None:
-            continue
+    by_pattern = scan_axis if isinstance(scan_axis, Mapping) else {"": scan_axis}
+    for pattern, axis in by_pattern.items():
         of_pattern: dict[int, str] = {}
         for leaf in leaves:
             name = jax.tree_util.keystr(leaf.path)
