@@ -83,6 +83,17 @@ def train_step(state, tokens, targets):
     return state.apply_gradients(grads=gradients), value
 
 
+def creator(model, optimizer):
+    """Returns the function that makes a state from a key."""
+    tokens = jnp.asarray(batch(0)[0])
+
+    def create(key):
+        params = model.init(key, tokens)["params"]
+        return TrainState.create(apply_fn=model.apply, params=params, tx=optimizer)
+
+    return create
+
+
 class LinenTrainer(Trainer):
     def __init__(self, state, mesh):
         self.state, self.mesh = state, mesh
@@ -142,13 +153,7 @@ class Linen(Client):
     expected = EXPECTED
 
     def trainer(self, optimizer, mesh=None, seed=0):
-        model = make_model(mesh is not None)
-        tokens = jnp.asarray(batch(0)[0])
-
-        def create(key):
-            params = model.init(key, tokens)["params"]
-            return TrainState.create(apply_fn=model.apply, params=params, tx=optimizer)
-
+        create = creator(make_model(mesh is not None), optimizer)
         key = jax.random.key(seed)
         if mesh is None:
             return LinenTrainer(create(key), None)

@@ -8,9 +8,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.training.train_state import TrainState
 
-from tests.clients.flax_linen import LinenTrainer
+from tests.clients.flax_linen import LinenTrainer, creator
 from tests.clients.protocol import (
     HEAD_DIM,
     HEADS,
@@ -20,7 +19,6 @@ from tests.clients.protocol import (
     VOCABULARY,
     WIDTH,
     Client,
-    batch,
     matrices,
     stacked,
     under,
@@ -142,13 +140,7 @@ class MaxTextLike(Client):
     expected = EXPECTED
 
     def trainer(self, optimizer, mesh=None, seed=0):
-        model, tokens = self.model, jnp.asarray(batch(0)[0])
-
-        def create(key):
-            params = model.init(key, tokens)["params"]
-            return TrainState.create(apply_fn=model.apply, params=params, tx=optimizer)
-
-        key = jax.random.key(seed)
+        create, key = creator(self.model, optimizer), jax.random.key(seed)
         if mesh is None:
             return LinenTrainer(create(key), None)
         with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
