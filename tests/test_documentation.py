@@ -120,7 +120,7 @@ def test_the_readmes_python_blocks_run_one_after_the_other():
         exec(compile(block, str(README), "exec"), namespace)
 
 
-CLIENTS = README.parent / "docs/clients.md"
+CLIENTS = README.parent / "docs/recipes/clients.md"
 EXCERPT = re.compile(r"^From `(\S+)`:\n\n```python\n(.*?)```", re.MULTILINE | re.DOTALL)
 EXCERPTS = EXCERPT.findall(CLIENTS.read_text(encoding="utf-8"))
 
