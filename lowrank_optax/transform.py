@@ -14,10 +14,11 @@ SUMO           range_finder     fixed      every(200)      square   dropped
 low_rank_muon  range_finder     fixed      every(200)      square   orthogonalized
 =============  ===============  =========  ==============  =======  ==============
 
-with Adam in the subspace, Muon for SUMO, momentum for low_rank_muon. APOLLO scales the
-gradient itself, and ProjFactor has its second moment at full size: a core of its own.
+The inner transformation is Adam; for SUMO it is Muon, for low_rank_muon a momentum.
+APOLLO scales the gradient itself. ProjFactor has its second moment at full size, and so
+a core of its own.
 
-An update is: project, core, lift. What renews a basis is :mod:`lowrank_optax.renewal`.
+An update projects, runs the core and lifts. :mod:`lowrank_optax.renewal` renews bases.
 """
 
 from collections.abc import Mapping
@@ -70,83 +71,81 @@ def scale_by_low_rank(
     moments: Mapping[str, Kind] | None = None,
     seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Runs ``inner`` on each gradient matrix inside a low-rank subspace of it.
+    r"""Runs ``inner`` inside a low-rank subspace of each gradient matrix.
 
-    For a gradient matrix oriented to G_t (a, b), its projected side last, and the basis
-    P (b, r) in use:
+    G_t (a, b) is the gradient matrix with its projected side last, P (b, r) the basis
+    in use:
 
     .. math::
         R_t = G_t P, \quad N_t = \mathrm{inner}(R_t), \quad
         U_t = \mathrm{scale} \cdot N_t P^\top
 
-    On a refresh P becomes a basis of the current gradient, or the next random one, and
-    the moments inside ``inner`` follow under the ``rebase`` rule, before R_t is
-    computed: by P_old^T P_new, for random bases by (P_old^T P_old)^-1 P_old^T P_new.
-    Stacked leaves (scanned layers, experts) are treated matrix by matrix: each gets the
-    update that it would get alone, with draws of its own. Leaves without a matrix whose
-    short side is above the rank pass to ``inner`` at full size, and come out as
-    ``inner`` makes them.
+    On a refresh P becomes a basis of the current gradient, or the next random basis.
+    The ``rebase`` rule then moves the moments inside ``inner`` into the new basis: by
+    P_old^T P_new, for random bases by (P_old^T P_old)^-1 P_old^T P_new. R_t is computed
+    after that. A stacked leaf (scanned layers, experts) is treated matrix by matrix:
+    each matrix gets the same update as alone, from draws of its own. A leaf passes to
+    ``inner`` at full size if it has no matrix with a short side above the rank.
 
-    Stored per projected matrix at granularity c: (b / c) r numbers (the basis; none if
-    it is random) and a c r for each moment of ``inner``, in float32, and a few scalars.
-    An update costs 4 a b r flops beside what ``inner`` does to an (a c, r) matrix; a
-    refresh costs what the basis rule says.
+    The state of a projected matrix at granularity c, in float32: (b / c) r numbers for
+    a computed basis, a c r for each moment of ``inner``, and a few scalars. An update
+    costs 4 a b r flops, and ``inner`` on an (a c, r) matrix. The basis rule documents
+    the cost of a refresh.
 
     Args:
         inner: Transformation of gradients that needs no parameters, such as
             ``optax.scale_by_adam()``, ``optax.trace(0.9)``, ``optax.scale_by_lion()``,
-            ``optax.scale_by_rms()``. One that depends on which axes form a matrix, as
-            Muon does: a function that makes it from {key path: the dimension numbers of
-            what it gets, None for a vector}; (-2, -1) inside a subspace.
+            ``optax.scale_by_rms()``. A transformation that must know the axes of its
+            matrices, as Muon must, is given as a function that makes it from {key path:
+            dimension numbers, None for a vector}; they are (-2, -1) in a subspace.
         rank: Columns r of the bases, >= 1, or a rule such as
             :func:`lowrank_optax.energy_rank`, or a :func:`lowrank_optax.budget`.
-        basis: :func:`lowrank_optax.range_finder` (None),
-            :func:`lowrank_optax.exact_svd` or :func:`lowrank_optax.power_iteration`,
-            computed and stored;
-            :func:`lowrank_optax.gaussian` or :func:`lowrank_optax.rademacher`, drawn
-            and not stored, for a rank that is an int.
+        basis: A computed basis, which is stored: :func:`lowrank_optax.range_finder`
+            (None), :func:`lowrank_optax.exact_svd` or
+            :func:`lowrank_optax.power_iteration`. Or a random basis, which is drawn
+            again when needed, for a rank that is an int:
+            :func:`lowrank_optax.gaussian` or :func:`lowrank_optax.rademacher`.
         refresh: :func:`lowrank_optax.every`, ``every(200)`` if None, or
             :func:`lowrank_optax.on_convergence`.
         rebase: Name of a rule in ``lowrank_optax.REBASE_RULES``, or a rule.
-        residual: What becomes of G - R P^T, which the subspace does not hold:
+        residual: Rule for G - R P^T, the part of the gradient outside the subspace:
             :func:`lowrank_optax.scaled_residual`, ``sign_residual``,
-            ``normalized_residual``, ``orthogonalized_residual``. None: nothing.
-        side: Which side of each matrix is projected. "short", b = min(n, m), keeps more
-            of a gradient's energy; "long" stores less, b r + 2 a r with a = min(n, m).
-        granularity: c, >= 1: each matrix is seen as (a*c, b/c) before it is projected;
-            where c does not divide b, at the nearest divisor below, which
-            ``lowrank_optax.projections`` lists. The moments then take a * (c r).
-        dimension_numbers: Which axes of a leaf form its matrix: a tree like the
-            parameters of ``LowRankDimensionNumbers`` or ``MuonDimensionNumbers`` (None:
-            leave the leaf at full size), or a function from the parameters (or
-            gradients: only their shapes count) to such a tree. None:
+            ``normalized_residual``, ``orthogonalized_residual``. None: it is dropped.
+        side: The projected side of each matrix. "short", b = min(n, m), keeps more of a
+            gradient's energy; "long", a = min(n, m), stores less: b r + 2 a r for Adam.
+        granularity: c, >= 1: each matrix is seen as (a*c, b/c), and a moment takes
+            a * (c r) numbers. Where c does not divide b, the largest divisor below c is
+            used; ``lowrank_optax.projections`` lists the divisors.
+        dimension_numbers: The axes of each leaf's matrix: a tree like the parameters,
+            of ``LowRankDimensionNumbers`` or ``MuonDimensionNumbers`` (None: the leaf
+            stays at full size), or a function to such a tree from the parameters or
+            gradients, whose shapes alone count. None:
             ``lowrank_optax.dimension_numbers_by_name``.
         scale: Factor on the updates of projected leaves (GaLore's alpha).
-        moments: What the fields of ``inner``'s state are, for transformations that the
+        moments: Kinds of the fields of ``inner``'s state, for transformations that the
             library does not know: name -> "first", "second" or "constant".
-        seed: Seed of the random sketches. A draw is a function of the seed, the leaf's
-            path, the matrix' place in the stack and the number of the refresh: resuming
-            repeats it bit for bit, and another leaf changes nothing in it.
+        seed: Seed of the random draws. A draw is a function of the seed, the leaf's
+            path, the matrix's place in the stack and the number of the refresh. A
+            resumed run repeats its draws bit for bit; other leaves do not change them.
 
     Returns:
-        A transformation whose updates have the gradients' shapes and, for projected
-        leaves, their dtypes. Its ``update`` takes gradients at full size, or
-        :class:`lowrank_optax.Projected` for any of the projected leaves; it does not
-        refresh those, and needs ``params`` for their shapes. Else it ignores
-        ``params``.
+        A transformation. Its updates have the gradients' shapes and, for projected
+        leaves, their dtypes. ``update`` takes full gradients, or
+        :class:`lowrank_optax.Projected` for any projected leaf. For such a leaf
+        ``update`` does not renew the basis, and needs ``params`` for the shape;
+        otherwise it ignores ``params``.
 
         ``update(..., refresh=False)``, a Python bool, leaves the renewal of bases out
-        of the program: no conditional, no decomposition. A training loop runs it on all
-        steps but those on which a basis is due. A leaf that has no basis yet does not
-        move in it.
+        of the program: no conditional, no decomposition. A training loop runs this
+        program on every step without a due basis. A leaf without a basis does not move.
 
     Raises:
         TypeError: If ``rank`` is neither an int nor a rule; in ``update``, if
             ``refresh`` is no Python bool.
         ValueError: If a rank, granularity, side or rule is unknown, or a random basis
-            has a rank by energy; in ``init``, if ``inner`` needs parameters, has a
-            state that no re-basing rule knows, or dimension numbers do not fit a leaf;
-            in ``update``, if a gradient does not fit the state.
+            has a rank by energy; in ``init``, if ``inner`` needs parameters, if
+            ``inner`` has a state without a re-basing rule, or if dimension numbers do
+            not fit a leaf; in ``update``, if a gradient does not fit the state.
 
     Example:
         A basis of rank 2 and moments of 2 columns instead of 16:
@@ -189,15 +188,15 @@ def low_rank_transformation(
     def update_fn(updates, state, params=None, *, refresh=True, **extra_args):
         if not isinstance(refresh, bool):
             raise TypeError(
-                "refresh must be the Python value True or False, for it decides what "
-                f"is compiled; got {type(refresh).__name__}. Under jax.jit close over "
-                "it, or name it in static_argnames."
+                "refresh must be the Python value True or False, which selects the "
+                f"compiled program; got {type(refresh).__name__}. Under jax.jit close "
+                "over it, or name it in static_argnames."
             )
         updates, record = as_arrays(updates), low_rank_record(unboxed(state))
         gradients = unboxed(updates)
         like = full_size(gradients, unboxed(params))
 
-        # Of projected gradients the parameters know the shapes, and boxes name axes.
+        # Projected gradients have neither full shapes nor boxes: parameters have both.
         is_whole = not any(map(is_projected, gradients_by_path(updates).values()))
         plans = parts.plans(updates if is_whole else params)
 
@@ -235,7 +234,7 @@ def _update(
     if refresh:
         state = renewed(updates, state, projectors)
     else:
-        # As a renewal does, it raises where moments do not fit.
+        # Raises where the moments do not fit, as a renewal does.
         shapes = {path: projector.shape for path, projector in projectors.items()}
         others = gradients.keys() - shapes.keys()
         locate_moments(state.inner_state, shapes, others, parts.moments)
@@ -282,16 +281,16 @@ def _update(
 def _check_projected(
     gradients: Mapping[tuple, Any], projectors: Mapping[tuple, Projector], parts: Parts
 ) -> None:
-    """Raises if a gradient is projected, and should not be, or not so."""
+    """Raises ValueError if a projected gradient does not fit its leaf's subspace."""
     for path, gradient in gradients.items():
         if not is_projected(gradient):
             continue
         shape = gradient.coordinates.shape
         expected = projectors[path].shape if path in projectors else None
         if shape != expected:
-            where = expected or "which it does not have here"
+            where = expected or "there is none here"
             raise ValueError(
                 f"{jax.tree_util.keystr(path)}: a projected gradient of shape {shape} "
-                f"does not fit its subspace, {where}."
+                f"does not fit its subspace: {where}."
             )
         check_subspace_is_enough(parts, path)

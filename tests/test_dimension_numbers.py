@@ -310,7 +310,7 @@ def test_a_tree_that_can_be_called_is_a_tree(numbers):
 def test_who_projects_under_half_is_warned_by_init_alone(method):
     params = {"narrow": jnp.ones((D, 8)), "w": jnp.ones((16, 16))}
     tx = getattr(lowrank_optax, method)(0.1, rank=8)
-    with pytest.warns(UserWarning, match="only 40% of what 2 matrices hold") as found:
+    with pytest.warns(UserWarning, match="only 40% of the entries of 2") as found:
         state = tx.init(params)
     assert "the largest of the rest: ['narrow'] 48x8: full size, short side" in str(
         found[0].message

@@ -21,7 +21,7 @@ from lowrank_optax.renewal import renewed_everywhere
 
 
 class SubspaceValueAndGrad:
-    """What :func:`subspace_value_and_grad` returns: a function, and more about it."""
+    """The function that :func:`subspace_value_and_grad` returns, and its variants."""
 
     def __init__(self, function, optimizer, has_aux, full_gradients):
         self._function = function
@@ -48,7 +48,7 @@ class SubspaceValueAndGrad:
         program, aux_of = traced(self._function, self._has_aux, params, args, kwargs)
 
         def merged(inside, outside):
-            """Returns leaves in the order of the parameters, from two orders."""
+            """Returns the leaves of two lists in the order of the parameters."""
             sources = iter(outside), iter(inside)
             return [next(sources[path in followed]) for path, _ in leaves]
 
@@ -78,27 +78,28 @@ class SubspaceValueAndGrad:
         return ((value, aux) if self._has_aux else value), gradients, state
 
     def keeping(self, params: Any, state: Any, *args: Any, **kwargs: Any):
-        """Returns the same without a renewal of random bases in the program.
+        """Returns the same from a program that does not renew random bases.
 
-        For steps on which none is due, beside ``update(..., refresh=False)``.
+        Use it beside ``update(..., refresh=False)``, on steps where no basis is due.
         """
         return self._evaluated(params, state, args, kwargs, draws=False)
 
     def full(self, params: Any, state: Any, *args: Any, **kwargs: Any):
-        """Returns the same with full gradients: for updates on which a basis is due."""
+        """Returns the same with full gradients, for an update that renews bases."""
         gradient = jax.value_and_grad(self._function, has_aux=self._has_aux)
         value, gradients = gradient(params, *args, **kwargs)
         return value, gradients, state
 
     def renewing(self, *paths: str) -> "SubspaceValueAndGrad":
-        """Returns the same with full gradients of these leaves alone.
+        """Returns the same function with full gradients of the named leaves alone.
 
-        For an update that renews the bases of few leaves at a time: their gradients are
-        the only full ones then. Bases may wait for their turn, the first ones too: a
-        leaf that has none yet does not move.
+        Use it for an update that renews the bases of a few leaves: no other leaf then
+        has a full gradient. A basis may wait for its turn, even the first basis of a
+        leaf. A leaf without a basis does not move.
 
         Args:
-            paths: Key paths, as :meth:`due` has them; none: no basis is renewed.
+            paths: Key paths, as :meth:`due` returns them. Without paths, the update
+                renews no basis.
         """
         full_gradients = (*self._full_gradients, *paths)
         return SubspaceValueAndGrad(
@@ -111,7 +112,7 @@ class SubspaceValueAndGrad:
         Args: as for :meth:`due`.
 
         Returns:
-            bool, (): whether any leaf is due.
+            bool, (): whether the basis of any leaf is due.
         """
         found = self.due(params, state, ahead).values()
         return functools.reduce(jnp.logical_or, found, jnp.zeros([], bool))
@@ -119,17 +120,18 @@ class SubspaceValueAndGrad:
     def due(
         self, params: Any, state: Any, ahead: int = 0, *, drawn: bool = False
     ) -> dict[str, jax.Array]:
-        """Returns for which leaves the next update needs the full gradient.
+        """Returns, for each leaf, whether the next update needs its full gradient.
 
         Args:
             params: Parameters, or their shapes.
-            state: Of the optimizer.
-            ahead: Updates between this state and the one that is asked about. Exact for
-                ``every``; ``on_convergence`` looks at the norms so far.
-            drawn: List leaves with random bases too, which are renewed without one.
+            state: State of the optimizer.
+            ahead: Updates between this state and the update in question. The answer is
+                exact for ``every``; ``on_convergence`` knows only the norms so far.
+            drawn: Whether to list leaves with random bases too. The renewal of a random
+                basis needs no full gradient.
 
         Returns:
-            Key path -> bool, (), whether a basis of its stack is due.
+            Key path -> bool, (): whether a basis of the leaf's stack is due.
         """
         binding = bind(self._optimizer, params)
         due = {}
@@ -146,10 +148,10 @@ class SubspaceValueAndGrad:
         return due
 
     def _prepared(self, params, state, draws: bool):
-        """Returns the state with due random bases drawn, and projectors and bases."""
+        """Returns the state with due random bases drawn, and the projected leaves."""
         binding = bind(self._optimizer, params)
         if draws:
-            # A draw looks at no gradient.
+            # A draw needs no gradient: the parameters take the place of gradients.
             state = renewed_everywhere(
                 params,
                 state,
@@ -169,8 +171,8 @@ class SubspaceValueAndGrad:
                 if path in binding.shared:
                     raise ValueError(
                         f"{jax.tree_util.keystr(path)} is given to two low-rank "
-                        "transformations, one of which takes it at full size; give "
-                        "each its own leaves by optax.masked or optax.partition."
+                        "transformations, and one of them takes its full gradient; "
+                        "give each its own leaves by optax.masked or optax.partition."
                     )
                 followed[path] = ProjectedLeaf(projector, projector.basis(slots[path]))
         if not followed:
@@ -189,39 +191,46 @@ def subspace_value_and_grad(
 ) -> SubspaceValueAndGrad:
     r"""As ``jax.value_and_grad``, but projected leaves get gradients in their subspace.
 
-    For y = x W and a basis P of the columns of W, G P = x^T (dy P); for one of the rows
-    P^T G = (x P)^T dy. G = x^T dy is not formed, in the program or in memory:
-    T r (n + m) multiplications instead of T n m, x P is kept for the backward pass in
-    the place of x, and over data-parallel devices (a + b) r numbers are reduced at
-    most. ``optimizer.update`` takes the gradients as they are.
+    Take y = x W with T rows, the gradient dy of y, and the gradient G = x^T dy of W
+    (n, m). For a basis P of the columns of W, G P = x^T (dy P). For a basis P of the
+    rows, P^T G = (x P)^T dy. The program never forms G: T r (n + m) multiplications
+    take the place of T n m. For a basis of the rows the backward pass keeps x P in the
+    place of x. Data-parallel devices reduce (a + b) r numbers at most.
+    ``optimizer.update`` takes the projected gradients as they are.
 
-    The function is traced over the parameters, as by ``jax.jit``, and its program
-    evaluated with other products: the model stays as it is. What else it is called with
-    reaches it untouched, arrays, flags, functions, keys.
+    The function is traced over the parameters, as ``jax.jit`` does, and the traced
+    program is evaluated with other products. The model stays as it is. All other
+    arguments reach the function untouched: arrays, flags, functions, random keys.
 
-    Parameters are followed through casts, shardings, moves of their axes, pieces,
-    concatenation, sums, products with a number or with a vector along one side, scans,
-    checkpoints, conditionals and jitted functions, to products with one another or with
-    activations (``dot_general``, ``ragged_dot``; a stack may be matched, free or summed
-    over) and to lookups. What they are scaled by or added to gets its gradient too. A
-    parameter that is used several times, or tied, gets the sum.
+    Each parameter is followed through the program to its products and lookups. On the
+    way there may be casts, shardings, moves of axes, slices, concatenation, sums,
+    scans, checkpoints, conditionals, jitted functions, and products with a number or
+    with a vector along one side. The products may be with another parameter or with
+    activations (``dot_general``, ``ragged_dot``). A stack axis may be a batch axis, a
+    free axis or summed over. An array that scales a parameter, or is added to one, gets
+    its gradient too. A parameter with several uses (tied, for instance) gets the sum of
+    their gradients.
 
     Some uses form one array of full size in the backward pass and project it at once:
-    norms and penalties, of what is computed entry by entry and reduced
-    (d sum(W^2) / dW = 2 W); rows looked up, and activations that a parameter is added
-    to, whose gradients exist in any case.
 
-    Refused, by an error that names leaf, operation and ways out: products with what was
-    computed entry by entry, as x @ tanh(W); functions of whole matrices, as
-    convolutions and decompositions; reshapes across both sides; pieces of an axis that
-    granularity divides; products with other matrices than ``dimension_numbers`` names;
-    a parameter that a scan carries on or a conditional returns; one that enters
-    ``shard_map`` or a function with a derivative of its own (``custom_vjp``).
+    - norms and penalties, which reduce a function of each entry, as in
+      d sum(W^2) / dW = 2 W;
+    - looked-up rows, and activations plus a parameter: these gradients exist anyway.
 
-    A basis is renewed from a full gradient: where :meth:`refresh_due` says so, call
-    ``.full`` instead, which returns the same three things, in a step of its own. Random
-    bases are renewed without one. An update with gradients in the subspace never renews
-    a computed basis; being late by some updates does no harm::
+    Other uses raise an error. The error names the leaf, the operation and ways out:
+
+    - a product with a function of each entry, as x @ tanh(W);
+    - a function of a whole matrix, as a convolution or a decomposition;
+    - a reshape across both sides of a matrix;
+    - a slice of an axis that granularity divides;
+    - a product with matrices other than those of ``dimension_numbers``;
+    - a scan that carries a parameter, or a conditional that returns one;
+    - ``shard_map``, and functions with a derivative of their own (``custom_vjp``).
+
+    A computed basis is renewed from a full gradient. Where :meth:`refresh_due` is true,
+    call ``.full``, in a step of its own; it returns the same three values. A random
+    basis needs no full gradient. An update with projected gradients never renews a
+    computed basis; a renewal that is some updates late does no harm::
 
         gradient = subspace_value_and_grad(loss_fn, optimizer)
 
@@ -237,31 +246,33 @@ def subspace_value_and_grad(
             run = refresh_step if due(params, state) else step
             params, state, loss = run(params, state, batch)
 
-    That step holds the full gradients of all leaves; where memory is short, give each
-    leaf a step of its own by :meth:`~SubspaceValueAndGrad.renewing`, on one of the
-    updates on which it is :meth:`~SubspaceValueAndGrad.due`.
+    The refresh step holds the full gradients of all leaves. Where memory is short,
+    renew each leaf in a step of its own by :meth:`~SubspaceValueAndGrad.renewing`, on
+    an update for which :meth:`~SubspaceValueAndGrad.due` names the leaf.
 
-    Norms, and clipping by them, see the projected gradients: at most the full ones for
-    orthonormal bases. Sums over the batch are in float32 at least; P is rounded to the
-    dtype of what it multiplies. Reverse mode only.
+    Norms, and clipping by norms, see the projected gradients. For orthonormal bases
+    these norms are at most those of the full gradients. Sums over the batch are in
+    float32 or wider. P is rounded to the dtype of the array that it multiplies. Reverse
+    mode only.
 
     Args:
         function: (params, \*args, \*\*kwargs) -> scalar, or (scalar, aux).
-        optimizer: Any Optax transformation with low-rank ones inside.
+        optimizer: Any Optax transformation that contains low-rank transformations.
         has_aux: Whether the function returns aux too.
         full_gradients: Key paths, as ``jax.tree_util.keystr`` writes them, of projected
-            leaves that get full gradients: those of refused uses.
+            leaves that get full gradients. List the leaves whose uses raise an error.
 
     Returns:
-        (params, state, \*args, \*\*kwargs) -> (value, gradients, state). Value is
-        (scalar, aux) with ``has_aux``; gradients are a tree like the parameters with
-        :class:`lowrank_optax.Projected`, (*stack, a*c, r), for projected leaves; state
-        has the random bases drawn anew that were due, and is the one to update.
+        A function (params, state, \*args, \*\*kwargs) -> (value, gradients, state).
+        ``value`` is (scalar, aux) with ``has_aux``. ``gradients`` is a tree like the
+        parameters; a projected leaf has a :class:`lowrank_optax.Projected` of shape
+        (*stack, a*c, r). ``state`` holds new random bases where they were due: give
+        this state to ``update``.
 
     Raises:
-        ValueError: When called: if nothing is projected, the state was made for other
-            parameters, or a projected parameter is used where its gradient cannot be
-            computed in the subspace: the message names the leaf and the operation.
+        ValueError: When called: if no leaf is projected; if the state was made for
+            other parameters; or if a parameter is used where its gradient cannot be
+            computed in the subspace. The message names the leaf and the operation.
 
     Example:
         >>> import lowrank_optax

@@ -1,4 +1,4 @@
-"""Leaves as arrays, and the dtype that is computed in."""
+"""Leaves as arrays, and the dtype of computations."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 def wide(dtype: Any) -> Any:
     """Returns the dtype of sums and of linear algebra: float32, or a wider one."""
     is_narrow = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
-    # Those of 8 bits are promoted to nothing.
+    # promote_types raises for floats of 8 bits.
     wider = jnp.float32 if is_narrow else jnp.promote_types(dtype, jnp.float32)
     return jax.dtypes.canonicalize_dtype(wider)
 
@@ -22,7 +22,7 @@ def struct_of(leaf: Any, sharding: Any = None) -> jax.ShapeDtypeStruct:
 
 
 def as_arrays(tree: Any) -> Any:
-    """Returns a tree whose leaves have a shape and a dtype; numbers become arrays.
+    """Returns a tree whose leaves have a shape and a dtype. Numbers become arrays.
 
     Args:
         tree: Parameters, gradients, or their shapes; Python numbers among them.

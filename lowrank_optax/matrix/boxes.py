@@ -1,10 +1,9 @@
 """Boxes: pytree nodes of one array, on which frameworks write the names of its axes.
 
-``flax.nnx.Variable``, Linen's ``Partitioned`` and ``LogicallyPartitioned``, and
-Haliax's ``NamedArray``. They are known by their methods, so that no framework is
-imported. What the library computes sees the arrays inside. Each array of a state that
-stands beside a boxed leaf has a box of its own, with the names of the leaf's axes that
-it is made of.
+They are ``flax.nnx.Variable``, Linen's ``Partitioned`` and ``LogicallyPartitioned``,
+and Haliax's ``NamedArray``. The library recognises boxes by their methods and imports
+no framework. Computations see the arrays inside the boxes. A state array beside a boxed
+leaf gets a box of its own, with the names of its own axes among those of the leaf.
 """
 
 import dataclasses
@@ -14,15 +13,15 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-# For each axis of an array, the axes of a leaf that are merged in it.
+# For each axis of an array, the axes of the leaf that are merged into this axis.
 Axes = Sequence[Sequence[int]]
 
-# What NNX calls the names of axes, or the sharding that they are of.
+# NNX's metadata keys for the names of axes, or for the sharding with these names.
 _NAMES = ("optimizer_sharding", "out_sharding", "sharding", "sharding_names")
 
 
 def is_box(node: Any) -> bool:
-    """Returns whether a node is a box of one array, or of what stands for one."""
+    """Returns whether a node is a box of one array, or of an array's stand-in."""
     kind = type(node)
     is_linen, is_nnx = hasattr(kind, "replace_boxed"), hasattr(kind, "get_metadata")
     is_flax = hasattr(kind, "add_axis") and (is_linen or is_nnx)
@@ -30,17 +29,17 @@ def is_box(node: Any) -> bool:
         return False
     inside = _inside(node)
     is_container = isinstance(inside, (Mapping, list)) or type(inside) is tuple
-    # Equinox has None in the place of a leaf that a filter leaves out.
+    # Equinox puts None in the place of a leaf that a filter removes.
     return inside is not None and not is_container
 
 
 def _has_named_axes(node: Any) -> bool:
-    """Returns whether a node is a NamedArray, each of whose axes has a name."""
+    """Returns whether a node is a NamedArray, where each axis has a name."""
     return hasattr(type(node), "resolve_axis") and hasattr(node, "axes")
 
 
 def contents(node: Any) -> Any:
-    """Returns what is in a box; what is none, as it is."""
+    """Returns the array in a box; a node that is no box, as it is."""
     return _inside(node) if is_box(node) else node
 
 
@@ -51,7 +50,7 @@ def _inside(box: Any) -> Any:
 
 
 def with_contents(node: Any, inside: Any) -> Any:
-    """Returns a box like ``node`` with this in it; this alone, if that is no box."""
+    """Returns a box like ``node`` around ``inside``; ``inside``, if no box is given."""
     if not is_box(node):
         return inside
     return jax.tree.structure(node, is_leaf=lambda x: x is not node).unflatten([inside])
@@ -63,23 +62,23 @@ def unboxed(tree: Any) -> Any:
 
 
 def boxed_like(tree: Any, like: Any) -> Any:
-    """Returns a tree with the boxes of one that it is equal to but for those."""
+    """Returns a tree with the boxes of ``like``, a tree that differs in boxes alone."""
     return jax.tree.map(with_contents, like, tree, is_leaf=is_box)
 
 
 def leaves_by_path(tree: Any) -> dict[tuple, Any]:
-    """Returns each leaf by its key path, which boxes are no part of."""
+    """Returns each leaf by its key path. Boxes add no key to the path."""
     return dict(jax.tree.leaves_with_path(unboxed(tree)))
 
 
 def names_by_path(tree: Any) -> dict[tuple, tuple]:
-    """Returns the names of the axes of each leaf, of those that have some."""
+    """Returns the names of the axes of each leaf with named axes, by key path."""
     boxes = jax.tree.leaves_with_path(tree, is_leaf=is_box)
     return {path: tuple(names_of(box)) for path, box in boxes if names_of(box)}
 
 
 def names_of(box: Any) -> Iterable[Any]:
-    """Returns the names of the axes of a leaf, () if it is no box or has none."""
+    """Returns the names of a leaf's axes; (), if it is no box or has no names."""
     if not is_box(box):
         return ()
     if _has_named_axes(box):
@@ -94,14 +93,15 @@ def names_of(box: Any) -> Iterable[Any]:
 def boxed_beside(box: Any, array: Any, axes: Axes) -> Any:
     """Returns an array in a box like that of a leaf, with the names of its own axes.
 
-    An axis that is not as long as the leaf's, or a multiple of it, has no name: what
-    the mesh divides is the leaf's. In a box where each must have one, it is called by
-    its place: ``_1``.
+    An axis keeps a name only if its length is a multiple of the leaf's axis, because
+    the mesh divides the leaf's axis. Where a box needs a name for every axis, an axis
+    without a name is called by its position: ``_1``.
 
     Args:
-        box: Of the leaf.
-        array: Made of some axes of the leaf.
-        axes: For each of its axes, the leaf's merged in it; () for one without a name.
+        box: Box of the leaf.
+        array: Array made of some axes of the leaf.
+        axes: For each axis of the array, the leaf's axes merged into it; () for an
+            axis without a name.
     """
     shape = contents(box).shape
 
@@ -130,7 +130,7 @@ def boxed_beside(box: Any, array: Any, axes: Axes) -> Any:
             if key in _NAMES:
                 new.set_metadata(key, of_array(names))
         return new
-    # Names are all that a box of an array of other axes can be given.
+    # A box of an array with other axes can be given names, and nothing else.
     has_names = hasattr(box, "names")
     return dataclasses.replace(new, names=of_array(box.names)) if has_names else array
 
@@ -138,13 +138,14 @@ def boxed_beside(box: Any, array: Any, axes: Axes) -> Any:
 def merged_spec(spec: Iterable[Any], ndim: int, axes: Axes) -> list[Any]:
     """Returns the partition of each axis of an array made of a leaf's axes.
 
-    Merged axes are partitioned as the outermost that is: of logical names no one says
-    which the mesh has, and nothing is replicated that belongs to a partitioned leaf.
+    Merged axes are partitioned as the outermost partitioned axis among them. The mesh
+    may lack a logical name, so the names alone cannot choose. An array beside a
+    partitioned leaf is never replicated as a whole.
 
     Args:
-        spec: Of the leaf: names of its first axes, or None.
-        ndim: Of the leaf.
-        axes: For each axis of the array, the leaf's merged in it.
+        spec: Partition of the leaf: names of its first axes, or None.
+        ndim: Number of axes of the leaf.
+        axes: For each axis of the array, the leaf's axes merged into it.
     """
     parts = _padded(spec, ndim)
     found = (_outermost(parts, group) for group in axes)
@@ -157,5 +158,5 @@ def _padded(spec: Iterable[Any], ndim: int) -> tuple[Any, ...]:
 
 
 def _outermost(parts: Sequence[Any], group: Sequence[int]) -> int | None:
-    """Returns the first of some axes that is partitioned, None if none is."""
+    """Returns the first partitioned axis of a group, None if no axis is."""
     return next((axis for axis in group if parts[axis]), None)

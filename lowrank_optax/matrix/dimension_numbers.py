@@ -29,9 +29,9 @@ class LowRankDimensionNumbers(NamedTuple):
 
 
 DimensionNumbers = Any | Callable[[Any], Any]
-"""A tree like the parameters of LowRankDimensionNumbers, or of optax's own
-MuonDimensionNumbers (None: leave the leaf at full size); or a function that makes one
-from the parameters."""
+"""A tree like the parameters, of LowRankDimensionNumbers or optax's
+MuonDimensionNumbers (None: the leaf stays at full size); or a function from the
+parameters to such a tree."""
 
 
 def is_numbers(node: Any) -> bool:
@@ -43,12 +43,12 @@ def is_numbers(node: Any) -> bool:
 def numbers_by_path(
     dimension_numbers: DimensionNumbers, params: Any
 ) -> dict[tuple, LowRankDimensionNumbers | None]:
-    """Returns what a user says of each leaf, by its key path.
+    """Returns the user's dimension numbers of each leaf, by key path.
 
     Raises:
-        ValueError: If a leaf of the tree is something else.
+        ValueError: If a leaf of the tree is neither dimension numbers nor None.
     """
-    # A module of Equinox is a tree, and callable.
+    # An Equinox module of numbers is a tree, and callable all the same: not called.
     leaves = jax.tree.leaves(dimension_numbers, is_leaf=is_numbers)
     if callable(dimension_numbers) and leaves and not any(map(is_numbers, leaves)):
         dimension_numbers = dimension_numbers(params)
@@ -73,9 +73,10 @@ def numbers_by_path(
 def dimension_numbers_by_shape(params: Any) -> Any:
     """Returns dimension numbers by the number of axes alone, a tree like ``params``.
 
-    A matrix is itself; a leaf of more axes is a stack of its last two; vectors and
-    scalars get None and stay at full size. The default, which knows attention kernels
-    and the like, is :func:`lowrank_optax.dimension_numbers_by_name`.
+    A leaf of two axes is one matrix. A leaf of more axes is a stack of matrices, each
+    of the last two axes. Vectors and scalars get None and stay at full size. The
+    default of all methods is :func:`lowrank_optax.dimension_numbers_by_name`, which
+    also knows the layouts of attention kernels, convolutions and scanned layers.
 
     Args:
         params: Tree of arrays or shapes.

@@ -1,4 +1,4 @@
-"""Which axes of a leaf form its matrix, as names, boxes and shapes say."""
+"""The axes of each leaf's matrix, inferred from names, boxes and shapes."""
 
 from typing import Any, NamedTuple
 
@@ -20,11 +20,11 @@ from lowrank_optax.matrix.stacks import Modules, ScanAxis, stack_axes
 
 
 class Inferred(NamedTuple):
-    """What is inferred of a leaf.
+    """What the library infers about a leaf.
 
     Attributes:
-        numbers: Axes of its matrix; None, if it has none.
-        reason: Why, if it has none.
+        numbers: Axes of the leaf's matrix; None, if the leaf has no matrix.
+        reason: Why the leaf has no matrix; empty, if it has one.
     """
 
     numbers: LowRankDimensionNumbers | None
@@ -34,37 +34,38 @@ class Inferred(NamedTuple):
 def dimension_numbers_by_name(params: Any, scan_axis: ScanAxis | None = None) -> Any:
     """Returns the default dimension numbers of every leaf, a tree like ``params``.
 
-    A matrix is input x output. What is neither of these is a stack of the matrices of
-    its last two axes:
+    A matrix is input x output. These leaves are recognised; any other leaf is a stack
+    of matrices, each of the last two axes:
 
-    - Norms and biases, by their names, vectors, and stacks of vectors: None.
-    - Layers that were stacked to be scanned: a stack over their axis, wherever it is. A
-      box says so of its axis (``layers``); ``scan_axis`` does; or the leaves show it:
-      in a scanned module all have that length at that axis, norms too.
-    - Kernels of attention, which are known by their names (``query``, ``k_proj``,
-      ``kv_einsum``, ``o_proj``, ...) beside one another or in an attention: (d, heads,
-      width) and (heads, d, width) are d x (heads width), (heads, width, d) is (heads
-      width) x d. Keys, values and queries in one leaf are a stack.
-    - Leaves whose boxes name the axes of heads: those together are one side.
-    - Convolutions, by their names: everything but the output x output.
+    - Norms and biases (by name), vectors, and stacks of vectors get None.
+    - Layers that are stacked for a scan are a stack over the layer axis, at whatever
+      position. The layer axis is named by a box (``layers``), given by ``scan_axis``,
+      or shown by the shapes: in a scanned module this axis has one length in all
+      leaves, norms too.
+    - Attention kernels are recognised by name (``query``, ``k_proj``, ``kv_einsum``,
+      ``o_proj``, ...), beside one another or in a module named attention. (d, heads,
+      width) and (heads, d, width) are d x (heads width); (heads, width, d) is (heads
+      width) x d. Queries, keys and values in one leaf are a stack.
+    - Where a box names axes of heads, these axes together are one side.
+    - Convolutions (by name) are (all other axes) x output.
 
-    :func:`lowrank_optax.projections` says what comes out. Change single entries of the
-    result, with ``jax.tree_util.tree_map_with_path`` for instance, and hand it on as
-    ``dimension_numbers``. A tree that ``optax.masked`` or ``optax.partition`` has made
-    smaller shows less: say ``scan_axis`` there.
+    :func:`lowrank_optax.projections` lists the decisions. To change one, change its
+    entry in the result, for instance with ``jax.tree_util.tree_map_with_path``, and
+    pass the result as ``dimension_numbers``. Inside ``optax.masked`` and
+    ``optax.partition`` a smaller tree shows less: give ``scan_axis`` there.
 
     Args:
         params: Tree of arrays or shapes.
-        scan_axis: Axis of stacked layers, of every leaf under a name like ``layers``,
-            ``blocks``, ``stack`` or ``scan``; or {regular expression: axis} of the
-            leaves whose key path it finds. None: as boxes say and leaves show.
+        scan_axis: Axis of stacked layers in every leaf under a name like ``layers``,
+            ``blocks``, ``stack`` or ``scan``; or {regular expression: axis} for the
+            leaves whose key path matches. None: the axis that boxes and shapes show.
 
     Returns:
         A tree like ``params``, without boxes, of :class:`LowRankDimensionNumbers` or
         None.
 
     Raises:
-        ValueError: If ``scan_axis`` names an axis that is none of layers.
+        ValueError: If ``scan_axis`` cannot be the axis of stacked layers.
 
     Example:
         >>> import functools, jax.numpy as jnp, lowrank_optax
@@ -82,7 +83,7 @@ def dimension_numbers_by_name(params: Any, scan_axis: ScanAxis | None = None) ->
 
 
 def inferred(params: Any, scan_axis: ScanAxis | None = None) -> dict[tuple, Inferred]:
-    """Returns what is inferred of each leaf by its key path."""
+    """Returns what the library infers about each leaf, by key path."""
     modules = Modules(named_leaves(params))
     stacks = stack_axes(modules, scan_axis)
     return {
@@ -112,7 +113,7 @@ def _of_leaf(leaf: Leaf, stack: tuple[int, ...], modules: Modules) -> Inferred:
 
 
 def _split(rest: list[int], heads: set[int]) -> LowRankDimensionNumbers:
-    """Returns axes as heads and the others, the side that comes first as rows."""
+    """Returns the heads as one side, the other axes as the other; rows come first."""
     one = tuple(axis for axis in rest if axis in heads)
     other = tuple(axis for axis in rest if axis not in heads)
     return LowRankDimensionNumbers(*sorted([one, other]))
@@ -127,7 +128,7 @@ def _of_attention(
     returned = modules.returned(kernel.module)
 
     def inputs(axes, default):
-        # They are as long as what attention returns, if one axis alone is.
+        # The input axis is as long as the attention's output, if only one axis is.
         found = [axis for axis in axes if leaf.shape[axis] in returned]
         return found[0] if len(found) == 1 else default
 
@@ -136,7 +137,7 @@ def _of_attention(
         several = [axis for axis in rest[:-1] if leaf.shape[axis] == kernel.fused]
         one = [axis for axis in rest if axis not in several[:1]]
     elif len(rest) > 3:
-        # Layers that nothing else shows: there are fewer than there are inputs.
+        # One axis is of layers, and nothing else shows which: the shorter one.
         longest = max(rest[:2], key=lambda axis: leaf.shape[axis])
         one = [inputs(rest[:2], longest), *rest[2:]]
     axis = inputs(one[:-1], one[kernel.heads_first])

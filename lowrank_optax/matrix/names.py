@@ -1,7 +1,7 @@
-"""What the names of leaves and of their axes say of them: the words of the field.
+"""What the names of leaves and axes say about a leaf: the words of the field.
 
 Flax, Equinox, Haiku, Haliax, MaxText and Tunix name attention kernels, norms and layers
-in few ways. What is not among these words says nothing.
+in few ways. Any other word says nothing.
 """
 
 import re
@@ -11,7 +11,8 @@ from typing import Any, Literal, NamedTuple
 from lowrank_optax.matrix.boxes import leaves_by_path, names_by_path
 
 Kind = Literal["in", "fused", "out"]
-"""What an attention kernel makes: queries, keys or values, several of them, outputs."""
+"""The output of an attention kernel: "in" is queries, keys or values; "fused" several
+of these; "out" the attention's output."""
 
 _TOKENS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _FILLERS = {"proj", "projection", "einsum", "dense", "linear", "attention", "attn"}
@@ -21,7 +22,7 @@ _OUT = {"o", "out", "output", "vec"}
 _OF_VECTORS = {"scale", "bias", "weight", "w", "offset", "gamma", "beta", "g", "b"}
 _LAYERS = {"layers", "blocks", "stack", "stacked", "scan", "scanned"}
 
-# Names of axes. Those of a mesh are none of these, but for experts and stages.
+# Names of axes. Mesh axes have other names, except for experts and stages.
 _LAYER_AXES = {"layers", "layer", "scan", "stack", "qkv", "block", "blocks"}
 _STACK_AXES = {"exp", "expert", "experts", "num_experts", "stage", "stages"}
 _HEAD_AXES = {
@@ -32,13 +33,13 @@ _OTHER_AXES = {"embed", "mlp", "vocab", "joined_kv", "norm", "q_lora", "kv_lora"
 
 
 class Leaf(NamedTuple):
-    """A leaf, and what is known of it.
+    """A leaf with its names.
 
     Attributes:
-        path: Its key path.
-        keys: The names on the way to it, one for each module.
-        shape: Its shape.
-        axes: The names of its axes, as long as the shape; () if nobody wrote them.
+        path: Key path of the leaf.
+        keys: Names along the path, one for each module.
+        shape: Shape of the leaf.
+        axes: Names of the axes, one for each; () if the axes have no names.
     """
 
     path: tuple
@@ -48,12 +49,12 @@ class Leaf(NamedTuple):
 
     @property
     def containers(self) -> Iterable[tuple[str, ...]]:
-        """The modules that it is in, the outermost first."""
+        """The modules around the leaf, the outermost first."""
         return (self.keys[:depth] for depth in range(len(self.keys)))
 
 
 def named_leaves(params: Any) -> list[Leaf]:
-    """Returns the leaves of a tree, with what boxes and key paths say of them."""
+    """Returns the leaves of a tree with their names from boxes and key paths."""
     names = names_by_path(params)
 
     def leaf(path, array):
@@ -66,7 +67,7 @@ def named_leaves(params: Any) -> list[Leaf]:
 
 
 def _keys(path: tuple) -> tuple[str, ...]:
-    # Haiku writes the way to a module into one key.
+    # Haiku writes the whole path to a module into one key.
     keys = [
         str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
         for key in path
@@ -81,7 +82,7 @@ def _tokens(key: str) -> list[str]:
 
 
 def is_norm(leaf: Leaf) -> bool:
-    """Returns whether a leaf is of a norm, which scales or shifts vectors."""
+    """Returns whether a leaf belongs to a norm, which scales or shifts vectors."""
 
     def named(key):
         return any(token.endswith("norm") or token == "ln" for token in _tokens(key))
@@ -94,8 +95,8 @@ def is_bias(leaf: Leaf, leaves: Iterable[Leaf]) -> bool:
     """Returns whether a leaf is added to vectors.
 
     Args:
-        leaf: Of those leaves; "b" is a bias beside a "w" of more axes.
-        leaves: In the same module.
+        leaf: The leaf; a "b" is a bias beside a "w" with more axes.
+        leaves: All leaves of the same module.
     """
     last = leaf.keys[-1]
     kernels = [len(x.shape) for x in leaves if x.keys[-1] == "w"]
@@ -114,25 +115,26 @@ def is_output_first(leaf: Leaf) -> bool:
 
 
 def is_of_experts(leaf: Leaf) -> bool:
-    """Returns whether a leaf is of the experts of a mixture, and not their router."""
+    """Returns whether a leaf belongs to the experts of a mixture, not to the router."""
     words = {token for key in leaf.keys for token in _tokens(key)}
     is_router = any({*_tokens(key)} <= {"gate", "router"} for key in leaf.keys[-2:])
     return bool(words & {"expert", "experts", "moe"}) and not is_router
 
 
 def is_of_layers(leaf: Leaf) -> bool:
-    """Returns whether a leaf is in what is named after its layers."""
+    """Returns whether a module around a leaf has a name of layers."""
     return any(_LAYERS & {*_tokens(key)} for key in leaf.keys)
 
 
 class InAttention(NamedTuple):
-    """What an attention kernel is.
+    """An attention kernel.
 
     Attributes:
-        module: Names on the way to the attention that it is in.
-        kind: What it makes.
-        fused: How many kernels it is.
-        heads_first: Whether its heads come before its input, as in Gemma's einsums.
+        module: Names along the path to the attention of this kernel.
+        kind: Kind of the kernel's output.
+        fused: Number of kernels in the leaf.
+        heads_first: Whether the axis of heads comes before the input axis, as in
+            Gemma's einsums.
     """
 
     module: tuple[str, ...]
@@ -142,7 +144,7 @@ class InAttention(NamedTuple):
 
 
 def in_attention(leaf: Leaf) -> InAttention | None:
-    """Returns what attention kernel a leaf may be, None if it cannot be one."""
+    """Returns the attention kernel that a leaf may be by its name, or None."""
     for depth in range(len(leaf.keys) - 1, max(len(leaf.keys) - 4, -1), -1):
         tokens = _tokens(leaf.keys[depth])
         words = [t.removeprefix("w") for t in tokens if t not in _FILLERS]
@@ -158,7 +160,7 @@ def in_attention(leaf: Leaf) -> InAttention | None:
 
 
 def is_attention(module: tuple[str, ...], kinds: Iterable[Kind]) -> bool:
-    """Returns whether a module is an attention, from its names and what is in it."""
+    """Returns whether a module is an attention, by its names and its kernels."""
     found = list(kinds)
     words = {token for key in module for token in _tokens(key)}
     named = any(w.startswith("att") or w.endswith("attention") for w in words)
@@ -169,7 +171,7 @@ def stack_axes_by_name(leaf: Leaf) -> tuple[int, ...]:
     """Returns the axes of a leaf whose names are those of layers and experts."""
     layers = [k for k, name in enumerate(leaf.axes) if name in _LAYER_AXES]
     both = [k for k, n in enumerate(leaf.axes) if n in _LAYER_AXES | _STACK_AXES]
-    # What routes to experts has them for its output.
+    # The experts are the output axis of a router.
     return tuple(both if len(leaf.shape) - len(both) > 1 else layers)
 
 

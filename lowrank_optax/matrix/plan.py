@@ -1,4 +1,4 @@
-"""What is projected, how, and what is not and why: decided here, from shapes alone."""
+"""Plans of the leaves: how each one is projected, or why it stays at full size."""
 
 import dataclasses
 import math
@@ -17,16 +17,16 @@ from lowrank_optax.matrix.view import MatrixView, Side, matrix_view
 
 @dataclasses.dataclass(frozen=True)
 class LeafPlan:
-    """What a low-rank transformation does with one leaf.
+    """The plan of a low-rank transformation for one leaf, from shapes alone.
 
     Attributes:
         path: Key path of the leaf, as ``jax.tree_util.keystr`` writes it.
         shape: Shape of the leaf.
-        view: How it is seen as matrices; None, if it has none.
-        capacity: Columns of its basis; 0 if it is not projected.
-        reason: Why it stays at full size; empty if it is projected.
-        asked_granularity: Granularity that was asked for; the view has the nearest
-            divisor at or below it.
+        view: The leaf as matrices; None, if the leaf has no matrix.
+        capacity: Columns of the basis; 0 if the leaf is not projected.
+        reason: Why the leaf stays at full size; empty if the leaf is projected.
+        asked_granularity: The user's granularity. The view has the largest divisor
+            that is not above this number.
     """
 
     path: str
@@ -62,7 +62,7 @@ class LeafPlan:
 
     @property
     def _axes(self) -> str:
-        """Which axes those are, where they are not the last two."""
+        """The axes of rows and columns, if they are not the last two axes."""
         assert self.view is not None
         sides = self.view.row_axes, self.view.column_axes
         if sides == ((len(self.shape) - 2,), (len(self.shape) - 1,)):
@@ -81,11 +81,11 @@ def plan_leaves(
     """Returns the plan of every leaf by its key path.
 
     Args:
-        params: Arrays or shapes; their boxes may name their axes.
+        params: Arrays or shapes; boxes may name their axes.
         capacity: Columns of a basis.
-        side: Which one is projected.
-        dimension_numbers: Of the user; None: inferred.
-        granularity: Asked for.
+        side: The projected side, "short" or "long".
+        dimension_numbers: The user's dimension numbers; None: inferred.
+        granularity: The user's granularity.
 
     Raises:
         ValueError: If dimension numbers are missing for a leaf, or do not fit it.
@@ -128,12 +128,12 @@ def _plan_leaf(path, leaf, capacity, side, numbers, granularity) -> LeafPlan:
 
 
 def views_of(plans: Mapping[tuple, LeafPlan]) -> dict[tuple, MatrixView | None]:
-    """Returns how each leaf is seen as matrices, None if it is none."""
+    """Returns each leaf's view as matrices, None for a leaf without a matrix."""
     return {path: plan.view for path, plan in plans.items()}
 
 
 def warn_if_few_are_projected(plans: Mapping[tuple, LeafPlan]) -> None:
-    """Warns if less than half of what the matrices hold is projected."""
+    """Warns if less than half of all matrix entries are projected."""
     matrices = [plan for plan in plans.values() if plan.view is not None]
     entries = {plan.path: math.prod(plan.shape) for plan in matrices}
     whole = sum(entries.values())
@@ -142,10 +142,10 @@ def warn_if_few_are_projected(plans: Mapping[tuple, LeafPlan]) -> None:
         kept = [plan for plan in matrices if not plan.is_projected]
         largest = max(kept, key=lambda plan: entries[plan.path])
         warnings.warn(
-            f"only {part / whole:.0%} of what {len(matrices)} matrices hold is "
-            f"projected; the largest of the rest: {largest}. All are listed by "
-            "lowrank_optax.projections(optimizer, params); dimension_numbers says "
-            "which axes form a matrix; optax.partition gives leaves to another "
-            "optimizer, without this warning.",
+            f"only {part / whole:.0%} of the entries of {len(matrices)} matrices are "
+            f"projected; the largest of the rest: {largest}. "
+            "lowrank_optax.projections(optimizer, params) lists all leaves. Set the "
+            "axes of a matrix by dimension_numbers, or give leaves to another "
+            "optimizer by optax.partition, which avoids this warning.",
             stacklevel=2,
         )

@@ -1,7 +1,7 @@
 """Shardings of the state, from those of the parameters; explicit meshes made automatic.
 
-Both of JAX's sharding modes reach the same code: under explicit axis types it runs in a
-region whose axes are automatic, and comes out with the shardings that went in.
+Both of JAX's sharding modes run the same code. Under explicit axis types the code runs
+in a region of automatic axes, and its results have the shardings of its inputs.
 """
 
 import math
@@ -21,14 +21,14 @@ from lowrank_optax.matrix.view import MatrixView
 def with_automatic_axes(function: Callable, out_like: Any, *args: Any) -> Any:
     """Returns function(*args), computed with the mesh's explicit axes automatic.
 
-    svd, qr, cholesky and eigh refuse operands sharded explicitly over their matrix
-    axes, and a product over a sharded axis must name its output's sharding; the
-    compiler's partitioner needs neither.
+    Under explicit axes, svd, qr, cholesky and eigh refuse operands with sharded matrix
+    axes, and a product over a sharded axis must name the sharding of its output. The
+    compiler's partitioner has neither restriction.
 
     Args:
         function: Any function of arrays.
-        out_like: Tree whose leaves have the shardings of the function's outputs.
-        args: Its arguments, trees of arrays.
+        out_like: Tree of leaves with the shardings of the function's outputs.
+        args: Arguments of the function, trees of arrays.
     """
     mesh = _explicit_mesh(args)
     if mesh is None:
@@ -44,17 +44,18 @@ def _explicit_mesh(tree: Any):
             continue
         mesh = jax.typeof(leaf).sharding.mesh
         if AxisType.Explicit in getattr(mesh, "axis_types", ()):
-            # Outside of a trace the devices are known, and needed.
+            # Outside a trace the mesh must be concrete, with its devices.
             sharding = None if isinstance(leaf, Tracer) else named_sharding(leaf)
             return mesh if sharding is None else sharding.mesh
     return None
 
 
 def on_mesh_of(like: Any, tree: Any) -> Any:
-    """Returns a tree with what lies on no mesh replicated over that of the leaves.
+    """Returns a tree whose arrays all lie on the mesh of ``like``.
 
-    Without ``jax.set_mesh`` a new scalar lies on none, and comes out of a region of
-    automatic axes on the mesh: under explicit axes that is another type.
+    Arrays on no mesh are replicated over the mesh. Without ``jax.set_mesh`` a new
+    scalar lies on no mesh, and after a region of automatic axes it lies on the mesh.
+    Under explicit axes these are two types.
 
     Args:
         like: Tree of arrays; shapes in it lie on no mesh.
@@ -76,27 +77,27 @@ def on_mesh_of(like: Any, tree: Any) -> Any:
 
 
 def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Returns shape, dtype and, if it is known, the sharding over a mesh of a leaf."""
+    """Returns shape and dtype of a leaf, and its sharding over a mesh, if known."""
     return struct_of(leaf, named_sharding(leaf))
 
 
 def zeros_beside(leaf: Any, shape: tuple[int, ...], dtype: Any, axes: Axes) -> Any:
-    """Returns zeros sharded as the given axes of ``leaf`` are; boxed, if it is.
+    """Returns zeros with the sharding of the given axes of ``leaf``, boxed alike.
 
     Args:
         leaf: Parameter: array, tracer, or ShapeDtypeStruct; in a box or not.
         shape: Shape of the result.
-        dtype: Its dtype.
-        axes: For each axis of the result, the axes of ``leaf`` merged in it; () for one
-            that is never sharded, such as the rank. An axis that the mesh does not
-            divide is not sharded either.
+        dtype: Dtype of the result.
+        axes: For each axis of the result, the axes of ``leaf`` merged into it; () for
+            an axis that is never sharded, such as the rank. An axis whose length the
+            mesh does not divide is not sharded either.
     """
     if is_box(leaf):
         zeros = zeros_beside(contents(leaf), shape, dtype, axes)
         return boxed_beside(leaf, zeros, axes)
     sharding = named_sharding(leaf)
     if sharding is None and isinstance(leaf, Tracer):
-        # Inside shard_map they vary over the devices that the leaf does.
+        # Inside shard_map the zeros vary over the same devices as the leaf.
         return jax.lax.full_like(leaf, 0, dtype, shape)
     if sharding is None:
         return jnp.zeros(shape, dtype)
@@ -114,14 +115,14 @@ def zeros_beside(leaf: Any, shape: tuple[int, ...], dtype: Any, axes: Axes) -> A
 
 
 def zeros_like_update(leaf: Any, update: Any) -> Any:
-    """Returns zeros of the dtype of an update; shaped, sharded, boxed as its leaf."""
+    """Returns zeros of an update's dtype, with its leaf's shape, sharding and box."""
     shape = contents(leaf).shape
     axes = tuple((axis,) for axis in range(len(shape)))
     return zeros_beside(leaf, shape, update.dtype, axes)
 
 
 def _explicit_sharding(leaf: Any, mesh: Any) -> NamedSharding:
-    """Returns the sharding of a leaf; over the whole mesh, if it is not on it."""
+    """Returns the sharding of a leaf; replicated, if the leaf lies on no mesh."""
     is_abstract = isinstance(leaf, jax.ShapeDtypeStruct)
     sharding = leaf.sharding if is_abstract else jax.typeof(leaf).sharding
     if sharding is None or sharding.mesh.empty:
@@ -130,10 +131,10 @@ def _explicit_sharding(leaf: Any, mesh: Any) -> NamedSharding:
 
 
 def named_sharding(leaf: Any) -> NamedSharding | None:
-    """Returns the sharding over a mesh of a leaf, boxed or not; None: not known."""
+    """Returns a leaf's sharding over a mesh, None if unknown; the leaf may be boxed."""
     leaf = contents(leaf)
     if isinstance(leaf, Tracer):
-        # A tracer knows its sharding under explicit axis types only.
+        # A tracer has its sharding under explicit axis types only.
         sharding = jax.typeof(leaf).sharding
         explicit = AxisType.Explicit in getattr(sharding.mesh, "axis_types", ())
         return sharding if explicit else None
@@ -149,7 +150,7 @@ def _shards(mesh: Any, part: Any) -> int:
 def basis_axes(view: MatrixView) -> tuple[tuple[int, ...], ...]:
     """Returns the leaf's axes behind each axis of a basis (*stack, b/c, r).
 
-    Blocks of a sharded side lie on one device each: their length b/c is whole.
+    At a granularity above 1 the axis b/c is not sharded: each device has whole blocks.
     """
     projected = view.projected_axes if view.granularity == 1 else ()
     return (*stack_axes(view), projected, ())

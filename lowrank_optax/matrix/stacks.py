@@ -1,4 +1,4 @@
-"""Which axes of a leaf are those of layers that were stacked to be scanned."""
+"""The axes of stacked layers in each leaf, where a model scans over its layers."""
 
 import re
 from collections import defaultdict
@@ -20,16 +20,16 @@ from lowrank_optax.matrix.names import (
 )
 
 ScanAxis = int | Mapping[str, int]
-"""The axis of stacked layers: of every leaf under a name like layers, blocks, stack or
-scan; or, by a regular expression, of every leaf whose key path it finds."""
+"""The axis of stacked layers in every leaf under a name like layers, blocks, stack or
+scan; or {regular expression: axis} for the leaves whose key path matches."""
 
 
 class Modules:
-    """The leaves of a tree by the modules that they are in.
+    """The leaves of a tree, by module.
 
     Attributes:
-        leaves: All of them.
-        inside: Those inside of each module, at any depth.
+        leaves: All leaves.
+        inside: Module -> the leaves inside it, at any depth.
     """
 
     def __init__(self, leaves: Sequence[Leaf]):
@@ -49,21 +49,22 @@ class Modules:
         }
 
     def attention(self, leaf: Leaf) -> InAttention | None:
-        """Returns what attention kernel a leaf is, None if it is none."""
+        """Returns the attention kernel that a leaf is, or None."""
         found = in_attention(leaf)
         return found if found and found.module in self._attentions else None
 
     def kernels(
         self, module: tuple[str, ...], kind: Kind
     ) -> list[tuple[Leaf, InAttention]]:
-        """Returns the kernels of this kind in an attention."""
+        """Returns the kernels of one kind in an attention."""
         return [(leaf, x) for leaf, x in self._attentions[module] if x.kind == kind]
 
     def has_heads(self, leaf: Leaf, kernel: InAttention) -> bool:
-        """Returns whether an attention kernel has an axis of heads, seen from outside.
+        """Returns whether an attention kernel has an axis of heads, judged by shapes.
 
-        What makes queries, (d, heads, width), is told from layers of (d, heads x width)
-        by d, which attention returns too, or which is longer than a head is wide.
+        A kernel (d, heads, width) must be told from layers (layers, d, heads x width).
+        In the former d is the length of the attention's output, or at least the width
+        of a head.
         """
         shape = leaf.shape
         if kernel.kind == "fused" or kernel.heads_first or len(shape) > 3:
@@ -78,7 +79,7 @@ class Modules:
         return shape[0] >= shape[-1] or shape[0] in self.returned(kernel.module)
 
     def returned(self, module: tuple[str, ...]) -> set[int]:
-        """Returns how long what an attention returns may be."""
+        """Returns the lengths that an attention's output may have."""
         outputs = self.kernels(module, "out")
         return {leaf.shape[-1] for leaf, _ in outputs if leaf.shape}
 
@@ -88,12 +89,13 @@ def stack_axes(
 ) -> dict[tuple, tuple[int, ...]]:
     """Returns the axes of stacked layers of each leaf, by its key path.
 
-    They are said by the names of axes, or by ``scan_axis``. Else leaves show them: in a
-    module that is scanned all have that length at that axis, norms too, which have one
-    more axis than a vector; and where no norm is to be seen, all matrices have.
+    The names of axes or ``scan_axis`` give the layer axis. Otherwise the shapes show
+    it: in a scanned module the layer axis has one length in all leaves. Norms show it
+    too, for a stacked norm has one axis more than a vector. Without norms, all matrices
+    must agree.
 
     Raises:
-        ValueError: If ``scan_axis`` names an axis that is none of layers.
+        ValueError: If ``scan_axis`` cannot be the axis of stacked layers.
     """
     said = _said(modules.leaves, scan_axis)
     shown: dict[tuple[str, ...], tuple[int, ...]] = {}
@@ -113,7 +115,7 @@ def stack_axes(
 
 
 def _shown(group: Sequence[Leaf], modules: Modules) -> tuple[int, ...]:
-    """Returns the axes of layers that the leaves of a module show, () if none."""
+    """Returns the layer axes that the shapes in a module show, () if none."""
     fewest = min(len(leaf.shape) for leaf in group)
     shared = tuple(
         axis for axis in range(fewest) if len({leaf.shape[axis] for leaf in group}) == 1
@@ -123,7 +125,7 @@ def _shown(group: Sequence[Leaf], modules: Modules) -> tuple[int, ...]:
         if len(group) == len(norms) or min(norms) < 2:
             return ()
         if len(shared) == min(norms):
-            # All begin with a norm's axes: its vectors are longer than layers are many.
+            # All leaves share all axes of a norm. The longest one is the norm's vector.
             longest = max(shared, key=lambda axis: group[0].shape[axis])
             shared = tuple(axis for axis in shared if axis != longest)
         return shared if len(shared) == min(norms) - 1 else ()
@@ -133,7 +135,7 @@ def _shown(group: Sequence[Leaf], modules: Modules) -> tuple[int, ...]:
 
 
 def _may_be_layers(leaf: Leaf, axis: int, modules: Modules) -> bool:
-    """Returns whether an axis of a leaf is one that it does not have in one layer."""
+    """Returns whether an axis of a leaf may be an axis of layers, by its position."""
     if axis > 1 or is_convolution(leaf):
         return False
     kernel = modules.attention(leaf)
@@ -141,12 +143,12 @@ def _may_be_layers(leaf: Leaf, axis: int, modules: Modules) -> bool:
         return len(leaf.shape) > (4 if kernel.kind == "fused" else 3)
     if is_of_experts(leaf):
         return len(leaf.shape) > 3
-    # Between the sides of a matrix stand layers only if they are fewer than those.
+    # An axis between the sides of a matrix is of layers only if it is the shortest.
     return len(leaf.shape) > 2 and (axis == 0 or leaf.shape[1] <= min(leaf.shape))
 
 
 def _said(leaves: Iterable[Leaf], scan_axis: ScanAxis | None) -> dict[tuple, int]:
-    """Returns the axis that ``scan_axis`` says of each leaf that it speaks of."""
+    """Returns the layer axis of each leaf that ``scan_axis`` names, by key path."""
     if scan_axis is None:
         return {}
     found: dict[tuple, int] = {}

@@ -11,16 +11,17 @@ import jax.numpy as jnp
 from lowrank_optax.matrix.dimension_numbers import LowRankDimensionNumbers
 
 Side = Literal["short", "long"]
-"""Which side of a matrix is projected: the shorter or the longer one."""
+"""The projected side of a matrix: the shorter or the longer one."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MatrixView:
-    """How one leaf is seen as a stack of matrices G (n, m) and oriented to (a, b).
+    """One leaf as a stack of matrices G (n, m), and their orientation to (a, b).
 
-    b is the length of the projected side, a that of the other one. At granularity c the
-    oriented matrix (a, b) is seen as (a*c, b/c): each row becomes c rows, all projected
-    by one basis (b/c, r). Everything here is static: shapes and axes, never values.
+    b is the length of the projected side, a the length of the other side. At
+    granularity c the oriented matrix (a, b) becomes (a*c, b/c): each row becomes c
+    rows, and one basis (b/c, r) projects all rows. A view is static: it has shapes and
+    axes, never values.
 
     Attributes:
         shape: Shape of the leaf.
@@ -70,7 +71,7 @@ class MatrixView:
 
     @property
     def projected_size(self) -> int:
-        """Length b/c of what a basis projects."""
+        """Length b/c of the rows that a basis projects."""
         return self._projected_side // self.granularity
 
     @property
@@ -90,7 +91,7 @@ class MatrixView:
         return leaf.transpose(order).reshape(shape)
 
     def leaf(self, matrices: jax.Array) -> jax.Array:
-        """Returns (*stack, n, m) in the leaf's own shape: the inverse of matrices."""
+        """Returns (*stack, n, m) in the leaf's shape: the inverse of ``matrices``."""
         order = self.stack_axes + self.row_axes + self.column_axes
         inverse = sorted(range(len(order)), key=order.__getitem__)
         permuted = matrices.reshape([self.shape[axis] for axis in order])
@@ -100,15 +101,15 @@ class MatrixView:
         """Returns the leaf as (*stack, a*c, b/c), the projected side last."""
         matrices = self.matrices(leaf)
         if self.projects_rows:
-            # Without axes of length one, beside which XLA writes the transposed matrix
-            # to memory before a product (jaxlib 0.10, CPU).
+            # Axes of length one are dropped: beside them XLA writes the transposed
+            # matrix to memory before a product (jaxlib 0.10, CPU).
             stack = [length for length in self.stack if length != 1]
             matrices = matrices.reshape(*stack, self.rows, self.columns)
             matrices = jnp.swapaxes(matrices, -1, -2)
         return matrices.reshape(*self.stack, self.kept_size, self.projected_size)
 
     def unoriented(self, oriented: jax.Array) -> jax.Array:
-        """Returns (*stack, a*c, b/c) in the leaf's own shape: oriented's inverse."""
+        """Returns (*stack, a*c, b/c) in the leaf's shape: ``oriented``'s inverse."""
         a = self.kept_size // self.granularity
         matrices = oriented.reshape(*self.stack, a, self._projected_side)
         if self.projects_rows:
@@ -117,8 +118,8 @@ class MatrixView:
 
     def project(self, leaf: jax.Array, basis: jax.Array) -> jax.Array:
         """Returns G P (*stack, a*c, r) for a leaf G and a basis P (*stack, b/c, r)."""
-        # G keeps its own layout: only small matrices are transposed or have a and c
-        # merged, so that a sharded b can stay where it is.
+        # G keeps its own layout, so that a sharded b stays where it is. Only small
+        # matrices are transposed, or have a and c merged.
         matrices = self.matrices(leaf).astype(basis.dtype)
         if self.granularity == 1:
             sides = "...ba" if self.projects_rows else "...ab"
@@ -135,7 +136,7 @@ class MatrixView:
         """Returns N P^T in the leaf's shape, for coordinates N (*stack, a*c, r)."""
         if self.granularity > 1:
             return self.unblocked(self.lift_blocks(coordinates, basis))
-        # The side that comes first in the result goes first: nothing is transposed.
+        # The first side of the result is the first operand: nothing is transposed.
         if self.projects_rows:
             return self.leaf(jnp.einsum("...br,...ar->...ba", basis, coordinates))
         return self.leaf(jnp.einsum("...ar,...br->...ab", coordinates, basis))
@@ -143,7 +144,7 @@ class MatrixView:
     def lift_blocks(self, coordinates: jax.Array, basis: jax.Array) -> jax.Array:
         """Returns N P^T as (*stack, a, c, b/c), or (*stack, c, b/c, a) for rows.
 
-        What is done to the entries is done to this: :meth:`unblocked` then costs
+        Apply functions of the entries to these blocks: :meth:`unblocked` then costs
         nothing, and the compiler writes over the product.
         """
         a = self.kept_size // self.granularity
@@ -154,7 +155,7 @@ class MatrixView:
         return jnp.einsum("...acr,...br->...acb", narrow, basis)
 
     def unblocked(self, blocks: jax.Array) -> jax.Array:
-        """Returns what :meth:`lift_blocks` returns in the leaf's shape."""
+        """Returns the blocks of :meth:`lift_blocks` in the leaf's shape."""
         return self.leaf(blocks.reshape(*self.stack, self.rows, self.columns))
 
     def _each(self, basis: jax.Array) -> jax.Array:
@@ -180,7 +181,7 @@ def matrix_view(
 ) -> MatrixView:
     """Returns the view of a leaf of this shape; ``name`` is for error messages.
 
-    Its granularity is the largest divisor of b that is at most the one asked for.
+    The view's granularity is the largest divisor of b that is at most ``granularity``.
 
     Raises:
         ValueError: If the axes do not exist, repeat, or leave a side without an axis.
