@@ -1,0 +1,272 @@
+"""The tables of ``docs/memory_and_speed.md``, out of ``benchmarks/results/``.
+
+``python -m benchmarks.tables`` writes each table anew between its two comments. A test
+compares the page with the files, so that the two cannot differ.
+"""
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks/results"
+PAGE = ROOT / "docs/memory_and_speed.md"
+# Of each card, the directories that hold its measurements.
+CARDS = {
+    "H200": ("accelerator-h200", "accelerator-h200-second"),
+    "H100": ("accelerator-h100",),
+}
+NOTHING = "not measured"
+_BLOCK = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
+
+Rows = Iterator[list[str]]
+
+
+def measurements(name: str) -> dict[str, Any]:
+    """Returns the measurements of a file in ``benchmarks/results/``."""
+    return json.loads((RESULTS / f"{name}.json").read_text())["measurements"]
+
+
+def on_card(card: str, stage: str) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """Returns by name what was measured on a card, each with all of its run.
+
+    Of two runs the fuller one speaks.
+    """
+    found: dict[str, tuple[Any, dict[str, Any]]] = {}
+    for directory in CARDS[card]:
+        run = measurements(f"{directory}/{stage}")
+        for name, result in run.items():
+            if name not in found or _count(result) > _count(found[name][0]):
+                found[name] = result, run
+    return found
+
+
+def _count(result: dict[str, Any]) -> int:
+    """Returns how many times a result holds."""
+    parts = [result, *result.get("alternatives", {}).values()]
+    return sum("milliseconds" in part for part in parts)
+
+
+def memory() -> Rows:
+    yield ["one step of 60m", "state", "arguments", "temporaries", "peak"]
+    for name, x in measurements("memory-60m-cpu").items():
+        parts = (x[key] for key in ("state", "arguments", "temporaries", "peak"))
+        yield [f"`{name}`", *(f"{part / 1e6:,.1f}" for part in parts)]
+
+
+def step_cpu() -> Rows:
+    yield [
+        "one step of 60m",
+        "time against AdamW",
+        "against `contrib.galore`",
+        "peak, MB",
+        "AdamW's",
+        "`contrib.galore`'s",
+        "peak of a step that renews all bases",
+        "that renews one stack",
+    ]
+    for name, after in (("step-60m-cpu", ""), ("step-60m-remat-cpu", ", recomputed")):
+        for rank, x in measurements(name).items():
+            kinds = ("subspace", "adamw", "contrib.galore", "refresh", "refresh apart")
+            peaks = (x["memory"][kind]["peak"] / 1e6 for kind in kinds)
+            ratios = (x["against_adamw"], x["against_contrib.galore"])
+            yield [
+                rank + after,
+                *(_ratio(r["median"], r["least"], r["most"]) for r in ratios),
+                *(f"{peak:,.1f}" for peak in peaks),
+            ]
+
+
+def update_cpu() -> Rows:
+    yield ["update of 60m", "against", "ratio of times", "ours, s", "theirs, s"]
+    for file in ("update-cpu", "various-grained-update-cpu"):
+        for name, x in measurements(file).items():
+            ours, theirs = re.split(r",? against ", name)
+            if "side" in x:
+                ours = ours.replace("60m", "60m Adam in the subspace,")
+            yield [ours.removeprefix("60m "), f"`{theirs}`", *_side_by_side(x)]
+
+
+def renewal_cpu() -> Rows:
+    yield ["update that renews every basis", "ratio of times", "ours, s", "theirs, s"]
+    sizes = {"refresh-60m-cpu": "60m", "refresh-1b-one-layer-cpu": "one layer of 1b"}
+    for file, size in sizes.items():
+        for name, x in measurements(file).items():
+            yield [f"{size}, {name}", *_side_by_side(x)]
+
+
+def update_accelerator() -> Rows:
+    yield ["update", "optimizer", *_heads("against AdamW")]
+    units = [f"{size}, stacked, without renewal" for size in ("60m", "1b")]
+    yield from _alternatives("a-update", units, "adamw")
+
+
+def renewing_update_accelerator() -> Rows:
+    yield [
+        "update that renews every basis",
+        "optimizer",
+        *_heads("against `contrib.galore`"),
+    ]
+    units = [f"{size}, stacked, with renewal" for size in ("60m", "1b")]
+    yield from _alternatives("a-update", units, "contrib.galore")
+
+
+def renewal_accelerator() -> Rows:
+    yield [
+        "update that renews every basis",
+        "basis rule",
+        *_heads("against `contrib.galore`"),
+    ]
+    yield from _alternatives("c-refresh", ["60m", "1b-one-layer"], "contrib.galore")
+
+
+def _heads(ratio: str) -> list[str]:
+    heads = ("{}, ms", ratio, "trace and compile, s")
+    return [head.format(card) for card in CARDS for head in heads]
+
+
+def _alternatives(stage: str, units: list[str], base: str) -> Rows:
+    """Yields a row for each alternative of each unit, with three cells a card."""
+    found = {card: on_card(card, stage) for card in CARDS}
+    for unit in units:
+        of_card = {
+            card: x[unit][0].get("alternatives", {}) for card, x in found.items()
+        }
+        names = dict.fromkeys(name for x in of_card.values() for name in x)
+        for i, name in enumerate(names):
+            row = [unit if i == 0 else "", f"`{name}`"]
+            for alternatives in of_card.values():
+                x = alternatives.get(name, {})
+                row.append(_milliseconds(x))
+                row.append(_against(x, alternatives.get(base, {})))
+                row.append(_compiling(x))
+            yield row
+
+
+def step_accelerator() -> Rows:
+    yield [
+        "step",
+        "card",
+        "ms",
+        "against AdamW",
+        "tokens/s",
+        "state, GB",
+        "peak, GB",
+        "planned peak, GB",
+        "trace and compile, s",
+    ]
+    found = {card: on_card(card, "b-step") for card in CARDS}
+    for name in next(iter(found.values())):
+        of_card = {card: results[name] for card, results in found.items()}
+        # What no card has measured is said in the page's own words.
+        if not any(_count(result) for result, _ in of_card.values()):
+            continue
+        for card, (result, run) in of_card.items():
+            base = run.get(f"{name.split()[0]} adamw, full gradients", {})
+            yield [name, card, *_step(result, base)]
+
+
+def inside_24gb() -> Rows:
+    yield [
+        "step of 7b",
+        "card",
+        "ms",
+        "tokens/s",
+        "state, GB",
+        "peak, GB",
+        "planned peak, GB",
+        "trace and compile, s",
+    ]
+    found = {card: on_card(card, "d-24gb") for card in CARDS}
+    for name in next(iter(found.values())):
+        for card, results in found.items():
+            cells = _step(results[name][0], {})
+            yield [name.removeprefix("7b "), card, cells[0], *cells[2:]]
+
+
+def _step(x: dict[str, Any], base: dict[str, Any]) -> list[str]:
+    if "milliseconds" not in x:
+        return [NOTHING, *[""] * 6]
+    planned = x["planned_bytes"]
+    sizes = (planned["state"], x["bytes"]["peak"], planned["peak"])
+    return [
+        _milliseconds(x),
+        _against(x, base),
+        f"{x['tokens_per_second']:,.0f}",
+        *(f"{size / 1e9:.2f}" for size in sizes),
+        _compiling(x),
+    ]
+
+
+def _milliseconds(x: dict[str, Any]) -> str:
+    if "milliseconds" not in x:
+        return NOTHING
+    found = x["milliseconds"]
+    numbers = (found["median"], found["min"], found["max"])
+    digits = 3 if numbers[0] < 10 else 1
+    median, least, most = (f"{number:,.{digits}f}" for number in numbers)
+    is_once = found.get("batches") == 1
+    return f"{median}, once" if is_once else f"{median} ({least} to {most})"
+
+
+def _against(x: dict[str, Any], base: dict[str, Any]) -> str:
+    if x is base or "milliseconds" not in x or "milliseconds" not in base:
+        return ""
+    ratio = x["milliseconds"]["median"] / base["milliseconds"]["median"]
+    return f"{ratio:.2g}" if ratio < 0.1 else f"{ratio:.2f}"
+
+
+def _compiling(x: dict[str, Any]) -> str:
+    if "milliseconds" not in x:
+        return ""
+    return f"{x['trace_seconds'] + x['compile_seconds']:.1f}"
+
+
+def _side_by_side(x: dict[str, Any]) -> list[str]:
+    """Returns the ratio of the times of pairs of calls, and both medians."""
+    ratio = _ratio(x["ratio_median"], x["ratio_min"], x["ratio_max"])
+    times = (statistics.median(x[key]) for key in ("ours_seconds", "theirs_seconds"))
+    return [ratio, *(f"{time:.3f}" for time in times)]
+
+
+def _ratio(median: float, least: float, most: float) -> str:
+    digits = 3 if median < 0.3 else 2
+    middle, low, high = (f"{number:.{digits}f}" for number in (median, least, most))
+    return middle if low == high else f"{middle} ({low} to {high})"
+
+
+TABLES: dict[str, Callable[[], Rows]] = {
+    "memory": memory,
+    "step-cpu": step_cpu,
+    "update-cpu": update_cpu,
+    "renewal-cpu": renewal_cpu,
+    "update-accelerator": update_accelerator,
+    "renewing-update-accelerator": renewing_update_accelerator,
+    "renewal-accelerator": renewal_accelerator,
+    "step-accelerator": step_accelerator,
+    "24gb": inside_24gb,
+}
+
+
+def markdown(rows: Rows) -> str:
+    """Returns a table; its first row is the heads of its columns."""
+    head, *body = rows
+    rule = ["---"] * len(head)
+    return "".join(f"| {' | '.join(row)} |\n" for row in (head, rule, *body))
+
+
+def filled(page: str) -> str:
+    """Returns the text of a page with every table as the files have it."""
+
+    def table(found: re.Match) -> str:
+        begin, name, _, end = found.groups()
+        return f"{begin}\n{markdown(TABLES[name]())}\n{end}"
+
+    return _BLOCK.sub(table, page)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,56 @@
+"""The tables of the page about memory and speed are what the result files say."""
+
+import copy
+
+import pytest
+
+from benchmarks import tables
+
+
+def test_the_page_has_what_the_files_have():
+    page = tables.PAGE.read_text(encoding="utf-8")
+    message = "run python -m benchmarks.tables, and read what the page says of it"
+    assert tables.filled(page) == page, message
+
+
+def test_every_table_is_on_the_page_once():
+    page = tables.PAGE.read_text(encoding="utf-8")
+    for name in tables.TABLES:
+        assert page.count(f"<!-- table: {name} -->") == 1, name
+
+
+@pytest.fixture
+def changed(monkeypatch):
+    """Measurements in which the H100 needed twice its time for every step."""
+    read = tables.measurements
+
+    def slower(name):
+        found = copy.deepcopy(read(name))
+        if name == "accelerator-h100/b-step":
+            for result in found.values():
+                if "milliseconds" in result:
+                    result["milliseconds"]["median"] *= 2
+        return found
+
+    monkeypatch.setattr(tables, "measurements", slower)
+
+
+@pytest.mark.usefixtures("changed")
+def test_another_measurement_is_another_page():
+    page = tables.PAGE.read_text(encoding="utf-8")
+    assert tables.filled(page) != page
+
+
+def test_what_was_not_measured_is_said():
+    rows = list(tables.step_accelerator())
+    row = next(x for x in rows if x[:2] == ["1b adamw, full gradients", "H100"])
+    assert row[2] == tables.NOTHING
+    assert not any(row[3:])
+
+
+def test_times_of_two_runs_are_not_divided_by_one_another():
+    """sumo was measured in the second run on an H200, AdamW's 350m in the first."""
+    rows = list(tables.step_accelerator())
+    row = next(x for x in rows if x[:2] == ["350m sumo, subspace gradients", "H200"])
+    assert row[2] != tables.NOTHING
+    assert row[3] == ""
