@@ -21,11 +21,22 @@ class JoinedDocuments:
         tokens: Shape (n,), the smallest unsigned dtype that holds the vocabulary.
         documents: Documents read.
         empty: Those of them that have no tokens of their own.
+        ends: Tokens, and UTF-8 bytes, up to the end of each document, from (0, 0) on;
+            int64 of shape (documents + 1, 2).
     """
 
     tokens: np.ndarray
     documents: int
     empty: int
+    ends: np.ndarray
+
+    def bytes_between(self, start: int, stop: int) -> float:
+        """Returns the UTF-8 bytes of ``tokens[start:stop]``.
+
+        Within one document the bytes count as spread evenly over its tokens.
+        """
+        before, after = np.interp((start, stop), *self.ends.T)
+        return float(after - before)
 
     def __str__(self) -> str:
         empty = f" ({self.empty:,} empty)" if self.empty else ""
@@ -51,20 +62,22 @@ def join_documents(
     dtype = np.min_scalar_type(last_token)
     end = np.asarray([tokenizer.end_of_document], dtype)
     pieces, count, empty, total = [], 0, 0, 0
+    ends = [(0, 0)]
     last_report = time.monotonic()
     for chunk in _chunks(documents):
-        for ids in tokenizer.encode_batch(chunk):
+        for text, ids in zip(chunk, tokenizer.encode_batch(chunk), strict=True):
             pieces += [np.asarray(ids).astype(dtype), end]
             count += 1
             empty += len(ids) == 0
             total += len(ids) + 1
+            ends.append((total, ends[-1][1] + len(text.encode())))
         if max_tokens is not None and total >= max_tokens:
             break
         if report is not None and time.monotonic() - last_report > _REPORT_SECONDS:
             report(f"tokenized {count:,} documents, {total:,} tokens")
             last_report = time.monotonic()
     tokens = np.concatenate(pieces) if pieces else np.zeros(0, dtype)
-    return JoinedDocuments(tokens[:max_tokens], count, empty)
+    return JoinedDocuments(tokens[:max_tokens], count, empty, np.array(ends))
 
 
 class Windows:

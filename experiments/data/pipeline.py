@@ -31,6 +31,7 @@ class Data:
         description: What is trained and what is validated on, a line each.
         train_tokens: Tokens of one epoch, ends of documents included; None: streamed.
         validation_tokens: The same for the validation text.
+        bytes_per_token: UTF-8 bytes of the validation text per token of it.
         token_digest: Hex digest of all tokens (of ``spec`` and the validation tokens
             where training is streamed): a resumed run refuses another one.
         train_dataset: Endless batches.
@@ -41,6 +42,7 @@ class Data:
     description: str
     train_tokens: int | None
     validation_tokens: int
+    bytes_per_token: float
     token_digest: str
     train_dataset: grain.IterDataset
     validation_windows: Windows
@@ -53,6 +55,16 @@ class Data:
         batch returned last. ``close()`` ends its prefetching thread.
         """
         return self.train_dataset.__iter__()
+
+    def epochs(self, batches: int) -> float | None:
+        """Returns the passes over the training text in so many batches.
+
+        None: the text is streamed, and its length is not known.
+        """
+        if self.train_tokens is None:
+            return None
+        windows = -(-(self.train_tokens - 1) // self.validation_windows.length)
+        return batches * self.batch_size / windows
 
     def validation_batches(
         self, max_tokens: int | None = None
@@ -106,7 +118,7 @@ def make_data(
     _check_numbers(batch_size, sequence_length, seed)
     join = functools.partial(join_documents, tokenizer=tokenizer, report=report)
     source = open_source(spec, validation_spec)
-    train, description = None, f"training: {source.name}"
+    train, text, description = None, None, f"training: {source.name}"
     if source.train is not None:
         text = join(source.train)
         train, description = text.tokens, f"{description}: {text}"
@@ -135,6 +147,7 @@ def make_data(
         description=description,
         train_tokens=None if train is None else len(train),
         validation_tokens=len(validation),
+        bytes_per_token=_bytes_per_token(text, len(validation)),
         token_digest=_digest(spec.encode() if train is None else train, validation),
         train_dataset=dataset,
         validation_windows=Windows(validation, sequence_length),
@@ -162,6 +175,12 @@ def _hold_out(tokens, length, name):
         )
     held_out = max(min(len(tokens) // 20, _MAX_HELD_OUT_TOKENS), length + 1)
     return tokens[:-held_out], tokens[-held_out:]
+
+
+def _bytes_per_token(text, count):
+    """Returns the UTF-8 bytes per token of the last ``count`` tokens of a text."""
+    total = len(text.tokens)
+    return text.bytes_between(total - count, total) / count
 
 
 def _check_enough(tokens, targets, name):

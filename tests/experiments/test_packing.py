@@ -21,6 +21,17 @@ def test_documents_are_joined_with_their_end():
     assert str(joined) == "7 tokens in 3 documents (1 empty)"
 
 
+def test_bytes_are_counted_by_token():
+    tokenizer = ByteTokenizer()
+    joined = join_documents(["ab", "", "éé"], tokenizer)
+    assert joined.ends.tolist() == [[0, 0], [3, 2], [4, 2], [9, 6]]
+    assert joined.bytes_between(0, 9) == 6
+    # The five tokens of the last document share its four bytes.
+    assert joined.bytes_between(4, 9) == 4
+    assert joined.bytes_between(8, 9) == pytest.approx(4 / 5)
+    assert joined.bytes_between(3, 4) == 0
+
+
 def test_chunks_change_nothing(monkeypatch):
     texts = ["x" * n for n in (0, 3, 50, 7, 0, 1)]
     whole = join_documents(texts, ByteTokenizer()).tokens

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -142,6 +143,19 @@ def test_the_end_of_the_text_is_held_out_without_a_validation_text(files):
     assert "the last 500 of them, held out" in data.description
     first = next(data.validation_batches())["inputs"][0]
     assert bytes(first.tolist()).decode() == random_text(9999)[9500:9516]
+
+
+def test_bytes_per_token_are_those_of_the_validation_text(files):
+    # One token of the 200 and one is the end of the document.
+    assert data_of(files).bytes_per_token == pytest.approx(200 / 201)
+    (files / "train.txt").write_text("x" * 9_000 + "\f" * 999)
+    assert data_of(files, validation=None).bytes_per_token == 0
+
+
+def test_epochs_count_windows(files):
+    data = data_of(files, batch_size=4)
+    assert data.epochs(41) == 4
+    assert dataclasses.replace(data, train_tokens=None).epochs(41) is None
 
 
 def test_at_least_a_window_is_held_out(files):
