@@ -2,6 +2,7 @@
 #   make pretrain            train the tiny LLaMA with AdaRankGrad on embedded text
 #   make pretrain ARGS="--model 60m --data c4 --tokenizer PATH"
 #   make test                the whole check, but for what is slow; under 15 minutes
+#   make docs                the site, notebooks executed: docs/_build/html/index.html
 #   make test-slow           the rest: many processes, simulated devices, long runs
 #   make compatibility       the library's tests on other versions of Python and jax
 #   make clients             other people's trainers, in an environment of their own
@@ -14,7 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: pretrain test test-slow compatibility clients clients-table format bench clean
+.PHONY: pretrain test docs test-slow compatibility clients clients-table format bench clean
 
 pretrain: $(VENV)/.experiments
 	$(BIN)/python -m experiments.pretrain_llama $(ARGS)
@@ -25,6 +26,11 @@ test: $(VENV)/.dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest --doctest-modules lowrank_optax
 	$(BIN)/python -m pytest tests -m "not slow" -n 2 --dist worksteal --durations=15
+
+# Warnings are errors. It needs no network.
+docs: $(VENV)/.dev
+	$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs docs/_build/html
+	@echo "The site is at docs/_build/html/index.html"
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest tests -m slow --durations=15

@@ -44,8 +44,8 @@ def adarankgrad(
         weight_decay: Decoupled decay of the parameters, times the learning rate; >= 0.
         mask: Which leaves decay: a tree of bools, or a function from the parameters to
             one. None: all.
-        scale, basis, refresh, rebase, side, dimension_numbers, seed, eps_root,
-            mu_dtype: see :func:`scale_by_adarankgrad`.
+        scale, basis, refresh, rebase, side: see :func:`scale_by_adarankgrad`.
+        dimension_numbers, seed, eps_root, mu_dtype: see :func:`scale_by_adarankgrad`.
 
     Returns:
         An optimizer; its ``update`` needs ``params``, for the weight decay.

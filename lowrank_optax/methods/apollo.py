@@ -44,8 +44,9 @@ def apollo(
         weight_decay: Decoupled decay of the parameters, times the learning rate; >= 0.
         mask: Which leaves decay: a tree of bools, or a function from the parameters to
             one. None: all.
-        by_matrix, growth, corrected, basis, dimension_numbers, seed, eps_root,
-            raw_eps, mu_dtype: see :func:`scale_by_apollo`.
+        by_matrix, growth, corrected, basis: see :func:`scale_by_apollo`.
+        dimension_numbers, seed: see :func:`scale_by_apollo`.
+        eps_root, raw_eps, mu_dtype: see :func:`scale_by_apollo`.
 
     Returns:
         An optimizer; its ``update`` needs ``params``, for the weight decay.

@@ -46,8 +46,8 @@ def fira(
         weight_decay: Decoupled decay of the parameters, times the learning rate; >= 0.
         mask: Which leaves decay: a tree of bools, or a function from the parameters to
             one. None: all.
-        growth, taken, corrected, basis, rebase, dimension_numbers, seed, eps_root,
-            raw_eps, mu_dtype: see :func:`scale_by_fira`.
+        growth, taken, corrected, basis, rebase: see :func:`scale_by_fira`.
+        dimension_numbers, seed, eps_root, raw_eps, mu_dtype: see :func:`scale_by_fira`.
 
     Returns:
         An optimizer; its ``update`` needs ``params``, for the weight decay.

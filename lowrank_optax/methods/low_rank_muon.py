@@ -42,9 +42,9 @@ def low_rank_muon(
         weight_decay: Decoupled decay of the parameters, times the learning rate; >= 0.
         mask: Which leaves decay: a tree of bools, or a function from the parameters to
             one. None: all.
-        residual, nesterov, ns_steps, rms, basis, refresh, rebase, dimension_numbers,
-            seed:
-            see :func:`scale_by_low_rank_muon`.
+        residual, nesterov, ns_steps, rms: see :func:`scale_by_low_rank_muon`.
+        basis, refresh, rebase: see :func:`scale_by_low_rank_muon`.
+        dimension_numbers, seed: see :func:`scale_by_low_rank_muon`.
 
     Returns:
         An optimizer; its ``update`` needs ``params``, for the weight decay.

@@ -85,7 +85,7 @@ class MemoryPlan:
 
     @property
     def optimizer_bytes(self) -> int:
-        """Of the optimizer's whole state: what its arrays take, to the byte."""
+        """Of all arrays of the optimizer's state, to the byte."""
         return sum(leaf.bytes.optimizer for leaf in self.leaves) + self.other_bytes
 
     @property

@@ -131,7 +131,7 @@ filled    V (R o R) + (1 - colsums(R o R)) rowmeans(V): what the old subspace di
           hold of a new column counts as the mean of its row
 square    V (R o R): exact for uncorrelated coordinates inside the old subspace, as if
           gradients were zero outside of it; the default
-abs       | V R |: depends on the signs of the basis' columns, which are arbitrary
+abs       abs(V R): depends on the signs of the basis' columns, which are arbitrary
 ldadam    see :func:`ldadam_rebase`, with b1 = 0.9, b2 = 0.999
 clamp     max(V R, 0): the paper's rule, kept from going negative; it starves columns
 first     V: the expectation, where bases are random; the default there
@@ -153,7 +153,7 @@ filled    0.72            1.01  1.00
 square    1.44            1.81  1.38
 abs       2.30            2.30  1.38
 ldadam    1.42            1.81  1.38
-clamp     1,022          1,022  1.53
+clamp     1022            1022  1.53
 first     0.72            1.02  1.00
 keep      1.07            1.07  1.00
 zero      0.56            1.01  1.00

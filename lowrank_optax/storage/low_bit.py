@@ -47,8 +47,8 @@ def low_bit(
     Each block of values has a scale s in float32, and each value an integer code q:
 
     .. math::
-        \text{first moments: } m \approx \pm \Big(\frac{q}{127} s\Big)^2, \quad
-        \text{second: } v \approx \Big(\frac{q}{254} s\Big)^4, \quad
+        \text{first moments: } m \approx \pm \left(\frac{q}{127} s\right)^2, \quad
+        \text{second: } v \approx \left(\frac{q}{254} s\right)^4, \quad
         \text{bases: } p \approx \frac{q}{127} s \text{ or } \frac{q}{7} s
 
     No second moment above zero becomes zero. Every update decodes what it needs,

@@ -109,9 +109,9 @@ def accumulate(optimizer: optax.GradientTransformation, every_k: int) -> Accumul
         every_k: Micro-batches k of an update, >= 1.
 
     Returns:
-        An :class:`Accumulation`. Its ``update`` needs ``params``, and takes ``weight``:
-        the weight of the micro-batch, such as its number of tokens where gradients are
-        means over tokens; 1.0 by default, for plain means.
+        An :class:`Accumulation`. Its ``update`` needs ``params``, and takes
+        ``weight``: the weight of the micro-batch, such as its number of tokens where
+        gradients are means over tokens; 1.0 by default, for plain means.
 
     Raises:
         ValueError: If ``every_k`` is below 1.

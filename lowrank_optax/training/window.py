@@ -29,7 +29,7 @@ class AccumulateState(NamedTuple):
         micro_step: Micro-batches added in the window under way; (), int32.
         weight: Sum of their weights; (), float32.
         sums: Weighted sums of their gradients, a tree like the parameters:
-            :class:`ProjectedSum`, (*stack, a*c, r), for projected leaves,
+            ``ProjectedSum``, (*stack, a*c, r), for projected leaves,
             the leaf's shape for others; float32, or wider for wider leaves.
         inner_state: State of the optimizer.
     """

@@ -1,0 +1,72 @@
+"""How Sphinx builds the site; `make docs` calls it."""
+
+import shutil
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path[:0] = [str(HERE / "_ext"), str(ROOT)]
+
+import lowrank_optax  # noqa: E402
+
+project = "lowrank_optax"
+author = "The authors of lowrank_optax"
+version = release = lowrank_optax.__version__
+html_title = f"{project} {release}"
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+    "mathml",
+    "public_names",
+]
+exclude_patterns = ["_build", "_ext", "figures/*.py"]
+html_math_renderer = "mathml"
+html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_copy_source = False
+html_show_sourcelink = False
+
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+
+# `make test` builds with -D nb_execution_mode=off.
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(HERE / "_build" / ".notebooks")
+nb_execution_raise_on_error = True
+nb_execution_timeout = 600
+nb_merge_streams = True
+
+add_module_names = False
+autodoc_typehints_format = "short"
+autodoc_member_order = "bysource"
+python_maximum_signature_line_length = 88
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+
+# The site is built without a network, so that other people's names have no links.
+nitpicky = True
+nitpick_ignore_regex = [
+    (r"py:.*", r"(collections|jax|jaxlib|numpy|np|optax|typing)\..*"),
+    (r"py:class", "ArrayTree"),
+    # Types that signatures name and a reader does not need.
+    (r"py:class", r"lowrank_optax\.(matrix|rules|storage)\..*"),
+]
+
+
+def _copy_notebooks():
+    """Sphinx reads only what lies under its own directory."""
+    target = HERE / "notebooks"
+    target.mkdir(exist_ok=True)
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        copy = target / path.name
+        # Sphinx reads a file again when its time has changed.
+        if not copy.exists() or copy.read_bytes() != path.read_bytes():
+            shutil.copyfile(path, copy)
+
+
+_copy_notebooks()

@@ -1,0 +1,91 @@
+"""The documentation site builds without a warning, is whole, and needs no network."""
+
+import importlib.util
+import os
+import re
+import zlib
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+import lowrank_optax
+from tests.site import Page, built_site
+
+if not importlib.util.find_spec("sphinx"):
+    pytest.skip(
+        "the site needs the packages of the extra docs", allow_module_level=True
+    )
+
+WITHOUT_TITLE = {"genindex.html", "search.html"}
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory) -> Path:
+    """The folder of the site's HTML; xdist's processes share one."""
+    directory = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        directory = directory.parent
+    return built_site(directory / "site")
+
+
+@pytest.fixture(scope="session")
+def pages(site) -> dict[Path, Page]:
+    return {path: Page(path) for path in sorted(site.rglob("*.html"))}
+
+
+def test_every_page_says_its_title(pages):
+    assert len(pages) > 40
+    for path, page in pages.items():
+        assert page.titles == 1 or path.name in WITHOUT_TITLE, path
+
+
+def test_every_public_name_is_in_the_reference(site):
+    # Four lines in words, then compressed ones: name, domain:role, ...
+    packed = (site / "objects.inv").read_bytes().split(b"\n", 4)[-1]
+    entries = map(str.split, zlib.decompress(packed).decode().splitlines())
+    documented = {entry[0] for entry in entries if entry[1].startswith("py:")}
+    assert {f"lowrank_optax.{x}" for x in lowrank_optax.__all__} <= documented
+
+
+def _problem(href: str, path: Path, pages: dict[Path, Page]) -> str | None:
+    """Returns what is wrong with a link from a page, if it stays inside the site."""
+    parts = urlsplit(href)
+    if parts.scheme or parts.netloc:
+        return None
+    target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+    if not target.is_file():
+        return f"{path}: {href}: no such file"
+    anchor = unquote(parts.fragment)
+    if anchor and target in pages and anchor not in pages[target].anchors:
+        return f"{path}: {href}: no such place in it"
+    return None
+
+
+def test_links_inside_the_site_lead_somewhere(pages):
+    problems = [
+        problem
+        for path, page in pages.items()
+        for href in (*page.links, *page.sources)
+        if (problem := _problem(href, path, pages))
+    ]
+    assert not problems
+
+
+def test_a_broken_link_is_found(tmp_path):
+    path = (tmp_path / "a.html").resolve()
+    path.write_text('<p id="there"><a href="#there"></a><a href="b.html#x"></a>')
+    pages = {path: Page(path)}
+    assert _problem("#there", path, pages) is None
+    assert "no such place" in (_problem("a.html#here", path, pages) or "")
+    assert "no such file" in (_problem("b.html#x", path, pages) or "")
+    assert _problem("https://example.org/x", path, pages) is None
+
+
+def test_the_site_loads_nothing_from_elsewhere(site, pages):
+    elsewhere = re.compile(r"^(https?:)?//")
+    for path, page in pages.items():
+        assert not list(filter(elsewhere.match, page.sources)), path
+    for path in site.rglob("*.css"):
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"(url\(|@import)\s*['\"]?(https?:)?//", text), path
