@@ -1,6 +1,7 @@
 """The command: ``python -m experiments.pretrain_llama --help``."""
 
 import dataclasses
+import functools
 import logging
 import shutil
 import signal
@@ -40,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     try:
         config = parse(sys.argv[1:] if argv is None else argv)
-        parts = assemble(config, console.print)
+        say = functools.partial(console.print, soft_wrap=True, highlight=False)
+        parts = assemble(config, say)
         _describe(parts, console)
         trained = train(parts, console)
         if trained.stopped_by is not None:
@@ -106,7 +108,7 @@ def _save_weights(directory, parts, trained):
         return
     unfinished = directory.with_name("weights.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    save_llama(unfinished, parts.model, merged(trained.params))
+    save_llama(unfinished, parts.model, merged(trained.params), parts.tokenizer)
     unfinished.rename(directory)
 
 

@@ -4,6 +4,7 @@ No tokenizer adds special tokens when it encodes, and text that spells a special
 is encoded as text. ``end_of_document`` decodes to nothing.
 """
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -11,11 +12,16 @@ from typing import Protocol
 import numpy as np
 import sentencepiece
 import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from experiments.errors import UserError
 
 # tokenizer.json does not say which token ends a document; the names in general use.
 _END_OF_DOCUMENT = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>")
+_BYTES_END = "<|endoftext|>"
+_BEGINNING = ("<s>", "<|begin_of_text|>", "<bos>")
+# What a tokenizer's file is called beside weights, the preferred one first.
+_BESIDE_WEIGHTS = ("tokenizer.json", "tokenizer.model")
 
 
 class Tokenizer(Protocol):
@@ -28,11 +34,15 @@ class Tokenizer(Protocol):
         name: For people, e.g. in a table.
         vocab_size: Every id is in [0, vocab_size).
         end_of_document: The id that separates documents; never produced by ``encode``.
+        beginning: The id that stands for the beginning of a text; that of the end of a
+            document, which stands before the next one, where there is no other. No
+            training text has another.
     """
 
     name: str
     vocab_size: int
     end_of_document: int
+    beginning: int
 
     def encode(self, text: str) -> np.ndarray:
         """Returns the ids of a text, (n,) int32."""
@@ -46,13 +56,23 @@ class Tokenizer(Protocol):
         """Returns the text of a sequence of ids, each in [0, vocab_size)."""
         ...
 
+    def save(self, directory: Path) -> None:
+        """Writes the files that Hugging Face's ``AutoTokenizer`` reads."""
+        ...
+
+
+def find_tokenizer(directory: Path) -> Path | None:
+    """Returns the tokenizer's file beside the weights in a directory, None: none."""
+    files = (directory / name for name in _BESIDE_WEIGHTS)
+    return next(filter(Path.is_file, files), None)
+
 
 def load_tokenizer(spec: str) -> Tokenizer:
     """Returns the tokenizer that a command line names.
 
     Args:
-        spec: "bytes", or the path of a SentencePiece ``.model`` or of a Hugging Face
-            ``tokenizer.json``.
+        spec: "bytes", or the path of a SentencePiece ``.model``, of a Hugging Face
+            ``tokenizer.json`` or of a directory with one.
 
     Returns:
         The tokenizer.
@@ -68,7 +88,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
     if spec == "bytes":
         return ByteTokenizer()
     kinds = {".model": SentencePieceTokenizer, ".json": HuggingFaceTokenizer}
-    path = Path(spec)
+    path = find_tokenizer(Path(spec)) or Path(spec)
     if path.suffix not in kinds:
         raise UserError(
             f"tokenizer: {spec!r} is unknown; give 'bytes', a SentencePiece .model "
@@ -85,6 +105,7 @@ class ByteTokenizer:
     name = "bytes"
     vocab_size = 257
     end_of_document = 256
+    beginning = 256
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
@@ -96,6 +117,18 @@ class ByteTokenizer:
         """Bytes that are not UTF-8, such as half a character, become U+FFFD."""
         kept = bytes(int(i) for i in ids if i != self.end_of_document)
         return kept.decode("utf-8", errors="replace")
+
+    def save(self, directory: Path) -> None:
+        """Writes the same ids as a byte-level ``tokenizer.json``."""
+        spelled = dict(zip(_byte_letters(), range(256), strict=True))
+        model = tokenizers.Tokenizer(models.BPE(vocab=spelled, merges=[]))
+        model.pre_tokenizer = pre_tokenizers.ByteLevel(
+            add_prefix_space=False, use_regex=False
+        )
+        model.decoder = decoders.ByteLevel()
+        model.add_special_tokens([_BYTES_END])
+        model.save(str(directory / "tokenizer.json"))
+        _write_settings(directory, _BYTES_END, _BYTES_END)
 
 
 class SentencePieceTokenizer:
@@ -123,6 +156,8 @@ class SentencePieceTokenizer:
         self.name = path.name
         self.vocab_size: int = self._model.vocab_size()
         self.end_of_document: int = self._model.eos_id()
+        ends: list[int] = [self._model.bos_id(), self.end_of_document]
+        self.beginning = next(piece for piece in ends if piece >= 0)
 
     def encode(self, text: str) -> np.ndarray:
         return np.array(self._model.encode(text), np.int32)
@@ -133,6 +168,13 @@ class SentencePieceTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         return self._model.decode([int(i) for i in ids])
 
+    def save(self, directory: Path) -> None:
+        """Writes a copy of the model as ``tokenizer.model``."""
+        path = directory / "tokenizer.model"
+        path.write_bytes(self._model.serialized_model_proto())
+        ends = (self.beginning, self.end_of_document)
+        _write_settings(directory, *map(self._model.id_to_piece, ends))
+
 
 class HuggingFaceTokenizer:
     """A ``tokenizer.json``; its own cutting and padding are switched off.
@@ -142,7 +184,8 @@ class HuggingFaceTokenizer:
 
     def __init__(self, path: Path):
         try:
-            self._model = tokenizers.Tokenizer.from_file(str(path))
+            self._content = path.read_bytes()
+            self._model = tokenizers.Tokenizer.from_buffer(self._content)
         except Exception as error:  # the library raises nothing more specific
             raise UserError(
                 f"tokenizer: {path} is not a Hugging Face tokenizer ({error}); "
@@ -162,6 +205,8 @@ class HuggingFaceTokenizer:
         # Ids may have gaps, so the count of the tokens would be too small.
         self.vocab_size = max(vocabulary.values()) + 1
         self.end_of_document = ends[0]
+        beginnings = [vocabulary[name] for name in _BEGINNING if name in vocabulary]
+        self.beginning = [*beginnings, self.end_of_document][0]
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]
@@ -173,3 +218,38 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         kept = [int(i) for i in ids if i != self.end_of_document]
         return self._model.decode(kept, skip_special_tokens=False)
+
+    def save(self, directory: Path) -> None:
+        """Writes a copy of the file as ``tokenizer.json``."""
+        (directory / "tokenizer.json").write_bytes(self._content)
+        ends = (self.beginning, self.end_of_document)
+        words = (self._model.id_to_token(i) or "" for i in ends)
+        _write_settings(directory, *words)
+
+
+def _byte_letters():
+    """Yields the letter that stands for each byte in byte-level vocabularies.
+
+    GPT-2's: a byte that Latin-1 prints stands for itself, the n-th other one for the
+    letter 256 + n.
+    """
+    others = iter(range(256, 512))
+    for byte in range(256):
+        prints = 33 <= byte <= 126 or (161 <= byte <= 255 and byte != 173)
+        yield chr(byte if prints else next(others))
+
+
+def _write_settings(directory, beginning, end):
+    """Writes ``tokenizer_config.json``: what marks the ends, and that none is added."""
+    settings = {
+        # transformers 5 encodes with it as here, a SentencePiece model too. As a
+        # LlamaTokenizer it would drop spaces that double or lead.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": beginning,
+        "eos_token": end,
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+    }
+    path = directory / "tokenizer_config.json"
+    path.write_text(json.dumps(settings, indent=2) + "\n")

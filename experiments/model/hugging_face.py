@@ -6,7 +6,7 @@ key need no permutation.
 """
 
 import dataclasses
-import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +18,14 @@ from flax import traverse_util
 from safetensors.numpy import save_file
 
 from experiments.errors import UserError
+from experiments.model.config_file import (
+    SavedTokenizer,
+    read_config,
+    read_json,
+    write_config,
+)
 from experiments.model.llama import Params, init_params
 from experiments.model.shape import LlamaConfig
-
-# LlamaConfig field: its name in config.json, type, and Hugging Face's default if any.
-_FIELDS: dict[str, tuple[str, type, Any]] = {
-    "vocab_size": ("vocab_size", int, None),
-    "hidden_size": ("hidden_size", int, None),
-    "intermediate_size": ("intermediate_size", int, None),
-    "num_layers": ("num_hidden_layers", int, None),
-    "num_heads": ("num_attention_heads", int, None),
-    "num_kv_heads": ("num_key_value_heads", int, None),
-    "rms_norm_eps": ("rms_norm_eps", float, 1e-6),
-    "rope_theta": ("rope_theta", float, 10000.0),
-    "tie_embeddings": ("tie_word_embeddings", bool, False),
-}
-
-# What the model computes, as config.json says it; any other value is refused.
-_FIXED: dict[str, Any] = {
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "mlp_bias": False,
-    "rope_scaling": None,
-    "quantization_config": None,
-}
 
 # Path in our tree: name of the tensor; {} is the layer.
 _TENSORS: dict[tuple[str, ...], str] = {
@@ -85,7 +67,7 @@ def load_llama(directory: str | Path) -> tuple[LlamaConfig, Params]:
             another shape or dtype.
     """
     directory = Path(directory)
-    config = _read_config(directory / "config.json")
+    config = read_config(directory / "config.json")
     tensors = _open_tensors(directory)
     _check_tensors(directory, config, tensors)
     dtypes = {tensors[name].get_slice(name).get_dtype() for name in tensors}
@@ -103,16 +85,24 @@ def load_llama(directory: str | Path) -> tuple[LlamaConfig, Params]:
     return config, traverse_util.unflatten_dict(params)
 
 
-def save_llama(directory: str | Path, config: LlamaConfig, params: Params) -> None:
-    """Writes ``config.json`` and ``model.safetensors`` in Hugging Face's layout.
+def save_llama(
+    directory: str | Path,
+    config: LlamaConfig,
+    params: Params,
+    tokenizer: SavedTokenizer | None = None,
+) -> None:
+    """Writes a model, and its tokenizer, as a directory in Hugging Face's layout.
 
-    The tensors keep their bits and dtype. The files say nothing of the tokenizer: the
-    special tokens' ids in ``config.json`` are null.
+    ``config.json`` and ``model.safetensors``, whose tensors keep their bits and dtype;
+    of the tokenizer, its file and ``tokenizer_config.json``. Everybody may read the
+    files whom the umask lets.
 
     Args:
         directory: Created if absent; must be empty if not.
         config: The model.
         params: The tree of :func:`experiments.model.llama.init_params`.
+        tokenizer: What the model was trained with. None: no tokenizer is written, and
+            the ids of the special tokens are null.
 
     Raises:
         UserError: If the directory holds anything, or is a file.
@@ -123,82 +113,25 @@ def save_llama(directory: str | Path, config: LlamaConfig, params: Params) -> No
     if directory.exists() and any(directory.iterdir()):
         raise UserError(f"{directory} is not empty; save the model in a new directory")
     directory.mkdir(parents=True, exist_ok=True)
+    write_config(directory / "config.json", config, tokenizer)
+    _write_tensors(directory / "model.safetensors", config, params)
+    # safetensors makes a file that its owner alone may read.
+    shutil.copymode(directory / "config.json", directory / "model.safetensors")
+    if tokenizer is not None:
+        tokenizer.save(directory)
+
+
+def _write_tensors(path, config, params):
     leaves = traverse_util.flatten_dict(params)
     tensors = {}
-    for path, names in _names(config).items():
-        leaf = np.asarray(leaves[path])
-        matrices = leaf if _is_stacked(path) else [leaf]
+    for place, names in _names(config).items():
+        leaf = np.asarray(leaves[place])
+        matrices = leaf if _is_stacked(place) else [leaf]
         for name, matrix in zip(names, matrices, strict=True):
             # safetensors writes the buffer as it lies in memory, strides ignored.
-            tensors[name] = np.ascontiguousarray(_flip(path, matrix))
+            tensors[name] = np.ascontiguousarray(_flip(place, matrix))
     # Hugging Face's loader refuses a file that does not name a format.
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    raw = {
-        "architectures": ["LlamaForCausalLM"],
-        **{name: value for name, value in _FIXED.items() if value is not None},
-        **{name: getattr(config, field) for field, (name, *_) in _FIELDS.items()},
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "torch_dtype": config.param_dtype,
-    }
-    (directory / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-
-
-def _read_config(path):
-    raw = _read_json(path)
-    # Since its version 5, transformers nests what concerns the positions.
-    rope = {"rope_type": "default", **(raw.get("rope_parameters") or {})}
-    raw = {**raw, **{k: v for k, v in rope.items() if k == "rope_theta"}}
-    odd = {k: raw[k] for k, v in _FIXED.items() if k in raw and raw[k] != v}
-    odd |= {k: v for k, v in rope.items() if k not in ("rope_theta", "rope_type")}
-    if rope["rope_type"] != "default":
-        odd["rope_type"] = rope["rope_type"]
-    for name, value in odd.items():
-        raise UserError(
-            f"{path}: {name} {value!r} is not supported; give a plain LLaMA "
-            "(silu, no biases, no dropout, no quantization, unscaled rotary positions)"
-        )
-    fields = {
-        field: _field(path, raw, name, kind, default)
-        for field, (name, kind, default) in _FIELDS.items()
-    }
-    config = LlamaConfig(**fields)
-    if raw.get("head_dim") not in (None, config.head_dim):
-        raise UserError(
-            f"{path}: head_dim {raw['head_dim']} is not supported; it must be "
-            f"hidden_size / num_attention_heads = {config.head_dim}"
-        )
-    return config
-
-
-def _field(path, raw, name, kind, default) -> Any:
-    if name == "num_key_value_heads":
-        default = raw.get("num_attention_heads")
-    value = default if raw.get(name) is None else raw[name]
-    if value is None:
-        raise UserError(f"{path}: {name} is missing; add it")
-    # 10000 is an int in JSON, and true is an int in Python.
-    accepted = (int, float) if kind is float else kind
-    if not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool):
-        raise UserError(
-            f"{path}: {name} is {value!r}; give a value of type {kind.__name__}"
-        )
-    return kind(value)
-
-
-def _read_json(path):
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}); "
-            "give a directory with config.json and model.safetensors"
-        ) from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); download it again") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} does not hold a JSON object; download it again")
-    return raw
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def _open_tensors(directory):
@@ -206,7 +139,7 @@ def _open_tensors(directory):
     index = directory / "model.safetensors.index.json"
     files = {"model.safetensors"}
     if index.exists() and not (directory / "model.safetensors").exists():
-        files = set(_read_json(index).get("weight_map", {}).values())
+        files = set(read_json(index).get("weight_map", {}).values())
     tensors = {}
     for file in sorted(files):
         path = directory / file

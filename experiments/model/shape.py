@@ -38,6 +38,8 @@ class LlamaConfig:
         rms_norm_eps: Added to the mean square inside RMSNorm, > 0.
         rope_theta: Base of the rotary wavelengths, in positions, > 0.
         tie_embeddings: Whether the head is the transposed embedding.
+        max_positions: Tokens of the longest sequence that it is trained for, >= 1.
+            Nothing is computed from it: Hugging Face's files say it.
         remat: Whether the backward pass recomputes each block from its input. Without
             it, it keeps the products of the kernels and recomputes the rest.
         compute_dtype: dtype of activations and products, "float32" or "bfloat16";
@@ -57,6 +59,7 @@ class LlamaConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     tie_embeddings: bool = False
+    max_positions: int = 2048
     remat: bool = False
     compute_dtype: str = "float32"
     param_dtype: str = "float32"
@@ -65,6 +68,7 @@ class LlamaConfig:
         for name in (
             *("vocab_size", "hidden_size", "intermediate_size", "num_layers"),
             *("num_heads", "num_kv_heads", "rms_norm_eps", "rope_theta"),
+            "max_positions",
         ):
             if not getattr(self, name) > 0:
                 raise UserError(

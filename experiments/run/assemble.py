@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import lowrank_optax
 from experiments.data.pipeline import Data, make_data
-from experiments.data.tokenizers import load_tokenizer
+from experiments.data.tokenizers import find_tokenizer, load_tokenizer
 from experiments.errors import UserError
 from experiments.model.adapters import with_adapters
 from experiments.model.hugging_face import load_llama
@@ -81,7 +81,8 @@ def assemble(config: Config, report: Callable[[str], None]) -> Parts:
     directory = config.out or _new_directory(config)
     mesh = data_mesh(config.batch_size, config.accumulate)
     weights = config.initial_weights and load_llama(config.initial_weights)
-    tokenizer = load_tokenizer(config.tokenizer)
+    config = _with_tokenizer(config, report)
+    tokenizer = load_tokenizer(config.tokenizer or "bytes")
     model = _model(config, tokenizer, weights)
     config = complete(config, model.hidden_size)
     resumed = None
@@ -149,8 +150,22 @@ def _new_directory(config):
     return Path("runs") / f"{started}-{config.model_name}-{config.optimizer}"
 
 
+def _with_tokenizer(config, report):
+    """Returns the configuration with the tokenizer named where none was given."""
+    if config.tokenizer is not None:
+        return config
+    found = config.initial_weights and find_tokenizer(config.initial_weights)
+    if found:
+        report(f"tokenizer: {found}, beside the weights")
+    return dataclasses.replace(config, tokenizer=str(found or "bytes"))
+
+
 def _model(config, tokenizer, weights):
-    numerics = {"compute_dtype": config.compute_dtype, "remat": config.remat}
+    numerics = {
+        "compute_dtype": config.compute_dtype,
+        "remat": config.remat,
+        "max_positions": config.sequence_length,
+    }
     if config.param_dtype is not None:
         numerics["param_dtype"] = config.param_dtype
     if not weights:
@@ -162,6 +177,7 @@ def _model(config, tokenizer, weights):
             tie_embeddings=config.tied_embeddings,
             **numerics,
         )
+    numerics["max_positions"] = max(weights[0].max_positions, config.sequence_length)
     model = dataclasses.replace(weights[0], **numerics)
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(

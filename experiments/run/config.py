@@ -51,8 +51,9 @@ class Config(OptimizerOptions):
     #: Path or glob of the validation text. None: held out from --data.
     validation_data: str | None = None
     #: bytes (UTF-8, 257 tokens), or the path of a SentencePiece .model or of a Hugging
-    #: Face tokenizer.json.
-    tokenizer: str = "bytes"
+    #: Face tokenizer.json. None: the tokenizer.json or tokenizer.model beside
+    #: --initial-weights, else bytes.
+    tokenizer: str | None = None
     #: Sequences per step, over all devices; a multiple of their number.
     batch_size: int = 8
     #: Micro-batches that a batch is cut into, one after the other: less memory for the

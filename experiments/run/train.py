@@ -19,6 +19,7 @@ from experiments.run.columns import capacities_line, ranks_by_name
 from experiments.run.compiled import Programs
 from experiments.run.config import to_json
 from experiments.run.files import CHECKPOINTS, CONFIG_FILE, make_directory, write_json
+from experiments.run.initial_loss import worse_than_guessing
 from experiments.run.interrupts import StopRequest
 from experiments.run.memory import optimizer_state_bytes
 from experiments.run.metrics import MetricsLog
@@ -127,6 +128,11 @@ class _Loop:
             shown.say(
                 f"validation loss {progress.initial_validation_loss:.4f} at first"
             )
+            warning = worse_than_guessing(
+                config, self.parts.model.vocab_size, progress.initial_validation_loss
+            )
+            if warning:
+                shown.say(warning)
         while progress.step < config.steps and stop.signal is None:
             self.clock.start()
             metrics = self._step()

@@ -23,6 +23,7 @@ from tests.experiments.small_runs import (
     read_lines,
     read_state,
     run,
+    write_inputs,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -125,6 +126,36 @@ def test_bad_input_is_one_line_and_status_2_and_makes_nothing(
     assert run(*inputs, "--out", tmp_path / "out", *flags) == 2
     assert message in one_error_line(capsys)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("one_device")
+def test_weights_bring_their_tokenizer_and_one_that_is_not_theirs_is_remarked(
+    inputs, tmp_path, capsys
+):
+    words = ["</s>", "<s>", "low", "rank", "of", "a", "gradient"]
+    model = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel(dict(zip(words, range(7), strict=True)), "of")
+    )
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    # Scaled up, they are sure of what they have not learned.
+    flags = write_inputs(tmp_path, scale=30.0)
+    model.save(str(tmp_path / "model/tokenizer.json"))
+    flags += ["--optimizer", "adamw", "--save-weights"]
+    assert run(*flags, "--out", tmp_path / "out") == 0
+    said = capsys.readouterr().out
+    beside = str(tmp_path / "model/tokenizer.json")
+    assert f"tokenizer: {beside}, beside the weights" in said
+    assert "2,001 tokens in 1 documents" in said
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["tokenizer"] == beside
+    assert said.count("warning: the weights in") == 1
+    assert f"--tokenizer {beside} is not the one they were trained with" in said
+
+    saved = tmp_path / "out/weights"
+    assert (saved / "tokenizer.json").read_text() == Path(beside).read_text()
+    raw = json.loads((saved / "config.json").read_text())
+    assert (raw["bos_token_id"], raw["eos_token_id"]) == (1, 0)
+    assert raw["max_position_embeddings"] == 2048
 
 
 def test_an_empty_text_is_refused(inputs, tmp_path, capsys):

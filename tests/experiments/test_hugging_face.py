@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 
 import jax
 import ml_dtypes
@@ -8,6 +9,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from experiments.data.tokenizers import load_tokenizer
 from experiments.errors import UserError
 from experiments.model.hugging_face import load_llama, save_llama
 from experiments.model.shape import LlamaConfig
@@ -137,8 +139,7 @@ def test_a_trained_model_is_saved_as_hugging_face_saved_it(tmp_path):
     assert_same_bits(saved, original)
     config = json.loads((tmp_path / "config.json").read_text())
     published = json.loads((llama_reference.STORIES / "config.json").read_text())
-    about_the_tokenizer = {"bos_token_id", "eos_token_id", "max_position_embeddings"}
-    for name in published.keys() - about_the_tokenizer:
+    for name in published.keys() - {"bos_token_id", "eos_token_id"}:
         assert config[name] == published[name]
 
 
@@ -283,3 +284,31 @@ def test_saving_overwrites_nothing(tmp_path):
         save_llama(tmp_path / "notes.txt", CONFIG, params)
 
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_saved_model_carries_its_tokenizer(tmp_path):
+    tokenizer = load_tokenizer("bytes")
+    config = dataclasses.replace(CONFIG, vocab_size=257, max_positions=77)
+    params = llama_reference.random_params(config)
+
+    save_llama(tmp_path / "model", config, params, tokenizer)
+
+    raw = json.loads((tmp_path / "model/config.json").read_text())
+    assert (raw["bos_token_id"], raw["eos_token_id"]) == (256, 256)
+    assert raw["max_position_embeddings"] == 77
+    loaded = load_tokenizer(str(tmp_path / "model"))
+    np.testing.assert_array_equal(loaded.encode("né"), tokenizer.encode("né"))
+    assert load_llama(tmp_path / "model")[0] == config
+
+
+def test_everybody_may_read_a_saved_model_whom_the_umask_lets(tmp_path):
+    params = llama_reference.random_params(CONFIG)
+    for umask, mode in ((0o022, 0o644), (0o077, 0o600)):
+        previous = os.umask(umask)
+        try:
+            save_llama(tmp_path / f"{umask}", CONFIG, params, load_tokenizer("bytes"))
+        finally:
+            os.umask(previous)
+        files = list((tmp_path / f"{umask}").iterdir())
+        assert len(files) == 4
+        assert {path.stat().st_mode & 0o777 for path in files} == {mode}

@@ -7,7 +7,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from experiments.data.tokenizers import load_tokenizer
+from experiments.data.tokenizers import find_tokenizer, load_tokenizer
 from experiments.errors import UserError
 from tests.experiments.llama_reference import SHARED_DATA
 
@@ -166,3 +166,35 @@ def test_a_model_without_an_end_of_document_is_an_error(tmp_path):
     path = write_sentencepiece_model(tmp_path / "small.model", eos_id=-1)
     with pytest.raises(UserError, match=r"no end-of-sentence piece"):
         load_tokenizer(path)
+
+
+def every_byte_of_utf8():
+    codes = [*range(0x800), *range(0x800, 0xD800, 64), *range(0xE000, 0x110000, 4096)]
+    text = "".join(map(chr, codes))
+    assert set(text.encode()) == {*range(0xC0), *range(0xC2, 0xF5)}
+    return text
+
+
+def test_a_saved_tokenizer_loads_with_the_same_ids(tokenizer, tmp_path):
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    tokenizer.save(saved)
+    loaded = load_tokenizer(str(saved))
+    assert find_tokenizer(saved) in saved.iterdir()
+    for name in ("vocab_size", "end_of_document", "beginning"):
+        assert getattr(loaded, name) == getattr(tokenizer, name)
+    for text in [*ODD_TEXTS, "lower <|endoftext|> </s>", every_byte_of_utf8()]:
+        ids = tokenizer.encode(text)
+        np.testing.assert_array_equal(loaded.encode(text), ids)
+        assert loaded.decode(ids) == tokenizer.decode(ids)
+
+
+def test_a_saved_tokenizer_says_its_ends_and_adds_none(tokenizer, tmp_path):
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    tokenizer.save(saved)
+    settings = json.loads((saved / "tokenizer_config.json").read_text())
+    assert not settings["add_bos_token"]
+    assert not settings["add_eos_token"]
+    assert settings["eos_token"] in ("</s>", "<|endoftext|>")
+    assert settings["bos_token"] in ("<s>", settings["eos_token"])
