@@ -1,1 +1,1 @@
-"""One file a method, named by it, each with its ``scale_by_`` form."""
+"""The methods: one file each, with the optimizer and its ``scale_by_`` form."""

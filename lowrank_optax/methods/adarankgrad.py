@@ -35,20 +35,20 @@ def adarankgrad(
 ) -> optax.GradientTransformationExtraArgs:
     """AdaRankGrad: Adam in a subspace whose rank and moment of renewal adapt.
 
-    :func:`scale_by_adarankgrad`, which has equations, state, cost and references, then
-    decoupled weight decay and the learning rate.
+    Chains :func:`scale_by_adarankgrad`, decoupled weight decay and the learning rate.
+    :func:`scale_by_adarankgrad` documents equations, state, cost and references.
 
     Args:
-        learning_rate: Step size, or a schedule of it by update.
+        learning_rate: Step size, or a schedule: number of the update -> step size.
         rank, threshold, b1, b2, eps: see :func:`scale_by_adarankgrad`.
         weight_decay: Decoupled decay of the parameters, times the learning rate; >= 0.
-        mask: Which leaves decay: a tree of bools, or a function from the parameters to
-            one. None: all.
+        mask: Tree of bools, True for each leaf that decays, or a function from the
+            parameters to such a tree. None: all leaves decay.
         scale, basis, refresh, rebase, side: see :func:`scale_by_adarankgrad`.
         dimension_numbers, seed, eps_root, mu_dtype: see :func:`scale_by_adarankgrad`.
 
     Returns:
-        An optimizer; its ``update`` needs ``params``, for the weight decay.
+        An optimizer. Its ``update`` needs ``params`` for the weight decay.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -98,20 +98,20 @@ def scale_by_adarankgrad(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam in a subspace whose rank and moment of renewal adapt.
 
-    :func:`scale_by_low_rank`, which has equations, state and cost, around
-    ``optax.scale_by_adam`` with the rank by energy, a randomized basis, renewal on
-    convergence, and moments re-based.
+    Runs ``optax.scale_by_adam`` inside :func:`scale_by_low_rank`, which documents
+    equations, state and cost. The rank follows the gradient's energy, the basis is
+    randomized and renewed on convergence, and the moments are re-based.
 
     Args:
-        rank: Capacity, the largest rank, >= 1, with seven eighths of it as the least
-            one: ranks that fell lower cost loss (``RESULTS.md``). Or a rank rule, which
-            then replaces ``threshold`` too: ``energy_rank(128, 0.05, min_rank=4)`` for
-            ranks that fall as the paper's do, and bytes that :func:`compact
-            <lowrank_optax.compact>` can free; or a :func:`lowrank_optax.budget` of
-            bytes.
-        threshold: Share of a gradient's squared norm that its subspace may lose; in
-            (0, 1). Of ``energy_rank`` and, as sqrt(1 - threshold), of
-            ``on_convergence``.
+        rank: Capacity, the largest rank, >= 1. The least rank is seven eighths of the
+            capacity, because lower ranks cost loss (``RESULTS.md``). Or a rank rule,
+            which also replaces ``threshold``: with ``energy_rank(128, 0.05,
+            min_rank=4)`` ranks fall as in the paper, and :func:`compact
+            <lowrank_optax.compact>` can free bytes. Or a :func:`lowrank_optax.budget`
+            of bytes.
+        threshold: Share of a gradient's squared norm that the subspace may lose; in
+            (0, 1). ``energy_rank`` gets this share, ``on_convergence`` the fraction
+            sqrt(1 - threshold).
         b1: Decay of the first moment, in [0, 1).
         b2: Decay of the second moment, in [0, 1).
         eps: Added to the root of the second moment, > 0.
@@ -124,8 +124,8 @@ def scale_by_adarankgrad(
         dimension_numbers: See :func:`scale_by_low_rank`.
         seed: Seed of the random sketches.
         eps_root: Added to the second moment, under the root; >= 0.
-        mu_dtype: Dtype of the first moment; None: float32 in a subspace, or wider for a
-            wider leaf, and the leaf's own at full size.
+        mu_dtype: Dtype of the first moment. None: in a subspace float32, or wider for a
+            wider leaf; at full size the dtype of the leaf.
 
     Returns:
         A transformation; see :func:`scale_by_low_rank`.
@@ -137,23 +137,22 @@ def scale_by_adarankgrad(
         Refael et al., `AdaRankGrad <https://arxiv.org/abs/2410.17881>`_, 2024.
         Differences from the paper:
 
-        - Algorithm 1's basis is not ordered; ours is, so that its first columns are the
-          ones to keep, and a power iteration sharpens it.
-        - Algorithm 2's binary search does not end as printed; a cumulative sum answers.
-          The threshold is on squared norms, as in Equation 2.
-        - The printed rank is what one gradient asks for, started low. Gradients of
-          early pre-training ask for one or two directions and later for many more: that
-          rule collapses every layer. Here the rank starts at the capacity, moves both
-          ways, is smoothed over refreshes, and has a floor.
-        - The second moment's V <- R V of Block 2 can be negative; the ``rebase`` rules
-          are not.
-        - Block 3 compares the raw norm of one mini-batch's projected gradient; ours is
-          smoothed, and the interval is bounded from both sides.
-        - The inner counter runs on over refreshes, as printed: bias correction is not
+        - Algorithm 1 does not order the basis. Here the columns are ordered by energy,
+          so that the first ones are kept, and power iterations sharpen the basis.
+        - Algorithm 2's binary search does not end as printed; a cumulative sum takes
+          its place. The threshold is on squared norms, as in Equation 2.
+        - The paper's rank is the demand of one gradient, and starts low. Gradients of
+          early pre-training demand one or two directions, later gradients many more, so
+          the paper's rule collapses every layer. Here the rank starts at the capacity,
+          rises and falls, is smoothed over refreshes, and has a floor.
+        - Block 2's V <- R V can make a second moment negative; no ``rebase`` rule can.
+        - Block 3 compares the raw norm of one mini-batch's projected gradient. Here the
+          norm is smoothed, and the interval has a lower and an upper bound.
+        - Adam's counter runs on over refreshes, as printed: the bias correction is not
           repeated.
-        - Update by layer during backpropagation is left to the training loop.
+        - Updating layer by layer during backpropagation is left to the training loop.
     """
-    # energy_rank checks the threshold too, but a rule in rank would go without.
+    # energy_rank checks the threshold too, but not where ``rank`` is a rule.
     if isinstance(threshold, (int, float)) and not 0 < threshold < 1:
         raise ValueError(f"threshold must be inside (0, 1), got {threshold}.")
     if refresh is None:

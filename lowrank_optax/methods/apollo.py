@@ -35,21 +35,21 @@ def apollo(
 ) -> optax.GradientTransformationExtraArgs:
     """APOLLO: the gradient itself, each channel scaled as Adam scales its projection.
 
-    :func:`scale_by_apollo`, which has equations, state, cost and references, then
-    decoupled weight decay and the learning rate.
+    Chains :func:`scale_by_apollo`, decoupled weight decay and the learning rate.
+    :func:`scale_by_apollo` documents equations, state, cost and references.
 
     Args:
-        learning_rate: Step size, or a schedule of it by update.
+        learning_rate: Step size, or a schedule: number of the update -> step size.
         rank, update_proj_gap, scale, b1, b2, eps: see :func:`scale_by_apollo`.
         weight_decay: Decoupled decay of the parameters, times the learning rate; >= 0.
-        mask: Which leaves decay: a tree of bools, or a function from the parameters to
-            one. None: all.
+        mask: Tree of bools, True for each leaf that decays, or a function from the
+            parameters to such a tree. None: all leaves decay.
         by_matrix, growth, corrected, basis: see :func:`scale_by_apollo`.
         dimension_numbers, seed: see :func:`scale_by_apollo`.
         eps_root, raw_eps, mu_dtype: see :func:`scale_by_apollo`.
 
     Returns:
-        An optimizer; its ``update`` needs ``params``, for the weight decay.
+        An optimizer. Its ``update`` needs ``params`` for the weight decay.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -94,38 +94,38 @@ def scale_by_apollo(
 ) -> optax.GradientTransformationExtraArgs:
     r"""The gradient itself, each channel scaled as Adam scales its projection.
 
-    With R = G P for a random P that is not stored, and N what Adam makes of it, for
-    each row i of the kept side
+    P is random and not stored, R = G P, and N is Adam's update of R. For each row i of
+    the kept side:
 
     .. math::
         U = \mathrm{scale} \; \mathrm{limited}(\phi G), \quad
         \phi_i = \|N_i\| / \|R_i\|
 
-    limited as in :func:`lowrank_optax.scaled_residual`. State: 2 a r numbers
-    and one a matrix, float32. Needs the full gradient at every update: no subspace
-    gradients, and ``accumulate`` adds up full ones.
+    :func:`lowrank_optax.scaled_residual` defines limited. State: 2 a r + 1 numbers a
+    matrix, float32. Every update needs the full gradient: subspace gradients are not
+    possible, and ``accumulate`` adds up full gradients.
 
     Args:
-        rank: Columns r of the bases, >= 1; 1 with ``by_matrix`` for APOLLO-Mini, whose
-            ``scale`` is 128 ** 0.5.
+        rank: Columns r of the bases, >= 1. APOLLO-Mini is ``rank=1``,
+            ``by_matrix=True``, ``scale=128**0.5``.
         update_proj_gap: Updates between two draws, >= 1.
-        scale: Factor on the updates of projected leaves, the paper's alpha; the root of
-            the authors' ``scale``.
+        scale: Factor on the updates of projected leaves, the paper's alpha. The
+            authors' code has alpha squared under this name.
         b1: Decay of the first moment, in [0, 1).
         b2: Decay of the second moment, in [0, 1).
         eps: Added to the root of the second moment, > 0.
-        by_matrix: Whether a matrix has one phi and not one for each row.
-        growth: Largest growth of the update's norm from one update to the next; >= 1.
-        corrected: Whether the limiter compares norms with Adam's bias corrections in
-            them. In the authors' code these come after it.
-        basis: ``gaussian()`` (None), ``rademacher()``, or a computed one.
+        by_matrix: Whether a matrix has a single phi instead of one for each row.
+        growth: Largest factor between the norms of two successive updates; >= 1.
+        corrected: Whether the limiter compares norms after Adam's bias corrections. The
+            authors' code limits before these corrections.
+        basis: ``gaussian()`` (None), ``rademacher()``, or a computed basis.
         dimension_numbers: See :func:`scale_by_low_rank`.
         seed: Seed of the bases.
         eps_root: Added to the second moment, under the root; >= 0.
-        raw_eps: Whether eps is added before the second moment's bias is corrected, as
-            in the authors' code, where it counts as eps / sqrt(1 - b2^t).
-        mu_dtype: Dtype of the first moment; None: float32 in a subspace, or wider for a
-            wider leaf, and the leaf's own at full size.
+        raw_eps: Whether to add eps before the bias correction of the second moment, as
+            the authors' code does. eps then counts as eps / sqrt(1 - b2^t).
+        mu_dtype: Dtype of the first moment. None: in a subspace float32, or wider for a
+            wider leaf; at full size the dtype of the leaf.
 
     Returns:
         A transformation; see :func:`scale_by_low_rank`.
@@ -138,15 +138,15 @@ def scale_by_apollo(
         the authors' code (``benchmarks/parity.py``: relative norm of the difference of
         two updates, mean of 60 updates of noisy gradients):
 
-        - Its ``scale`` is the square of alpha; ``scale`` here is alpha, as in the
-          paper. ``scale_front`` there says whether the limiter comes after it, which
-          makes no difference: a constant factor is in both norms that it compares.
-        - Random numbers are others, and leaves draw anew at updates of their own: 0.3.
-          With the authors' projections 1e-4.
-        - eps is added after the bias correction here: see ``raw_eps``. Beside gradients
-          with entries of 1e-3 that is 0.03, of 1e-5 above 1; with ``raw_eps`` 1e-5.
-        - 1e-8 is added there to every norm that divides. After an update with a zero
-          gradient the limiter there starts from 1e-8; here the next update is free.
+        - The authors' ``scale`` is alpha squared; ``scale`` here is alpha, as in the
+          paper. Their ``scale_front`` applies the scale before the limiter. The order
+          does not matter: both norms in the limiter have the same constant factor.
+        - The random numbers differ, and each leaf draws at updates of its own.
+          Difference: 0.3; with the authors' projections 1e-4.
+        - eps is added after the bias correction here. Difference: 0.03 for gradient
+          entries of 1e-3, above 1 for entries of 1e-5; with ``raw_eps=True`` 1e-5.
+        - The authors add 1e-8 to every norm in a denominator. After a zero gradient
+          their limiter starts from 1e-8; here the next update is not limited.
     """
     check_growth(growth)
     return scale_by_low_rank(
@@ -154,7 +154,7 @@ def scale_by_apollo(
         rank,
         basis=gaussian() if basis is None else basis,
         refresh=every(update_proj_gap),
-        # Norms are all that is used: those of another random subspace are alike.
+        # Only norms are used, and those in another random subspace are alike.
         rebase="keep",
         residual=Scaled(
             growth,

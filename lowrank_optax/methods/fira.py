@@ -1,4 +1,4 @@
-"""Fira: GaLore, and what its projection discards, scaled as Adam scales the rest."""
+"""Fira: GaLore, plus the discarded part of the gradient, scaled as Adam scales."""
 
 import jax
 import optax
@@ -35,22 +35,22 @@ def fira(
     raw_eps: bool = False,
     mu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Fira: GaLore, and what its projection discards, scaled as Adam scales the rest.
+    """Fira: GaLore, plus the discarded part of the gradient, scaled as Adam scales.
 
-    :func:`scale_by_fira`, which has equations, state, cost and references, then
-    decoupled weight decay and the learning rate.
+    Chains :func:`scale_by_fira`, decoupled weight decay and the learning rate.
+    :func:`scale_by_fira` documents equations, state, cost and references.
 
     Args:
-        learning_rate: Step size, or a schedule of it by update.
+        learning_rate: Step size, or a schedule: number of the update -> step size.
         rank, update_proj_gap, scale, b1, b2, eps: see :func:`scale_by_fira`.
         weight_decay: Decoupled decay of the parameters, times the learning rate; >= 0.
-        mask: Which leaves decay: a tree of bools, or a function from the parameters to
-            one. None: all.
+        mask: Tree of bools, True for each leaf that decays, or a function from the
+            parameters to such a tree. None: all leaves decay.
         growth, taken, corrected, basis, rebase: see :func:`scale_by_fira`.
         dimension_numbers, seed, eps_root, raw_eps, mu_dtype: see :func:`scale_by_fira`.
 
     Returns:
-        An optimizer; its ``update`` needs ``params``, for the weight decay.
+        An optimizer. Its ``update`` needs ``params`` for the weight decay.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -95,43 +95,45 @@ def scale_by_fira(
     raw_eps: bool = False,
     mu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Adam in a subspace, and what that discards, scaled as Adam scales the rest.
+    r"""Adam in a subspace, plus the rest of the gradient, scaled as Adam scales.
 
-    :func:`scale_by_low_rank` around ``optax.scale_by_adam`` with
+    Runs ``optax.scale_by_adam`` inside :func:`scale_by_low_rank`. With R = G P, Adam's
+    update N of R, and each row i of the kept side:
 
     .. math::
         U = \alpha N P^\top + \mathrm{limited}(\phi (G - \alpha R P^\top)), \quad
         \phi_i = \|N_i\| / \|R_i\|
 
-    for each row i of the kept side; :func:`lowrank_optax.scaled_residual` has the
-    limiter. alpha is ``scale``: it makes what goes on inside the subspace smaller, and
-    not the rest. State: that of :func:`scale_by_galore` and one number a matrix. Needs
-    the full gradient at every update: no subspace gradients, and ``accumulate`` adds up
-    full ones.
+    :func:`lowrank_optax.scaled_residual` defines limited. alpha is ``scale``: it scales
+    the part inside the subspace, and not the rest. State: as for
+    :func:`scale_by_galore`, plus one number a matrix. Every update needs the full
+    gradient: subspace gradients are not possible, and ``accumulate`` adds up full
+    gradients.
 
     Args:
         rank: Columns r of the bases, >= 1, or a rule.
         update_proj_gap: Updates between two bases, >= 1.
-        scale: alpha, the factor on the part inside the subspace. 0.25 in the authors'
-            pre-training, 1 in their fine-tuning.
+        scale: alpha, the factor on the part inside the subspace. The authors take 0.25
+            for pre-training and 1 for fine-tuning.
         b1: Decay of the first moment, in [0, 1).
         b2: Decay of the second moment, in [0, 1).
         eps: Added to the root of the second moment, > 0.
-        growth: Largest growth of the residual's norm from one update to the next; >= 1.
-        taken: Share of R P^T that is taken off the gradient. None: alpha, as in the
-            authors' code; 1: all of it, as in the paper.
-        corrected: Whether the limiter compares norms with Adam's bias corrections in
-            them. In the authors' code these come after it.
+        growth: Largest factor between the residual's norms at two successive updates;
+            >= 1.
+        taken: Share of R P^T that is subtracted from the gradient. None: alpha, as in
+            the authors' code; 1 is the paper's choice.
+        corrected: Whether the limiter compares norms after Adam's bias corrections. The
+            authors' code limits before these corrections.
         basis: Basis rule; None: ``range_finder(power_iterations=1)``.
-        rebase: How moments follow a new basis, a rule or its name; "keep": not at all,
-            as in the paper and the code.
+        rebase: Re-basing rule of the moments, or its name. "keep" leaves the moments as
+            they are, as the paper and the authors' code do.
         dimension_numbers: See :func:`scale_by_low_rank`.
         seed: Seed of the random sketches.
         eps_root: Added to the second moment, under the root; >= 0.
-        raw_eps: Whether eps is added before the second moment's bias is corrected, as
-            in the authors' code, where it counts as eps / sqrt(1 - b2^t).
-        mu_dtype: Dtype of the first moment; None: float32 in a subspace, or wider for a
-            wider leaf, and the leaf's own at full size.
+        raw_eps: Whether to add eps before the bias correction of the second moment, as
+            the authors' code does. eps then counts as eps / sqrt(1 - b2^t).
+        mu_dtype: Dtype of the first moment. None: in a subspace float32, or wider for a
+            wider leaf; at full size the dtype of the leaf.
 
     Returns:
         A transformation; see :func:`scale_by_low_rank`.
@@ -140,22 +142,22 @@ def scale_by_fira(
         ValueError: If a value is out of its range.
 
     References:
-        Chen et al., `Fira <https://arxiv.org/abs/2410.01623>`_, 2024. Its residual is
-        G - R P^T; the authors' code, whose results it reports, takes alpha R P^T off.
-        That is the default here: at alpha = 0.25 the updates of ``taken=1`` are 0.7
-        apart, and it ended 0.7 % above in training (``RESULTS.md``). Differences from
-        the code (``benchmarks/parity.py``: relative norm of the difference of two
+        Chen et al., `Fira <https://arxiv.org/abs/2410.01623>`_, 2024. The paper's
+        residual is G - R P^T. The authors' code, which made the paper's results, has
+        G - alpha R P^T, the default here. At alpha = 0.25 the updates of ``taken=1``
+        differ by 0.7, and the loss ended 0.7 % higher (``RESULTS.md``). Differences
+        from the code (``benchmarks/parity.py``: relative norm of the difference of two
         updates, mean of 60 updates of noisy gradients):
 
-        - An exact SVD finds the basis there, for all leaves on the same update, and a
-          range finder here, the leaves spread over the gap: 0.2. With
-          ``basis=exact_svd()`` 0.12, all of it after the second basis: the moments that
-          are kept depend on the signs of singular vectors, which are arbitrary. With
-          the authors' bases 7e-5.
-        - eps is added after the bias correction here: see ``raw_eps``. Beside gradients
-          with entries of 1e-3 that is 0.04, of 1e-5 above 1; with ``raw_eps`` 1e-5.
-        - 1e-8 is added there to every norm that divides. After an update with a zero
-          gradient the limiter there starts from 1e-8; here the next update is free.
+        - The authors compute all bases on the same update, by an exact SVD. Here a
+          range finder does, and the leaves are spread over the gap. Difference: 0.2;
+          with ``basis=exact_svd()`` 0.12, from the second basis on, because kept
+          moments depend on the arbitrary signs of singular vectors; with the authors'
+          bases 7e-5.
+        - eps is added after the bias correction here. Difference: 0.04 for gradient
+          entries of 1e-3, above 1 for entries of 1e-5; with ``raw_eps=True`` 1e-5.
+        - The authors add 1e-8 to every norm in a denominator. After a zero gradient
+          their limiter starts from 1e-8; here the next update is not limited.
     """
     return scale_by_low_rank(
         checked_adam(b1, b2, eps, eps_root, mu_dtype, raw_eps),

@@ -33,20 +33,20 @@ def galore(
 ) -> optax.GradientTransformationExtraArgs:
     """GaLore: Adam in the subspace of the leading singular vectors of a gradient.
 
-    :func:`scale_by_galore`, which has equations, state, cost and references, then
-    decoupled weight decay and the learning rate.
+    Chains :func:`scale_by_galore`, decoupled weight decay and the learning rate.
+    :func:`scale_by_galore` documents equations, state, cost and references.
 
     Args:
-        learning_rate: Step size, or a schedule of it by update.
+        learning_rate: Step size, or a schedule: number of the update -> step size.
         rank, update_proj_gap, scale, b1, b2, eps: see :func:`scale_by_galore`.
         weight_decay: Decoupled decay of the parameters, times the learning rate; >= 0.
-        mask: Which leaves decay: a tree of bools, or a function from the parameters to
-            one. None: all.
+        mask: Tree of bools, True for each leaf that decays, or a function from the
+            parameters to such a tree. None: all leaves decay.
         basis, side, dimension_numbers, seed, eps_root, raw_eps, mu_dtype:
             see :func:`scale_by_galore`.
 
     Returns:
-        An optimizer; its ``update`` needs ``params``, for the weight decay.
+        An optimizer. Its ``update`` needs ``params`` for the weight decay.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -87,10 +87,10 @@ def scale_by_galore(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam in the subspace of the leading singular vectors of a gradient.
 
-    :func:`scale_by_low_rank`, which has equations, state and cost, around
-    ``optax.scale_by_adam`` with an exact SVD of every projected leaf each
-    ``update_proj_gap`` updates, on the same update for all, and moments kept as they
-    are when the basis changes.
+    Runs ``optax.scale_by_adam`` inside :func:`scale_by_low_rank`, which documents
+    equations, state and cost. An exact SVD computes the bases of all projected leaves
+    on the same update, every ``update_proj_gap`` updates. The moments stay as they are
+    when the basis changes.
 
     Args:
         rank: Columns of the bases, >= 1; or a :func:`lowrank_optax.budget` of bytes.
@@ -103,13 +103,13 @@ def scale_by_galore(
             faster (``benchmarks/``) and captures nearly as much.
         side: "short" or "long"; see :func:`scale_by_low_rank`.
         dimension_numbers: See :func:`scale_by_low_rank`. Published runs leave embedding
-            and head at full size: give None for them, or use ``optax.partition``.
+            and head at full size: give these leaves None, or use ``optax.partition``.
         seed: Seed of a randomized ``basis``.
         eps_root: Added to the second moment, under the root; >= 0.
-        raw_eps: Whether eps is added before the second moment's bias is corrected, as
-            in the authors' code, where it counts as eps / sqrt(1 - b2^t).
-        mu_dtype: Dtype of the first moment; None: float32 in a subspace, or wider for a
-            wider leaf, and the leaf's own at full size.
+        raw_eps: Whether to add eps before the bias correction of the second moment, as
+            the authors' code does. eps then counts as eps / sqrt(1 - b2^t).
+        mu_dtype: Dtype of the first moment. None: in a subspace float32, or wider for a
+            wider leaf; at full size the dtype of the leaf.
 
     Returns:
         A transformation; see :func:`scale_by_low_rank`.
@@ -120,20 +120,20 @@ def scale_by_galore(
     References:
         Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024, with the
         authors' defaults. ``optax.contrib.galore`` projects the long side and has
-        ``scale`` 1; ``side="long"``, ``scale=1.0``, ``eps=1e-8`` reproduce it, on
-        stacked leaves too.
-        The first SVD is that of the first gradient, as in the authors' code. A zero or
-        non-finite gradient keeps the old basis here and the SVD is repeated at the next
-        update; where that finds none either, ever more seldom, as for
-        :func:`lowrank_optax.every`. Differences from the authors' code
-        (``benchmarks/parity.py``: relative norm of the difference of two updates, mean
-        of 60 updates of noisy gradients):
+        ``scale`` 1: ``side="long"``, ``scale=1.0``, ``eps=1e-8`` give the same updates,
+        for stacked leaves too.
 
-        - Signs of singular vectors are arbitrary, and the moments that are kept depend
-          on them: 0.25, all of it after the second basis. With the authors' bases 2e-5.
-        - eps is added after the bias correction here, as in the paper: see ``raw_eps``.
-          Beside gradients with entries of 1e-3 that is 0.01, of 1e-5 0.5; with
-          ``raw_eps`` 1e-5.
+        The first SVD is of the first gradient, as in the authors' code. A zero or
+        non-finite gradient keeps the old basis here. The SVD is then tried again at
+        later updates, see :func:`lowrank_optax.every`. Differences from the authors'
+        code (``benchmarks/parity.py``: relative norm of the difference of two updates,
+        mean of 60 updates of noisy gradients):
+
+        - The signs of singular vectors are arbitrary, and kept moments depend on them.
+          Difference: 0.25, from the second basis on; with the authors' bases 2e-5.
+        - eps is added after the bias correction here, as in the paper. Difference: 0.01
+          for gradient entries of 1e-3, 0.5 for entries of 1e-5; with ``raw_eps=True``
+          1e-5.
     """
     return scale_by_low_rank(
         checked_adam(b1, b2, eps, eps_root, mu_dtype, raw_eps),

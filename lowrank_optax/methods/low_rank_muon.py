@@ -1,4 +1,4 @@
-"""Muon with its momentum in a subspace, and the last gradient outside of it."""
+"""Muon with its momentum in a subspace, and the last gradient outside it."""
 
 import jax
 import optax
@@ -31,23 +31,23 @@ def low_rank_muon(
     dimension_numbers: DimensionNumbers | None = None,
     seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    """Muon with its momentum in a subspace, and the last gradient outside of it.
+    """Muon with its momentum in a subspace, and the last gradient outside it.
 
-    :func:`scale_by_low_rank_muon`, which has equations, state, cost and references,
-    then decoupled weight decay and the learning rate.
+    Chains :func:`scale_by_low_rank_muon`, decoupled weight decay and the learning rate.
+    :func:`scale_by_low_rank_muon` documents equations, state, cost and references.
 
     Args:
-        learning_rate: Step size, or a schedule of it by update.
+        learning_rate: Step size, or a schedule: number of the update -> step size.
         rank, beta: see :func:`scale_by_low_rank_muon`.
         weight_decay: Decoupled decay of the parameters, times the learning rate; >= 0.
-        mask: Which leaves decay: a tree of bools, or a function from the parameters to
-            one. None: all.
+        mask: Tree of bools, True for each leaf that decays, or a function from the
+            parameters to such a tree. None: all leaves decay.
         residual, nesterov, ns_steps, rms: see :func:`scale_by_low_rank_muon`.
         basis, refresh, rebase: see :func:`scale_by_low_rank_muon`.
         dimension_numbers, seed: see :func:`scale_by_low_rank_muon`.
 
     Returns:
-        An optimizer; its ``update`` needs ``params``, for the weight decay.
+        An optimizer. Its ``update`` needs ``params`` for the weight decay.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -88,40 +88,41 @@ def scale_by_low_rank_muon(
     dimension_numbers: DimensionNumbers | None = None,
     seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Muon with its momentum in a subspace, and the last gradient outside of it.
+    r"""Muon with its momentum in a subspace, and the last gradient outside it.
 
-    For a gradient matrix G_t (n, m), its short side b and its long one a, R_t the
-    projection of G_t onto the basis P (b, r), written for b = m:
+    A gradient matrix G_t (n, m) has the short side b and the long side a. R_t is the
+    projection of G_t onto the basis P (b, r). For b = m:
 
     .. math::
         M_t = \beta M_{t-1} + R_t, \quad N_t = R_t + \beta M_t, \quad
         U_t = 0.2 \sqrt{a} \; \mathrm{orth}(N_t P^\top + \phi (G_t - R_t P^\top))
 
-    with orth(U S V^T) = U V^T and phi = ``residual``: along the directions of the basis
-    the momentum is that of many steps, along the others it is the last gradient, phi
-    times. Both are orthogonalized together, so that every direction gets a step of the
-    same size; phi decides from which singular value on. With phi = 1 + beta it is Muon
-    (Nesterov's) that forgets its momentum outside the subspace at every step.
+    with orth(U S V^T) = U V^T and phi = ``residual``. Along the basis the momentum is
+    that of many steps; along other directions it is the last gradient, phi times. Both
+    parts are orthogonalized together, so that every direction gets a step of the same
+    size. Directions with very small singular values get less, and phi moves this limit.
+    With phi = 1 + beta the method is Muon (Nesterov's) without momentum outside the
+    subspace.
 
-    State: that of :func:`scale_by_sumo`, (a + b) r numbers, float32. Cost: Muon's
-    orthogonalization at full size, and 4 a b r flops. Needs the full gradient at every
-    update: no subspace gradients, and ``accumulate`` adds up full ones. Leaves at full
-    size as for :func:`scale_by_sumo`.
+    State: as for :func:`scale_by_sumo`, (a + b) r numbers, float32. Cost: Muon's
+    orthogonalization at full size, and 4 a b r flops. Every update needs the full
+    gradient: subspace gradients are not possible, and ``accumulate`` adds up full
+    gradients. Leaves at full size are treated as in :func:`scale_by_sumo`.
 
     Args:
         rank: Columns r of the bases, >= 1, or a rule.
         beta: Decay of the momentum, in [0, 1).
-        residual: Weight phi of the residual G - R P^T, where one gradient weighs
-            1 + beta inside the subspace; >= 0. 0: nothing leaves the subspace, as in
-            :func:`scale_by_sumo`, which is cheaper then. 3 to 6 were alike
+        residual: Weight phi of the residual G - R P^T, >= 0; a gradient weighs 1 + beta
+            inside the subspace. At 0 nothing leaves the subspace, and
+            :func:`scale_by_sumo` is cheaper. Losses at 3 to 6 were alike
             (``RESULTS.md``).
-        nesterov: Whether the gradient counts once more in what is orthogonalized.
-        ns_steps: Newton-Schulz iterations, >= 1; singular values come to 0.7 ... 1.2
-            in 5, those under 1/500 of the norm to less.
+        nesterov: Whether to add the gradient once more before the orthogonalization.
+        ns_steps: Newton-Schulz iterations, >= 1. Five of them bring singular values to
+            0.7 ... 1.2, and those under 1/500 of the norm to less.
         rms: Root mean square of an update of full rank, in [0, 1).
         basis: Basis rule; None: ``range_finder(power_iterations=1)``.
         refresh: Refresh rule; None: ``every(200)``.
-        rebase: Re-basing rule or its name; of the momentum, which follows exactly.
+        rebase: Re-basing rule of the momentum, or its name. The default is exact here.
         dimension_numbers: See :func:`scale_by_low_rank`.
         seed: Seed of the random sketches.
 
@@ -132,11 +133,11 @@ def scale_by_low_rank_muon(
         ValueError: If a value is out of its range.
 
     References:
-        Of this library. Jordan, `Muon <https://kellerjordan.github.io/posts/muon/>`_,
-        2024, for the update; Refael et al., `SUMO <https://arxiv.org/abs/2505.24749>`_,
-        2025, for the momentum in the subspace of a gradient; Chen et al., `Fira
-        <https://arxiv.org/abs/2410.01623>`_, 2024, adds what the subspace does not
-        hold, scaled by row, to Adam's update.
+        A method of this library. The update is that of Jordan, `Muon
+        <https://kellerjordan.github.io/posts/muon/>`_, 2024. Refael et al., `SUMO
+        <https://arxiv.org/abs/2505.24749>`_, 2025, keep the momentum in the subspace of
+        a gradient. Chen et al., `Fira <https://arxiv.org/abs/2410.01623>`_, 2024, add
+        the part of the gradient outside the subspace, scaled by row, to Adam's update.
     """
     check_beta(beta)
     if isinstance(residual, (int, float)) and not residual >= 0:

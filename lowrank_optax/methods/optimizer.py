@@ -1,4 +1,4 @@
-"""What the methods by name share: Adam with its arguments checked, and their end."""
+"""Shared by all methods: Adam with checked arguments, and the chain to an optimizer."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,8 +22,8 @@ def checked_adam(
 
     Args:
         b1, b2, eps, eps_root, mu_dtype: See ``optax.scale_by_adam``.
-        raw_eps: Whether eps is added to the root of the second moment before its bias
-            is corrected: it then counts as eps / sqrt(1 - b2^t).
+        raw_eps: Whether to add eps to the root of the second moment before the bias
+            correction. eps then counts as eps / sqrt(1 - b2^t).
 
     Raises:
         ValueError: If a value is out of its range. Traced values
@@ -55,7 +55,7 @@ def as_optimizer(
     weight_decay: Any,
     mask: Mask | None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns a transformation, then decoupled weight decay and the learning rate.
+    """Returns the chain of a transformation, decoupled weight decay and learning rate.
 
     Raises:
         ValueError: If ``weight_decay`` is negative.

@@ -25,10 +25,10 @@ class ScaleByProjfactorState(NamedTuple):
     """Moments of :func:`scale_by_projfactor`, trees like the parameters.
 
     Attributes:
-        mu: First moment in the subspace, (*stack, a*c, r), float32 or wider;
-            ``optax.MaskedNode()`` for leaves at full size, as in the two next.
-        v_row: Second moment summed over columns; (*stack, a*c), likewise.
-        v_col: Second moment summed over rows; (*stack, b/c), likewise.
+        mu: First moment in the subspace; (*stack, a*c, r), float32 or wider. A leaf at
+            full size has ``optax.MaskedNode()`` in the first three trees.
+        v_row: Second moment, summed over columns; (*stack, a*c), float32 or wider.
+        v_col: Second moment, summed over rows; (*stack, b/c), float32 or wider.
         rest: State of ``optax.scale_by_adam`` for the leaves at full size.
     """
 
@@ -57,34 +57,34 @@ def projfactor(
 ) -> optax.GradientTransformationExtraArgs:
     """ProjFactor: Adam with subspace momentum and a factored second moment.
 
-    :func:`scale_by_projfactor`, then decoupled weight decay and the learning rate.
+    Chains :func:`scale_by_projfactor`, decoupled weight decay and the learning rate.
 
     Args:
-        learning_rate: Step size, or a schedule of it by update.
+        learning_rate: Step size, or a schedule: number of the update -> step size.
         rank: Columns r of the bases, >= 1.
         granularity: c, >= 1; see :func:`scale_by_projfactor`.
         b1: Decay of the first moment, in [0, 1).
         b2: Decay of the second moment, in [0, 1).
         eps: Added to the root of the second moment, > 0.
         weight_decay: Decoupled decay of the parameters, times the learning rate; >= 0.
-        mask: Which leaves decay: a tree of bools, or a function from the parameters to
-            one. None: all.
+        mask: Tree of bools, True for each leaf that decays, or a function from the
+            parameters to such a tree. None: all leaves decay.
         basis: See :func:`scale_by_projfactor`.
         refresh: Refresh rule; None: ``every(25)``.
-        rebase: How the momentum follows a new basis.
+        rebase: Re-basing rule of the momentum; see :func:`scale_by_projfactor`.
         side: "short" or "long"; see :func:`scale_by_low_rank`.
         dimension_numbers: See :func:`scale_by_low_rank`.
         seed: Seed of the bases.
 
     Returns:
-        An optimizer; its ``update`` needs ``params``, for the weight decay.
+        An optimizer. Its ``update`` needs ``params`` for the weight decay.
 
     Raises:
         ValueError: If a value is out of its range.
 
     References:
-        `VLoRP and ProjFactor <https://arxiv.org/abs/2505.01744>`_, 2025; differences
-        are listed in :func:`scale_by_projfactor`.
+        `VLoRP and ProjFactor <https://arxiv.org/abs/2505.01744>`_, 2025.
+        :func:`scale_by_projfactor` lists the differences.
     """
     return as_optimizer(
         scale_by_projfactor(
@@ -122,8 +122,8 @@ def scale_by_projfactor(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam with momentum in a subspace and a factored second moment at full size.
 
-    For an oriented gradient matrix seen at granularity c as G_t (a c, b/c), its
-    projection G_s = G_t P, and G_o = G_s P^T:
+    At granularity c an oriented gradient matrix is seen as G_t (a c, b/c). With its
+    projection G_s = G_t P and G_o = G_s P^T:
 
     .. math::
         m &\leftarrow b_1 m + (1 - b_1) G_s \\
@@ -132,27 +132,27 @@ def scale_by_projfactor(
         U_t &= \frac{\sqrt{1 - b_2^t}}{1 - b_1^t} \,
         \frac{m P^\top}{\sqrt{v_r v_c^\top / \mathrm{sum}(v_r)} + \epsilon}
 
-    G_o is never formed, nor the second moment: their sums are quadratic forms of
+    Neither G_o nor the second moment is ever formed. The sums are quadratic forms of
     (r, r) matrices, and the division happens where U_t is written.
 
-    Stored per projected matrix: a c r + a c + b/c numbers, float32, and a few scalars;
-    b r / c more for a computed basis. An update costs 4 a b r flops for projection and
-    lift, about 2 (a c + b/c) r^2 multiplications for the sums, and for a random basis
-    b r / c random numbers. Leaves at full size have Adam.
+    The state of a projected matrix: a c r + a c + b/c numbers, float32, and a few
+    scalars; b r / c more for a computed basis. An update costs 4 a b r flops for
+    projection and lift, about 2 (a c + b/c) r^2 multiplications for the sums, and
+    b r / c random numbers for a random basis. Adam updates leaves at full size.
 
     Args:
         rank: Columns r of the bases, >= 1.
-        granularity: c, >= 1; where it does not divide b, the nearest divisor below is
-            used. The memory of the momentum is a * (c r).
+        granularity: c, >= 1. Where c does not divide b, the largest divisor below c is
+            used. The momentum takes a * (c r) numbers.
         b1: Decay of the first moment, in [0, 1).
         b2: Decay of the second moment, in [0, 1).
         eps: Added to the root of the second moment, > 0.
-        basis: ``gaussian()`` (None), ``rademacher()``, or a computed one.
+        basis: ``gaussian()`` (None), ``rademacher()``, or a computed basis.
         refresh: Refresh rule; None: ``every(25)``.
-        rebase: How the momentum follows a new basis: "first", by the least gradient
-            that has its projection; "zero" drops it; "keep" leaves it in the old basis,
-            as the authors' code does. Measured (``RESULTS.md``, c = 4, r = 8): 1.993,
-            1.983 and 2.019 nats per byte, one seed.
+        rebase: Re-basing rule of the momentum. "first" projects the smallest gradient
+            with this momentum as its projection; "zero" drops the momentum; "keep"
+            leaves it as it is, as the authors' code does. Measured (``RESULTS.md``,
+            c = 4, r = 8): 1.993, 1.983 and 2.019 nats per byte, one seed.
         side: "short" or "long"; see :func:`scale_by_low_rank`.
         dimension_numbers: See :func:`scale_by_low_rank`.
         seed: Seed of the bases.
@@ -172,9 +172,9 @@ def scale_by_projfactor(
 
     References:
         `VLoRP and ProjFactor <https://arxiv.org/abs/2505.01744>`_, 2025. The paper's
-        ``scale`` cancels out and is left out. A granularity that does not divide b is
-        an error there. The momentum follows a new basis here, and the basis does not
-        change between the micro-batches of one update.
+        ``scale`` cancels out and is left out here. In the paper a granularity must
+        divide b. Here the momentum follows a new basis, and the basis stays the same
+        for all micro-batches of an update.
     """
     checked_adam(b1, b2, eps)
     parts = make_parts(
@@ -185,7 +185,7 @@ def scale_by_projfactor(
         side=side,
         granularity=granularity,
         dimension_numbers=dimension_numbers,
-        # The second moment is of lifted gradients: a new basis leaves it alone.
+        # The second moment is of lifted gradients: a new basis does not change it.
         moments={"v_row": "constant", "v_col": "constant"},
         seed=seed,
     )
@@ -258,7 +258,7 @@ class FactoredAtFullSize(NamedTuple):
         total = jnp.sum(v_row, axis=-1, keepdims=True)
         row = jnp.sqrt(v_row / jnp.where(total > 0, total, 1))
         view = projector.view
-        # An outer product is a lift too, of rank one.
+        # The outer product is a lift of rank one.
         root = view.lift_blocks(row[..., None], jnp.sqrt(v_col)[..., None])
         return view.unblocked(view.lift_blocks(mean, basis) / (root + self.eps))
 
@@ -268,8 +268,9 @@ def squared_sums(
 ) -> tuple[jax.Array, jax.Array]:
     r"""Returns the row sums and the column sums of (G P^T)^2, entry by entry.
 
-    G P^T is not formed: row i is the quadratic form of P^T P in the i-th row of G,
-    column j that of G^T G in the j-th row of P; 2 (a + b) r^2 multiplications.
+    G P^T is not formed. The sum of row i is the quadratic form of P^T P in the i-th row
+    of G; the sum of column j is the quadratic form of G^T G in the j-th row of P. Cost:
+    2 (a + b) r^2 multiplications.
 
     Args:
         coordinates: G; (*stack, a, r).
@@ -285,7 +286,7 @@ def _quadratic(left: jax.Array, right: jax.Array) -> jax.Array:
     """Returns sum_j (left right^T)_ij^2, (*stack, rows of left)."""
     products = jnp.einsum("...ir,...is->...rs", right, right)
     turned = jnp.einsum("...ir,...rs->...is", left, products)
-    # Rounding may leave a sum that cancels to zero below it.
+    # Rounding may leave a sum slightly below zero.
     return jnp.maximum(jnp.sum(turned * left, axis=-1), 0)
 
 

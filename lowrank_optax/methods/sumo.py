@@ -1,4 +1,4 @@
-"""SUMO: Muon inside a subspace, the momentum orthogonalized there."""
+"""SUMO: Muon inside a subspace, with the momentum orthogonalized there."""
 
 import functools
 from collections.abc import Callable
@@ -36,22 +36,22 @@ def sumo(
     dimension_numbers: DimensionNumbers | None = None,
     seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    """SUMO: Muon inside a subspace, the momentum orthogonalized there.
+    """SUMO: Muon inside a subspace, with the momentum orthogonalized there.
 
-    :func:`scale_by_sumo`, which has equations, state, cost and references, then
-    decoupled weight decay and the learning rate.
+    Chains :func:`scale_by_sumo`, decoupled weight decay and the learning rate.
+    :func:`scale_by_sumo` documents equations, state, cost and references.
 
     Args:
-        learning_rate: Step size, or a schedule of it by update.
+        learning_rate: Step size, or a schedule: number of the update -> step size.
         rank, beta: see :func:`scale_by_sumo`.
         weight_decay: Decoupled decay of the parameters, times the learning rate; >= 0.
-        mask: Which leaves decay: a tree of bools, or a function from the parameters to
-            one. None: all.
+        mask: Tree of bools, True for each leaf that decays, or a function from the
+            parameters to such a tree. None: all leaves decay.
         nesterov, ns_steps, rms, basis, refresh, rebase, dimension_numbers, seed:
             see :func:`scale_by_sumo`.
 
     Returns:
-        An optimizer; its ``update`` needs ``params``, for the weight decay.
+        An optimizer. Its ``update`` needs ``params`` for the weight decay.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -90,32 +90,32 @@ def scale_by_sumo(
     dimension_numbers: DimensionNumbers | None = None,
     seed: jax.typing.ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Muon inside a subspace, the momentum orthogonalized there.
+    r"""Muon inside a subspace, with the momentum orthogonalized there.
 
-    ``scale_by_low_rank`` around ``optax.contrib.scale_by_muon``. For a gradient matrix
-    oriented to (a, b), b its short side, and R_t = G_t P:
+    Runs ``optax.contrib.scale_by_muon`` inside :func:`scale_by_low_rank`. For a
+    gradient matrix oriented to (a, b), with b its short side, and R_t = G_t P:
 
     .. math::
         M_t = \beta M_{t-1} + (1 - \beta) R_t, \quad
         U_t = 0.2 \sqrt{a} \; \mathrm{orth}(\hat M_t) P^\top
 
-    with orth(U S V^T) = U V^T and M^ the momentum with its bias corrected, and with
-    Nesterov's step. sqrt(a) is sqrt(max(n, m)), so that 0.2 is the root mean square of
-    an update of full rank. One moment and the basis: (a + b) r numbers, float32, where
-    Adam in the subspace has (2 a + b) r and AdamW 2 a b. Matrices at full size
-    have Muon, and what has no matrix has Adam, with the same learning rate. Embedding
-    and head want another optimizer: ``optax.partition``.
+    with orth(U S V^T) = U V^T. M^ is the momentum after bias correction and Nesterov's
+    step. sqrt(a) is sqrt(max(n, m)), so that 0.2 is the root mean square of an update
+    of full rank. The state is one moment and the basis: (a + b) r numbers, float32;
+    Adam in the subspace has (2 a + b) r, AdamW 2 a b. Matrices at full size get Muon,
+    leaves without a matrix get Adam, both with the same learning rate. Embedding and
+    head need another optimizer, by ``optax.partition``.
 
     Args:
         rank: Columns r of the bases, >= 1, or a rule.
         beta: Decay of the momentum, in [0, 1).
-        nesterov: Whether the gradient counts once more in what is orthogonalized.
-        ns_steps: Newton-Schulz iterations, >= 1; singular values come to 0.7 ... 1.2
-            in 5.
+        nesterov: Whether to add the gradient once more before the orthogonalization.
+        ns_steps: Newton-Schulz iterations, >= 1. Five of them bring singular values to
+            0.7 ... 1.2.
         rms: Root mean square of an update of full rank, in [0, 1).
         basis: Basis rule; None: ``range_finder(power_iterations=1)``.
         refresh: Refresh rule; None: ``every(200)``.
-        rebase: Re-basing rule or its name; of the momentum, which follows exactly.
+        rebase: Re-basing rule of the momentum, or its name. The default is exact here.
         dimension_numbers: See :func:`scale_by_low_rank`.
         seed: Seed of the random sketches.
 
@@ -126,9 +126,10 @@ def scale_by_sumo(
         ValueError: If a value is out of its range.
 
     References:
-        Refael et al., `SUMO <https://arxiv.org/abs/2505.24749>`_, 2025. An exact SVD
-        orthogonalizes there, Newton-Schulz here; the norm-growth limiter and its
-        factor on the update are not here; Nesterov's step is not there.
+        Refael et al., `SUMO <https://arxiv.org/abs/2505.24749>`_, 2025. The paper
+        orthogonalizes by an exact SVD, this code by Newton-Schulz. The paper's limiter
+        of the norm's growth and its factor on the update are left out. The paper has no
+        Nesterov's step.
     """
     check_beta(beta)
     check_orthogonalization(ns_steps, rms)
@@ -164,7 +165,7 @@ def check_beta(beta: jax.typing.ArrayLike) -> None:
 def by_kind(
     matrix: Callable[[NumbersByPath], optax.GradientTransformation],
 ) -> Callable[[NumbersByPath], optax.GradientTransformation]:
-    """Returns what makes ``matrix`` for matrices and their stacks, Adam for vectors."""
+    """Returns a maker of ``matrix`` for (stacks of) matrices and Adam for vectors."""
 
     def made(numbers: NumbersByPath) -> optax.GradientTransformation:
         def labels(tree):
@@ -197,7 +198,7 @@ def _scaled_by_sides(
 ) -> Any:
     """Returns orthogonal matrices scaled to the root mean square of full rank.
 
-    The kept side, the longer one, is there in the subspace too.
+    The kept side is the longer one, and has its full length in the subspace too.
     """
 
     def scaled(path, leaf):

@@ -31,20 +31,20 @@ def vlorp(
 ) -> optax.GradientTransformationExtraArgs:
     """VLoRP: any transformation in a random subspace of various granularity.
 
-    :func:`scale_by_vlorp`, which has equations, state, cost and references, then
-    decoupled weight decay and the learning rate.
+    Chains :func:`scale_by_vlorp`, decoupled weight decay and the learning rate.
+    :func:`scale_by_vlorp` documents equations, state, cost and references.
 
     Args:
-        learning_rate: Step size, or a schedule of it by update.
+        learning_rate: Step size, or a schedule: number of the update -> step size.
         rank, granularity, inner: see :func:`scale_by_vlorp`.
         weight_decay: Decoupled decay of the parameters, times the learning rate; >= 0.
-        mask: Which leaves decay: a tree of bools, or a function from the parameters to
-            one. None: all.
+        mask: Tree of bools, True for each leaf that decays, or a function from the
+            parameters to such a tree. None: all leaves decay.
         basis, refresh, rebase, side, dimension_numbers, scale, seed:
             see :func:`scale_by_vlorp`.
 
     Returns:
-        An optimizer; its ``update`` needs ``params``, for the weight decay.
+        An optimizer. Its ``update`` needs ``params`` for the weight decay.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -88,24 +88,24 @@ def scale_by_vlorp(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Any transformation in a random subspace of various granularity.
 
-    The subspace scheme of the paper: :func:`scale_by_low_rank`, which has equations,
-    state and cost, with a basis that is drawn anew every 25 updates and not stored, at
-    granularity c.
+    The subspace scheme of the paper at granularity c: a random basis is drawn anew
+    every 25 updates and not stored. :func:`scale_by_low_rank` documents equations,
+    state and cost.
 
     Args:
         rank: Columns r of the bases, >= 1.
-        granularity: c, >= 1; the memory of a moment is a * (c r). c = 1 projects whole
-            rows, as Flora does; c r = b would be all of the gradient.
+        granularity: c, >= 1. A moment takes a * (c r) numbers. c = 1 projects whole
+            rows, as Flora does; c r = b would keep the whole gradient.
         inner: Transformation in the subspace; None: ``optax.scale_by_adam()``.
-        basis: ``gaussian()`` (None), ``rademacher()``, or a computed one.
-        refresh: Refresh rule; None: ``every(25)``; the paper has 20 to 30.
-        rebase: How moments follow a new basis: "first", the first moment by the least
-            gradient that has its projection, the second kept; "zero" drops the first
-            and makes the second the mean of its row; "keep" is the authors' code.
-            Measured (``RESULTS.md``, c = 4, r = 8): 1.971, 1.997 (where "zero" still
-            made the second zero too) and 2.016 nats per byte; 2.106 with P_old^T P_new
-            itself as the transfer, which is unbiased and adds noise at each change of
-            basis.
+        basis: ``gaussian()`` (None), ``rademacher()``, or a computed basis.
+        refresh: Refresh rule; None: ``every(25)``. The paper has 20 to 30.
+        rebase: Re-basing rule of the moments. "first" moves the first moment, by the
+            smallest gradient with this moment as its projection, and keeps the second.
+            "zero" drops the first moment and sets the second to its row means. "keep"
+            is the authors' code. Measured (``RESULTS.md``, c = 4, r = 8): 1.971, 1.997
+            and 2.016 nats per byte, where "zero" still dropped the second moment too.
+            The unbiased transfer P_old^T P_new gave 2.106: it adds noise at each change
+            of basis.
         side: "short" or "long"; see :func:`scale_by_low_rank`.
         dimension_numbers: See :func:`scale_by_low_rank`.
         scale: Factor on the updates of projected leaves.
@@ -118,10 +118,9 @@ def scale_by_vlorp(
         ValueError: If a value is out of its range.
 
     References:
-        `VLoRP <https://arxiv.org/abs/2505.01744>`_, 2025, the scheme that it calls SS;
-        see :func:`scale_by_projfactor` for the other one. The momentum follows a new
-        basis here, and the basis does not change between the micro-batches of one
-        update.
+        `VLoRP <https://arxiv.org/abs/2505.01744>`_, 2025, the scheme SS;
+        :func:`scale_by_projfactor` is the other scheme. Here the momentum follows a new
+        basis, and the basis stays the same for all micro-batches of an update.
     """
     return scale_by_low_rank(
         optax.scale_by_adam() if inner is None else inner,

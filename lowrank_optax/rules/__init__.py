@@ -1,1 +1,1 @@
-"""One choice each: basis, rank, refresh, re-basing, residual."""
+"""The rules, one choice each: basis, rank, refresh, re-basing, residual."""

@@ -1,8 +1,8 @@
 """One gradient matrix -> one basis of its projected side, ordered by energy.
 
-A basis rule is an object with ``compute``; ``range_finder`` and ``exact_svd`` make
-them. All of them work on stacks of oriented gradients A (*stack, a, b) and return
-columns that span a subspace of the b-side.
+A basis rule is an object with ``compute``; ``range_finder`` and ``exact_svd`` make such
+rules. Every rule takes a stack of oriented gradients A (*stack, a, b), and returns
+columns in a subspace of the b-side.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from lowrank_optax.rules.products import (
 
 
 class BasisRule(Protocol):
-    """What ``scale_by_low_rank`` asks of a basis."""
+    """The interface of a basis rule for ``scale_by_low_rank``."""
 
     def compute(
         self,
@@ -34,15 +34,14 @@ class BasisRule(Protocol):
     ) -> jax.Array:
         """Returns P (*stack, b, r) for A (*stack, a, b).
 
-        Columns are orthonormal, the most energetic ones first. They are zero, or not
-        finite, where A has no basis: the one in use is kept then.
+        Columns are orthonormal, ordered by falling energy. Where A has no basis, the
+        columns are zero or not finite, and the caller keeps the basis in use.
 
         Args:
-            matrix: A; (*stack, a, b), float32 or wider. Anything may be in it, zeros
-                and NaN too.
-            previous: Basis in use, (*stack, b, r); zero columns are not in use. Its
-                shape, not a constructor argument, says r.
-            seeds: A number per matrix, uint32 (*stack,), another one at each refresh.
+            matrix: A; (*stack, a, b), float32 or wider, with any values, even NaN.
+            previous: Basis in use, (*stack, b, r); zero columns are not in use. This
+                shape gives r; the rule's constructor does not.
+            seeds: A number per matrix, uint32 (*stack,), different at each refresh.
         """
         ...
 
@@ -86,43 +85,43 @@ class RangeFinder:
         iterations = (products - 1) // 2
         product = jax.lax.fori_loop(0, iterations, power_iteration, product)
         rows = scaled(product)
-        # Each entry of A is in some sum of the last product, and NaN stays there.
+        # Each entry of A is in some sum of the last product, so that NaN shows there.
         return jnp.where(is_usable(product), _leading(rows, rank), 0)
 
 
 def range_finder(
     oversample: int = 8, power_iterations: float = 0.5, warm_start: bool = False
 ) -> RangeFinder:
-    r"""Basis by a randomized range finder, ordered by the energy in its sketch.
+    r"""Basis by a randomized range finder, ordered by the energy in a sketch.
 
     For an oriented gradient A (a, b), rank r and k = min(r + oversample, a, b), the
-    basis is made of the r leading left singular vectors of a sketch Y:
+    basis has the r leading left singular vectors of a sketch Y:
 
     .. math::
         \Omega \in R^{a \times k} \text{ uniform on } (-1, 1), \quad
         Y = A^\top \Omega, \quad P = U_r \text{ of } Y = U \Sigma V^\top
 
-    Each power iteration replaces Y by A^T orth(A orth(Y)). With half of one,
+    Each power iteration replaces Y by A^T orth(A orth(Y)). Half an iteration is the
+    plain randomized SVD of A:
 
     .. math:: \Omega \in R^{b \times k}, \quad Y = A^\top \mathrm{orth}(A \Omega)
 
-    which is the randomized SVD of A with no power iteration. Without any, the order of
-    the columns and the choice of r among k follow a sketch that is noisy where singular
-    values lie close.
+    Without any iteration, the sketch alone orders the columns and selects r of k. The
+    sketch is noisy where singular values lie close.
 
     Cost: 1 + 2 power_iterations products with A, each a * b * k multiplications, and
     one eigendecomposition k x k; a rank by energy costs one product more. Over a mesh a
-    product moves at most (a + b) k numbers, and k^2 each orthonormalisation; A itself
-    never moves. Its loops have no derivative in reverse mode: take one through updates
-    with ``update(..., refresh=False)``.
+    product moves at most (a + b) k numbers, each orthonormalisation k^2; A itself never
+    moves. The loops have no derivative in reverse mode: to differentiate through
+    updates, use ``update(..., refresh=False)``.
 
     Args:
         oversample: Directions beyond the rank that are sketched, then dropped; >= 0.
         power_iterations: Repetitions with the found subspace; a multiple of 0.5, >= 0.
-            Each one sharpens the subspace where singular values decay slowly.
-        warm_start: Omega is made of the columns in use, filled up with random ones, so
-            that the basis follows the gradients of many steps and not of one. Another
-            half of a power iteration is done where their number is whole.
+            Each repetition sharpens the subspace where singular values decay slowly.
+        warm_start: Whether Omega starts with the columns in use, and random columns
+            fill the rest. The basis then follows the gradients of many steps. A whole
+            number of power iterations is raised by half an iteration.
 
     Raises:
         ValueError: If a count is out of its range.
@@ -139,10 +138,10 @@ def range_finder(
 
     References:
         Halko, Martinsson, Tropp, `Finding structure with randomness
-        <https://arxiv.org/abs/0909.4061>`_, 2011, algorithms 4.1, 4.4 and 5.1. Their
-        Omega is Gaussian; independent entries of a bounded distribution do as well and
-        are drawn several times faster. AdaRankGrad's Algorithm 1 (SSRF) is orth(Y),
-        without an order of its columns.
+        <https://arxiv.org/abs/0909.4061>`_, 2011, algorithms 4.1, 4.4 and 5.1. The
+        paper's Omega is Gaussian. Uniform entries work as well, and their draw is
+        several times faster. AdaRankGrad's Algorithm 1 (SSRF) is orth(Y), with
+        unordered columns.
     """
     if oversample < 0 or power_iterations < 0 or (2 * power_iterations) % 1:
         raise ValueError(
@@ -171,11 +170,11 @@ class ExactSVD:
 
 
 def exact_svd() -> ExactSVD:
-    """Basis of the leading singular vectors by a full SVD, as GaLore computes it.
+    """Basis of the leading singular vectors by a full SVD, as in GaLore.
 
-    Cost: O(a b min(a, b)) operations, where :func:`range_finder` takes O(a b k), and
-    over a mesh the whole gradient is gathered on every device. For reproducing GaLore,
-    and as an oracle.
+    Cost: O(a b min(a, b)) operations; :func:`range_finder` takes O(a b k). Over a mesh
+    every device gathers the whole gradient. Use it to reproduce GaLore, or as an
+    oracle.
     """
     return ExactSVD()
 
@@ -187,11 +186,11 @@ def captured_energies(matrix: jax.Array, basis: jax.Array) -> jax.Array:
         matrix: A; (*stack, a, b).
         basis: Orthonormal columns P; (*stack, b, r).
     """
-    # Squares of unscaled entries would overflow, or underflow.
+    # Squares of unscaled entries would overflow or underflow.
     peak = jnp.max(jnp.abs(matrix), axis=(-1, -2), keepdims=True)
     peak = jnp.where(peak > 0, peak, 1)
     image = image_rows(matrix, jnp.swapaxes(basis, -1, -2)) / peak
-    # Never zero: it divides.
+    # The total is a divisor, and so never zero.
     total = jnp.sum((matrix / peak) ** 2, axis=(-1, -2))
     total = jnp.maximum(total, jnp.finfo(matrix.dtype).tiny)
     return jnp.sum(image**2, axis=-1) / total[..., None]
@@ -205,8 +204,8 @@ def _right_singular_vectors(matrices: jax.Array) -> jax.Array:
 def _leading(sketch: jax.Array, rank: int) -> jax.Array:
     """Returns the r leading right singular vectors of Y^T (*stack, k, b), as columns.
 
-    Squaring in the product blurs the order of singular values under 3e-4 of the
-    largest, float32's root of epsilon; orthonormalize brings their span back.
+    The product squares singular values. It blurs the order of those under 3e-4 of the
+    largest (float32's root of epsilon); orthonormalize restores their span.
     """
     vectors = one_by_one(lambda x: jnp.linalg.eigh(x)[1], gram(sketch))
     leading = vectors[..., ::-1]  # eigh sorts upward

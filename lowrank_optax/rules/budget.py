@@ -1,4 +1,4 @@
-"""A budget of bytes in the place of a rank."""
+"""A budget of bytes in place of a rank."""
 
 import contextlib
 import contextvars
@@ -20,16 +20,16 @@ class Budget:
     """See :func:`budget`.
 
     Attributes:
-        limit: Bytes of the state, at most.
+        limit: Largest size of the state, in bytes.
     """
 
     limit: int
 
     @property
     def capacity(self) -> int:
-        """Raises: it is not known before the parameters are; see :func:`budget`."""
+        """Raises ValueError: only parameters turn a budget into a rank."""
         raise ValueError(
-            "a budget says what a rank is only beside parameters: inside init."
+            "a budget has a rank only beside parameters, that is inside init."
         )
 
     def select(
@@ -40,22 +40,22 @@ class Budget:
 
 
 def budget(limit: int | str) -> Budget:
-    """Bytes that the state of a low-rank transformation may take, for ``rank=``.
+    """A limit in bytes on the state of a low-rank transformation, for ``rank=``.
 
-    ``init`` gives every matrix the same rank, the largest with which the state of the
-    whole transformation (bases, moments, counters, leaves at full size; as
-    ``low_bit`` around it stores them) fits. A leaf whose short side is not above that
-    rank stays at full size, which may take fewer bytes: a rank may fit where a smaller
-    one does not. At least one leaf is projected. Once gradients have been seen,
-    :func:`lowrank_optax.reallocate` spreads the same bytes over the leaves so that they
-    capture the most energy.
+    ``init`` gives every matrix the same rank: the largest rank whose state fits. The
+    state is that of the whole transformation: bases, moments, counters and leaves at
+    full size, all in the storage of an outer ``low_bit``. A leaf whose short side is
+    not above the rank stays at full size. This may take fewer bytes, so that a rank may
+    fit although a smaller rank does not. At least one leaf is projected. After some
+    gradients, :func:`lowrank_optax.reallocate` spreads the same bytes over the leaves
+    for the most captured energy.
 
     Args:
         limit: Bytes: an int, or a number with a unit: "600MB" (10^6), "1.5 GiB" (2^30).
 
     Raises:
-        ValueError: If it cannot be read; in ``init``, if the state fits with no rank:
-            the message says what would.
+        ValueError: If ``limit`` cannot be read; in ``init``, if the state fits with no
+            rank. The message names the least number of bytes.
 
     Example:
         >>> import jax.numpy as jnp, lowrank_optax
@@ -76,7 +76,7 @@ def parse_bytes(text: int | str) -> int:
             (2^10, ...), in any case.
 
     Raises:
-        ValueError: If it cannot be read or is below 1.
+        ValueError: If the text cannot be read or the number is below 1.
     """
     match = re.fullmatch(r"\s*([0-9.]+)\s*([a-z]*)\s*", str(text).lower())
     try:
@@ -92,12 +92,12 @@ def parse_bytes(text: int | str) -> int:
 
 
 class Size(NamedTuple):
-    """What a state takes with one rank.
+    """The size of a state at one rank.
 
     Attributes:
-        bytes: Of all its arrays.
-        layout: What stands where in it, whatever the rank; hashable. Ranks of one
-            layout lie side by side, and among them bytes do not fall with the rank.
+        bytes: Bytes of all arrays of the state.
+        layout: Structure of the state, without the rank; hashable. Ranks with one
+            layout are contiguous, and their bytes never fall with the rank.
     """
 
     bytes: int
@@ -109,17 +109,17 @@ def largest_fitting(
 ) -> int:
     """Returns the largest rank whose state takes at most ``limit`` bytes.
 
-    Bytes fall where the layout changes: a leaf goes to full size, or an array becomes
-    large enough for fewer bits. Between two of those ranks they are bisected.
+    Bytes fall only where the layout changes: a leaf goes to full size, or an array
+    becomes large enough for fewer bits. Between two such ranks the search bisects.
 
     Args:
         size_at: Rank -> size.
         limit: Bytes.
-        lasts: Ranks, rising and >= 1, after which the layout is known to change; the
-            last one is the largest to consider.
+        lasts: Rising ranks, >= 1, after each of which the layout is known to change.
+            The last of them is the largest rank to consider.
 
     Raises:
-        ValueError: If no rank fits; the message says what would.
+        ValueError: If no rank fits. The message names the least number of bytes.
     """
     sizes: dict[int, Size] = {}
 
@@ -158,7 +158,7 @@ def largest_fitting(
     )
 
 
-# (shapes of a state, params) -> its shapes as it is going to be stored
+# (shapes of a state, params) -> shapes of the state in its storage format
 Storage = Callable[[Any, Any], Any]
 _storage: contextvars.ContextVar[Storage | None] = contextvars.ContextVar(
     "lowrank_optax_storage", default=None
@@ -167,10 +167,10 @@ _storage: contextvars.ContextVar[Storage | None] = contextvars.ContextVar(
 
 @contextlib.contextmanager
 def stored_as(storage: Storage) -> Iterator[None]:
-    """Has each ``init`` inside the context count bytes of what ``storage`` returns.
+    """Makes each ``init`` inside the context count the bytes of a storage format.
 
     Args:
-        storage: Function of the shapes of a state, and of parameters.
+        storage: (shapes of a state, params) -> shapes of the state as it is stored.
     """
     token = _storage.set(storage)
     try:
@@ -180,6 +180,6 @@ def stored_as(storage: Storage) -> Iterator[None]:
 
 
 def as_stored(state: Any, params: Any) -> Any:
-    """Returns shapes of a state as it is going to be stored; see :func:`stored_as`."""
+    """Returns the shapes of a state in its storage format; see :func:`stored_as`."""
     storage = _storage.get()
     return state if storage is None else storage(state, params)

@@ -1,9 +1,10 @@
-"""Decompositions of stacks of small matrices, which on a CPU never wait for each other.
+"""Decompositions of stacks of small matrices, without a deadlock on CPUs.
 
-jaxlib 0.10.0 to 0.11.0 cut a batched LAPACK call in pieces, queue them for the pool of
-threads that they run on, and hold a thread of it until all pieces are done. Two such
-calls at once, of two simulated devices or of one program, can hold all threads, and
-then nobody is left to do the pieces. A call of one matrix is never cut.
+jaxlib 0.10.0 to 0.11.0 cut a batched LAPACK call into pieces and queue the pieces for
+the thread pool of the program. The call holds a thread of this pool until all pieces
+are done. Two such calls at once, from two simulated devices or within one program, can
+hold all threads, so that no thread is left for the pieces. A call with one matrix is
+never cut.
 """
 
 import math
@@ -14,12 +15,12 @@ import jax
 
 
 def one_by_one(decompose: Callable[..., Any], *stacks: jax.Array) -> Any:
-    """Returns decompose(*stacks): on a CPU of one matrix at a time, elsewhere of all.
+    """Returns decompose(*stacks), one matrix at a time on a CPU, batched elsewhere.
 
     Args:
-        decompose: Function of stacks of matrices, (*stack, n, m) each, that treats them
-            matrix by matrix.
-        stacks: Its arguments, with the same stack.
+        decompose: Function of stacks of matrices, (*stack, n, m) each. It must treat
+            the stack matrix by matrix.
+        stacks: Arguments of the function, with the same stack.
     """
     stack = stacks[0].shape[:-2]
     if math.prod(stack) <= 1 or _platform() != "cpu":
@@ -30,8 +31,8 @@ def one_by_one(decompose: Callable[..., Any], *stacks: jax.Array) -> Any:
 
 
 def _platform() -> str:
-    """Returns what a program that is traced now is going to run on."""
-    # Not jax.lax.platform_dependent: it leaves conditionals in the program.
+    """Returns the platform of the program that is being traced."""
+    # jax.lax.platform_dependent would leave conditionals in the program.
     device = getattr(jax.config, "jax_default_device")  # noqa: B009
     if device is None:
         return jax.default_backend()

@@ -1,4 +1,4 @@
-"""A basis that follows the last one, by one power iteration an update."""
+"""A basis that follows the last basis by one power iteration an update."""
 
 import dataclasses
 
@@ -27,7 +27,7 @@ class PowerIteration:
     def blended(
         self, gradient: jax.Array, momentum: jax.Array, count: jax.Array
     ) -> jax.Array:
-        """Returns A: the gradient and the momentum, corrected for its start.
+        """Returns A: the gradient blended with the bias-corrected momentum.
 
         Args:
             gradient: G.
@@ -63,19 +63,19 @@ def power_iteration(
     b1: jax.typing.ArrayLike = 0.9,
     start: BasisRule | None = None,
 ) -> PowerIteration:
-    r"""Basis that follows the last one by one power iteration, as LDAdam's does.
+    r"""Basis that follows the last basis by one power iteration, as in LDAdam.
 
     .. math::
         P = \mathrm{orth}(A^\top A P_{old}), \quad
         A = \rho \frac{M P_{old}^\top}{1 - b_1^t} + (1 - \rho) G
 
-    orth is Gram-Schmidt: columns keep their place and are not ordered by energy. Cost:
-    two products with A, and one to lift the momentum where rho is not 0.
+    orth is Gram-Schmidt: columns keep their positions and are not ordered by energy.
+    Cost: two products with A, and a lift of the momentum, if there is a first moment.
 
     Args:
         rho: Weight of the momentum M, the first moment of the inner transformation; in
             [0, 1).
-        b1: Decay of that moment, a mean that starts at zero; in [0, 1).
+        b1: Decay of the first moment, for its bias correction; in [0, 1).
         start: Rule of the first basis; None: ``range_finder(power_iterations=2)``.
 
     Raises:

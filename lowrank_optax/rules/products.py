@@ -1,7 +1,7 @@
-"""Products of a gradient with rows that are to become a basis.
+"""Products of a gradient with the rows of a future basis.
 
-Bases are held as rows in here: see orthonormal. A stands last and in its own layout, so
-that only small matrices are transposed.
+Bases are stored as rows here, see :mod:`lowrank_optax.rules.orthonormal`. A is the last
+operand, in its own layout, so that only small matrices are transposed.
 """
 
 import jax
@@ -9,8 +9,7 @@ import jax.numpy as jnp
 
 from lowrank_optax.rules.orthonormal import HIGHEST
 
-# How far Q Q^T may be from I between two products: what counts there is that no
-# direction is lost to rounding.
+# Largest entry of Q Q^T - I between two products, where no direction may be lost.
 NEARLY = 3e-2
 
 
@@ -25,9 +24,9 @@ def sketch_rows(matrix: jax.Array, rows: jax.Array) -> jax.Array:
 
 
 def scaled(x: jax.Array) -> jax.Array:
-    """Returns matrices X, the largest |entry| of each 1, with 0 for what is not finite.
+    """Returns X with 1 as the largest |entry| of each matrix, and 0 where not finite.
 
-    Squares then neither overflow nor underflow; decompositions may hang on NaN.
+    The squares then neither overflow nor underflow. Decompositions may hang on NaN.
     """
     x = jnp.where(jnp.isfinite(x), x, 0)
     peak = jnp.max(jnp.abs(x), axis=(-1, -2), keepdims=True)

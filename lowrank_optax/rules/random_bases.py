@@ -1,4 +1,4 @@
-"""Bases that are drawn, not computed: a function of a key, stored nowhere."""
+"""Random bases: functions of a key, drawn when needed and never stored."""
 
 import dataclasses
 
@@ -17,12 +17,12 @@ class RandomBasis:
     distribution: str
 
     def draw(self, keys: jax.Array, shape: tuple[int, int], dtype) -> jax.Array:
-        """Returns bases P (*keys.shape, b, r), the same ones for the same keys.
+        """Returns bases P (*keys.shape, b, r); equal keys give equal bases.
 
         Args:
             keys: One typed PRNG key per matrix; (*stack,).
             shape: (b, r).
-            dtype: Of the result.
+            dtype: Dtype of the result.
         """
         sampler = {"gaussian": jax.random.normal, "rademacher": _signs}
         sample = sampler[self.distribution]
@@ -34,14 +34,14 @@ class RandomBasis:
 def gaussian() -> RandomBasis:
     r"""Basis with independent entries N(0, 1/r), so that E[P P^T] = I.
 
-    The projected-back gradient G P P^T is an unbiased estimate of G, whose variance is
-    (b + 1) / r times the squared norm of G, b / c in the place of b at granularity c:
-    at a fixed c r it grows with c, contrary to the paper's claim. A draw is a function
-    of the seed, the leaf's path, the matrix' place in the stack and the number of the
-    refresh: it is made anew where it is needed, and the state holds no basis.
+    The lifted gradient G P P^T is an unbiased estimate of G. Its variance is
+    (b + 1) / r times the squared norm of G, with b / c in place of b at granularity c.
+    At a fixed c r this variance grows with c, contrary to the paper's claim. A draw is
+    a function of the seed, the leaf's path, the matrix's place in the stack and the
+    number of the refresh. It is repeated whenever P is needed: the state holds no
+    basis.
 
-    Cost: b * r normal numbers per matrix and update. On a refresh the gradient is not
-    looked at.
+    Cost: b * r normal numbers per matrix and update. A refresh needs no gradient.
 
     References:
         VLoRP (https://arxiv.org/abs/2505.01744), with granularity c; Flora
@@ -53,8 +53,8 @@ def gaussian() -> RandomBasis:
 def rademacher() -> RandomBasis:
     r"""Basis with independent entries +-1/sqrt(r), so that E[P P^T] = I.
 
-    As :func:`gaussian`, with a variance of (b - 1) / r times the squared norm of G,
-    which falls with c at a fixed c r, and several times faster to draw.
+    As :func:`gaussian`, and several times faster to draw. The variance is (b - 1) / r
+    times the squared norm of G. At a fixed c r this variance falls with c.
     """
     return RandomBasis("rademacher")
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 
 class RankRule(Protocol):
-    """What ``scale_by_low_rank`` asks of a rank."""
+    """The interface of a rank rule for ``scale_by_low_rank``."""
 
     @property
     def capacity(self) -> int:
@@ -21,8 +21,8 @@ class RankRule(Protocol):
         """Returns the rank to use, int32 (*stack,), and the new demand, float32.
 
         Args:
-            energies: Share of the squared Frobenius norm that each column captures,
-                largest first; (*stack, capacity). The capacity is the state's own.
+            energies: Share of the squared Frobenius norm in each column, largest first;
+                (*stack, capacity). The capacity is that of the state's arrays.
             demand: Smoothed demand so far, in columns; (*stack,).
         """
         ...
@@ -30,7 +30,7 @@ class RankRule(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class FixedRank:
-    """Every column of the capacity, always."""
+    """The rule for a fixed rank: every column of the capacity, always."""
 
     capacity: int
 
@@ -73,31 +73,33 @@ def energy_rank(
 ) -> EnergyRank:
     r"""Rank by captured energy, smoothed over refreshes, within [min_rank, max_rank].
 
-    With the captured shares e_1 >= e_2 >= ... of a gradient's squared Frobenius norm,
-    one refresh demands the least k with
+    e_1 >= e_2 >= ... are the captured shares of a gradient's squared Frobenius norm. A
+    refresh demands the least k with
 
     .. math:: 1 - (e_1 + \dots + e_k) \le \eta
 
-    (capacity, where no k does), and the rank in use is the ceiling of the demand
-    smoothed over refreshes, d <- s d + (1 - s) k, clipped. It starts at ``max_rank``
-    and moves both ways inside it: no single noisy gradient decides it, and those of
-    early pre-training, which are nearly of rank one, do not collapse it.
+    or the capacity, if no k is enough. The demand is smoothed over refreshes,
+    d <- s d + (1 - s) k, and the rank in use is the ceiling of d, clipped. The rank
+    starts at ``max_rank``, falls and rises. A single noisy gradient does not decide the
+    rank, and the gradients of early pre-training, nearly of rank one, do not collapse
+    it.
 
     Args:
         max_rank: Capacity: columns allocated per matrix; >= 1.
         threshold: Share eta of the squared norm that may be lost; in (0, 1). The
-            paper's Algorithm 2 writes it unsquared, its Equation 2 squared, as here.
+            paper's Equation 2 has squared norms, as here; its Algorithm 2 has plain
+            norms.
         min_rank: Least rank in use; 1 to max_rank; None: seven eighths of max_rank.
-        smoothing: Weight s of the past, per refresh; in [0, 1). 0: the last gradient
-            alone decides, as printed in the paper.
+        smoothing: Weight s of the past, per refresh; in [0, 1). At 0 the last gradient
+            alone decides, as in the paper.
 
     Raises:
         ValueError: If a value is out of its range.
 
     References:
-        AdaRankGrad, Algorithm 2 (IASS). Its binary search does not end as printed; the
-        cumulative sum has the answer in one pass. Its rank may only be what one
-        gradient asks for; there is no smoothing and no memory in it.
+        AdaRankGrad, Algorithm 2 (IASS). The printed binary search does not end; a
+        cumulative sum gives the answer in one pass. The paper's rank is the demand of
+        one gradient, without smoothing.
     """
     if not isinstance(max_rank, int) or max_rank < 1:
         raise ValueError(f"max_rank must be an int >= 1, got {max_rank!r}.")
@@ -124,7 +126,7 @@ def needed_rank(energies: jax.Array, threshold: jax.typing.ArrayLike) -> jax.Arr
         k, in 1..capacity; the capacity where no k reaches the threshold.
     """
     residual = 1 - jnp.cumsum(energies, axis=-1)
-    # The last column counts as reached, so that argmax finds it when nothing else is.
+    # The last column always counts as reached, so that argmax finds at least this one.
     reached = (residual <= threshold).at[..., -1].set(True)
     return jnp.argmax(reached, axis=-1).astype(jnp.int32) + 1
 
@@ -133,8 +135,8 @@ def as_rank_rule(rank: "int | RankRule") -> RankRule:
     """Returns a rank rule from an int or a rule.
 
     Raises:
-        ValueError: If an int is below 1.
-        TypeError: If it is neither.
+        ValueError: If ``rank`` is an int below 1.
+        TypeError: If ``rank`` is neither an int nor a rule.
     """
     if isinstance(rank, bool) or not (isinstance(rank, int) or hasattr(rank, "select")):
         raise TypeError(f"rank must be an int or a rank rule, got {rank!r}.")

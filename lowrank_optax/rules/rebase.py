@@ -1,8 +1,8 @@
-"""Moments of the old basis, expressed in the new one: a rule per moment.
+"""Moments moved from the old basis into the new one: a rule per moment.
 
-With the transfer R = P_old^T P_new (r, r), moments M, V (a, r) have their columns in
-the subspace, so R M of the paper is M R here. Random bases are not orthonormal: theirs
-is :func:`random_transfer`.
+The transfer is R = P_old^T P_new (r, r). Moments M and V are (a, r), with their columns
+in the subspace, so the paper's R M is M R here. Random bases are not orthonormal; their
+transfer is :func:`random_transfer`.
 """
 
 import dataclasses
@@ -22,13 +22,13 @@ FirstMomentRule = Callable[[jax.Array, jax.Array], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class RebaseRule:
-    """How the two kinds of moments follow a change of basis.
+    """A rule for the moments at a change of basis.
 
     Attributes:
-        first: (M, R) -> M in the new basis; anything linear in the gradients.
-        second: (V, M, R, count) -> V in the new basis; anything that averages squares.
-            M is the first moment before the change (zeros, where the inner
-            transformation has none), count the updates done.
+        first: (M, R) -> M in the new basis, for moments linear in the gradients.
+        second: (V, M, R, count) -> V in the new basis, for averages of squares. M is
+            the first moment in the old basis (zeros, if the inner transformation has no
+            first moment); count is the number of updates done.
     """
 
     first: FirstMomentRule
@@ -43,9 +43,9 @@ def transfer(old: jax.Array, new: jax.Array) -> jax.Array:
 def random_transfer(old: jax.Array, new: jax.Array) -> jax.Array:
     r"""Returns R = (P_old^T P_old)^-1 P_old^T P_new, (*stack, r_old, r_new).
 
-    For bases that are not orthonormal: M (P_old^T P_old)^-1 P_old^T is the least
-    gradient whose projection is M, and M R its projection by the new basis. Columns of
-    a small basis may coincide: 1e-6 of the mean diagonal is added to it.
+    For bases that are not orthonormal. M (P_old^T P_old)^-1 P_old^T is the smallest
+    gradient with the projection M, and M R is this gradient's projection by P_new.
+    Columns of a small basis may coincide, so 1e-6 of its mean is added to the diagonal.
     """
     products = jnp.einsum("...br,...bs->...rs", old, old, precision=HIGHEST)
     mean = jnp.trace(products, axis1=-2, axis2=-1) / products.shape[-1]
@@ -83,9 +83,9 @@ def _filled(nu: jax.Array, r: jax.Array) -> jax.Array:
 def ldadam_rebase(
     *, b1: jax.typing.ArrayLike = 0.9, b2: jax.typing.ArrayLike = 0.999
 ) -> RebaseRule:
-    r"""The rule of LDAdam: transports the variance and the mean separately.
+    r"""LDAdam's rule, which moves the variance and the mean separately.
 
-    After t updates, with both moments corrected for their start at zero,
+    After t updates, with the bias-corrected moments
     :math:`\hat M = M / (1 - b_1^t)` and :math:`\hat V = V / (1 - b_2^t)`,
 
     .. math::
@@ -100,7 +100,7 @@ def ldadam_rebase(
     """
 
     def second(nu, mu, r, count):
-        # count is 0 only before the first basis, where the moments are zero.
+        # count is 0 only before the first basis, and the moments are zero then.
         t = jnp.maximum(count, 1)
         correction = 1 - jnp.asarray(b2, nu.dtype) ** t
         mean = mu / (1 - jnp.asarray(b1, nu.dtype) ** t)
@@ -122,29 +122,29 @@ REBASE_RULES: dict[str, RebaseRule] = {
         _zeros, lambda nu, mu, r, count: jnp.broadcast_to(_row_means(nu, r), nu.shape)
     ),
 }
-"""The named rules. The first moment follows exactly, M R, but for "keep" and "zero".
+"""The named rules. The first moment becomes M R exactly, except for "keep" and "zero".
 
 ========  ==========================================================================
 name      second moment
 ========  ==========================================================================
-filled    V (R o R) + (1 - colsums(R o R)) rowmeans(V): what the old subspace did not
-          hold of a new column counts as the mean of its row
-square    V (R o R): exact for uncorrelated coordinates inside the old subspace, as if
-          gradients were zero outside of it; the default
-abs       abs(V R): depends on the signs of the basis' columns, which are arbitrary
+filled    V (R o R) + (1 - colsums(R o R)) rowmeans(V): the part of a new column outside
+          the old subspace gets the mean of its row
+square    V (R o R): exact for uncorrelated coordinates, with gradients taken as zero
+          outside the old subspace; the default
+abs       abs(V R): depends on the arbitrary signs of the basis's columns
 ldadam    see :func:`ldadam_rebase`, with b1 = 0.9, b2 = 0.999
-clamp     max(V R, 0): the paper's rule, kept from going negative; it starves columns
-first     V: the expectation, where bases are random; the default there
-keep      V, and M too: GaLore
+clamp     max(V R, 0): the paper's rule, clamped at zero; some columns get too little
+first     V: the expectation for random bases; the default there
+keep      V, and M stays too: GaLore
 zero      rowmeans(V), and M = 0: the optimizer starts again in the new subspace; V is
-          not zero, for Adam's counter runs on and would not correct for it
+          not zero, because Adam's counter runs on and would not correct a zero
 ========  ==========================================================================
 
-No rule gives a negative second moment from a non-negative one. Second moments that are
-too small make updates too large until they have filled up, which takes 1 / (1 - b2)
-updates. The norm of Adam's updates after a refresh, by that before it, on noise that
-does not change, where a new subspace has little of the old one (rank 32 of 128, b2 =
-0.999, 200 updates between two refreshes):
+A rule never makes a second moment negative. A second moment that is too small makes
+updates too large for about 1 / (1 - b2) updates. The table has the norm of Adam's
+updates after a refresh, divided by the norm before it. The gradients are stationary
+noise, and a new subspace shares little with the old one (rank 32 of 128, b2 = 0.999,
+200 updates between two refreshes):
 
 ========  ==============  ====  ==================
 name      at the refresh  most  100 updates later
@@ -159,8 +159,8 @@ keep      1.07            1.07  1.00
 zero      0.56            1.01  1.00
 ========  ==============  ====  ==================
 
-In training "square" ended 0.5 % below "filled" all the same, at rates that were
-searched under "square" (``RESULTS.md``): it is the default.
+In training "square" still ended 0.5 % below "filled" in loss, at learning rates tuned
+for "square" (``RESULTS.md``). Therefore "square" is the default.
 """
 
 
@@ -191,7 +191,7 @@ def rebased(
         kinds: "first" or "second" each.
         r: Transfer R; (*stack, r_old, r_new).
         count: Updates done.
-        rule: How they follow.
+        rule: The re-basing rule.
     """
     wide = [moment.astype(r.dtype) for moment in moments]
     firsts = [x for x, kind in zip(wide, kinds, strict=True) if kind == "first"]

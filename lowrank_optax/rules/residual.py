@@ -1,4 +1,4 @@
-"""What becomes of the residual: of E = G - R P^T, which the subspace does not hold.
+"""Rules for the residual E = G - R P^T, the part of a gradient outside the subspace.
 
 ===============  ==============================  ============================  =======
 residual         update                          method                        state
@@ -10,8 +10,8 @@ normalized       N P^T + w E_j / ||E_j||         SCALE, beside a subspace      n
 orthogonalized   orth(N P^T + w E)               low_rank_muon                 none
 ===============  ==============================  ============================  =======
 
-with R = G P, N what the inner transformation makes of it, and a number a matrix. All
-but the first look at the full gradient at every update.
+R = G P, and N is the inner transformation's update of R. "A number" is per matrix. All
+rules but "dropped" need the full gradient at every update.
 """
 
 import dataclasses
@@ -25,14 +25,14 @@ from lowrank_optax.matrix.view import MatrixView
 
 @dataclasses.dataclass(frozen=True)
 class Pieces:
-    """What an update of one projected leaf is made of.
+    """The parts of one projected leaf's update.
 
     Attributes:
         view: The leaf as matrices.
-        gradient: G, in the leaf's shape; None, if it came projected.
+        gradient: G, in the leaf's shape; None, if the gradient came projected.
         coordinates: R; (*stack, a*c, r).
         narrow: N; (*stack, a*c, r).
-        basis: P; (*stack, b/c, r), whose dtype is that of the computation.
+        basis: P; (*stack, b/c, r), in the dtype of the computation.
         scale: Factor on the update.
         count: Updates done.
     """
@@ -46,7 +46,7 @@ class Pieces:
     count: jax.Array
 
     def scaled(self, array: jax.Array) -> jax.Array:
-        """Returns an array times the scale, which a plain 1 leaves as it is."""
+        """Returns an array times the scale; without a product, if the scale is 1."""
         if isinstance(self.scale, (int, float)) and self.scale == 1:
             return array
         return array * jnp.asarray(self.scale, array.dtype)
@@ -55,8 +55,8 @@ class Pieces:
         """Returns (inside) P^T + weight E in the leaf's shape, by one lift.
 
         Args:
-            inside: (*stack, a*c, r).
-            weight: Of the residual.
+            inside: Coordinates; (*stack, a*c, r).
+            weight: Weight of the residual.
         """
         assert self.gradient is not None
         dtype = self.basis.dtype
@@ -71,11 +71,11 @@ class Pieces:
 
 
 class ResidualRule(Protocol):
-    """What ``scale_by_low_rank`` asks of a residual."""
+    """The interface of a residual rule for ``scale_by_low_rank``."""
 
     @property
     def needs_full_gradients(self) -> bool:
-        """Whether gradients inside the subspace do not do."""
+        """Whether every update needs the full gradient."""
         ...
 
     def init(self, view: MatrixView, leaf: Any) -> Any:
@@ -92,18 +92,18 @@ class ResidualRule(Protocol):
         ...
 
     def at_full_size(self, update: jax.Array, view: MatrixView | None) -> jax.Array:
-        """Returns the update of a leaf that is not projected: R = G and E = 0 there.
+        """Returns the update of a leaf that is not projected, where R = G and E = 0.
 
         Args:
-            update: What the inner transformation made of it.
-            view: The leaf as matrices; None, if it is none.
+            update: The inner transformation's update of the leaf.
+            view: The leaf as matrices; None, if the leaf has no matrix.
         """
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Stateless:
-    """What most rules have in common."""
+    """Shared by the rules without a state."""
 
     @property
     def needs_full_gradients(self) -> bool:
@@ -123,7 +123,7 @@ class Stateless:
 
 @dataclasses.dataclass(frozen=True)
 class Dropped(Stateless):
-    """The update is N P^T: what is not in the subspace does nothing."""
+    """The rule that drops the residual: the update is N P^T."""
 
     @property
     def needs_full_gradients(self) -> bool:
@@ -132,7 +132,7 @@ class Dropped(Stateless):
 
     def update(self, pieces: Pieces, state: tuple[()]) -> tuple[jax.Array, tuple[()]]:
         """Returns scale N P^T; see :class:`ResidualRule`."""
-        # The scale goes on the small factor.
+        # The scale multiplies the small factor.
         narrow = pieces.scaled(pieces.narrow.astype(pieces.basis.dtype))
         return pieces.view.lift(narrow, pieces.basis), state
 

@@ -1,4 +1,4 @@
-"""The residual orthogonalized together with what the subspace holds."""
+"""The residual, orthogonalized together with the part inside the subspace."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ class Orthogonalized(Stateless):
         view = pieces.view
         whole = view.matrices(pieces.beside(pieces.narrow, self.weight))
         assert pieces.gradient is not None
-        # As Muon does, in the gradient's dtype: half the time for half of the bytes.
+        # In the gradient's dtype, as Muon does: half the bytes take half the time.
         orthogonal = self._orthogonal(whole.astype(pieces.gradient.dtype))
         return pieces.scaled(view.leaf(orthogonal)), state
 
@@ -33,7 +33,7 @@ class Orthogonalized(Stateless):
         return view.leaf(self._orthogonal(view.matrices(update)))
 
     def _orthogonal(self, matrices: jax.Array) -> jax.Array:
-        # With a decay of 0 Muon's momentum is what it is given: nothing to keep.
+        # With a decay of 0 Muon's momentum is its input: there is no state to keep.
         muon = optax.contrib.scale_by_muon(
             beta=0.0,
             nesterov=False,
@@ -41,7 +41,7 @@ class Orthogonalized(Stateless):
             weight_dimension_numbers=optax.contrib.MuonDimensionNumbers(-2, -1),
         )
         update, _ = muon.update(matrices, muon.init(matrices))
-        # The longer side, the kept one, is there in the subspace too.
+        # The longer side is kept, and has its full length in the subspace too.
         return update * (self.rms * max(matrices.shape[-2:]) ** 0.5)
 
 
@@ -50,17 +50,18 @@ def orthogonalized_residual(
     ns_steps: jax.typing.ArrayLike = 5,
     rms: jax.typing.ArrayLike = 0.2,
 ) -> Orthogonalized:
-    r"""What the subspace does not hold, orthogonalized together with what it does.
+    r"""The residual, orthogonalized together with the part inside the subspace.
 
-    U = scale rms sqrt(a) orth(N P^T + weight (G - R P^T)), orth(U S V^T) = U V^T, a the
-    longer side: every direction of a matrix gets a step of the same size. Matrices at
-    full size are orthogonalized too. No state; costs ``ns_steps`` Newton-Schulz
-    iterations at full size, and needs the full gradient at every update.
+    U = scale rms sqrt(a) orth(N P^T + weight (G - R P^T)), with orth(U S V^T) = U V^T
+    and the longer side a. Every direction of a matrix gets a step of the same size.
+    Matrices at full size are orthogonalized too. The rule has no state. It costs
+    ``ns_steps`` Newton-Schulz iterations at full size, and needs the full gradient at
+    every update.
 
     Args:
-        weight: Of the residual; >= 0.
-        ns_steps: Newton-Schulz iterations, >= 1; singular values come to 0.7 ... 1.2 in
-            5, those under 1/500 of the norm to less.
+        weight: Weight of the residual; >= 0.
+        ns_steps: Newton-Schulz iterations, >= 1. Five of them bring singular values to
+            0.7 ... 1.2, and those under 1/500 of the norm to less.
         rms: Root mean square of an update of full rank, in [0, 1).
 
     Raises:
@@ -77,7 +78,7 @@ def orthogonalized_residual(
 def check_orthogonalization(
     ns_steps: jax.typing.ArrayLike, rms: jax.typing.ArrayLike
 ) -> None:
-    """Raises ValueError if a value of Muon's is out of its range."""
+    """Raises ValueError if a hyperparameter of Muon is out of its range."""
     if isinstance(rms, (int, float)) and not 0 <= rms < 1:
         raise ValueError(f"rms must be inside [0, 1), got {rms}.")
     is_traced = isinstance(ns_steps, jax.Array)

@@ -1,4 +1,4 @@
-"""The residual scaled as the optimizer scales what the subspace holds."""
+"""The residual, scaled as the optimizer scales the part inside the subspace."""
 
 import dataclasses
 from typing import Any
@@ -19,12 +19,12 @@ class Scaled:
     """See :func:`scaled_residual`.
 
     Attributes:
-        growth: >= 1.
+        growth: Largest factor between the norms at two successive updates; >= 1.
         inside: Factor on N P^T.
-        taken: Share of R P^T that is taken off the gradient.
-        decays: Of the Adam whose bias corrections the limiter does not see; or None.
-        by_matrix: One phi for a matrix and not for each row.
-        whole: Whether it is the gradient itself that is scaled, N dropped: APOLLO.
+        taken: Share of R P^T that is subtracted from the gradient.
+        decays: b1 and b2 of Adam, if the limiter does not see its bias corrections.
+        by_matrix: Whether a matrix has a single phi instead of one for each row.
+        whole: Whether the gradient itself is scaled and N is dropped, as in APOLLO.
     """
 
     growth: jax.typing.ArrayLike
@@ -40,7 +40,7 @@ class Scaled:
         return True
 
     def init(self, view: MatrixView, leaf: Any) -> jax.Array:
-        """Returns the norm of the scaled part, 0 before the first; (*stack,)."""
+        """Returns the last norm of the scaled part, 0 at first; (*stack,)."""
         return zeros_beside(leaf, view.stack, jnp.float32, stack_axes(view))
 
     def at_full_size(self, update: jax.Array, view: MatrixView | None) -> jax.Array:
@@ -69,7 +69,7 @@ class Scaled:
         return pieces.scaled(view.lift(inside, pieces.basis) + part), limited
 
     def _correction(self, count: jax.Array) -> jax.typing.ArrayLike:
-        """Returns what Adam's bias corrections multiply its update by."""
+        """Returns the factor of Adam's bias corrections on its update."""
         if self.decays is None:
             return 1
         b1, b2 = (jnp.asarray(decay, jnp.float32) for decay in self.decays)
@@ -82,7 +82,7 @@ class Scaled:
             jnp.linalg.norm(x.astype(pieces.basis.dtype), axis=axes, keepdims=True)
             for x in (pieces.narrow, pieces.coordinates)
         )
-        # A row that is zero inside its subspace says nothing of the rest of it.
+        # A row that is zero inside the subspace gives no scale for its residual.
         return jnp.where(r > 0, n / jnp.where(r > 0, r, 1), 0)
 
 
@@ -93,34 +93,35 @@ def scaled_residual(
     taken: jax.typing.ArrayLike = 1.0,
     decays: Decays | None = None,
 ) -> Scaled:
-    r"""What the subspace does not hold, scaled as the optimizer scales what it does.
+    r"""The residual, scaled as the optimizer scales the part inside the subspace.
 
-    For each row i of the kept side
+    For each row i of the kept side:
 
     .. math::
         U = \mathrm{scale} \, (\mathrm{inside} \, N P^\top
             + \mathrm{limited}(\phi (G - \mathrm{taken} \, R P^\top))), \quad
         \phi_i = \|N_i\| / \|R_i\|
 
-    limited(S) shrinks S to ``growth`` times the norm that it had at the update before,
-    where it is longer. With ``decays`` these are the norms of S divided by
-    :math:`\sqrt{1 - b_2^t} / (1 - b_1^t)`, which is what S would be without Adam's bias
-    corrections. State: one number a matrix, that norm. Needs the full gradient at every
-    update: no subspace gradients, and ``accumulate`` adds up full ones.
+    limited(S) shrinks S so that its norm is at most ``growth`` times the norm at the
+    last update. With ``decays`` the limiter compares norms of S divided by
+    :math:`\sqrt{1 - b_2^t} / (1 - b_1^t)`, that is without Adam's bias corrections.
+    State: one norm a matrix. Every update needs the full gradient: subspace gradients
+    are not possible, and ``accumulate`` adds up full gradients.
 
     Args:
-        growth: Largest growth of the residual's norm from one update to the next; >= 1.
-        inside: Factor on what the inner transformation makes of the gradient inside.
-        taken: Share of the gradient inside the subspace that is taken off it; 1: all.
-        decays: (b1, b2) of an inner Adam whose bias corrections the limiter is not to
-            see. None: it compares norms as they are.
+        growth: Largest factor between the residual's norms at two successive updates;
+            >= 1.
+        inside: Factor on the lifted update N P^T of the inner transformation.
+        taken: Share of R P^T that is subtracted from the gradient; 1: all of it.
+        decays: (b1, b2) of an inner Adam, for norms without its bias corrections. None:
+            the limiter compares plain norms.
 
     Raises:
         ValueError: If ``growth`` is below 1.
 
     References:
         Chen et al., `Fira <https://arxiv.org/abs/2410.01623>`_, 2024.
-        :func:`lowrank_optax.fira` says where its authors' code differs.
+        :func:`lowrank_optax.scale_by_fira` lists how the authors' code differs.
     """
     check_growth(growth)
     return Scaled(growth, inside, taken, decays)

@@ -1,4 +1,4 @@
-"""Residuals without size: their signs, or their columns at length one."""
+"""Residuals without their size: their signs, or their columns at unit length."""
 
 import dataclasses
 
@@ -21,21 +21,22 @@ class Sign(Stateless):
 
 
 def sign_residual(weight: jax.typing.ArrayLike = 1.0) -> Sign:
-    """The signs of what the subspace does not hold, as FRUGAL adds them.
+    """The signs of the residual, as in FRUGAL.
 
-    U = scale (N P^T + weight sign(G - R P^T)). No state. Needs the full gradient at
-    every update: no subspace gradients, and ``accumulate`` adds up full ones.
+    U = scale (N P^T + weight sign(G - R P^T)). The rule has no state. Every update
+    needs the full gradient: subspace gradients are not possible, and ``accumulate``
+    adds up full gradients.
 
     Args:
-        weight: Step of each entry, where Adam's is about 1; >= 0.
+        weight: Step of each entry, >= 0; Adam's step is about 1.
 
     Raises:
         ValueError: If ``weight`` is negative.
 
     References:
-        Zmushko et al., `FRUGAL <https://arxiv.org/abs/2411.07837>`_, 2024: there the
-        subspace may be made of whole blocks, and the two parts have learning rates of
-        their own, whose ratio is ``weight`` here.
+        Zmushko et al., `FRUGAL <https://arxiv.org/abs/2411.07837>`_, 2024. In the paper
+        the subspace may consist of whole blocks, and the two parts have two learning
+        rates. Their ratio is ``weight`` here.
     """
     check_weight(weight)
     return Sign(weight)
@@ -58,11 +59,11 @@ class Normalized(Stateless):
 
 
 def normalized_residual(weight: jax.typing.ArrayLike = 1.0) -> Normalized:
-    """What the subspace does not hold, each output's column at length one.
+    """The residual, with each output's column at unit length.
 
-    U = scale (N P^T + weight E_j / ||E_j||) with E = G - R P^T (n, m) and j over its m
-    columns, the outputs of a kernel; a column of zeros stays zero. No state. Needs the
-    full gradient at every update.
+    U = scale (N P^T + weight E_j / ||E_j||) with E = G - R P^T (n, m). The index j runs
+    over the m columns, the outputs of a kernel. A zero column stays zero. The rule has
+    no state. Every update needs the full gradient.
 
     Args:
         weight: Length of each column; >= 0.
@@ -71,7 +72,7 @@ def normalized_residual(weight: jax.typing.ArrayLike = 1.0) -> Normalized:
         ValueError: If ``weight`` is negative.
 
     References:
-        Glentis et al., `SCALE <https://arxiv.org/abs/2506.16659>`_, 2025, which
+        Glentis et al., `SCALE <https://arxiv.org/abs/2506.16659>`_, 2025. The paper
         normalizes the columns of the whole gradient and has no subspace.
     """
     check_weight(weight)

@@ -1,7 +1,8 @@
-"""When a basis is computed anew: every k updates, or on convergence.
+"""When a basis is renewed: every k updates, or on convergence.
 
-A rule decides from the state alone, before the gradient of the step is known, so that
-whoever computes gradients in the subspace knows beforehand which leaf needs a full one.
+A rule decides from the state alone, before the gradient of the step is known. The code
+that computes subspace gradients therefore knows beforehand which leaves need full
+gradients.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 
 
 class RefreshRule(Protocol):
-    """What ``scale_by_low_rank`` asks of a refresh."""
+    """The interface of a refresh rule for ``scale_by_low_rank``."""
 
     def init(self, zeros: Callable[[Any], jax.Array]) -> Any:
         """Returns the rule's own state: a pytree of numbers per matrix, or ().
@@ -28,7 +29,7 @@ class RefreshRule(Protocol):
         ...
 
     def first_age(self, fraction: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
-        """Returns the age to start from after a leaf's first refresh.
+        """Returns the starting age after a leaf's first refresh.
 
         Args:
             fraction: Position of the leaf among the projected ones, in [0, 1).
@@ -39,9 +40,9 @@ class RefreshRule(Protocol):
         """Returns the rule's state after one update.
 
         Args:
-            age: Updates since the refresh, this one included; (*stack,); 0 where there
-                is no basis yet.
-            trend: State before.
+            age: Updates since the refresh, with this update; (*stack,); 0 for a matrix
+                without a basis.
+            trend: State before the update.
             coordinates: Projected gradient; (*stack, a*c, r).
         """
         ...
@@ -81,16 +82,16 @@ class Every:
 def every(interval: jax.typing.ArrayLike, stagger: bool = True) -> Every:
     """Refreshes each basis every ``interval`` updates.
 
-    A refresh that a zero or non-finite gradient spoiled is repeated at the next update;
-    after the n-th failure in a row, at the next update whose number 2^(n - 1) divides,
-    128 at most.
+    A zero or non-finite gradient spoils a refresh, and the refresh is tried again at
+    the next update. After the n-th failure in a row, the next try is at an update whose
+    number is a multiple of 2^(n - 1), at most 128.
 
     Args:
         interval: Updates between two refreshes of a leaf; >= 1.
-        stagger: Spread the leaves over the interval: all of them refresh at the first
-            update, then leaf i of n comes ``floor(i / n * interval)`` updates early
-            once, so that no later step pays for all. False: all on the same step, as
-            GaLore does.
+        stagger: Whether to spread the leaves over the interval. All leaves refresh at
+            the first update. The second refresh of leaf i of n comes
+            ``floor(i / n * interval)`` updates early, so that no later step pays for
+            all leaves. False: all leaves refresh on the same step, as in GaLore.
 
     Raises:
         ValueError: If ``interval`` is below 1.
@@ -105,8 +106,8 @@ class Trend(NamedTuple):
 
     Attributes:
         average: Smoothed norm of the projected gradient; (*stack,), float32.
-        reference: Its value over the first updates after the refresh; (*stack,),
-            float32.
+        reference: Mean of this norm over the first updates after the refresh;
+            (*stack,), float32.
     """
 
     average: jax.Array
@@ -142,17 +143,17 @@ class OnConvergence:
         """Returns the trend with one more norm; see :class:`RefreshRule`."""
         narrow = coordinates.astype(jnp.float32)
         norm = jnp.sqrt(jnp.sum(narrow * narrow, axis=(-1, -2)))
-        # Subtracted here: of 0.95 in float32 it would be above 1 / 20.
+        # Subtracted here, where 0.95 has full precision: float32 would give > 1 / 20.
         return _observed(age, trend, norm, 1 - self.decay)
 
 
-# Leaves with stacks of one shape share it: what is traced and lowered for them is one.
+# Jitted, so that leaves with stacks of one shape share one trace and one lowering.
 @jax.jit
 def _observed(age, trend: Trend, norm, share) -> Trend:
-    # The gradient of age 1 is the one that the basis was fitted to: it lies in the
-    # subspace more than any other, and does not count. From age 2 on a plain mean over
-    # the first 1 / share norms, exponential from there on: it forgets what was before
-    # and needs no bias correction.
+    # The basis was fitted to the gradient of age 1, which lies in the subspace more
+    # than any other gradient, and does not count. From age 2 on the average is a plain
+    # mean of the first 1 / share norms, then exponential. The average forgets the time
+    # before the refresh and needs no bias correction.
     counted = age - 1
     weight = jnp.maximum(1 / jnp.maximum(counted, 1), share)
     average = jnp.where(
@@ -174,35 +175,38 @@ def on_convergence(
 ) -> OnConvergence:
     r"""Refreshes a basis when the gradient inside its subspace has shrunk.
 
-    With the norm ||G_t P|| smoothed by a moving average of ``decay``, the basis is due
+    avg_t is a moving average of the norm ||G_t P||, with the decay ``decay``. A basis
+    counts as converged when
 
     .. math:: \text{avg}_t < \text{fraction} \cdot \text{avg}_{\text{refresh}}
 
-    updates later than ``min_interval`` after its last refresh, and at ``max_interval``
-    in any case. avg_refresh is the mean of 1 / (1 - decay) norms after the refresh,
-    without that of the gradient that the basis was computed from, which is the largest
-    by construction. Each matrix of a stack decides for itself; one update later than
-    the norm that decided. They are asked at ages that ``check_interval`` divides, all
-    matrices alike, and so on few steps: one matrix that is due makes the update compute
-    bases for its whole stack, and full gradients where those are taken in subspaces.
+    A converged basis is due from ``min_interval`` updates after its last refresh on;
+    every basis is due after ``max_interval`` updates. avg_refresh is the mean of
+    1 / (1 - decay) norms after the refresh. The gradient that the basis was computed
+    from is left out, because its norm is the largest by construction.
+
+    Each matrix of a stack is tested by itself, every ``check_interval`` updates. The
+    refresh comes one update after the test. Tests at common ages keep refreshes on few
+    steps. This saves time: one due matrix makes the update compute bases for its whole
+    stack, and needs full gradients where gradients are otherwise projected.
 
     Args:
         min_interval: Least updates between two refreshes; >= 1.
         max_interval: Most updates between two refreshes; >= min_interval. Waiting
             longer for convergence cost loss (``RESULTS.md``).
-        fraction: Share of the norm at the refresh under which the subspace counts as
+        fraction: Share of the norm at the refresh. Below it the basis counts as
             converged; in (0, 1). Theorem 2 has sqrt(1 - threshold).
-        decay: Of the moving average; in [0, 1).
-        check_interval: Updates between two questions whether a matrix has converged;
-            >= 1, best a divisor of both bounds, which keeps the matrices in step.
+        decay: Decay of the moving average; in [0, 1).
+        check_interval: Updates between two tests of a matrix; >= 1. A divisor of both
+            bounds keeps the matrices in step.
 
     Raises:
         ValueError: If a value is out of its range.
 
     References:
         AdaRankGrad, Block 3 of Algorithm 3 and Theorem 2. The paper compares the raw
-        norm of one mini-batch, whose noise crosses always or never; smoothing, both
-        bounds and the interval of the questions are ours.
+        norm of one mini-batch, and the noise of this norm crosses the threshold always
+        or never. The smoothing, both bounds and the interval of the tests are ours.
     """
     if isinstance(min_interval, int) and min_interval < 1:
         raise ValueError(f"min_interval must be >= 1, got {min_interval}.")
