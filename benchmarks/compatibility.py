@@ -27,6 +27,8 @@ LEFT_OUT = (
     "tests/experiments",
     "tests/clients",
     "tests/test_notebooks.py",
+    "tests/test_site.py",
+    "tests/test_code_blocks.py",
     "tests/test_accelerator.py",
 )
 # What rests on how jax traces, shards and saves; it fails first on a new jax.

@@ -1,4 +1,4 @@
-"""Docstrings name what they must, and the README's code runs.
+"""Docstrings name what they must.
 
 Their examples are run by ``pytest --doctest-modules lowrank_optax``.
 """
@@ -8,14 +8,11 @@ import dataclasses
 import inspect
 import itertools
 import re
-import textwrap
 from pathlib import Path
 
 import pytest
 
 import lowrank_optax
-
-README = Path(__file__).resolve().parent.parent / "README.md"
 
 PUBLIC = {name: getattr(lowrank_optax, name) for name in lowrank_optax.__all__}
 FUNCTIONS = [name for name, value in PUBLIC.items() if inspect.isfunction(value)]
@@ -105,33 +102,3 @@ def test_attributes_explains_every_field_in_its_order(name):
     ]
     documented = _entries(_section(inspect.getdoc(record), "Attributes"))
     assert documented == list(fields)
-
-
-def _python_blocks() -> list[str]:
-    return re.findall(
-        r"^```python\n(.*?)^```", README.read_text("utf-8"), re.MULTILINE | re.DOTALL
-    )
-
-
-def test_the_readmes_python_blocks_run_one_after_the_other():
-    assert README.is_file()
-    namespace = {"__name__": "readme"}
-    for block in _python_blocks():
-        exec(compile(block, str(README), "exec"), namespace)
-
-
-CLIENTS = README.parent / "docs/recipes/clients.md"
-EXCERPT = re.compile(r"^From `(\S+)`:\n\n```python\n(.*?)```", re.MULTILINE | re.DOTALL)
-EXCERPTS = EXCERPT.findall(CLIENTS.read_text(encoding="utf-8"))
-
-
-@pytest.mark.parametrize(("path", "code"), EXCERPTS, ids=[x for x, _ in EXCERPTS])
-def test_the_code_of_the_recipes_is_that_of_the_client_tests(path, code):
-    source = (README.parent / path).read_text(encoding="utf-8")
-    depths = (textwrap.indent(code, depth * " ") for depth in range(0, 13, 4))
-    assert any(part in source for part in depths)
-
-
-def test_every_recipe_is_an_excerpt():
-    text = CLIENTS.read_text(encoding="utf-8")
-    assert text.count("```python") == len(EXCERPTS)

@@ -1,0 +1,78 @@
+"""The pages that a user reads, and the code in them."""
+
+import ast
+import importlib.util
+import re
+import shlex
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+# Pages of the site that are written at its build.
+_BUILT = ("_build", "notebooks")
+_IN_DOCS = (path.relative_to(DOCS) for path in sorted(DOCS.rglob("*.md")))
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *(DOCS / path for path in _IN_DOCS if path.parts[0] not in _BUILT),
+]
+SHELLS = ("sh", "bash")
+
+_FENCE = re.compile(
+    r"^(?P<indent> *)```(?P<language>[^\n`]*)\n(?P<code>.*?)^(?P=indent)```$",
+    re.MULTILINE | re.DOTALL,
+)
+_SOURCE = re.compile(r"From `(\S+)`:\n\n\Z")
+# Four spaces after an empty line, outside of a list.
+_INDENTED = re.compile(r"(?<=\n\n)((?: {4} *\S.*\n)+)")
+
+
+def name_of(path: Path) -> str:
+    """Returns how a test calls a page."""
+    return path.relative_to(ROOT).as_posix()
+
+
+def languages(text: str) -> set[str]:
+    """Returns what the fences of a page are labelled with."""
+    return {found["language"].strip() for found in _FENCE.finditer(text)}
+
+
+def excerpts(text: str) -> list[tuple[str, str]]:
+    """Returns (path of a file, code) of the Python that a page takes from a file."""
+    return [(path, code) for path, code in _python(text) if path]
+
+
+def programs(text: str) -> list[str]:
+    """Returns the Python of a page that is to run, block by block."""
+    return [code for path, code in _python(text) if not path]
+
+
+def _python(text: str) -> Iterator[tuple[str, str]]:
+    for found in _FENCE.finditer(text):
+        if found["language"].strip() == "python":
+            source = _SOURCE.search(text[: found.start()])
+            yield source[1] if source else "", textwrap.dedent(found["code"])
+
+
+def missing_packages(blocks: list[str]) -> set[str]:
+    """Returns the packages that blocks import and that are not installed."""
+    names = set()
+    for node in ast.walk(ast.parse("\n".join(blocks))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+    packages = {name.partition(".")[0] for name in names}
+    return {name for name in packages if not importlib.util.find_spec(name)}
+
+
+def commands(text: str) -> list[list[str]]:
+    """Returns the words of each command that a page shows, without what `#` says."""
+    blocks = [m["code"] for m in _FENCE.finditer(text) if m["language"] in SHELLS]
+    blocks += _INDENTED.findall(_FENCE.sub("", text))
+    # A command may go on behind a backslash.
+    lines = "".join(map(textwrap.dedent, blocks)).replace("\\\n", " ").splitlines()
+    split = [shlex.split(line, comments=True) for line in lines]
+    return [words for words in split if words]
