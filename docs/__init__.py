@@ -1,0 +1,1 @@
+"""The documentation; its text is in Markdown beside this file."""
