@@ -98,8 +98,8 @@ def rebasing() -> Figure:
     axes.set_xscale("log")
     axes.set_yticks(range(len(order)), order)
     axes.invert_yaxis()
-    ticks = (0.3, 1, 3, 10, 30, 100, 300)
-    axes.set_xticks(ticks, ["0.3", "1", "3", "10", "30", "100", "300 or more"])
+    ticks = (0.3, 1, 3, 10, 30, 100, most)
+    axes.set_xticks(ticks, ["0.3", "1", "3", "10", "30", "100", "300 +"])
     axes.minorticks_off()
     axes.set(xlabel="update, as a multiple of what it should be", ylabel="rule")
     axes.grid(axis="x")
@@ -118,8 +118,9 @@ def residual() -> Figure:
     axes.plot(least, names, "|", color=ORANGE, markersize=14, markeredgewidth=2.5)
     axes.plot([], [], "|", color=ORANGE, markeredgewidth=2.5, label="best basis")
     axes.invert_yaxis()
-    axes.set(xlabel="squared norm outside the subspace", ylabel="matrix")
-    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.set(xlabel="squared norm outside the subspace")
+    axes.set_xticks((0, 0.05, 0.1, 0.15, 0.2))
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.grid(axis="x")
     axes.legend(loc="lower right")
     return figure
@@ -143,7 +144,7 @@ def capacity() -> Figure:
         axes.plot([], [], color=color, label=f"rank, layer {layer}")
     axes.set(xlabel="training step", ylabel="columns", ylim=(0, 52), xlim=(0, None))
     axes.grid()
-    axes.legend(loc="upper right", ncols=2, bbox_to_anchor=(1, 1.02))
+    figure.legend(loc="outside upper center", ncols=3)
     return figure
 
 

@@ -26,20 +26,20 @@ def rows() -> dict[str, Row]:
 # Row of the comparison -> its name in figures, and where the name stands: horizontal
 # alignment, and points to the right and up.
 _BYTES = {
-    "adamw": ("AdamW", "right", -7, 4),
-    "adamw 8 bits": ("AdamW, 8 bits", "left", -30, 9),
-    "adafactor": ("Adafactor", "center", 0, 9),
-    "muon": ("Muon", "left", -16, -15),
-    "optax_galore": ("optax.contrib.galore, d/4", "left", -32, 9),
-    "low_rank_muon r=64 8 bits": ("low_rank_muon, d/2, 8 bits", "left", -16, -16),
-    "low_rank_muon 8 bits": ("low_rank_muon, d/4, 8 bits", "left", -16, 9),
-    "sumo r=64 8 bits": ("sumo, d/2, 8 bits", "left", 8, -4),
-    "sumo 8 bits": ("sumo, d/4, 8 bits", "left", 8, -4),
-    "adarankgrad": ("adarankgrad", "left", -22, -15),
-    "adarankgrad 8 bits": ("adarankgrad, 8 bits", "left", -30, -15),
-    "galore": ("galore, d/4", "left", 6, 5),
-    "galore 8 bits": ("galore, d/4, 8 bits", "right", -7, -2),
-    "projfactor": ("projfactor", "left", -16, 9),
+    "adamw": ("AdamW", "right", 0, 13),
+    "adamw 8 bits": ("AdamW, 8 bits", "left", 6, -5),
+    "adafactor": ("Adafactor", "left", -8, -17),
+    "muon": ("Muon", "right", -7, -5),
+    "optax_galore": ("optax.contrib.galore, d/4", "left", -8, 11),
+    "low_rank_muon r=64 8 bits": ("low_rank_muon, d/2, 8 bits", "left", -14, -9),
+    "low_rank_muon 8 bits": ("low_rank_muon, d/4, 8 bits", "left", -10, -13),
+    "sumo r=64 8 bits": ("sumo, d/2, 8 bits", "left", 6, 5),
+    "sumo 8 bits": ("sumo, d/4, 8 bits", "left", 6, 0),
+    "adarankgrad": ("adarankgrad, 3d/8", "center", 0, -12),
+    "adarankgrad 8 bits": ("adarankgrad, 3d/8, 8 bits", "right", -6, -9),
+    "galore": ("galore, d/4", "left", 6, 2),
+    "galore 8 bits": ("galore, d/4, 8 bits", "left", -52, 17),
+    "projfactor": ("projfactor", "right", -5, 5),
 }
 _THEIRS = {"adamw", "adamw 8 bits", "adafactor", "muon", "optax_galore"}
 
@@ -47,7 +47,7 @@ _THEIRS = {"adamw", "adamw 8 bits", "adafactor", "muon", "optax_galore"}
 def loss_against_bytes() -> Figure:
     """Loss against the bytes of the whole optimizer state."""
     found = rows()
-    figure, axes = new(height=4.2)
+    figure, axes = new(height=4.6)
     chosen = [found[method] for method in _BYTES]
     ahead = front(chosen, lambda row: (row.share, row.mean))
     axes.step(
@@ -81,6 +81,7 @@ def loss_against_bytes() -> Figure:
         xlabel="optimizer state, share of AdamW's bytes",
         ylabel="validation loss, nats per byte",
         xlim=(0.045, 1.25),
+        ylim=(1.745, 2.01),
     )
     axes.grid()
     return figure

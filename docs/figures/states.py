@@ -11,7 +11,6 @@ goes to ``states.json`` beside this file; nothing else is kept.
 import json
 import platform
 from collections.abc import Callable, Iterator
-
 from typing import Any
 
 import jax
@@ -25,7 +24,6 @@ from experiments.data.tokenizers import load_tokenizer
 from experiments.model.groups import parameter_groups
 from experiments.model.llama import apply, init_params
 from experiments.model.shape import preset
-
 
 RANK = 32
 INTERVAL = 50

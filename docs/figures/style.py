@@ -1,5 +1,6 @@
 """How the figures look: sizes, greys and colours that read on white and on black."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,9 @@ def new(height: float = 3.4, width: float = 5.2) -> tuple[Figure, Any]:
     return figure, figure.add_subplot()
 
 
-def as_svg(figure: Figure, path: Path) -> None:
-    """Writes a figure, the same bytes each time."""
-    FigureCanvasSVG(figure).print_svg(path, metadata={"Date": None})
+def as_svg(figure: Figure) -> str:
+    """Returns a figure as SVG, the same text each time."""
+    buffer = io.StringIO()
+    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+    # Matplotlib ends lines with blanks.
+    return "".join(f"{line.rstrip()}\n" for line in buffer.getvalue().splitlines())
