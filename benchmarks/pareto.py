@@ -24,11 +24,15 @@ _OPTIONS = {
     "granularity": "c={}",
     "moment_bits": "{} bits",
     "basis_bits": "basis {}",
-    "vocabulary": "vocabulary {}",
+    "vocabulary_optimizer": "vocabulary {}",
     "param_dtype": "{}",
     "rounding": "{}",
 }
-_DEFAULTS = {"vocabulary": "adamw", "rounding": "stochastic", "param_dtype": "float32"}
+_DEFAULTS = {
+    "vocabulary_optimizer": "adamw",
+    "rounding": "stochastic",
+    "param_dtype": "float32",
+}
 
 
 def label(config: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 import tyro
 
 from experiments.errors import UserError
+from experiments.ranges import ranges_of
 
 Options = TypeVar("Options")
 
@@ -21,19 +23,27 @@ def parse_arguments(
     """Returns the dataclass that the arguments spell; values are not checked.
 
     Args:
-        options: A dataclass; its docstring and its fields' comments are the help.
+        options: A dataclass; its docstring and its fields' comments are the help. The
+            bases that it inherits its fields from, if any, are the groups of the help:
+            class ``ModelFlags`` is the group "model options", under its docstring.
+            They stand in the help as dataclasses order fields: the last base first.
         program: Name of the command in the help.
-        argv: Arguments, without the name.
+        argv: Arguments, without the name. Of a flag given twice the last one counts.
 
     Raises:
         UserError: If a flag is unknown or a value is not of its type.
         SystemExit: With status 0, after ``--help``.
     """
     complaint = io.StringIO()
+    groups = _groups(options)
     try:
         with contextlib.redirect_stderr(complaint):
             found, unknown = tyro.cli(
-                options, prog=program, args=list(argv), return_unknown_args=True
+                _grouped(options, groups) if groups else options,
+                prog=program,
+                args=list(argv),
+                return_unknown_args=True,
+                config=(tyro.conf.OmitArgPrefixes,),
             )
     except SystemExit as stop:
         if not stop.code:
@@ -44,17 +54,54 @@ def parse_arguments(
         problem = next(filter(None, paragraphs), "the arguments cannot be read")
         raise UserError(f"{problem} (--help lists every flag)") from None
     if unknown:
-        names = [flag(field.name) for field in dataclasses.fields(options)]  # pyright: ignore[reportArgumentType]
+        names = map(flag, field_names(options))
         raise UserError(
             f"{unknown[0]} is not a flag of this command"
-            f"{_nearest(unknown[0], names)} (--help lists every flag)"
+            f"{nearest(unknown[0], names)} (--help lists every flag)"
         )
-    return found
+    if not groups:
+        return found  # pyright: ignore[reportReturnType]
+    parts = (getattr(found, name) for name in groups)
+    values = {
+        name: getattr(part, name) for part in parts for name in field_names(type(part))
+    }
+    return options(**values)
+
+
+def given_flags(argv: Sequence[str]) -> frozenset[str]:
+    """Returns the names of the fields whose flags stand in the arguments."""
+    flags = (word.split("=")[0] for word in argv if word.startswith("--"))
+    names = (re.sub("^--(no-)?", "", word).replace("-", "_") for word in flags)
+    return frozenset(names)
+
+
+def field_names(options: type) -> list[str]:
+    """Returns the names of a dataclass's fields, in their order."""
+    return [field.name for field in dataclasses.fields(options)]
 
 
 def flag(name: str) -> str:
     """Returns the flag of a field."""
     return "--" + name.replace("_", "-")
+
+
+def words_of(fields: Mapping[str, Any]) -> list[str]:
+    """Returns the arguments that set these fields."""
+    words = []
+    for name, value in fields.items():
+        if isinstance(value, bool):
+            words.append(flag(name if value else f"no_{name}"))
+        else:
+            words += [flag(name), str(value)]
+    return words
+
+
+def check_ranges(options: Any) -> None:
+    """Raises UserError if a field is not None and outside of its range."""
+    for name, (allows, says) in ranges_of(type(options)).items():
+        value = getattr(options, name)
+        if value is not None and not allows(value):
+            raise UserError(f"{flag(name)} must be {says}, not {value}")
 
 
 def check_choice(
@@ -70,10 +117,36 @@ def check_choice(
     if value not in choices:
         raise UserError(
             f"{what} {value!r} is not known; choose one of {', '.join(choices)}"
-            + _nearest(value, choices)
+            + nearest(value, choices)
         )
 
 
-def _nearest(word: str, choices: Iterable[str]) -> str:
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """Returns the question whether the most similar choice is meant, or nothing."""
     close = difflib.get_close_matches(word.split("=")[0], list(choices), 1, 0.5)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def _groups(options: type) -> dict[str, type]:
+    """Returns the bases that have fields of their own, by the name of the group."""
+    bases = [
+        base
+        for base in reversed(options.__mro__[1:])
+        if dataclasses.is_dataclass(base) and inspect.get_annotations(base)
+    ]
+    names = (re.sub("(?<!^)(?=[A-Z])", "_", base.__name__).lower() for base in bases)
+    return {
+        name.removesuffix("_flags"): base
+        for name, base in zip(names, bases, strict=True)
+    }
+
+
+def _grouped(options: type, groups: Mapping[str, type]) -> type:
+    """Returns a dataclass with one field for each group, which tyro knows to show."""
+    fields = [
+        (name, group, dataclasses.field(default_factory=group))
+        for name, group in groups.items()
+    ]
+    return dataclasses.make_dataclass(
+        options.__name__, fields, namespace={"__doc__": options.__doc__}
+    )

@@ -89,7 +89,7 @@ def plans_by_name(options: Options) -> dict[str, Any]:
 def rows(rank: int) -> dict[str, dict[str, Any]]:
     """Returns the options of each row of the table."""
     fine = {"rank": max(1, rank // 16), "granularity": 16}
-    low_bit = {"moment_bits": 8, "vocabulary": "low_bit"}
+    low_bit = {"moment_bits": 8, "vocabulary_optimizer": "low_bit"}
     return {
         "adamw": {"optimizer": "adamw"},
         "adamw, 8 bits": {"optimizer": "adamw", **low_bit},
@@ -111,13 +111,13 @@ def rows(rank: int) -> dict[str, dict[str, Any]]:
             "optimizer": "galore",
             "moment_bits": 8,
             "basis_bits": 4,
-            "vocabulary": "projected",
+            "vocabulary_optimizer": "projected",
         },
         "galore, 8 bits, basis 4, vocabulary factored": {
             "optimizer": "galore",
             "moment_bits": 8,
             "basis_bits": 4,
-            "vocabulary": "factored",
+            "vocabulary_optimizer": "factored",
         },
     }
 

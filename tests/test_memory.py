@@ -77,7 +77,7 @@ def test_the_plan_is_the_state_to_the_byte(name, tree, dtype):
 def test_the_plan_is_the_state_of_the_experiments(name, vocabulary):
     model = preset("tiny", 257)
     params = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
-    options = OptimizerOptions(optimizer=name, vocabulary=vocabulary)
+    options = OptimizerOptions(optimizer=name, vocabulary_optimizer=vocabulary)
     options = OptimizerOptions(
         **{
             **vars(options),

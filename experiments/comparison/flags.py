@@ -1,21 +1,12 @@
-"""The command line of one run, and the settings that its result is recorded with."""
+"""The settings that the result of a run is recorded with."""
 
-from collections.abc import Mapping
 from typing import Any
 
-from experiments.arguments import flag
+from experiments.arguments import words_of
 from experiments.comparison.suites import Contender, Suite
 from experiments.model.shape import MODELS
 from experiments.optim.methods import OPTIMIZERS
 from experiments.run.config import complete, parse
-
-
-def words_of(fields: Mapping[str, Any]) -> list[str]:
-    """Returns the arguments of ``pretrain_llama`` that set these fields."""
-    words = []
-    for name, value in fields.items():
-        words += [flag(name)] if value is True else [flag(name), str(value)]
-    return words
 
 
 def resolved(contender: Contender, suite: Suite) -> dict[str, Any]:

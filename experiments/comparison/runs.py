@@ -12,7 +12,8 @@ from typing import Any
 
 from rich.console import Console
 
-from experiments.comparison.flags import resolved, words_of
+from experiments.arguments import words_of
+from experiments.comparison.flags import resolved
 from experiments.comparison.ledger import RUNS, Ledger, best_rates, rates_of
 from experiments.comparison.options import Options, chosen_names
 from experiments.comparison.outcome import loss_of, outcome

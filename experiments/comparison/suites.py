@@ -62,8 +62,8 @@ def _variant(like: str, change: str, **flags: Any) -> Contender:
     return dataclasses.replace(method, name=f"{like} {change}", flags=flags, like=like)
 
 
-_8_BITS = {"moment_bits": 8, "vocabulary": "low_bit"}
-_SMALL_STATE = {"moment_bits": 8, "basis_bits": 8, "vocabulary": "low_bit"}
+_8_BITS = {"moment_bits": 8, "vocabulary_optimizer": "low_bit"}
+_SMALL_STATE = {"moment_bits": 8, "basis_bits": 8, "vocabulary_optimizer": "low_bit"}
 
 # Starts are the best rates of a few earlier runs. The default rank is a quarter of the
 # hidden size, 32; adarankgrad's 48.

@@ -7,7 +7,8 @@ import optax
 
 import lowrank_optax
 from experiments.model.groups import parameter_groups
-from experiments.optim.methods import OPTIMIZERS, adafactor
+from experiments.optim.constructors import adafactor
+from experiments.optim.methods import OPTIMIZERS
 from experiments.optim.options import OptimizerOptions
 
 
@@ -54,7 +55,7 @@ def build_optimizer(
     }
     groups: dict[Hashable, optax.GradientTransformation] = {
         "blocks": of_method(lambda count: scale * schedule(count)),
-        "rest": vocabulary[options.vocabulary](),
+        "rest": vocabulary[options.vocabulary_optimizer](),
         "norms": optax.adamw(schedule, **adam, weight_decay=0.0),
         "frozen": optax.set_to_zero(),
     }

@@ -6,23 +6,125 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from experiments.optim.methods import OPTIMIZERS
+from experiments.ranges import (
+    AtLeastOne,
+    Count,
+    Decay,
+    Fraction,
+    Halves,
+    Inside,
+    NotNegative,
+    Positive,
+)
 
 Rebase = Literal["abs", "clamp", "filled", "first", "keep", "ldadam", "square", "zero"]
 
+_METHODS_HELP = "\n".join(
+    [
+        "Method of the block matrices (attention and MLP kernels). Norms always have "
+        "AdamW; embedding and head what --vocabulary-optimizer says.",
+        *(f"{name}: {method.help}" for name, method in OPTIMIZERS.items()),
+    ]
+)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerOptions:
-    """The flags of the optimizer; where None, the chosen optimizer has its own."""
+class OptimizerFlags:
+    """What trains the parameters."""
 
-    #: Method of the block matrices (attention and MLP kernels). Norms always have
-    #: AdamW; embedding and head what --vocabulary says.
     optimizer: Annotated[
-        str, tyro.conf.arg(metavar="{" + ",".join(OPTIMIZERS) + "}")
+        str,
+        tyro.conf.arg(metavar="{" + ",".join(OPTIMIZERS) + "}", help=_METHODS_HELP),
     ] = "adarankgrad"
     #: Optimizer of embedding and head: adamw; low_bit (AdamW with its moments in 8
     #: bits); projected (the method of the block matrices); factored (Adafactor: a
     #: factored second moment, no first one).
-    vocabulary: Literal["adamw", "low_bit", "projected", "factored"] = "adamw"
+    vocabulary_optimizer: Literal["adamw", "low_bit", "projected", "factored"] = "adamw"
+    #: Decoupled decay per step, times the learning rate, of all but the norms; 0 or
+    #: more.
+    weight_decay: NotNegative = 0.0
+    #: Decay of Adam's first moment per step; in [0, 1).
+    b1: Decay = 0.9
+    #: Decay of Adam's second moment per step; in [0, 1).
+    b2: Decay = 0.999
+    #: Added to the root of Adam's second moment; above 0.
+    eps: Positive = 1e-8
+    #: Largest global norm of the gradient; above 0. None: no clipping.
+    clip_norm: Positive | None = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScheduleFlags:
+    """The learning rate over the run."""
+
+    #: Peak learning rate of embedding, head and norms; above 0.
+    learning_rate: Positive = 8e-3
+    #: Learning rate of the block matrices, as a multiple of --learning-rate; above 0.
+    #: None: adamw and adafactor 0.125, adapters 0.25, sumo 1, the others 0.5. It takes
+    #: the place of GaLore's scale.
+    block_scale: Positive | None = None
+    #: Steps of linear warm-up from zero, below --steps. None: a tenth of --steps.
+    warmup_steps: Count | None = None
+    #: The cosine ends at this fraction of the peak; 0 to 1.
+    final_learning_rate_fraction: Fraction = 0.1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OneMethodFlags:
+    """Options that only some optimizers have; None: what the chosen one has."""
+
+    #: Rank of the projection, in columns; at least 1. None: a quarter of the hidden
+    #: size, three eighths for adarankgrad, over --granularity. A matrix whose shorter
+    #: side is not above it is not projected.
+    rank: AtLeastOne | None = None
+    #: Pieces that each row of a gradient is cut into before it is projected; at least
+    #: 1. Moments take as much as for a rank of --rank times this. None: 4 of vlorp and
+    #: projfactor, the only ones that have it.
+    granularity: AtLeastOne | None = None
+    #: Share of a gradient's squared norm that the rank may lose; in (0, 1). None:
+    #: 0.0003 of adarankgrad, the only one that has it.
+    threshold: Inside | None = None
+    #: Least rank in use, in columns; 1 to --rank. None: seven eighths of --rank for
+    #: adarankgrad, the only one that has it.
+    min_rank: AtLeastOne | None = None
+    #: Least steps between two refreshes of a basis; at least 1. None: 200 of
+    #: adarankgrad, the only one that has it.
+    min_refresh_interval: AtLeastOne | None = None
+    #: Most steps between two refreshes of a basis; at least --min-refresh-interval.
+    #: None: 300 of adarankgrad, the only one that has it.
+    max_refresh_interval: AtLeastOne | None = None
+    #: Steps between two refreshes of a basis, or restarts of relora; at least 1. None:
+    #: 25 of vlorp and projfactor, 200 of the others that have it (not adarankgrad,
+    #: ldadam).
+    update_proj_gap: AtLeastOne | None = None
+    #: Times that a sketched basis is sharpened by the gradient; a multiple of 0.5, 0 or
+    #: more. None: 2 of adarankgrad, 1 of sumo and low_rank_muon, the only ones that
+    #: have it.
+    power_iterations: Halves | None = None
+    #: Rule by which moments follow a new basis. None: square of adarankgrad, sumo and
+    #: low_rank_muon, the only ones that have it.
+    rebase: Rebase | None = None
+    #: Side of each matrix that is projected. None: short of adarankgrad and galore, the
+    #: only ones that have it.
+    side: Literal["short", "long"] | None = None
+    #: Decay of the momentum that is orthogonalized, per step; in [0, 1). None: 0.95 of
+    #: muon, sumo and low_rank_muon, the only ones that have it.
+    momentum: Decay | None = None
+    #: Weight of the last gradient outside the subspace, beside the momentum inside; 0
+    #: or more. None: 4 of low_rank_muon, the only one that has it.
+    residual: NotNegative | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemoryFlags:
+    """What saves memory, and what it costs."""
+
+    #: Recompute each layer in the backward pass: less memory, about a third slower.
+    remat: bool = False
+    #: Micro-batches that a batch is cut into, one after the other: less memory for the
+    #: same update; a divisor of --batch-size. Their gradients are added up inside the
+    #: subspaces.
+    accumulate: AtLeastOne = 1
     #: Gradients of projected matrices: subspace, computed inside their subspaces, but
     #: for steps that renew a basis (norms, and clipping by them, then see the projected
     #: gradients); or full. Methods without subspaces, or that look at more than them
@@ -40,71 +142,21 @@ class OptimizerOptions:
     #: Rounding of updated bfloat16 parameters (--param-dtype): stochastic, which is
     #: right on average, or nearest, which drops small updates.
     rounding: Literal["stochastic", "nearest"] = "stochastic"
-    #: Peak learning rate of embedding, head and norms; above 0.
-    learning_rate: float = 8e-3
-    #: Learning rate of the block matrices, as a multiple of --learning-rate; above 0.
-    #: None: adamw and adafactor 0.125, adapters 0.25, sumo 1, the others 0.5. It takes
-    #: the place of GaLore's scale.
-    block_scale: float | None = None
-    #: Steps of linear warm-up from zero, below --steps. None: a tenth of --steps.
-    warmup_steps: int | None = None
-    #: The cosine ends at this fraction of the peak; 0 to 1.
-    final_learning_rate_fraction: float = 0.1
-    #: Decoupled decay per step, times the learning rate, of all but the norms; 0 or
-    #: more.
-    weight_decay: float = 0.0
-    #: Decay of Adam's first moment per step; in [0, 1).
-    b1: float = 0.9
-    #: Decay of Adam's second moment per step; in [0, 1).
-    b2: float = 0.999
-    #: Added to the root of Adam's second moment; above 0.
-    eps: float = 1e-8
-    #: Largest global norm of the gradient; above 0. None: no clipping.
-    clip_norm: float | None = 1.0
-    #: Rank of the projection, in columns; at least 1. None: a quarter of the hidden
-    #: size, three eighths for adarankgrad, over --granularity. A matrix whose shorter
-    #: side is not above it is not projected.
-    rank: int | None = None
     #: Bytes of the state of the block matrices, like 600MB, in the place of --rank: the
     #: largest rank that fits, of galore and adarankgrad (which then has no --threshold,
     #: but for its refreshes). None: --rank decides.
     block_state_bytes: str | None = None
-    #: Pieces that each row of a gradient is cut into before it is projected; at least
-    #: 1. Moments take as much as for a rank of --rank times this. None: 4 of vlorp and
-    #: projfactor, the only ones that have it.
-    granularity: int | None = None
-    #: Share of a gradient's squared norm that the rank may lose; in (0, 1). None:
-    #: 0.0003 of adarankgrad, the only one that has it.
-    threshold: float | None = None
-    #: Least rank in use, in columns; 1 to --rank. None: seven eighths of --rank for
-    #: adarankgrad, the only one that has it.
-    min_rank: int | None = None
-    #: Least steps between two refreshes of a basis; at least 1. None: 200 of
-    #: adarankgrad, the only one that has it.
-    min_refresh_interval: int | None = None
-    #: Most steps between two refreshes of a basis; at least --min-refresh-interval.
-    #: None: 300 of adarankgrad, the only one that has it.
-    max_refresh_interval: int | None = None
-    #: Steps between two refreshes of a basis, or restarts of relora; at least 1. None:
-    #: 25 of vlorp and projfactor, 200 of the others that have it (not adarankgrad,
-    #: ldadam).
-    update_proj_gap: int | None = None
-    #: Times that a sketched basis is sharpened by the gradient; a multiple of 0.5, 0 or
-    #: more. None: 2 of adarankgrad, 1 of sumo and low_rank_muon, the only ones that
-    #: have it.
-    power_iterations: float | None = None
-    #: Rule by which moments follow a new basis. None: square of adarankgrad, sumo and
-    #: low_rank_muon, the only ones that have it.
-    rebase: Rebase | None = None
-    #: Side of each matrix that is projected. None: short of adarankgrad and galore, the
-    #: only ones that have it.
-    side: Literal["short", "long"] | None = None
-    #: Decay of the momentum that is orthogonalized, per step; in [0, 1). None: 0.95 of
-    #: muon, sumo and low_rank_muon, the only ones that have it.
-    momentum: float | None = None
-    #: Weight of the last gradient outside the subspace, beside the momentum inside; 0
-    #: or more. None: 4 of low_rank_muon, the only one that has it.
-    residual: float | None = None
+    #: Free columns of the optimizer's state that have not been wanted for four looks,
+    #: or, with --block-state-bytes, spread them over the matrices by captured energy.
+    #: The step is compiled again then.
+    compact: bool = False
+    #: Steps between two looks of --compact; at least 1.
+    compact_every: AtLeastOne = 50
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerOptions(MemoryFlags, OneMethodFlags, ScheduleFlags, OptimizerFlags):
+    """The flags of the optimizer; where None, the chosen optimizer has its own."""
 
 
 def with_defaults(

@@ -19,8 +19,8 @@ except ImportError:
     fcntl = None
 
 from experiments import compare
+from experiments.arguments import words_of
 from experiments.comparison import suites
-from experiments.comparison.flags import words_of
 from experiments.comparison.processes import Processes
 from experiments.comparison.report import table
 from experiments.comparison.rows import front, rows_of

@@ -1,14 +1,16 @@
 """The flags: defaults, mistakes, and the way back to a command line."""
 
 import dataclasses
+import json
 import re
 import shlex
 
 import pytest
 
-from experiments.arguments import flag
+from experiments.arguments import field_names, flag
 from experiments.errors import UserError
 from experiments.optim.methods import OPTIMIZERS
+from experiments.ranges import ranges_of
 from experiments.run.config import (
     FREE_FIELDS,
     Config,
@@ -47,7 +49,7 @@ MISTAKES = [
     ("--compact-every 0", "--compact-every must be at least 1"),
     ("--moment-bits 4", "--moment-bits"),
     ("--basis-bits 3", "--basis-bits"),
-    ("--vocabulary none", "--vocabulary"),
+    ("--vocabulary-optimizer none", "--vocabulary-optimizer"),
     ("--optimizer adamw --basis-bits 4", "adamw has no projections for --basis-bits"),
     ("--block-state-bytes 12XB", "'12XB' is not a number of bytes"),
     (
@@ -83,16 +85,100 @@ def test_contradictions_are_refused(arguments, message):
         complete(parse(arguments.split()), hidden_size=128)
 
 
-def test_help_explains_every_flag(capsys):
+@pytest.fixture
+def help_text(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit) as stop:
         parse(["--help"])
     assert stop.value.code == 0
-    text = capsys.readouterr().out
-    for field in dataclasses.fields(Config):
-        explanation = re.split(rf"\n\W+{flag(field.name)[2:]}[ ,]", text)[1]
+    return re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out)
+
+
+def test_help_explains_every_flag(help_text):
+    for name in field_names(Config):
+        explanation = re.split(rf"\n +{flag(name)}[ ,]", help_text)[1]
         # What comes before "(default: ...)" is more than the flag and its type.
         words = explanation.split("(default")[0].split()
-        assert len(words) > 4, field.name
+        assert len(words) > 4, name
+
+
+def test_help_groups_flags_by_subject(help_text):
+    titles = re.findall(r"^ +([\w-]+) options *$", help_text, re.MULTILINE)
+    assert titles == [
+        *("model", "data", "optimizer", "schedule", "one-method", "memory"),
+        *("run", "logging", "checkpoint", "output"),
+    ]
+    groups = dict(zip(titles, re.split(r" options *\n", help_text)[2:], strict=True))
+    for name, title in {
+        "kv_heads": "model",
+        "tokenizer": "data",
+        "optimizer": "optimizer",
+        "warmup_steps": "schedule",
+        "threshold": "one-method",
+        "remat": "memory",
+        "config": "run",
+        "log_every": "logging",
+        "resume": "checkpoint",
+        "sample_tokens": "output",
+    }.items():
+        assert re.search(rf"\n +{flag(name)}[ ,]", groups[title]), name
+
+
+def test_help_explains_every_optimizer(help_text):
+    text = " ".join(help_text.split())
+    for name, method in OPTIMIZERS.items():
+        assert f" {name}: {method.help}" in text
+
+
+def test_the_flags_of_every_range_say_it():
+    # Each one of test_a_mistake's, so that no range is a dead letter.
+    assert {"steps", "threshold", "sample_tokens", "seed"} <= ranges_of(Config).keys()
+    for name in ranges_of(Config):
+        with pytest.raises(UserError, match=f"{flag(name)} must be "):
+            parse([flag(name), "-1"])
+
+
+def test_a_configuration_file_gives_the_settings_and_flags_win(tmp_path):
+    words = "--optimizer galore --rank 7 --steps 5 --remat --clip-norm None --seed 3"
+    written = complete(parse([*words.split(), "--out", "x"]), hidden_size=64)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(to_json(written)))
+    assert parse(["--config", str(path), "--out", "x"]) == written
+    changed = parse(["--seed", "4", f"--config={path}", "--no-remat"])
+    assert changed == dataclasses.replace(written, seed=4, remat=False, out=None)
+
+
+def test_of_a_file_another_optimizer_takes_what_is_not_the_methods(tmp_path):
+    written = complete(parse(["--learning-rate", "0.5", "--seed", "3"]), hidden_size=64)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(to_json(written)))
+    config = parse(["--config", str(path), "--optimizer", "sumo"])
+    assert (config.learning_rate, config.seed) == (0.5, 3)
+    assert (
+        complete(config, hidden_size=64).block_scale == OPTIMIZERS["sumo"].block_scale
+    )
+    assert config.rank is config.threshold is config.min_rank is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[1]", "holds no settings by name"),
+        ('{"stepz": 1}', "stepz is not a setting; did you mean steps?"),
+        ('{"steps": "many"}', "--steps: invalid literal for int.*'many'"),
+        ('{"steps": 0}', "--steps must be at least 1, not 0"),
+        (None, "No such file or directory; give the config.json of a run"),
+    ],
+)
+def test_a_mistake_in_a_configuration_file_names_it(text, message, tmp_path):
+    path = tmp_path / "given.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=message.replace("?", r"\?")) as caught:
+        parse(["--config", str(path)])
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))

@@ -15,11 +15,12 @@ MOST_LINES = 300
 BELOW = {
     "__init__": set(),
     "errors": set(),
-    "arguments": {"errors"},
+    "ranges": set(),
+    "arguments": {"errors", "ranges"},
     "data": {"errors"},
     "model": {"errors"},
-    "optim": {"errors", "model"},
-    "run": {"errors", "arguments", "data", "model", "optim"},
+    "optim": {"errors", "ranges", "model"},
+    "run": {"errors", "ranges", "arguments", "data", "model", "optim"},
     "comparison": {"errors", "arguments", "model", "optim", "run"},
     # The commands, none of which imports another.
     "pretrain_llama": {"errors", "arguments", "data", "model", "optim", "run"},

@@ -66,7 +66,7 @@ def test_two_steps_and_two_resumed_equal_four(optimizer, inputs, tmp_path, stop_
 MEMORY = {
     "low bits": [
         *("--optimizer", "galore", "--update-proj-gap", 2, "--param-dtype", "bfloat16"),
-        *("--moment-bits", 8, "--basis-bits", 4, "--vocabulary", "low_bit"),
+        *("--moment-bits", 8, "--basis-bits", 4, "--vocabulary-optimizer", "low_bit"),
     ],
     "compaction": [
         *("--min-refresh-interval", 2, "--max-refresh-interval", 2),

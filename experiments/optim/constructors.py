@@ -1,0 +1,168 @@
+"""How each method of the table is made from the flags' values.
+
+Each is called as :class:`experiments.optim.methods.Method` says.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import lowrank_optax
+from experiments.optim.unstacked import unstacked
+
+
+def adamw(learning_rate, *, seed, **adam):
+    del seed
+    return optax.adamw(learning_rate, **adam)
+
+
+def of_factors(learning_rate, *, rank, **others):
+    del rank
+    return adamw(learning_rate, **others)
+
+
+def relora(learning_rate, *, update_proj_gap, **others):
+    """AdamW whose rate is warmed up again, over a tenth of the gap, at each restart."""
+    warmup = max(1, update_proj_gap // 10)
+
+    def rate(count):
+        since = count % update_proj_gap
+        share = jnp.minimum((since + 1) / warmup, 1)
+        return learning_rate(count) * jnp.where(count < update_proj_gap, 1, share)
+
+    return of_factors(rate, **others)
+
+
+def adarankgrad(
+    learning_rate,
+    *,
+    rank,
+    threshold,
+    min_rank,
+    min_refresh_interval,
+    max_refresh_interval,
+    power_iterations,
+    **options,
+):
+    if isinstance(rank, int):
+        rank = lowrank_optax.energy_rank(rank, threshold, min_rank)
+    return lowrank_optax.adarankgrad(
+        learning_rate,
+        rank=rank,
+        refresh=lowrank_optax.on_convergence(
+            min_refresh_interval, max_refresh_interval, (1 - threshold) ** 0.5
+        ),
+        basis=lowrank_optax.range_finder(power_iterations=power_iterations),
+        **options,
+    )
+
+
+def galore(learning_rate, **options):
+    return lowrank_optax.galore(learning_rate, scale=1.0, **options)
+
+
+def optax_galore(
+    learning_rate, *, rank, update_proj_gap, b1, b2, eps, weight_decay, seed
+):
+    del seed
+    galore = optax.contrib.galore(
+        learning_rate,
+        rank=rank,
+        update_proj_gap=update_proj_gap,
+        base_optimizer=optax.scale_by_adam(b1, b2, eps),
+        weight_decay=weight_decay,
+    )
+    return unstacked(galore)
+
+
+def ldadam(learning_rate, **options):
+    return lowrank_optax.ldadam(
+        learning_rate, start=lowrank_optax.exact_svd(), **options
+    )
+
+
+def fira(learning_rate, **options):
+    return lowrank_optax.fira(learning_rate, basis=lowrank_optax.exact_svd(), **options)
+
+
+def apollo_mini(learning_rate, **options):
+    return lowrank_optax.apollo(
+        learning_rate, 1, scale=128**0.5, by_matrix=True, **options
+    )
+
+
+def vlorp(learning_rate, *, rank, granularity, update_proj_gap, b1, b2, eps, **options):
+    return lowrank_optax.vlorp(
+        learning_rate,
+        rank,
+        granularity,
+        optax.scale_by_adam(b1, b2, eps),
+        refresh=lowrank_optax.every(update_proj_gap),
+        **options,
+    )
+
+
+def projfactor(learning_rate, *, rank, granularity, update_proj_gap, **options):
+    return lowrank_optax.projfactor(
+        learning_rate,
+        rank,
+        granularity,
+        refresh=lowrank_optax.every(update_proj_gap),
+        **options,
+    )
+
+
+def adafactor(learning_rate, *, weight_decay, **others):
+    """Adafactor without relative step sizes, with decoupled weight decay."""
+    del others
+    return optax.chain(
+        optax.scale_by_factored_rms(),
+        optax.clip_by_block_rms(1.0),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def muon(learning_rate, *, momentum, weight_decay, **others):
+    del others
+    numbers = optax.contrib.MuonDimensionNumbers(-2, -1)
+    return optax.contrib.muon(
+        learning_rate,
+        beta=momentum,
+        weight_decay=weight_decay,
+        # Each leaf is a stack of matrices.
+        muon_weight_dimension_numbers=lambda params: jax.tree.map(
+            lambda leaf: numbers, params
+        ),
+        consistent_rms=0.2,
+    )
+
+
+def orthogonalized(make):
+    """Returns the method of ``sumo`` or ``low_rank_muon``, with Muon's options."""
+
+    def method(
+        learning_rate,
+        *,
+        rank,
+        momentum,
+        update_proj_gap,
+        power_iterations,
+        weight_decay,
+        b1,
+        b2,
+        eps,
+        **options,
+    ):
+        del b1, b2, eps
+        return make(
+            learning_rate,
+            rank,
+            momentum,
+            weight_decay,
+            refresh=lowrank_optax.every(update_proj_gap),
+            basis=lowrank_optax.range_finder(power_iterations=power_iterations),
+            **options,
+        )
+
+    return method

@@ -1,0 +1,110 @@
+"""The flags of a run, in the groups of its help; beside the optimizer's."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from experiments.model.shape import MODELS
+from experiments.ranges import AtLeastOne, Count, NotNegative, Seed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelFlags:
+    """The model, and the numbers that it is made of."""
+
+    #: Size of the LLaMA: tiny (made for bytes), or about that many parameters with a
+    #: vocabulary of 32,000.
+    model: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(MODELS) + "}")] = "tiny"
+    #: Directory with a Hugging Face LLaMA (config.json, *.safetensors) to start from;
+    #: its shape takes the place of --model, --kv-heads and --tied-embeddings. None:
+    #: random weights.
+    initial_weights: Path | None = None
+    #: Heads of keys and values; a divisor of the model's heads. None: as many as heads.
+    kv_heads: AtLeastOne | None = None
+    #: Use the embedding as the head too.
+    tied_embeddings: bool = False
+    #: Type of activations and matrix products.
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    #: Type of parameters and gradients. Moments in a subspace are float32; those at
+    #: full size (AdamW's) have this type, as optax keeps them. None: that of
+    #: --initial-weights, else float32.
+    param_dtype: Literal["float32", "bfloat16"] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataFlags:
+    """The text, and how it becomes batches."""
+
+    #: Text to train on: embedded (Python's standard library), c4 (streamed from Hugging
+    #: Face), or a path or glob of .json.gz, .jsonl, .txt or .txt.xz files.
+    data: str = "embedded"
+    #: Path or glob of the validation text. None: held out from --data.
+    validation_data: str | None = None
+    #: bytes (UTF-8, 257 tokens), or the path of a SentencePiece .model or of a Hugging
+    #: Face tokenizer.json. None: the tokenizer.json or tokenizer.model beside
+    #: --initial-weights, else bytes.
+    tokenizer: str | None = None
+    #: Sequences per step, over all devices; a multiple of their number.
+    batch_size: AtLeastOne = 8
+    #: Tokens per sequence; at least 1.
+    sequence_length: AtLeastOne = 128
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunFlags:
+    """How long the run is, and where its settings come from."""
+
+    #: File of settings: the config.json that a run writes in --out. Flags on the
+    #: command line win. The file's --out and --resume are not used. With another
+    #: --optimizer than the file's, nor are its --block-scale and the options that only
+    #: some optimizers have.
+    config: Path | None = None
+    #: Updates to train for; at least 1.
+    steps: AtLeastOne = 800
+    #: Seed of the weights, of the order of the data and of the optimizer's draws; 0 or
+    #: more.
+    seed: Seed = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoggingFlags:
+    """What is measured on the way."""
+
+    #: Steps between two lines of metrics.jsonl; at least 1.
+    log_every: AtLeastOne = 10
+    #: Steps between two validations; at least 1. There is one before the first step and
+    #: one after the last in any case.
+    eval_every: AtLeastOne = 100
+    #: Tokens of each validation, the same ones each time; at least 1. Fewer where the
+    #: validation text is shorter.
+    eval_tokens: AtLeastOne = 32768
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointFlags:
+    """What is saved on the way, and how to continue."""
+
+    #: Continue the run in --out from its last complete checkpoint, bit for bit; the
+    #: other flags must be those it was started with.
+    resume: bool = False
+    #: Steps between two checkpoints; at least 1. There is one after the last step in
+    #: any case.
+    checkpoint_every: AtLeastOne = 200
+    #: Newest checkpoints to keep; at least 1.
+    keep_checkpoints: AtLeastOne = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OutputFlags:
+    """What the run leaves behind."""
+
+    #: Directory of the results. None: a new one under runs/.
+    out: Path | None = None
+    #: Write the trained model to weights/ in --out, as a Hugging Face LLaMA.
+    save_weights: bool = False
+    #: Tokens of the sample of text at the end; 0 or more.
+    sample_tokens: Count = 96
+    #: Temperature of the sample; 0 is greedy.
+    sample_temperature: NotNegative = 0.8
