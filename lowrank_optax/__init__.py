@@ -9,6 +9,7 @@ from lowrank_optax.matrix.dimension_numbers import (
     dimension_numbers_by_shape,
 )
 from lowrank_optax.matrix.inference import dimension_numbers_by_name
+from lowrank_optax.matrix.roles import roles
 from lowrank_optax.methods.adarankgrad import adarankgrad, scale_by_adarankgrad
 from lowrank_optax.methods.apollo import apollo, scale_by_apollo
 from lowrank_optax.methods.fira import fira, scale_by_fira
@@ -44,6 +45,7 @@ from lowrank_optax.storage.restore import like_saved
 from lowrank_optax.storage.rounding import stochastic_rounding
 from lowrank_optax.subspace import ScaleByLowRankState, Subspace
 from lowrank_optax.training.accumulate import accumulate
+from lowrank_optax.training.by_role import by_role
 from lowrank_optax.training.finite import apply_if_finite
 from lowrank_optax.transform import scale_by_low_rank
 
@@ -60,6 +62,7 @@ __all__ = [
     "apollo",
     "apply_if_finite",
     "budget",
+    "by_role",
     "capacities",
     "columns",
     "compact",
@@ -89,6 +92,7 @@ __all__ = [
     "ranks",
     "reallocate",
     "resize",
+    "roles",
     "scale_by_adarankgrad",
     "scale_by_apollo",
     "scale_by_fira",

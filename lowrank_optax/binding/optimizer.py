@@ -12,6 +12,7 @@ import optax
 from lowrank_optax.binding.states import is_slot, slots_of
 from lowrank_optax.matrix.arrays import as_arrays
 from lowrank_optax.matrix.plan import LeafPlan
+from lowrank_optax.matrix.roles import Assigned
 from lowrank_optax.matrix.sharding import abstract
 from lowrank_optax.parts import Parts
 from lowrank_optax.projected import gradients_by_path
@@ -35,7 +36,14 @@ class Bound(NamedTuple):
         return {path for path, plan in self.plans.items() if plan.is_projected}
 
 
-_listeners: contextvars.ContextVar[list[Bound] | None] = contextvars.ContextVar(
+class _Heard(NamedTuple):
+    """What the ``init`` of an optimizer has announced so far."""
+
+    bound: list[Bound]
+    roles: dict[tuple, Assigned]
+
+
+_listeners: contextvars.ContextVar[_Heard | None] = contextvars.ContextVar(
     "lowrank_optax_bound", default=None
 )
 
@@ -44,8 +52,15 @@ def announce(plans: Mapping[tuple, LeafPlan], parts: Parts) -> bool:
     """Tells :func:`bind` what ``init`` has decided; returns whether it listens."""
     heard = _listeners.get()
     if heard is not None:
-        heard.append(Bound(plans, parts))
+        heard.bound.append(Bound(plans, parts))
     return heard is not None
+
+
+def announce_roles(roles: Mapping[tuple, Assigned]) -> None:
+    """Tells :func:`bind` the role of each leaf by its key path."""
+    heard = _listeners.get()
+    if heard is not None:
+        heard.roles.update(roles)
 
 
 @contextlib.contextmanager
@@ -64,9 +79,11 @@ class Binding:
 
     Attributes:
         transformations: What each of them has decided.
+        roles: Key path -> role, of the leaves that ``by_role`` was given.
     """
 
     transformations: tuple[Bound, ...]
+    roles: Mapping[tuple, Assigned]
 
     def of(self, node: ScaleByLowRankState) -> Bound:
         """Returns the transformation that one of the optimizer's states belongs to.
@@ -150,7 +167,7 @@ def bind(optimizer: optax.GradientTransformation, params: Any) -> Binding:
         ValueError: If two transformations project the same leaf.
     """
     params = as_arrays(params)
-    heard: list[Bound] = []
+    heard = _Heard([], {})
     token = _listeners.set(heard)
     try:
         # A function of its own each time: eval_shape would remember init, and not call.
@@ -158,7 +175,7 @@ def bind(optimizer: optax.GradientTransformation, params: Any) -> Binding:
     finally:
         _listeners.reset(token)
     seen: set[tuple] = set()
-    for who in heard:
+    for who in heard.bound:
         twice = seen & who.projected
         if twice:
             raise ValueError(
@@ -167,4 +184,4 @@ def bind(optimizer: optax.GradientTransformation, params: Any) -> Binding:
                 "dimension_numbers, optax.masked or optax.partition."
             )
         seen |= who.projected
-    return Binding(tuple(heard))
+    return Binding(tuple(heard.bound), heard.roles)

@@ -1,10 +1,13 @@
 """The axes of each leaf's matrix, inferred from names, boxes and shapes."""
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 
-from lowrank_optax.matrix.boxes import unboxed
+from lowrank_optax.matrix.boxes import leaves_by_path, unboxed
 from lowrank_optax.matrix.dimension_numbers import LowRankDimensionNumbers
 from lowrank_optax.matrix.names import (
     InAttention,
@@ -89,6 +92,39 @@ def inferred(params: Any, scan_axis: ScanAxis | None = None) -> dict[tuple, Infe
     return {
         leaf.path: _of_leaf(leaf, stacks[leaf.path], modules) for leaf in modules.leaves
     }
+
+
+_model: contextvars.ContextVar[dict[tuple, Inferred] | None] = contextvars.ContextVar(
+    "lowrank_optax_model", default=None
+)
+
+
+@contextlib.contextmanager
+def seen_in(params: Any) -> Iterator[None]:
+    """Lets a part of a model be seen inside the context as in the whole model.
+
+    A partition hides the neighbours of a leaf, which tell the axis of its layers.
+
+    Args:
+        params: The whole model.
+    """
+    token = _model.set(inferred(params))
+    try:
+        yield
+    finally:
+        _model.reset(token)
+
+
+def inferred_in_model(params: Any) -> dict[tuple, Inferred]:
+    """Returns what is inferred of each leaf, in the model around it if that is known.
+
+    Args:
+        params: The model, or a part of it; see :func:`seen_in`.
+    """
+    model, paths = _model.get(), leaves_by_path(params).keys()
+    if model is not None and paths <= model.keys():
+        return {path: model[path] for path in paths}
+    return inferred(params)
 
 
 def _of_leaf(leaf: Leaf, stack: tuple[int, ...], modules: Modules) -> Inferred:

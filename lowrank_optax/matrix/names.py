@@ -20,6 +20,9 @@ _IN = {"q", "k", "v", "query", "key", "value", "queries", "keys", "values"}
 _FUSED = {"qkv": 3, "kv": 2}
 _OUT = {"o", "out", "output", "vec"}
 _OF_VECTORS = {"scale", "bias", "weight", "w", "offset", "gamma", "beta", "g", "b"}
+# Of a module or leaf that is named after tokens, positions or the head alone.
+_EMBEDDINGS = {"embed", "embedding", "embeddings", "embedder", "wte", "wpe", "unembed"}
+_HEADS = {"head", "lm", "logits", "vocab", "vocabulary", "unembedding"}
 _LAYERS = {"layers", "blocks", "stack", "stacked", "scan", "scanned"}
 
 # Names of axes. Mesh axes have other names, except for experts and stages.
@@ -119,6 +122,27 @@ def is_of_experts(leaf: Leaf) -> bool:
     words = {token for key in leaf.keys for token in _tokens(key)}
     is_router = any({*_tokens(key)} <= {"gate", "router"} for key in leaf.keys[-2:])
     return bool(words & {"expert", "experts", "moe"}) and not is_router
+
+
+def is_of_vocabulary(leaf: Leaf) -> bool:
+    """Returns whether a leaf is an embedding or the head by the name of a module.
+
+    A word like ``embedding`` says so in any name. A word like ``head`` says so only in
+    a name without other words: ``MultiHeadAttention`` is not a head. A box says so by
+    the name ``vocab`` of an axis.
+    """
+
+    def named(key):
+        words = set(_tokens(key)) - _FILLERS - {"0"}
+        is_head = bool(words) and words <= _HEADS
+        return is_head or bool(words & _EMBEDDINGS)
+
+    return "vocab" in leaf.axes or any(map(named, leaf.keys))
+
+
+def is_unnamed(leaf: Leaf) -> bool:
+    """Returns whether numbers are all that the key path of a leaf consists of."""
+    return not any(_tokens(key) and not key.isdigit() for key in leaf.keys)
 
 
 def is_of_layers(leaf: Leaf) -> bool:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from lowrank_optax.matrix.boxes import leaves_by_path
 from lowrank_optax.matrix.dimension_numbers import DimensionNumbers, numbers_by_path
-from lowrank_optax.matrix.inference import Inferred, inferred
+from lowrank_optax.matrix.inference import Inferred, inferred_in_model
 from lowrank_optax.matrix.view import MatrixView, Side, matrix_view
 
 
@@ -27,6 +27,8 @@ class LeafPlan:
         reason: Why the leaf stays at full size; empty if the leaf is projected.
         asked_granularity: The user's granularity. The view has the largest divisor
             that is not above this number.
+        role: Role of the leaf in its model, and the source of this role. Empty without
+            :func:`lowrank_optax.by_role`.
     """
 
     path: str
@@ -35,6 +37,7 @@ class LeafPlan:
     capacity: int
     reason: str
     asked_granularity: int = 1
+    role: str = ""
 
     @property
     def is_projected(self) -> bool:
@@ -43,12 +46,14 @@ class LeafPlan:
 
     def __str__(self) -> str:
         shape = "x".join(map(str, self.shape)) or "scalar"
+        role = f"{self.role}, " if self.role else ""
         if self.reason or self.view is None:
-            return f"{self.path} {shape}: full size, {self.reason}"
+            return f"{self.path} {shape}: {role}full size, {self.reason}"
         stack = "".join(f"{length} x " for length in self.view.stack)
         side = "rows" if self.view.projects_rows else "columns"
         text = (
-            f"{self.path} {shape}: {stack}({self.view.rows} x {self.view.columns})"
+            f"{self.path} {shape}: {role}{stack}"
+            f"({self.view.rows} x {self.view.columns})"
             f"{self._axes}, {side} projected, "
             f"{self.view.projected_size} -> {self.capacity}"
         )
@@ -91,7 +96,7 @@ def plan_leaves(
         ValueError: If dimension numbers are missing for a leaf, or do not fit it.
     """
     if dimension_numbers is None:
-        numbers = inferred(params)
+        numbers = inferred_in_model(params)
     else:
         asked = numbers_by_path(dimension_numbers, params)
         reason = "its dimension numbers are None"

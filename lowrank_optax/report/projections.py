@@ -1,5 +1,6 @@
 """``projections``: what an optimizer projects, how, and what it does not and why."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -24,7 +25,8 @@ def projections(
         params: Parameters: arrays or ``jax.ShapeDtypeStruct``.
 
     Returns:
-        Key path -> plan, for each leaf of ``params``. Printing a plan gives a sentence.
+        Key path -> plan, for each leaf of ``params``. Printing a plan gives a sentence,
+        with the role of the leaf where :func:`lowrank_optax.by_role` gave it one.
 
     Raises:
         TypeError: If a leaf is neither an array nor a number.
@@ -46,8 +48,11 @@ def projections(
 
     def plan_of(path, leaf):
         name = jax.tree_util.keystr(path) or "(the whole tree)"
+        role = str(binding.roles.get(path, ""))
         reason = "not given to a low-rank transformation"
-        return by_path.get(name, LeafPlan(name, tuple(leaf.shape), None, 0, reason))
+        reason = "with another optimizer" if role else reason
+        plan = by_path.get(name, LeafPlan(name, tuple(leaf.shape), None, 0, reason))
+        return dataclasses.replace(plan, role=role)
 
     found = (plan_of(*leaf) for leaf in leaves_by_path(params).items())
     return {plan.path: plan for plan in found}

@@ -18,6 +18,7 @@ from tests.clients.protocol import (
     METHODS,
     RATE,
     STEPS,
+    VOCABULARY,
     Matrices,
     Trainer,
     name_of,
@@ -30,20 +31,22 @@ pytestmark = [
 ]
 
 
-def _cells() -> list:
-    """Returns each client with each method; what takes long has its mark.
+def _marks(name: str, method: str = "galore") -> list:
+    """Returns the marks of a client with a method.
 
     Only what is not installed is skipped: a client that cannot be imported fails.
     """
+    is_quick = name in QUICK and method == "galore"
+    reason = f"{name} is not installed here; make clients has it"
+    missing = pytest.mark.skipif(not is_installed(name), reason=reason)
+    return [missing] if is_quick else [missing, pytest.mark.slow]
 
-    def marks(name, method):
-        is_quick = name in QUICK and method == "galore"
-        reason = f"{name} is not installed here; make clients has it"
-        missing = pytest.mark.skipif(not is_installed(name), reason=reason)
-        return [missing] if is_quick else [missing, pytest.mark.slow]
+
+def _cells() -> list:
+    """Returns each client with each method; what takes long has its mark."""
 
     return [
-        pytest.param((name, method), id=f"{name}-{method}", marks=marks(name, method))
+        pytest.param((name, method), id=f"{name}-{method}", marks=_marks(name, method))
         for name in CLIENTS
         for method in METHODS
     ]
@@ -108,6 +111,24 @@ def test_lists_right(run):
         for plan in plans
     }
     assert found == run.client.expected
+
+
+@pytest.mark.parametrize("name", [pytest.param(x, marks=_marks(x)) for x in CLIENTS])
+def test_roles_are_right(name):
+    """The vocabulary is as long as nothing else."""
+    optimizer = lowrank_optax.by_role(METHODS["galore"](), RATE)
+    params = client(name).trainer(optimizer).params
+    plans = lowrank_optax.projections(optimizer, params).values()
+
+    def role(seen):
+        if seen is None:
+            return "vectors"
+        return "vocabulary" if VOCABULARY in seen.sides else "hidden"
+
+    expected = client(name).expected
+    assert {name_of(plan.path): plan.role.split()[0] for plan in plans} == {
+        path: role(seen) for path, seen in expected.items()
+    }
 
 
 def test_trains(run):
