@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from lowrank_optax.matrix.arrays import check_is_static
 from lowrank_optax.matrix.dimension_numbers import DimensionNumbers
 from lowrank_optax.matrix.plan import LeafPlan, plan_leaves
 from lowrank_optax.matrix.view import Side
@@ -68,11 +69,12 @@ def make_parts(
     """Returns the parts, checked.
 
     Raises:
-        TypeError: If ``rank`` is neither an int nor a rule.
+        TypeError: If ``rank`` is neither an int nor a rule, or an array.
         ValueError: If a value is unknown or out of its range.
     """
     if side not in ("short", "long"):
         raise ValueError(f"side must be 'short' or 'long', got {side!r}.")
+    check_is_static("granularity", granularity, '("rank", "granularity")')
     is_int = isinstance(granularity, int) and not isinstance(granularity, bool)
     if not is_int or granularity < 1:
         raise ValueError(f"granularity must be an int >= 1, got {granularity!r}.")

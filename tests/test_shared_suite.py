@@ -1,8 +1,10 @@
 """The properties that every optimizer of the table has, at a rank below min(n, m)."""
 
+import ast
 import functools
 import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -290,6 +292,17 @@ def test_every_number_of_an_alias_but_those_of_shapes_may_be_injected(name):
     updates, new_state = jax.eval_shape(optimizer.update, params, state, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
+
+
+@pytest.mark.parametrize("name", ALIASES)
+def test_what_to_type_for_a_number_of_shapes_is_said(name):
+    shapes = {"rank": 4, **ALIASES[name]}
+    alias = getattr(lowrank_optax, name)
+    optimizer = optax.inject_hyperparams(alias)(0.1, **shapes)
+    with pytest.raises(TypeError, match=r"With optax\.inject_hyperparams") as error:
+        optimizer.init({"w": jnp.ones((16, 12))})
+    said = re.search(r"static_args=(\(.*?\))\)", str(error.value)).group(1)
+    assert set(ast.literal_eval(said)) == set(shapes)
 
 
 @functools.cache

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def wide(dtype: Any) -> Any:
@@ -44,3 +45,19 @@ def as_arrays(tree: Any) -> Any:
         )
 
     return jax.tree_util.tree_map_with_path(of_leaf, tree)
+
+
+def check_is_static(name: str, value: Any, static_args: str) -> None:
+    """Raises TypeError if a value that shapes depend on is an array.
+
+    Args:
+        name: Of the value.
+        value: Given by the user.
+        static_args: What a user of ``optax.inject_hyperparams`` has to type.
+    """
+    if isinstance(value, (jax.Array, np.ndarray)):
+        raise TypeError(
+            f"{name} must be a number of Python, because shapes depend on it; got "
+            f"an array. With optax.inject_hyperparams write "
+            f"inject_hyperparams(method, static_args={static_args})."
+        )

@@ -6,6 +6,8 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
+from lowrank_optax.matrix.arrays import check_is_static
+
 
 class RankRule(Protocol):
     """The interface of a rank rule for ``scale_by_low_rank``."""
@@ -138,6 +140,7 @@ def as_rank_rule(rank: "int | RankRule") -> RankRule:
         ValueError: If ``rank`` is an int below 1.
         TypeError: If ``rank`` is neither an int nor a rule.
     """
+    check_is_static("rank", rank, '("rank",)')
     if isinstance(rank, bool) or not (isinstance(rank, int) or hasattr(rank, "select")):
         raise TypeError(f"rank must be an int or a rank rule, got {rank!r}.")
     if not isinstance(rank, int):

@@ -1,6 +1,6 @@
 """``by_role``: an optimizer for each role that a leaf has in its model."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, cast
 
 import jax
@@ -67,7 +67,7 @@ def by_role(
         ['up'] 8x32: hidden (a matrix), (8 x 32), rows projected, 8 -> 4
     """
     vectors = vocabulary if vectors is None else vectors
-    parts = {
+    parts: dict[Hashable, optax.GradientTransformation] = {
         "hidden": _transformation("hidden", hidden),
         "vocabulary": _transformation("vocabulary", vocabulary),
         "vectors": _transformation("vectors", vectors),
