@@ -39,7 +39,7 @@ def test_a_figure_is_what_its_script_draws_from_the_stored_data(name):
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_page_shows_the_figure_with_words_for_who_cannot_see_it(name):
     pages = [path.read_text(encoding="utf-8") for path in DOCS.rglob("*.md")]
-    shown = rf"```{{figure}} (\.\./)?figures/{name}\.svg\n:alt: \S"
+    shown = rf"```{{figure}} (\.\./)?figures/{name}\.svg\n---\nalt: >-\n  \S"
     assert any(re.search(shown, page) for page in pages)
 
 

@@ -10,10 +10,11 @@ goes to ``states.json`` beside this file; nothing else is kept.
 
 import json
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -162,7 +163,11 @@ def _steps(
         return optax.scale_by_learning_rate(lambda count: curve(count + 1))
 
     rest = optax.chain(optax.scale_by_adam(), rate(16e-3))
-    groups = {"blocks": optax.chain(method, rate(4e-3)), "rest": rest, "norms": rest}
+    groups: dict[Hashable, optax.GradientTransformation] = {
+        "blocks": optax.chain(method, rate(4e-3)),
+        "rest": rest,
+        "norms": rest,
+    }
     optimizer = optax.partition(groups, parameter_groups)
     clip = optax.clip_by_global_norm(1.0)
 
@@ -181,7 +186,7 @@ def _steps(
     views = {
         name: plan.view
         for name, plan in lowrank_optax.projections(optimizer, params).items()
-        if plan.is_projected
+        if plan.view is not None
     }
     state = jax.jit(optimizer.init)(params)
     batches = data.train_iterator()
@@ -243,8 +248,8 @@ def _second_moments(
     (mu, nu), (_, exact) = moments(old), moments(new)
     factors = {}
     for name, rule in lowrank_optax.REBASE_RULES.items():
-        count = np.int32(len(gradients))
-        moved = np.asarray(rule.second(nu, mu, old.T @ new, count))
+        count = jnp.int32(len(gradients))
+        moved = np.asarray(rule.second(*map(jnp.asarray, (nu, mu, old.T @ new)), count))
         ratio = exact.mean(0) / np.maximum(moved.mean(0), 1e-30)
         factors[name] = _numbers(np.sqrt(ratio))
     return factors

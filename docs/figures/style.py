@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.rcsetup import cycler
 
 DIRECTORY = Path(__file__).parent
 STATES = DIRECTORY / "states.json"
@@ -17,7 +18,7 @@ FAINT = "#a3a3a3"
 BLUE, ORANGE, GREEN, PURPLE = "#3987c9", "#cf6f1c", "#2b9a6e", "#a86bc2"
 CYCLE = (BLUE, ORANGE, GREEN, PURPLE, GREY)
 
-_SETTINGS = {
+_SETTINGS: dict[Any, Any] = {
     # Text stays text: it can be selected and searched, and scales with the page.
     "svg.fonttype": "none",
     # Identifiers are a function of the drawing alone.
@@ -37,7 +38,7 @@ _SETTINGS = {
     "ytick.color": GREY,
     "grid.color": FAINT,
     "grid.alpha": 0.35,
-    "axes.prop_cycle": matplotlib.cycler(color=CYCLE),
+    "axes.prop_cycle": cycler(color=CYCLE),
     "lines.linewidth": 1.8,
     "legend.frameon": False,
     "figure.facecolor": "none",
