@@ -1,9 +1,9 @@
 """Draws every figure of the documentation anew: ``python -m docs.figures``."""
 
-from docs.figures import concepts, decision, losses
+from docs.figures import concepts, decision, losses, roles
 from docs.figures.style import DIRECTORY, as_svg, settings
 
-FIGURES = concepts.FIGURES | decision.FIGURES | losses.FIGURES
+FIGURES = concepts.FIGURES | decision.FIGURES | losses.FIGURES | roles.FIGURES
 
 
 def main() -> None:

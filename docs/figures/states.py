@@ -186,7 +186,7 @@ def _steps(
     views = {
         name: plan.view
         for name, plan in lowrank_optax.projections(optimizer, params).items()
-        if plan.view is not None
+        if plan.is_projected and plan.view is not None
     }
     state = jax.jit(optimizer.init)(params)
     batches = data.train_iterator()
@@ -249,8 +249,9 @@ def _second_moments(
     factors = {}
     for name, rule in lowrank_optax.REBASE_RULES.items():
         count = jnp.int32(len(gradients))
-        moved = np.asarray(rule.second(*map(jnp.asarray, (nu, mu, old.T @ new)), count))
-        ratio = exact.mean(0) / np.maximum(moved.mean(0), 1e-30)
+        before = jnp.asarray(nu), jnp.asarray(mu)
+        moved = rule.second(*before, jnp.asarray(old.T @ new), count)
+        ratio = exact.mean(0) / np.maximum(np.asarray(moved).mean(0), 1e-30)
         factors[name] = _numbers(np.sqrt(ratio))
     return factors
 
