@@ -47,7 +47,7 @@ def test_so_is_its_checkpoint(tmp_path):
         checkpointer.save(tmp_path / "state", before_0_2(state))
         checkpointer.wait_until_finished()
         saved = checkpointer.metadata(tmp_path / "state").item_metadata.tree
-    with pytest.raises(ValueError, match="finish that run with the version that began"):
+    with pytest.raises(ValueError, match="finish the run with the version that began"):
         like_saved(jax.eval_shape(optimizer.init, PARAMS), saved)
 
 

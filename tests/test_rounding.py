@@ -81,5 +81,5 @@ def test_apply_updates_gives_the_rounded_parameter_exactly():
 def test_params_are_asked_for():
     rounding = lowrank_optax.stochastic_rounding()
     params = {"w": jnp.ones(3, jnp.bfloat16)}
-    with pytest.raises(ValueError, match="give update params too"):
+    with pytest.raises(ValueError, match="needs params in update"):
         rounding.update(params, rounding.init(params))

@@ -1,1 +1,1 @@
-"""How many bytes a state takes, and how they are changed."""
+"""The bytes of a state, and how to change them."""

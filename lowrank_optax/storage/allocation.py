@@ -1,4 +1,4 @@
-"""Which leaf gets how many columns, so that given bytes capture the most energy."""
+"""Columns for each leaf, so that a given number of bytes captures the most energy."""
 
 import heapq
 from collections.abc import Mapping
@@ -22,39 +22,41 @@ def reallocate(
     weight: Literal["share", "energy"] = "share",
     moments: Mapping[str, Kind] | None = None,
 ) -> Any:
-    r"""Spreads the columns over the leaves anew, by the energy that each captures.
+    r"""Spreads the columns over the leaves anew, by captured energy.
 
-    The energy of column j of leaf l is what its second moment has averaged, e_lj = sum
-    over rows (and layers) of V, which is the mean of the squared projected gradient
-    (squares of the first moment, where there is no second one). Beyond the columns that
-    a leaf has, the power law through its middle and its last one goes on. Columns are
-    given out in buckets, each time to the leaf that gains most per byte,
+    The energy of column j of leaf l is e_lj, the sum of the second moment V over rows
+    (and layers). V averages the squared projected gradient. Without a second moment the
+    squares of the first moment take its place. Beyond the columns of a leaf, a power
+    law through the middle and the last column extends the energies. Columns are given
+    out in buckets. Each bucket goes to the leaf with the largest gain per byte:
 
     .. math:: \max_k \sum_l w_l \sum_{j \le k_l} e_{lj} \quad \text{so that} \quad
         \sum_l k_l \, \mathrm{bytes}_l \le \text{limit},
 
-    with w_l = 1 for "energy" and 1 / sum_j e_lj for "share": captured energy in all, or
-    as a share of each leaf's. Adam's updates do not depend on a leaf's scale, "share"
-    does not either. Leaves that lose columns lose their last ones, which capture least,
-    with their moments; those that gain have empty columns until their next refresh.
+    "energy" maximises the captured energy, with w_l = 1. "share" maximises the sum of
+    the captured shares, with w_l = 1 / sum_j e_lj; like Adam's updates, "share" does
+    not depend on the scale of a leaf. A leaf that loses columns loses its last columns,
+    with the least energy, and their moments. A leaf that gains columns has empty ones
+    until its next refresh.
 
-    For a fixed rank, or a :func:`lowrank_optax.budget`, once some gradients have been
-    seen. Not inside ``jax.jit``.
+    Use it with a fixed rank or a :func:`lowrank_optax.budget`, after some gradients,
+    and not inside ``jax.jit``.
 
     Args:
         state: State of any optimizer that contains low-rank transformations.
-        limit: Bytes for all that has columns: bases, moments, sums of micro-batches.
-            None: what they take now.
-        bucket: Columns given out at a time, and the least of each leaf; >= 1.
-        weight: w_l, see above.
-        moments: What fields of the inner state are, as ``scale_by_low_rank`` was told.
+        limit: Bytes for all arrays with columns: bases, moments, sums of micro-batches.
+            None: the present bytes of these arrays.
+        bucket: Columns given out at a time, and the least number per leaf; >= 1.
+        weight: "share" or "energy": the weights w_l above.
+        moments: Kinds of further fields of the inner state, as in
+            :func:`scale_by_low_rank <lowrank_optax.scale_by_low_rank>`.
 
     Returns:
         The state with other capacities.
 
     Raises:
-        ValueError: If a value is unknown, the limit is below one bucket per leaf, or a
-            leaf has no moment that is known.
+        ValueError: If a value is unknown, if the limit is below one bucket per leaf, or
+            if a leaf has no known moment.
     """
     if bucket < 1 or weight not in ("share", "energy"):
         raise ValueError(
@@ -72,17 +74,17 @@ def reallocate(
 def energies(
     state: Any, moments: Mapping[str, Kind] | None = None
 ) -> dict[str, np.ndarray]:
-    """Returns the mean energy that each column has captured, by its leaf's path.
+    """Returns the mean captured energy of each column, by the leaf's path.
 
     Args:
         state: State of any optimizer that contains low-rank transformations.
-        moments: What fields of the inner state are, beside the known ones.
+        moments: Kinds of further fields of the inner state.
 
     Returns:
         Key path of the parameter -> energies, in squared gradients, (capacity,).
 
     Raises:
-        ValueError: If a leaf has no moment that the library knows.
+        ValueError: If a leaf has no known moment.
     """
     squares, known = {}, {**KNOWN_FIELDS, **(moments or {})}
     for path, arrays in arrays_by_leaf(state).items():
@@ -94,8 +96,8 @@ def energies(
         else:
             raise ValueError(
                 f"{jax.tree_util.keystr(path)}: there is no moment in the subspace to "
-                f"read energies from; its arrays are {', '.join(arrays)}. For a "
-                "field that the library does not know give reallocate moments=."
+                f"read energies from; its arrays are {', '.join(arrays)}. Name the "
+                "kind of another field by reallocate(..., moments={field: kind})."
             )
         squares[jax.tree_util.keystr(path)] = jnp.sum(
             values.reshape(-1, values.shape[-1]), axis=0
@@ -112,9 +114,8 @@ def allocate(
 ) -> dict[str, int]:
     """Returns the columns of each leaf; see :func:`reallocate`.
 
-    The gains of a leaf are made to fall from bucket to bucket, and then giving the next
-    bucket to the largest gain per byte is the best that whole buckets can do, up to the
-    last one.
+    The gains of a leaf fall from bucket to bucket. Giving each bucket to the largest
+    gain per byte is therefore optimal for whole buckets, up to the last bucket.
     """
     most = {path: leaf.most - 1 for path, leaf in found.items()}
     wanted = {path: min(bucket, most[path]) for path in found}
@@ -149,14 +150,14 @@ def allocate(
 
 
 def spectrum(captured: np.ndarray, length: int) -> np.ndarray:
-    """Returns energies of so many columns, falling: the known ones, then a power law.
+    """Returns falling energies: those of the known columns, then a power law.
 
     Args:
-        captured: Energies of the columns that there are; (capacity,).
-        length: Of the result.
+        captured: Energies of the present columns; (capacity,).
+        length: Length of the result.
     """
     known = np.sort(np.maximum(np.asarray(captured, np.float64), 0))[::-1]
-    # Columns that have not been filled yet say nothing.
+    # Columns that are still empty tell nothing.
     known = known[known > 0]
     if not len(known):
         return np.zeros(length)

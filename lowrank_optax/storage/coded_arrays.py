@@ -1,4 +1,4 @@
-"""Arrays of a state in few bits, sharded and boxed as they are at full precision."""
+"""State arrays in few bits, with the shardings and boxes of the float arrays."""
 
 import math
 from typing import Any
@@ -15,7 +15,7 @@ from lowrank_optax.rules.hashing import hashed
 
 
 def decoded(node: Any) -> Any:
-    """Returns the array that is coded, in its box; anything else as it is."""
+    """Returns a coded array decoded, in its box; any other node as it is."""
     if not is_coded(node):
         return node
     coded = coded_record(node)
@@ -31,12 +31,12 @@ def encoded(old: Any, new: Any) -> Any:
 
 
 def first_encoded(leaf: Any, like: Coded, seed: int) -> Coded:
-    """Returns an array in a format, sharded, and boxed, as it is.
+    """Returns an array in a format, with the array's sharding and box.
 
     Args:
-        leaf: To be coded.
+        leaf: The array.
         like: Shapes in the format.
-        seed: Of this array; each matrix of its stack gets one of its own.
+        seed: Seed of the array; each matrix of the stack gets its own seed from it.
     """
     array = contents(leaf)
     axes = tuple((axis,) for axis in range(array.ndim))
@@ -54,8 +54,8 @@ def first_encoded(leaf: Any, like: Coded, seed: int) -> Coded:
         zeros_beside(leaf, like.absmax.shape, like.absmax.dtype, axes),
         seeds,
     )
-    # One program a shape: eagerly, each of its twenty operations is one. Behind the
-    # barrier, or XLA would compute the codes of zeros itself, minutes at a time.
+    # Jitted: eagerly, each of its twenty operations would be a program. The barrier
+    # keeps XLA from folding the codes of zeros at compile time, which takes minutes.
     empty = unboxed(zeros)
     coded = jax.jit(encode)(*jax.lax.optimization_barrier((array, empty)))
     if not isinstance(array, Tracer) and isinstance(array.sharding, NamedSharding):

@@ -51,60 +51,63 @@ def low_bit(
         \text{second: } v \approx \left(\frac{q}{254} s\right)^4, \quad
         \text{bases: } p \approx \frac{q}{127} s \text{ or } \frac{q}{7} s
 
-    No second moment above zero becomes zero. Every update decodes what it needs,
-    computes in float32, and encodes again. A basis is encoded once, at its refresh,
-    rounded to nearest; from then on it is what it is stored as, for the moments that
-    follow it too.
+    A second moment above zero never becomes zero. Every update decodes the arrays that
+    it needs, computes in float32, and encodes the results. A basis is encoded once, at
+    its refresh, rounded to nearest. The rounded basis is the one in use, for the
+    re-basing of moments too.
 
-    Moments are rounded up or down so that they are right on average. To nearest they
-    could not decay: at b2 = 0.999 the root of a second moment falls by 0.0005 of itself
-    an update, which is less than half a step. Where the gradients of some values of a
-    block fall to 1/30 and 1/100 of the others', 5,000 updates leave v within 1 % and
-    the root mean square of Adam's updates within 2 and 3 % of those in float32.
+    Moments are rounded up or down at random, and are right on average. Rounded to
+    nearest, they could not decay: at b2 = 0.999 the root of a second moment falls by
+    0.05 % an update, less than half a step. Suppose that the gradients of some values
+    of a block fall to 1/30 or 1/100 of the others'. Then after 5,000 updates v is
+    within 1 % of v in float32, and the root mean square of Adam's updates within 2 or
+    3 %.
 
-    The format is a property of the arrays: :class:`Coded` ones in the place of float32
-    ones, in an otherwise unchanged state. Whatever else reads a state reads them:
-    ``accumulate``, ``ranks``, ``compact``, checkpoints. ::
+    The format is a property of the arrays. :class:`Coded` arrays take the place of
+    float32 arrays, and the state does not change otherwise. All readers of a state
+    handle coded arrays: ``accumulate``, ``ranks``, ``compact``, checkpoints. ::
 
         low_bit(galore(1e-2))                    # 8-bit GaLore
         low_bit(adarankgrad(1e-3))               # 8-bit AdaRankGrad
         low_bit(galore(1e-2), basis_bits=4)      # with Q-GaLore's INT4 projection
         low_bit(optax.adamw(1e-3))               # 8-bit Adam
 
-    Blocks of a moment in a subspace, and of a basis, are pieces of one column, because
-    columns differ most and may be cut off; those of an array at full size are pieces of
-    a row: of a token, in an embedding; where rows are shorter than 32, of several.
-    A value takes 1 + 4 / block bytes, and a matrix 4 for its seed. What is coded
-    depends on an array's global shape, not on how it is sharded.
-    Moments that ``optimizer`` would keep in half precision come to it as float32.
+    In a subspace a block is a piece of one column, of a moment or a basis, because
+    columns differ most and may be cut off. At full size a block is a piece of one row
+    (one token of an embedding), or of several rows shorter than 32. A value takes
+    1 + 4 / block bytes, and a matrix 4 more for its seed. The global shape of an array
+    decides whether it is coded; its sharding does not. ``optimizer`` sees moments in
+    half precision as float32.
 
-    An update holds in float32 what it decodes: a leaf's moments, with all its layers
-    where they are stacked, or those of many leaves where the compiler does not order
-    for memory, as XLA on CPUs. That is temporary and may be more than the state saves:
-    for the blocks of LLaMA 60m in bfloat16, a step of 8-bit AdamW takes 269 MB where
-    AdamW, with moments in bfloat16, takes 249; in float32 314 and 529.
+    An update holds its decoded arrays in float32: a leaf's moments for all stacked
+    layers. A compiler that does not order for memory, as XLA on CPUs, holds those of
+    many leaves. This temporary memory may exceed the saving. For the blocks of LLaMA
+    60m in bfloat16, a step of 8-bit AdamW takes 269 MB, and a step of AdamW with
+    bfloat16 moments 249 MB; in float32 314 and 529 MB.
 
     Args:
-        optimizer: Any Optax transformation, low-rank ones anywhere inside.
-        bits: 8 for the moments; None: they stay in float32.
-        basis_bits: 8 or 4 for the bases of low-rank transformations; None: they stay in
-            float32. Random bases are not stored anyway.
-        block: Values of a block, at most; >= 2.
-        min_size: Arrays of fewer values stay in float32; >= 1. There is little to save
-            on norms and biases, and they suffer most.
-        moments: What fields of the state are, beside the known ones (``mu``, ``nu``,
-            ``trace``, ...): name -> "first", "second" or "constant" (left alone).
-        seed: Of the rounding. A draw is a function of the seed, the array's path, the
-            value's place and the number of the update: resuming repeats it bit for bit.
+        optimizer: Any Optax transformation, with low-rank ones anywhere inside.
+        bits: 8 for the moments; None: moments stay in float32.
+        basis_bits: 8 or 4 for the bases of low-rank transformations; None: bases stay
+            in float32. Random bases are not stored in any case.
+        block: Largest number of values in a block; >= 2.
+        min_size: Arrays with fewer values stay in float32; >= 1. Norms and biases save
+            little and suffer most.
+        moments: Kinds of further fields of the state, beside the known ones (``mu``,
+            ``nu``, ``trace``, ...): name -> "first", "second" or "constant" (not
+            coded).
+        seed: Seed of the rounding. A draw is a function of the seed, the array's path,
+            the value's position and the number of the update. A resumed run repeats
+            its draws bit for bit.
 
     Returns:
-        A transformation with the updates of ``optimizer`` up to the error of the codes.
-        A moment that is not finite is coded as not a number, alone: its block is not
-        touched.
+        A transformation with the updates of ``optimizer``, up to the error of the
+        codes. A value that is not finite is coded as not a number; the other values of
+        the block do not change.
 
     Raises:
         ValueError: If a number is out of its range; in ``update``, if a state holds
-            other formats than these.
+            other formats than these arguments give.
 
     Example:
         >>> params = {"w": jnp.ones((512, 64))}
@@ -113,11 +116,11 @@ def low_bit(
         (dtype('int8'), (512, 1))
 
     References:
-        Dettmers et al., `8-bit optimizers <https://arxiv.org/abs/2110.02861>`_, 2021:
-        blocks and their scales; codes are a table of 256 values there, rounded to
-        nearest, and powers here, rounded at random. `Q-GaLore
-        <https://arxiv.org/abs/2407.08296>`_: the basis in 4 bits; its lazy refresh and
-        INT8 weights are not here.
+        Dettmers et al., `8-bit optimizers <https://arxiv.org/abs/2110.02861>`_, 2021,
+        have blocks and scales. Their codes are a table of 256 values, rounded to
+        nearest; here codes are powers, rounded at random. `Q-GaLore
+        <https://arxiv.org/abs/2407.08296>`_ has the basis in 4 bits; its lazy refresh
+        and INT8 weights are left out.
     """
     if bits not in (8, None):
         raise ValueError(f"bits must be 8 or None, got {bits!r}.")
@@ -147,18 +150,18 @@ def low_bit(
 
 
 def _is_array(node: Any) -> bool:
-    """Returns whether a node is one array here; low-rank states decode their own."""
+    """Returns whether a node is a leaf here; low-rank states decode themselves."""
     return is_coded(node) or is_low_rank(node)
 
 
 class _Array(NamedTuple):
-    """One array of a state, and what is to become of it.
+    """One array of a state, and its format.
 
     Attributes:
-        path: Its key path in the state.
+        path: Key path of the array in the state.
         node: Array, coded array, or their shapes.
-        kind: Format that its role asks for; None: it stays as it is.
-        like: Shapes in that format; None: it is too small for it, or stays as it is.
+        kind: Format for the array's role; None: the array is never coded.
+        like: Shapes in this format; None: the array is too small, or never coded.
     """
 
     path: tuple
@@ -169,7 +172,7 @@ class _Array(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Rule:
-    """Which arrays of a state are coded, and how; see :func:`low_bit`."""
+    """The formats of a state's arrays; see :func:`low_bit`."""
 
     bits: int | None
     basis_bits: int | None
@@ -179,7 +182,7 @@ class _Rule:
     seed: int
 
     def encoded(self, state: Any, params: Any) -> Any:
-        """Returns a state of float32 arrays with those encoded that are to be."""
+        """Returns a float32 state with arrays encoded in the formats of this rule."""
         likes = self._likes(state, params)
 
         def encode_leaf(path, leaf):
@@ -192,28 +195,28 @@ class _Rule:
         return jax.tree_util.tree_map_with_path(encode_leaf, state, is_leaf=is_box)
 
     def shapes(self, state: Any, params: Any) -> Any:
-        """Returns the shapes of what :meth:`encoded` returns, from those of a state."""
+        """Returns the shapes of the result of :meth:`encoded`, from a state's shapes."""
         likes = self._likes(state, params)
         return jax.tree_util.tree_map_with_path(
             lambda path, leaf: likes.get(path) or leaf, state, is_leaf=is_box
         )
 
     def _likes(self, state: Any, params: Any) -> dict[tuple, Coded | None]:
-        """Returns the shapes that each array is to have in few bits, by its path."""
+        """Returns the coded shapes of each array, by its path."""
         return {array.path: array.like for array in self._arrays(state, params)}
 
     def check(self, state: Any, params: Any) -> None:
         """Raises if a state was made under another rule."""
         for path, node, kind, like in self._arrays(state, params):
             found = format_of(coded_record(node)) if is_coded(node) else None
-            # What is in few bits stays so, however small it has been cut.
+            # A coded array stays coded, even if a cut has made it small.
             if found == (kind if like or found else None):
                 continue
             raise ValueError(
                 f"state{jax.tree_util.keystr(path)} is {found or 'float32'}, where "
                 f"low_bit with bits={self.bits}, basis_bits={self.basis_bits}, "
-                f"min_size={self.min_size} has {kind or 'float32'}; give it the "
-                "arguments that the state was made with."
+                f"min_size={self.min_size} has {kind or 'float32'}; give low_bit the "
+                "arguments with which the state was made."
             )
 
     def _arrays(self, state: Any, params: Any) -> Iterator[_Array]:
@@ -226,7 +229,7 @@ class _Rule:
             in_subspace = slots_of(node)
             for path, leaf in jax.tree.leaves_with_path(node, is_leaf=is_coded):
                 if path[0] == _SUBSPACES:
-                    # A NamedTuple's field, or a mapping's inside flax.nnx.Optimizer.
+                    # A NamedTuple's field, or a mapping's key in flax.nnx.Optimizer.
                     is_basis = jax.tree_util.keystr(path[-1:], simple=True) == "basis"
                     kind = _BASES.get(self.basis_bits or 0) if is_basis else None
                     yield self._array((*prefix, *path), leaf, kind, True)
@@ -247,7 +250,7 @@ class _Rule:
         if by_column:
             tile = (self.block, 1)
         else:
-            # Narrow rows share a block, or their scales would take more than they do.
+            # Narrow rows share a block: their scales would take more than the codes.
             width = shape[-1] if shape else 1
             tile = (-(-min(_LEAST_BLOCK, self.block) // max(width, 1)), self.block)
         like = None

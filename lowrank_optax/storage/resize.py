@@ -1,8 +1,8 @@
-"""Capacity: the columns that a state's arrays have, cut or grown between two steps.
+"""Capacity: the columns of a state's arrays, cut or grown between two steps.
 
-XLA's shapes are static: a rank that falls inside ``update`` frees nothing. The arrays
-decide: ``update``, checkpoints and shardings follow the shapes that a state has. What
-is here runs on the host, between steps; the next step is compiled for the new shapes.
+XLA's shapes are static, so a rank that falls inside ``update`` frees nothing. The
+functions here run on the host, between two steps. ``update``, checkpoints and shardings
+follow the shapes of the arrays; the next step is compiled for the new shapes.
 """
 
 from collections.abc import Mapping
@@ -21,13 +21,13 @@ class Columns(NamedTuple):
     """The columns of one projected leaf.
 
     Attributes:
-        capacity: Columns of its arrays.
-        rank: Columns in use, the most of any matrix of its stack.
-        demand: Smoothed demand of its rank rule, the most of any matrix of its stack.
+        capacity: Columns of the leaf's arrays.
+        rank: Columns in use, the largest number in the stack.
+        demand: Smoothed demand of the rank rule, the largest number in the stack.
         side: Length b/c of the projected side.
-        rows: Number a*c of rows of coordinates; None, where no array has them, because
-            the inner transformation keeps no moments.
-        bytes_per_column: Bytes of the whole state that one column takes.
+        rows: Number a*c of rows of coordinates; None, if the inner transformation keeps
+            no moments, so that no array shows this number.
+        bytes_per_column: Bytes of one column, in all arrays of the leaf's state.
     """
 
     capacity: int
@@ -39,7 +39,7 @@ class Columns(NamedTuple):
 
     @property
     def most(self) -> int:
-        """Columns of any basis of its gradients, at most."""
+        """Largest number of columns that a basis of the gradients can have."""
         return self.side if self.rows is None else min(self.side, self.rows)
 
     def wanted(self, bucket: int) -> int:
@@ -53,7 +53,7 @@ class Columns(NamedTuple):
 
 
 def capacities(state: Any) -> dict[str, int]:
-    """Returns the columns that the arrays of each leaf with a stored basis have.
+    """Returns the number of columns of each leaf with a stored basis.
 
     Args:
         state: State of any optimizer that contains low-rank transformations; arrays or
@@ -75,27 +75,27 @@ def capacities(state: Any) -> dict[str, int]:
 
 
 def resize(state: Any, ranks: int | Mapping[str, int]) -> Any:
-    """Cuts or grows the arrays of projected leaves to so many columns.
+    """Cuts or grows the arrays of projected leaves to the given numbers of columns.
 
-    Columns at and above the rank in use are zero, so that a cut changes no update but
-    for rounding; new ones are zero until the leaf's next refresh fills them. Arrays of
-    a mesh stay sharded as they are. An array coded by :func:`lowrank_optax.low_bit`
-    keeps the codes of the columns that remain.
+    Columns at and above the rank in use are zero, so that a cut changes updates by
+    rounding alone. New columns are zero until the leaf's next refresh. Shardings over a
+    mesh stay the same. An array coded by :func:`lowrank_optax.low_bit` keeps the codes
+    of the remaining columns.
 
     Args:
-        state: State of any optimizer that contains low-rank transformations; arrays,
-            or shapes (then ranks in use are not looked at). Not inside ``jax.jit``.
-        ranks: Columns of every leaf with a stored basis, or key path of the parameter
-            -> columns, leaving the others as they are.
+        state: State of any optimizer that contains low-rank transformations; arrays, or
+            shapes, whose ranks in use are not checked. Not inside ``jax.jit``.
+        ranks: Columns of every leaf with a stored basis, or {key path of the parameter:
+            columns}, where other leaves stay as they are.
 
     Returns:
-        The state with the new shapes; the arrays that did not change are the same ones.
+        The state with the new shapes. Arrays that do not change are not copied.
 
     Raises:
-        ValueError: If a leaf is unknown, has no stored basis, or the columns are below
-            the rank in use or above the shorter side of its matrices. Where the inner
-            transformation keeps no moments, a state says the projected side alone:
-            columns above the other one are refused by the next update.
+        ValueError: If a leaf is unknown or has no stored basis; if a number of columns
+            is below the rank in use, or above the shorter side of the leaf's matrices.
+            If the inner transformation keeps no moments, the state shows the projected
+            side alone, and only the next update refuses columns above the other side.
 
     Example:
         >>> import lowrank_optax
@@ -113,7 +113,7 @@ def resize(state: Any, ranks: int | Mapping[str, int]) -> Any:
                 f"{', '.join(by_name) or 'none'}."
             )
         path = by_name[name]
-        # Bases have the projected side of rows, coordinates the other one.
+        # Bases have the projected side as rows, coordinates the other side.
         most = min(shape_of(x)[-2] for x in arrays[path].values())
         _check_columns(name, columns, slots[path], most)
     return resized(state, {by_name[name]: k for name, k in wanted.items()})
@@ -128,21 +128,22 @@ def compact(
 ) -> Any:
     """Frees the columns that no matrix of a leaf uses, in whole buckets.
 
-    Each leaf's capacity falls to its rank in use or the smoothed demand of its rank
-    rule, whichever is more, rounded up to a multiple of ``bucket``; it never rises.
-    Leaves of a fixed rank use all of theirs and stay.
+    Each leaf's capacity falls to the larger of its rank in use and the smoothed demand
+    of its rank rule, rounded up to a multiple of ``bucket``. A capacity never rises.
+    Leaves with a fixed rank use all their columns and stay as they are.
 
     Args:
         state: State of any optimizer that contains low-rank transformations. Not inside
-            ``jax.jit``; its ranks are read, so this waits for the device.
-        bucket: Columns; capacities become multiples of it, so that few programs are
-            compiled; >= 1.
-        peaks: Key path -> columns that a leaf keeps at least, such as the most it has
-            used over a while.
-        min_saving: Share of the state's bytes; where less would be freed, nothing is.
+            ``jax.jit``. The call reads ranks, and so waits for the device.
+        bucket: Columns, >= 1. New capacities are multiples of ``bucket``, so that few
+            programs are compiled.
+        peaks: Key path -> least columns that the leaf keeps, such as the largest rank
+            of the last updates.
+        min_saving: Share of the state's bytes. If the call would free less, it frees
+            nothing.
 
     Returns:
-        The smaller state, or ``state`` itself where nothing is to be freed.
+        The smaller state, or ``state`` itself if nothing is freed.
 
     Raises:
         ValueError: If ``bucket`` is below 1.
@@ -165,10 +166,10 @@ def compact(
 
 
 def columns(state: Any) -> dict[str, Columns]:
-    """Returns what the columns of each leaf with a stored basis are used for, and cost.
+    """Returns the use and the bytes of columns, for each leaf with a stored basis.
 
     Args:
-        state: Arrays; ranks and demands are read, so this waits for the device.
+        state: Arrays. The call reads ranks and demands, and so waits for the device.
     """
     slots = stored_slots(state)
     read = jax.device_get([(slot.rank, slot.demand) for slot in slots.values()])
@@ -196,21 +197,20 @@ def _check_columns(name: str, columns: int, slot: Subspace, most: int) -> None:
     is_int = isinstance(columns, int) and not isinstance(columns, bool)
     if not is_int or not 1 <= columns <= most:
         raise ValueError(
-            f"{name}: a basis of its gradients has 1 to {most} columns, not "
-            f"{columns!r}."
+            f"{name}: a basis of this leaf has 1 to {most} columns, not {columns!r}."
         )
     if isinstance(slot.rank, jax.ShapeDtypeStruct):
         return
     rank = int(np.max(jax.device_get(slot.rank)))
     if columns < rank:
         raise ValueError(
-            f"{name}: {columns} columns are below the rank in use, {rank}; give at "
-            "least that many."
+            f"{name}: {columns} columns are below the rank in use, {rank}; give "
+            f"{rank} or more."
         )
 
 
 def resized(state: Any, wanted: Mapping[tuple, int]) -> Any:
-    """Returns a state with so many columns of leaves by key path; ranks cut too."""
+    """Returns a state with the wanted columns, by key path, and ranks cut to match."""
 
     def fit(path, field, node):
         del field
@@ -233,17 +233,17 @@ def resized(state: Any, wanted: Mapping[tuple, int]) -> Any:
 
 
 def _with_columns(node: Any, columns: int) -> Any:
-    """Returns :func:`with_columns` of an array, sharded as it was."""
+    """Returns an array with so many columns, with the sharding of the old array."""
     cut = with_columns
     arrays = [x for x in jax.tree.leaves(node) if isinstance(x, jax.Array)]
     if arrays and all(len(x.sharding.device_set) == 1 for x in arrays):
-        # One program, and not one for each operation.
+        # Jitted, for one program instead of one per operation.
         cut = jax.jit(with_columns, static_argnums=1)
     return _beside(cut(node, columns), node)
 
 
 def _beside(new: Any, old: Any) -> Any:
-    """Returns a resized array, sharded as it was."""
+    """Returns a resized array with the sharding of the old array."""
 
     def put(x, y):
         return jax.device_put(x, y.sharding) if isinstance(x, jax.Array) else x

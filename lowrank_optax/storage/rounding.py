@@ -25,19 +25,20 @@ def stochastic_rounding(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rounds updated bfloat16 parameters up or down at random, right on average.
 
-    bfloat16 has 8 bits of precision: an update below 1/512 of its parameter vanishes
-    when the sum is rounded to nearest. Here, of the two neighbours a <= p + u <= b, b
-    is taken with probability (p + u - a) / (b - a), so that
+    bfloat16 has 8 bits of precision: rounded to nearest, an update below 1/512 of its
+    parameter vanishes. Here p + u has the two neighbours a <= p + u <= b, and becomes b
+    with probability (p + u - a) / (b - a), so that
 
     .. math:: E[\mathrm{round}(p + u)] = p + u
 
-    The last transformation of a chain: its updates are float32, the difference to the
-    rounded parameter, and ``optax.apply_updates`` gives that parameter exactly.
-    Compiled with it in one step, no float32 array of them is made. Leaves of other
-    dtypes pass unchanged.
+    Put this transformation last in a chain. Its updates are float32: the difference
+    between the rounded parameter and the old one. ``optax.apply_updates`` then gives
+    the rounded parameter exactly. A compiled step with both makes no float32 array of
+    updates. Leaves of other dtypes pass unchanged.
 
-    A draw is a function of the seed, the leaf's path and the count of updates: resuming
-    repeats it bit for bit. Cost: 16 random bits per value and update.
+    A draw is a function of the seed, the leaf's path and the count of updates. A
+    resumed run repeats its draws bit for bit. Cost: 16 random bits per value and
+    update.
 
     Args:
         seed: Seed of the draws.
@@ -66,7 +67,7 @@ def stochastic_rounding(
         del extra_args
         if params is None:
             raise ValueError(
-                "stochastic_rounding rounds parameters: give update params too, "
+                "stochastic_rounding rounds parameters, and so needs params in update: "
                 "optimizer.update(grads, state, params)."
             )
         updates, params = as_arrays(updates), as_arrays(params)
@@ -92,16 +93,17 @@ def stochastic_rounding(
 def round_to_bfloat16(values: jax.Array, key: jax.Array) -> jax.Array:
     """Returns float32 values as bfloat16, each rounded up or down, right on average.
 
-    What bfloat16 holds exactly, infinities and not-a-numbers among it, stays; a value
-    beyond the largest one may become infinite.
+    A value that bfloat16 represents exactly stays as it is, infinities and NaN too. A
+    value beyond the largest finite one may become infinite.
 
     Args:
-        values: Float32.
-        key: Of the draw.
+        values: Values in float32.
+        key: Key of the draw.
     """
     bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
     noise = jax.random.bits(key, values.shape, jnp.uint16).astype(jnp.uint32)
-    # The lower half is what bfloat16 lacks: it carries over with its own probability.
+    # bfloat16 lacks the lower 16 bits: they carry into the upper ones with probability
+    # (lower bits) / 2^16.
     carried = (bits + noise) & jnp.uint32(0xFFFF0000)
     rounded = jax.lax.bitcast_convert_type(carried, jnp.float32)
     kept = jnp.where(jnp.isfinite(values), rounded, values)

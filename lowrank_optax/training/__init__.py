@@ -1,1 +1,1 @@
-"""What a training loop holds in its hand."""
+"""For training loops: accumulation, non-finite gradients, and the like."""

@@ -1,7 +1,7 @@
 """Gradient accumulation inside the subspace: no full gradient outlives its micro-batch.
 
-Each micro-batch's gradient is projected at once and added in the subspace. With the
-basis frozen the sum of projections is the projection of the sum.
+Each micro-batch's gradient is projected at once, and added in the subspace. The basis
+does not change meanwhile, so the sum of projections is the projection of the sum.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from lowrank_optax.training.window import (
 
 
 class Accumulation(optax.GradientTransformationExtraArgs):
-    """What :func:`accumulate` returns: a transformation, and the two halves of it.
+    """The transformation of :func:`accumulate`, with its two halves.
 
     Attributes:
         init: params -> :class:`AccumulateState`.
@@ -47,11 +47,10 @@ class Accumulation(optax.GradientTransformationExtraArgs):
         """Returns the state with the gradient of one micro-batch added.
 
         Args:
-            gradients: Of the micro-batch; projected leaves in their subspace or not.
-            state: Before.
-            weight: Of the micro-batch.
-            params: Parameters, or their shapes; needed where leaves are in their
-                subspace.
+            gradients: Gradients of the micro-batch, full or projected.
+            state: State before the micro-batch.
+            weight: Weight of the micro-batch.
+            params: Parameters, or their shapes; needed for projected gradients.
             refresh: False leaves the renewal of bases out of the program.
         """
         return self.halves[0](gradients, state, weight, params, refresh)
@@ -59,17 +58,19 @@ class Accumulation(optax.GradientTransformationExtraArgs):
     def finish(
         self, state: AccumulateState, params: Any, **extra_args: Any
     ) -> tuple[Any, AccumulateState]:
-        """Returns the updates by the mean of what was added, and an empty window.
+        """Returns the updates for the mean gradient, and an empty window.
 
         Args:
-            state: After any number of :meth:`add`; without one, gradients count as 0.
-            params: Parameters; the updates have their shapes and dtypes.
-            extra_args: For the optimizer.
+            state: State after any number of :meth:`add`. Without any, the mean gradient
+                is zero.
+            params: Parameters. The updates have the shapes and dtypes of the
+                parameters.
+            extra_args: Extra arguments of the optimizer.
         """
         return self.halves[1](state, params, extra_args)
 
     def _replace(self, **functions: Callable) -> "Accumulation":
-        """Returns it with another ``init`` or ``update``, and the same two halves."""
+        """Returns a copy with another ``init`` or ``update``, and the same halves."""
         replaced = super()._replace(**functions)
         replaced.halves = self.halves
         return replaced
@@ -78,40 +79,38 @@ class Accumulation(optax.GradientTransformationExtraArgs):
 def accumulate(optimizer: optax.GradientTransformation, every_k: int) -> Accumulation:
     r"""Updates once in k micro-batches, by the mean of their gradients.
 
-    As ``optax.MultiSteps``: ``update`` is called with the gradient of one micro-batch
-    after the other and returns zeros but for each k-th time. What lies between is
-    stored in the subspaces of the low-rank transformations inside ``optimizer``: for a
-    leaf with the basis P, micro-batch gradients G_i and weights w_i
+    Call ``update`` with the gradient of each micro-batch, as for ``optax.MultiSteps``.
+    ``update`` returns zeros, except at each k-th call. Sums are stored in the subspaces
+    of the low-rank transformations inside ``optimizer``. For a leaf with the basis P,
+    micro-batch gradients G_i and weights w_i, the mean is
 
     .. math:: \frac{\sum_i w_i G_i P}{\sum_i w_i}
 
-    which is a c r numbers instead of a b at granularity c, and equals the projection of
-    the mean to rounding. Leaves that are not projected, and optimizers without a
-    low-rank transformation, accumulate at full size; so do leaves that a second
-    low-rank transformation is given too.
+    This mean equals the projection of the mean gradient, up to rounding, and takes
+    a c r numbers at granularity c instead of a b. Some leaves accumulate at full size:
+    leaves that are not projected, leaves of two low-rank transformations, and leaves of
+    methods that need full gradients (Fira, APOLLO, ``low_rank_muon``).
 
-    Methods that look at full gradients (Fira, APOLLO, Muon with its momentum in a
-    subspace) accumulate those.
+    A due basis is computed from the first micro-batch of a window, and does not change
+    inside the window. A matrix without a basis, after a zero or non-finite gradient,
+    gets its basis from the first later micro-batch with a usable gradient.
 
-    A basis that is due is computed from the first micro-batch of a window, as it
-    comes; it does not change inside a window. A matrix that has none yet, because its
-    gradient is zero or not finite there, gets one from the first micro-batch that has a
-    gradient. Transformations in front of the low-rank one, such as clipping by global
-    norm, get the mean with projected leaves in their subspace: the norm that is clipped
-    is that of the *projected* mean gradient, at most the full one for orthonormal
-    bases, and equal to it in expectation (of squares) for random ones.
+    A transformation in front of the low-rank one, such as clipping by the global norm,
+    gets the *projected* mean gradient. For orthonormal bases the norm of the projected
+    mean is at most the full norm. For random bases their squares are equal in
+    expectation.
 
-    In a compiled step that holds all k micro-batches, ``add`` in a scan and ``finish``
-    after it spare the k - 1 updates by zeros.
+    A compiled step with all k micro-batches can call ``add`` in a scan, and ``finish``
+    after the scan. This saves the k - 1 updates by zeros.
 
     Args:
-        optimizer: Any Optax transformation, low-rank ones anywhere inside.
-        every_k: Micro-batches k of an update, >= 1.
+        optimizer: Any Optax transformation, with low-rank ones anywhere inside.
+        every_k: Number k of micro-batches per update, >= 1.
 
     Returns:
-        An :class:`Accumulation`. Its ``update`` needs ``params``, and takes
-        ``weight``: the weight of the micro-batch, such as its number of tokens where
-        gradients are means over tokens; 1.0 by default, for plain means.
+        An :class:`Accumulation`. Its ``update`` needs ``params``, and takes the
+        micro-batch's ``weight``, 1.0 by default. Give the number of tokens where
+        gradients are means over tokens.
 
     Raises:
         ValueError: If ``every_k`` is below 1.
@@ -135,7 +134,7 @@ def accumulate(optimizer: optax.GradientTransformation, every_k: int) -> Accumul
     def add(grads, state, weight=1.0, params=None, refresh=True):
         grads = as_arrays(grads)
         weight = jnp.asarray(weight, jnp.float32)
-        # Without shardings: those of an explicit mesh mean nothing inside.
+        # Without shardings: those of an explicit mesh have no meaning inside.
         like = jax.tree.map(struct_of, full_size(grads, params))
 
         def added(grads, state):
@@ -150,8 +149,8 @@ def accumulate(optimizer: optax.GradientTransformation, every_k: int) -> Accumul
         weight = extra_args.pop("weight", 1.0)
         if params is None:
             raise ValueError(
-                "accumulate needs params in update: gradients in the subspace do not "
-                "say what shape they had."
+                "accumulate needs params in update, for the shapes of projected "
+                "gradients: tx.update(gradients, state, params)."
             )
         params = as_arrays(params)
         refresh = extra_args.get("refresh", True)

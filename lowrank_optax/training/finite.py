@@ -1,4 +1,4 @@
-"""``apply_if_finite``: optax's, for gradients that may be projected."""
+"""``apply_if_finite``, as in optax, but for projected gradients too."""
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +12,17 @@ from lowrank_optax.projected import full_size
 def apply_if_finite(
     inner: optax.GradientTransformation, max_consecutive_errors: int | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Leaves out updates whose gradients are not finite, projected ones too.
+    """Leaves out updates with non-finite gradients, projected gradients too.
 
-    ``optax.apply_if_finite``, with its state and its meaning. That one answers a
-    gradient that is not finite by zeros like it; these are like the parameter, which a
-    :class:`lowrank_optax.Projected` is not, and so optax's cannot be compiled with one.
+    The state and the behaviour are those of ``optax.apply_if_finite``. For a non-finite
+    gradient, optax's function returns zeros like the gradient; this function returns
+    zeros like the parameter. A :class:`lowrank_optax.Projected` is not like its
+    parameter, so optax's function cannot be compiled with a projected gradient.
 
     Args:
-        inner: Any Optax transformation, low-rank ones anywhere inside.
-        max_consecutive_errors: Updates left out in a row, >= 0, after which one is
-            applied whatever is in it, as optax does. None: never.
+        inner: Any Optax transformation, with low-rank ones anywhere inside.
+        max_consecutive_errors: Most updates left out in a row, >= 0. The next update is
+            applied even if it is not finite, as in optax. None: no limit.
 
     Returns:
         A transformation with the state ``optax.ApplyIfFiniteState``.

@@ -1,4 +1,4 @@
-"""A window of micro-batches: how it begins, what adds to it, what ends it."""
+"""A window of micro-batches: its beginning, additions to it, and its end."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -26,11 +26,11 @@ class AccumulateState(NamedTuple):
     """State of :func:`accumulate`.
 
     Attributes:
-        micro_step: Micro-batches added in the window under way; (), int32.
-        weight: Sum of their weights; (), float32.
-        sums: Weighted sums of their gradients, a tree like the parameters:
-            ``ProjectedSum``, (*stack, a*c, r), for projected leaves,
-            the leaf's shape for others; float32, or wider for wider leaves.
+        micro_step: Micro-batches in the current window; (), int32.
+        weight: Sum of the weights of these micro-batches; (), float32.
+        sums: Weighted sums of the gradients, a tree like the parameters. A projected
+            leaf has a ``ProjectedSum``, (*stack, a*c, r), another leaf an array of the
+            leaf's shape; float32, or wider for wider leaves.
         inner_state: State of the optimizer.
     """
 
@@ -43,10 +43,10 @@ class AccumulateState(NamedTuple):
 def first_window(
     optimizer: optax.GradientTransformationExtraArgs, params: Any
 ) -> AccumulateState:
-    """Returns an empty window, and the first state of the optimizer in it.
+    """Returns an empty window with the first state of the optimizer.
 
     Raises:
-        TypeError: If a leaf is of a dtype that has no sums, such as a typed key.
+        TypeError: If a leaf has a dtype without sums, such as a typed key.
     """
     inner_state = optimizer.init(params)
     projectors = _early(bind(optimizer, params), params, inner_state)
@@ -57,8 +57,8 @@ def first_window(
         array = contents(leaf)
         if jnp.issubdtype(array.dtype, jax.dtypes.extended):
             raise TypeError(
-                f"{jax.tree_util.keystr(path)} is of dtype {array.dtype}, in which no "
-                "gradients can be added up; keep it out of the parameters."
+                f"{jax.tree_util.keystr(path)} has dtype {array.dtype}, and gradients "
+                "of this dtype cannot be added up; leave it out of the parameters."
             )
         return zeros_like_update(leaf, jax.ShapeDtypeStruct((), wide(array.dtype)))
 
@@ -81,12 +81,12 @@ def with_gradients(
     """Returns the window with the gradients of one micro-batch added.
 
     Args:
-        optimizer: Of the window.
-        gradients: Of the micro-batch, projected or not.
-        state: The window before.
-        weight: Of the micro-batch; (), float32.
-        like: Tree of the gradients' shapes at full size.
-        refresh: Whether bases that are due may be renewed.
+        optimizer: The accumulating optimizer.
+        gradients: Gradients of the micro-batch, full or projected.
+        state: The window before the micro-batch.
+        weight: Weight of the micro-batch; (), float32.
+        like: Tree of the gradients' full shapes.
+        refresh: Whether to renew due bases.
     """
     is_first = state.micro_step == 0
     binding = bind(optimizer, like)
@@ -117,8 +117,8 @@ def with_gradients(
         elif gradient.dtype == jax.dtypes.float0:
             raise TypeError(
                 f"{jax.tree_util.keystr(path)} has a gradient of dtype float0, which "
-                "cannot be added up; leave what is not trained out of the gradients, "
-                "and of the optimizer by optax.masked."
+                "cannot be added up; leave frozen leaves out of the gradients, and out "
+                "of the optimizer by optax.masked."
             )
         shapes = [jax.tree.map(jnp.shape, x) for x in (gradient, total)]
         if shapes[0] != shapes[1]:
@@ -130,7 +130,7 @@ def with_gradients(
         return jax.tree.map(_sum, total, gradient)
 
     def _sum(total, gradient):
-        # A new window forgets the sum, whatever is in it.
+        # A new window forgets the old sum, whatever its values.
         start = jnp.where(is_first, 0, total)
         return start + weight.astype(total.dtype) * gradient.astype(total.dtype)
 
@@ -151,12 +151,12 @@ def finished(
     params: Any,
     extra_args: Mapping[str, Any],
 ) -> tuple[Any, AccumulateState]:
-    """Returns the optimizer's updates by the mean of a window, and an empty one.
+    """Returns the optimizer's updates for the mean of a window, and an empty window.
 
-    Its state keeps its dtypes, also where the leaves are integers.
+    The optimizer's state keeps its dtypes, even for integer leaves.
 
     Raises:
-        TypeError: If something in the optimizer does not take projected means.
+        TypeError: If a transformation in the optimizer does not take projected means.
     """
     weight = jnp.where(state.weight > 0, state.weight, 1)
 
@@ -178,7 +178,7 @@ def finished(
             means, state.inner_state, params, **extra_args
         )
     except (TypeError, ValueError) as error:
-        # The second is in the words of jax 0.10.0.
+        # jax 0.10.0 says "node type mismatch".
         is_of_structure = any(
             words in str(error) for words in ("pytree", "node type mismatch")
         )
@@ -186,10 +186,10 @@ def finished(
         if not (is_of_structure and has_projected):
             raise
         raise TypeError(
-            "accumulate gives the optimizer means that are projected, "
-            "lowrank_optax.Projected, and something in it does not take them. In the "
-            "place of optax.apply_if_finite put lowrank_optax.apply_if_finite; put "
-            "what else needs gradients like the parameters around accumulate."
+            "accumulate gives the optimizer projected means (lowrank_optax.Projected), "
+            "and a transformation inside the optimizer does not take them. Replace "
+            "optax.apply_if_finite by lowrank_optax.apply_if_finite. Put any other "
+            "transformation that needs gradients like the parameters around accumulate."
         ) from error
     inner_state = jax.tree.map(_of_dtype, inner_state, state.inner_state)
     return updates, AccumulateState(
@@ -205,7 +205,7 @@ def _of_dtype(new: Any, old: Any) -> Any:
 
 
 def _early(binding: Binding, params: Any, state: Any) -> dict[tuple, Projector]:
-    """Returns the projectors of the leaves that are projected before they are added."""
+    """Returns the projectors of the leaves whose gradients are added projected."""
     return {
         path: projector
         for node in low_rank_states(state)
