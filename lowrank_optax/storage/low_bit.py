@@ -195,7 +195,7 @@ class _Rule:
         return jax.tree_util.tree_map_with_path(encode_leaf, state, is_leaf=is_box)
 
     def shapes(self, state: Any, params: Any) -> Any:
-        """Returns the shapes of the result of :meth:`encoded`, from a state's shapes."""
+        """Returns the shapes of the result of :meth:`encoded`, from shapes."""
         likes = self._likes(state, params)
         return jax.tree_util.tree_map_with_path(
             lambda path, leaf: likes.get(path) or leaf, state, is_leaf=is_box
