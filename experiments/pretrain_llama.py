@@ -13,6 +13,11 @@ from typing import Any
 if not __package__:
     # As a script, its own folder comes first, not the one that `experiments` is in.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":
+    # Before the imports below, which take seconds.
+    from experiments.run.interrupts import leave_at_interrupt
+
+    leave_at_interrupt()
 
 from rich.console import Console
 
@@ -23,8 +28,10 @@ from experiments.model.hugging_face import save_llama
 from experiments.optim.methods import OPTIMIZERS, OWN_OPTIONS
 from experiments.run.assemble import Parts, assemble
 from experiments.run.config import command_line, parse
+from experiments.run.failures import told_in_a_line
 from experiments.run.figures import draw_figures
 from experiments.run.files import SUMMARY_FILE, write_json
+from experiments.run.lock import Lock
 from experiments.run.metrics import read_metrics
 from experiments.run.summary import print_summary, sample_text, summarize
 from experiments.run.train import Trained, train
@@ -36,22 +43,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done, or stopped by SIGTERM and saved; 2: a mistake of the user's, told in one
     line on stderr; 130: stopped by SIGINT.
     """
-    # Orbax's warnings are about what UserError says already.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # What Orbax logs, in pages of traceback, an error line says too.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     console = Console()
     try:
         config = parse(sys.argv[1:] if argv is None else argv)
         say = functools.partial(console.print, soft_wrap=True, highlight=False)
         parts = assemble(config, say)
         _describe(parts, console)
-        trained = train(parts, console)
-        if trained.stopped_by is not None:
-            return _say_how_to_resume(config, parts, trained, console)
-        finish(parts, trained, console)
+        with told_in_a_line(parts), Lock(parts.directory) as lock:
+            trained = train(parts, lock, console)
+            lock.check()
+            if trained.stopped_by is not None:
+                return _say_how_to_resume(config, parts, trained, console)
+            finish(parts, trained, console)
+            lock.check()
     except UserError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        print("stopped by SIGINT", file=sys.stderr)
         return 128 + signal.SIGINT
     return 0
 

@@ -23,9 +23,9 @@ from experiments.model.shape import LlamaConfig, preset
 from experiments.optim.build import build_optimizer
 from experiments.optim.methods import OPTIMIZERS
 from experiments.optim.schedule import make_schedule
-from experiments.run.checkpoint import Checkpoints, RunRecord
+from experiments.run.checkpoint import RunRecord, read_record
 from experiments.run.config import Config, complete, differences
-from experiments.run.files import CHECKPOINTS, check_is_free
+from experiments.run.files import check_is_free
 from experiments.run.step import data_mesh, replicate
 
 
@@ -57,6 +57,11 @@ class Parts:
     initial_params: Callable[[], Params]
     resumed: RunRecord | None
 
+    @property
+    def resumed_step(self) -> int | None:
+        """The step of the checkpoint to continue from; None: a fresh run."""
+        return None if self.resumed is None else self.resumed.progress["step"]
+
     def abstract_state(self) -> tuple[Any, Any]:
         """Returns parameters and optimizer state as shapes with shardings."""
         params = jax.eval_shape(self.initial_params)
@@ -85,11 +90,9 @@ def assemble(config: Config, report: Callable[[str], None]) -> Parts:
     tokenizer = load_tokenizer(config.tokenizer or "bytes")
     model = _model(config, tokenizer, weights)
     config = complete(config, model.hidden_size)
-    resumed = None
-    if config.resume:
-        resumed = _read_checkpoint(config, directory)
-    else:
-        check_is_free(directory)
+    resumed = _read_checkpoint(config, directory) if config.resume else None
+    if resumed is None:
+        check_is_free(directory, resume=config.resume)
     data = make_data(
         config.data,
         tokenizer,
@@ -210,9 +213,9 @@ def _initial_params(model, config, weights, mesh):
 
 
 def _read_checkpoint(config, directory):
-    path = directory / CHECKPOINTS
-    with Checkpoints(path, config.keep_checkpoints, resume=True) as checkpoints:
-        record = checkpoints.restore_run()
+    record = read_record(directory)
+    if record is None:
+        return None
     changed = differences(record.config, config)
     if changed:
         raise UserError(

@@ -2,9 +2,8 @@
 
 import contextlib
 import dataclasses
+import json
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,11 @@ import orbax.checkpoint as ocp
 
 import lowrank_optax
 from experiments.errors import UserError
+from experiments.run.checksums import first_damage, write_checksums
+from experiments.run.files import CHECKPOINTS, checkpoint_steps
+
+# What Orbax calls a checkpoint while it writes it.
+_UNFINISHED = "*.orbax-checkpoint-tmp*"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,44 +36,83 @@ class RunRecord:
     progress: dict[str, Any]
 
 
+def read_record(directory: Path) -> RunRecord | None:
+    """Returns the record of a run's newest checkpoint, all of whose files it checks.
+
+    Args:
+        directory: Of the run; nothing is written.
+
+    Returns:
+        None: There is no complete checkpoint.
+
+    Raises:
+        UserError: If one of its files is damaged.
+    """
+    steps = checkpoint_steps(directory)
+    if not steps:
+        return None
+    *older, newest = steps
+    path = directory / CHECKPOINTS / str(newest)
+    damage = first_damage(path)
+    if damage is not None:
+        whole = [x for x in older if first_damage(path.with_name(str(x))) is None]
+        if whole:
+            good = path.with_name(str(whole[-1]))
+            mend = f"delete what is newer than {good}, which is whole, and resume there"
+        else:
+            mend = "no older one is whole, so start again with another --out"
+        raise UserError(f"the checkpoint {path} is damaged: {damage}; {mend}")
+    # Where Orbax puts what JsonSave is given.
+    return RunRecord(**json.loads((path / "run" / "metadata").read_text()))
+
+
 class Checkpoints:
     """Saves in the background, and restores, the states of one run.
 
-    A checkpoint appears under its final name only when it is complete. As a context
-    manager it waits, at the end, for the save under way.
+    A checkpoint appears under its final name only when it is complete, with the
+    checksums of its files. As a context manager it waits, at the end, for the save
+    under way. One process at a time may have a directory.
 
     Args:
         directory: One subdirectory per step; made if missing.
         keep: Newest checkpoints to keep, >= 1.
-        resume: Whether there must be a checkpoint already; nothing is made then.
 
-    Raises:
-        UserError: If there is none.
+    Attributes:
+        best_step: Step of a checkpoint that is kept beside the newest ones; None: there
+            is none.
     """
 
-    def __init__(self, directory: Path, keep: int, *, resume: bool = False):
+    def __init__(self, directory: Path, keep: int):
         self.directory = directory.absolute()
-        # What a killed process was writing; Orbax's own clean-up runs in a thread that
-        # complains when the command ends before it does.
-        for unfinished in self.directory.glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(unfinished)
+        self.best_step: int | None = None
+        self._keep = keep
+        self._sweep()
         self._manager = ocp.CheckpointManager(
             self.directory,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=not resume),
+            options=ocp.CheckpointManagerOptions(
+                # Asked after each save.
+                preservation_policy=self,
+                async_options=ocp.options.AsyncOptions(
+                    # Called when all files are written, before the final name.
+                    post_finalization_callback=self._write_checksums
+                ),
+            ),
             item_names=("state", "run"),
         )
-        if resume and self.latest_step is None:
-            raise UserError(
-                f"there is no complete checkpoint in {directory} to resume from; leave "
-                "out --resume and give a new --out to start afresh"
-            )
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exception) -> None:
-        with self._writing():
-            self._manager.close()
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            with self._writing():
+                self._manager.close()
+        except UserError:
+            # What ended the run is told first.
+            if error is None:
+                raise
+        finally:
+            self._sweep()
 
     @property
     def latest_step(self) -> int | None:
@@ -98,73 +141,60 @@ class Checkpoints:
                 ),
             )
 
-    def restore_run(self) -> RunRecord:
-        """Returns the record of the newest checkpoint.
-
-        Raises:
-            UserError: If it is incomplete.
-        """
-        return RunRecord(**self._restore(run=ocp.args.JsonRestore())["run"])
-
     def restore_state(self, params: Any, opt_state: Any) -> tuple[Any, Any]:
         """Returns parameters and optimizer state of the newest checkpoint.
+
+        Its files are those that :func:`read_record` has checked.
 
         Args:
             params: Arrays, or shapes with shardings, like the saved ones.
             opt_state: The same for the optimizer.
 
         Raises:
-            UserError: If it is incomplete or of another structure.
+            UserError: If it is of another structure.
         """
+        path = self.directory / str(self.latest_step)
         like = {"params": params, "opt_state": opt_state}
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        saved = self._read(self._shapes)
+        with ocp.StandardCheckpointer() as checkpointer:
+            saved = checkpointer.metadata(path / "state").item_metadata.tree
         try:
             # A compacted state is smaller than the optimizer's first one.
             target = lowrank_optax.like_saved(target, saved)
         except ValueError as error:
             raise UserError(
-                f"the checkpoint {self.directory / str(self.latest_step)} does not fit "
-                f"this run: {error}"
+                f"the checkpoint {path} does not fit this run: {error}"
             ) from error
-        restored = self._restore(state=ocp.args.StandardRestore(target))["state"]
+        restored = self._manager.restore(
+            self.latest_step,
+            args=ocp.args.Composite(state=ocp.args.StandardRestore(target)),
+        )["state"]
         return restored["params"], restored["opt_state"]
 
-    def _shapes(self) -> Any:
-        """Returns the tree of what is saved, each leaf with its shape."""
-        path = self.directory / str(self.latest_step) / "state"
-        with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.metadata(path).item_metadata.tree
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        """Says which checkpoints are kept: a preservation policy of Orbax."""
+        del context
+        newest = [checkpoint.step for checkpoint in checkpoints[-self._keep :]]
+        return [c.step in (*newest, self.best_step) for c in checkpoints]
 
-    def _restore(self, **items) -> Any:
-        return self._read(
-            lambda: self._manager.restore(
-                self.latest_step, args=ocp.args.Composite(**items)
-            )
-        )
+    def _write_checksums(self) -> None:
+        for unfinished in self.directory.glob(_UNFINISHED):
+            write_checksums(unfinished)
 
-    def _read(self, read: Callable[[], Any]) -> Any:
-        # At the first array that it cannot read, Orbax closes its event loop; the reads
-        # of the others end on threads, some of them later, and each complains in pages.
-        # They are kept quiet as long as the process lives, which is not long then.
-        hook = sys.unraisablehook
-        sys.unraisablehook = lambda unraisable: None
-        try:
-            restored = read()
-        # Orbax and tensorstore raise nearly anything on a damaged checkpoint.
-        except Exception as error:
-            raise UserError(
-                f"the checkpoint {self.directory / str(self.latest_step)} is "
-                f"incomplete or damaged ({_first_line(error)}); delete it to resume "
-                "from the one before"
-            ) from error
-        sys.unraisablehook = hook
-        return restored
+    def _sweep(self) -> None:
+        """Deletes what a process that was killed, or a failed save, has left.
+
+        Orbax's own clean-up runs in a thread that complains when the command ends
+        before it does.
+        """
+        for unfinished in self.directory.glob(_UNFINISHED):
+            shutil.rmtree(unfinished, ignore_errors=True)
 
     @contextlib.contextmanager
     def _writing(self):
         try:
             yield
+        # tensorstore's errors are ValueErrors.
         except (OSError, ValueError) as error:
             raise UserError(
                 f"cannot write a checkpoint to {self.directory} "

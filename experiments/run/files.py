@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,22 +14,49 @@ METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.json"
 SUMMARY_FILE = "summary.json"
 CHECKPOINTS = "checkpoints"
+TENSORBOARD = "tensorboard"
 
 
-def check_is_free(directory: Path) -> None:
-    """Checks that a fresh run may write to a directory, without making it.
+def checkpoint_steps(directory: Path) -> list[int]:
+    """Returns the steps of the complete checkpoints of a run, oldest first."""
+    path = directory / CHECKPOINTS
+    children = path.iterdir() if path.is_dir() else ()
+    return sorted(int(child.name) for child in children if child.name.isdigit())
+
+
+def check_is_free(directory: Path, *, resume: bool = False) -> None:
+    """Checks that a run may start in a directory, without making it.
+
+    Args:
+        directory: Of the run, which has no checkpoint to continue from.
+        resume: Whether what an unfinished run has left there may be overwritten.
 
     Raises:
-        UserError: If it is a file, or holds another run.
+        UserError: If it is a file, or holds the results of another run.
     """
     if directory.exists() and not directory.is_dir():
         raise UserError(f"--out {directory} is a file; give a directory")
-    for name in (CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, CHECKPOINTS):
-        if (directory / name).exists():
+    has_summary = (directory / SUMMARY_FILE).exists()
+    if resume:
+        if has_summary:
             raise UserError(
-                f"--out {directory} holds another run ({name}); continue it with "
-                "--resume or give another --out"
+                f"--out {directory} holds a finished run without checkpoints to resume "
+                "from; give another --out"
             )
+        return
+    metrics = directory / METRICS_FILE
+    has_metrics = metrics.exists() and metrics.stat().st_size > 0
+    if has_summary or has_metrics or checkpoint_steps(directory):
+        raise UserError(
+            f"--out {directory} holds another run; continue it with --resume or give "
+            "another --out"
+        )
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Removes the curves of a run that was killed before its first checkpoint."""
+    (directory / METRICS_FILE).unlink(missing_ok=True)
+    shutil.rmtree(directory / TENSORBOARD, ignore_errors=True)
 
 
 def make_directory(directory: Path) -> None:

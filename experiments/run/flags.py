@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from experiments.model.shape import MODELS
-from experiments.ranges import AtLeastOne, Count, NotNegative, Seed
+from experiments.ranges import AtLeastOne, Count, NotNegative, Positive, Seed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,14 +86,20 @@ class LoggingFlags:
 class CheckpointFlags:
     """What is saved on the way, and how to continue."""
 
-    #: Continue the run in --out from its last complete checkpoint, bit for bit; the
-    #: other flags must be those it was started with.
+    #: Continue the run in --out from its last complete checkpoint, bit for bit. Where
+    #: there is none, start it. The other flags must be those it was started with.
     resume: bool = False
     #: Steps between two checkpoints; at least 1. There is one after the last step in
     #: any case.
     checkpoint_every: AtLeastOne = 200
+    #: Minutes between two checkpoints, beside --checkpoint-every; above 0. None: steps
+    #: alone count.
+    checkpoint_minutes: Positive | None = None
     #: Newest checkpoints to keep; at least 1.
     keep_checkpoints: AtLeastOne = 2
+    #: Keep the checkpoint of the lowest validation loss too; summary.json names its
+    #: step. Each validation with a lower loss than all before makes a checkpoint.
+    keep_best: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,13 +1,19 @@
 """The numbers of a run while it trains: metrics.jsonl and TensorBoard events."""
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
-
-from experiments.run.files import METRICS_FILE, finite, read_lines, write_whole
+from experiments.run.events import Events
+from experiments.run.files import (
+    METRICS_FILE,
+    TENSORBOARD,
+    finite,
+    read_lines,
+    write_whole,
+)
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
@@ -31,16 +37,18 @@ class MetricsLog:
             write_whole(path, "".join(map(_line, kept)))
         # One write per line: a killed process leaves whole lines behind.
         self._file = path.open("a", buffering=1)
-        self._events = SummaryWriter(
-            str(directory / "tensorboard"), purge_step=step + 1 if step else None
-        )
+        self._events = Events(directory / TENSORBOARD, step + 1 if step else None)
 
     def __enter__(self) -> "MetricsLog":
         return self
 
-    def __exit__(self, *exception) -> None:
-        self._file.close()
-        self._events.close()
+    def __exit__(self, kind, error, trace) -> None:
+        # What ended the run, a full disk perhaps, is told first.
+        with contextlib.suppress(*([] if error is None else [OSError])):
+            try:
+                self._file.close()
+            finally:
+                self._events.close()
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Writes one line, and each of its numbers (and mean rank) as an event."""

@@ -17,6 +17,8 @@ class Progress:
             and checkpoints left out.
         initial_validation_loss: Nats per token before the first update.
         validation_loss: The newest one.
+        best: With --keep-best, the step of the lowest validation loss, and that loss,
+            as ``step`` and ``validation_loss``; None before the first one.
         compaction: Of --compact.
         renewals: Which bases the next steps renew; None before the first checkpoint.
     """
@@ -25,6 +27,7 @@ class Progress:
     seconds: float = 0.0
     initial_validation_loss: float = float("nan")
     validation_loss: float = float("nan")
+    best: dict[str, Any] | None = None
     compaction: Compaction = dataclasses.field(default_factory=Compaction)
     renewals: dict[str, Any] | None = None
 

@@ -58,6 +58,7 @@ def summarize(
         "compile_seconds": trained.compile_seconds,
         "compilations": trained.compilations,
         "compactions": progress.compaction.done,
+        "best": progress.best,
         "optimizer_state_bytes": optimizer_state_bytes(trained.opt_state),
         "adamw_state_bytes": adamw_state_bytes(model),
         "block_state_bytes": optimizer_state_bytes(block_state(trained.opt_state)),

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import functools
 import signal
 from typing import Any
 
@@ -13,18 +14,25 @@ from rich.console import Console
 from experiments.errors import UserError
 from experiments.optim.methods import OPTIMIZERS
 from experiments.run.assemble import Parts
-from experiments.run.checkpoint import Checkpoints, RunRecord
+from experiments.run.checkpoint import Checkpoints
 from experiments.run.clock import Clock
 from experiments.run.columns import capacities_line, ranks_by_name
 from experiments.run.compiled import Programs
 from experiments.run.config import to_json
-from experiments.run.files import CHECKPOINTS, CONFIG_FILE, make_directory, write_json
+from experiments.run.files import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    remove_leftovers,
+    write_json,
+)
 from experiments.run.initial_loss import worse_than_guessing
 from experiments.run.interrupts import StopRequest
+from experiments.run.lock import Lock
 from experiments.run.memory import optimizer_state_bytes
 from experiments.run.metrics import MetricsLog
 from experiments.run.progress import Progress, saved_progress
 from experiments.run.renewals import AHEAD
+from experiments.run.saves import Saves
 from experiments.run.step import (
     initial_state,
     replicate,
@@ -57,7 +65,7 @@ class Trained:
     stopped_by: signal.Signals | None
 
 
-def train(parts: Parts, console: Console) -> Trained:
+def train(parts: Parts, lock: Lock, console: Console) -> Trained:
     """Trains from the first step, or from the checkpoint, to the last or to a signal.
 
     Writes configuration, metrics and checkpoints to the run's directory. A SIGTERM or
@@ -65,6 +73,7 @@ def train(parts: Parts, console: Console) -> Trained:
 
     Args:
         parts: From :func:`experiments.run.assemble.assemble`.
+        lock: Of the run's directory.
         console: Where to show progress.
 
     Raises:
@@ -72,17 +81,19 @@ def train(parts: Parts, console: Console) -> Trained:
             written or restored.
     """
     config, directory = parts.config, parts.directory
-    if parts.resumed is None:
-        make_directory(directory)
-        write_json(directory / CONFIG_FILE, to_json(config))
-    checkpoints = Checkpoints(
-        directory / CHECKPOINTS,
-        config.keep_checkpoints,
-        resume=parts.resumed is not None,
-    )
+    checkpoints = Checkpoints(directory / CHECKPOINTS, config.keep_checkpoints)
     batches = contextlib.closing(parts.data.train_iterator())
-    with StopRequest() as stop, checkpoints, batches as iterator:
-        loop = _Loop(parts, checkpoints, iterator)
+    say = functools.partial(console.print, soft_wrap=True, highlight=False)
+    with StopRequest(say) as stop, checkpoints, batches as iterator:
+        if checkpoints.latest_step != parts.resumed_step:
+            raise UserError(
+                f"another process has written to --out {directory} meanwhile; give the "
+                "same command again"
+            )
+        if parts.resumed is None:
+            remove_leftovers(directory)
+            write_json(directory / CONFIG_FILE, to_json(config))
+        loop = _Loop(parts, lock, checkpoints, iterator)
         step = loop.progress.step
         shown = TrainingProgress(console, config.steps, step)
         with MetricsLog(directory, step) as metrics, shown:
@@ -100,9 +111,12 @@ def train(parts: Parts, console: Console) -> Trained:
 class _Loop:
     """The state of a run in this process, and what is done with it."""
 
-    def __init__(self, parts: Parts, checkpoints: Checkpoints, batches: Any):
+    def __init__(
+        self, parts: Parts, lock: Lock, checkpoints: Checkpoints, batches: Any
+    ):
         self.parts = parts
-        self.checkpoints = checkpoints
+        self.lock = lock
+        self.saves = Saves(parts, lock, checkpoints)
         self.batches = batches
         if parts.resumed is None:
             self.progress = Progress()
@@ -133,18 +147,18 @@ class _Loop:
             )
             if warning:
                 shown.say(warning)
+        stop.can_save = True
         while progress.step < config.steps and stop.signal is None:
             self.clock.start()
             metrics = self._step()
             shown.advance(progress.step)
             is_last = progress.step == config.steps
             validate = is_last or progress.step % config.eval_every == 0
-            save = is_last or progress.step % config.checkpoint_every == 0
             if validate or progress.step == 1 or progress.step % config.log_every == 0:
                 self._log(metrics, log, shown, validate)
             if config.compact and progress.step % config.compact_every == 0:
                 self._compact(shown)
-            if save:
+            if self.saves.is_due(progress, validate):
                 self._save()
         self._save()
 
@@ -215,6 +229,7 @@ class _Loop:
             )
 
     def _log(self, metrics, log, shown, validate: bool) -> None:
+        self.lock.check()
         config, progress = self.parts.config, self.progress
         progress.seconds = self.clock.stop(self.params)
         self.clock.start()
@@ -257,14 +272,5 @@ class _Loop:
     def _save(self) -> None:
         self.progress.seconds = self.clock.stop(self.params)
         self.progress.renewals = self.renewals.saved()
-        self.checkpoints.save(
-            self.progress.step,
-            self.params,
-            self.opt_state,
-            RunRecord(
-                config=to_json(self.parts.config),
-                token_digest=self.parts.data.token_digest,
-                data_state=self.batches.get_state(),
-                progress=dataclasses.asdict(self.progress),
-            ),
-        )
+        data_state = self.batches.get_state()
+        self.saves.save(self.progress, self.params, self.opt_state, data_state)

@@ -1,9 +1,5 @@
 """Fixtures for the tests that run the whole command."""
 
-import gc
-import sys
-import time
-
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
@@ -34,14 +30,3 @@ def one_device(monkeypatch):
     """Shows the command one of the simulated devices."""
     device = jax.local_devices()[:1]
     monkeypatch.setattr(jax, "local_devices", lambda: device)
-
-
-@pytest.fixture(autouse=True)
-def unraisable_hook():
-    """Puts back the hook that a failed restore leaves muted."""
-    hook = sys.unraisablehook
-    yield
-    if sys.unraisablehook is not hook:
-        time.sleep(0.2)  # Reads that are still under way complain now or never.
-        gc.collect()
-        sys.unraisablehook = hook

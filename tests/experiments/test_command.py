@@ -110,7 +110,6 @@ def test_a_run_writes_all_its_results_and_ends_with_a_table_and_a_sample(
         (["--data", "nowhere/*.txt"], "nowhere"),
         (["--initial-weights", "nowhere"], "nowhere"),
         (["--tokenizer", "nowhere.model"], "nowhere.model"),
-        (["--resume"], "no complete checkpoint"),
         (["--accumulate", "3"], "--accumulate 3 does not divide --batch-size 8"),
         (["--accumulate", "2"], "8 devices of this machine, times --accumulate 2"),
         (["--block-state-bytes", "1kB"], "--block-state-bytes 1kB: a budget of 1,000"),
@@ -203,7 +202,9 @@ def test_a_damaged_checkpoint_is_named_and_deleting_it_lets_the_run_go_on(
     out, flags = copy_of(finished, tmp_path)
     (out / "checkpoints/4/state/_METADATA").unlink()
     assert run(*flags, "--resume") == 2
-    assert "checkpoints/4 is incomplete or damaged" in one_error_line(capsys)
+    error = one_error_line(capsys)
+    assert "checkpoints/4 is damaged: state/_METADATA is missing" in error
+    assert "checkpoints/2, which is whole" in error
 
     shutil.rmtree(out / "checkpoints/4")
     assert run(*flags, "--resume") == 0

@@ -49,13 +49,29 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
-@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "summary.json"])
+@pytest.mark.parametrize("name", ["checkpoints/4", "metrics.jsonl", "summary.json"])
 def test_a_directory_with_another_run_is_refused(name, tmp_path):
     check_is_free(tmp_path / "new")
     check_is_free(tmp_path)
-    (tmp_path / name).write_text("")
-    with pytest.raises(UserError, match=f"holds another run .{name}.*--resume"):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match=r"holds another run; .*--resume"):
         check_is_free(tmp_path)
+
+
+def test_what_a_run_left_that_had_nothing_yet_is_in_nobodys_way(tmp_path):
+    write_json(tmp_path / "config.json", {})
+    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "checkpoints/2.orbax-checkpoint-tmp").mkdir(parents=True)
+    check_is_free(tmp_path)
+
+
+def test_resuming_overwrites_no_finished_run(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    check_is_free(tmp_path, resume=True)
+    (tmp_path / "summary.json").write_text("{}")
+    with pytest.raises(UserError, match="a finished run without checkpoints"):
+        check_is_free(tmp_path, resume=True)
 
 
 def test_a_directory_that_cannot_be_made_is_refused(tmp_path):

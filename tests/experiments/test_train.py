@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments.optim import compaction
-from experiments.run.checkpoint import Checkpoints
+from experiments.run.files import checkpoint_steps
 from experiments.run.renewals import AHEAD, Renewals
 from experiments.run.terminal import TrainingProgress
 from tests.experiments.small_runs import (
@@ -180,10 +180,10 @@ def test_sigint_saves_says_how_to_resume_and_exits_130(
     assert run(*inputs, "--optimizer", "adamw", "--out", tmp_path / "out") == 130
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == old
     said = capsys.readouterr().out
+    assert "SIGINT: the run finishes its step" in said
     assert "stopped by SIGINT and saved at step 1" in said
     assert f"--out {tmp_path / 'out'} --resume" in said
-    with Checkpoints(tmp_path / "out/checkpoints", 1, resume=True) as checkpoints:
-        assert checkpoints.latest_step == 1
+    assert checkpoint_steps(tmp_path / "out") == [1]
 
 
 @pytest.mark.usefixtures("one_device")
@@ -198,8 +198,7 @@ def test_gradients_that_stay_non_finite_end_the_run_and_keep_the_checkpoint(
     error = capsys.readouterr().err
     assert "the gradients of 20 steps in a row" in error
     assert "--learning-rate" in error
-    with Checkpoints(out / "checkpoints", 2, resume=True) as checkpoints:
-        assert checkpoints.latest_step == 18
+    assert checkpoint_steps(out) == [9, 18]
     lines = (out / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[4])["rejected_updates"] == 5
     assert json.loads(lines[4])["loss"] is None

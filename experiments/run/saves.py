@@ -1,0 +1,82 @@
+"""When a run saves a checkpoint: by steps, by the clock, at its best validation."""
+
+import dataclasses
+import math
+import time
+from typing import Any
+
+from experiments.run.assemble import Parts
+from experiments.run.checkpoint import Checkpoints, RunRecord
+from experiments.run.config import to_json
+from experiments.run.lock import Lock
+from experiments.run.progress import Progress
+
+
+class Saves:
+    """The checkpoints that a run makes in this process.
+
+    Args:
+        parts: Of the run.
+        lock: Of its directory.
+        checkpoints: Where they go.
+    """
+
+    def __init__(self, parts: Parts, lock: Lock, checkpoints: Checkpoints):
+        self._parts, self._lock, self._checkpoints = parts, lock, checkpoints
+        self._saved_at = time.monotonic()
+
+    def is_due(self, progress: Progress, validated: bool) -> bool:
+        """Returns whether a checkpoint follows this step.
+
+        Args:
+            progress: Notes the newest validation where it is the best one.
+            validated: Whether there was one at this step.
+        """
+        config = self._parts.config
+        minutes = (time.monotonic() - self._saved_at) / 60
+        is_best = validated and config.keep_best and _is_best(progress)
+        return (
+            is_best
+            or progress.step == config.steps
+            or progress.step % config.checkpoint_every == 0
+            or minutes >= (config.checkpoint_minutes or math.inf)
+        )
+
+    def save(
+        self, progress: Progress, params: Any, opt_state: Any, data_state: Any
+    ) -> None:
+        """Saves, unless this step is saved already.
+
+        Args:
+            progress: How far the run is.
+            params: Parameters.
+            opt_state: Optimizer state.
+            data_state: Of the training iterator.
+
+        Raises:
+            UserError: If the directory is gone, or nothing can be written to it.
+        """
+        config = self._parts.config
+        self._lock.check()
+        if config.keep_best and progress.best is not None:
+            self._checkpoints.best_step = progress.best["step"]
+        self._checkpoints.save(
+            progress.step,
+            params,
+            opt_state,
+            RunRecord(
+                config=to_json(config),
+                token_digest=self._parts.data.token_digest,
+                data_state=data_state,
+                progress=dataclasses.asdict(progress),
+            ),
+        )
+        self._saved_at = time.monotonic()
+
+
+def _is_best(progress: Progress) -> bool:
+    loss, best = progress.validation_loss, progress.best
+    if not loss < (math.inf if best is None else best["validation_loss"]):
+        return False
+    progress.best = {"step": progress.step, "validation_loss": loss}
+    return True
