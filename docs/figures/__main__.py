@@ -1,9 +1,15 @@
 """Draws every figure of the documentation anew: ``python -m docs.figures``."""
 
-from docs.figures import concepts, decision, losses, roles
+from docs.figures import concepts, decision, losses, memory_and_speed, roles
 from docs.figures.style import DIRECTORY, as_svg, settings
 
-FIGURES = concepts.FIGURES | decision.FIGURES | losses.FIGURES | roles.FIGURES
+FIGURES = (
+    concepts.FIGURES
+    | decision.FIGURES
+    | losses.FIGURES
+    | memory_and_speed.FIGURES
+    | roles.FIGURES
+)
 
 
 def main() -> None:

@@ -1,39 +1,12 @@
-"""Draws the figures of ``memory_and_speed.md`` out of ``benchmarks/results/``.
+"""The figures of memory and speed, drawn from ``benchmarks/results/``."""
 
-``python docs/figures/memory_and_speed.py`` writes ``update_times.svg`` and
-``step_peaks.svg`` beside itself.
-"""
-
-import sys
-from pathlib import Path
-
-import matplotlib
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent.parent))
+from benchmarks import tables
+from docs.figures.style import BLUE, FAINT, GREEN, GREY, ORANGE, new
 
-from benchmarks import tables  # noqa: E402
-
-# Text stays text; a grey and colours of middling lightness read on white and on black.
-INK = "#808080"
-COLOURS = {"CPU": "#b8860b", "H200": "#4a86c5", "H100": "#c0604a"}
-PARTS = {"parameters": "#8a8a8a", "state": "#4a86c5", "temporaries": "#c9a24a"}
-matplotlib.rcParams |= {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "lowrank_optax",
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "text.color": INK,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
-
+COLOURS = {"CPU": GREEN, "H200": BLUE, "H100": ORANGE}
+PARTS = {"parameters": FAINT, "state": BLUE, "temporaries": ORANGE}
 UPDATES = (
     "contrib.galore",
     "range_finder(0.5)",
@@ -50,7 +23,7 @@ NAMES = {
 
 def update_times() -> Figure:
     """Returns times of an update as multiples of AdamW's, by size and device."""
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    figure = Figure(figsize=(7.2, 3.4), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     titles = {"60m": "60m, float32, rank 128", "1b": "1b, bfloat16, rank 512"}
     for axes, (size, title) in zip(panels, titles.items(), strict=True):
@@ -74,18 +47,17 @@ def update_times() -> Figure:
         axes.set_xscale("log")
         axes.set_xticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
         axes.minorticks_off()
-        axes.axvline(1, color=INK, linewidth=0.8)
-        axes.grid(axis="x", color=INK, alpha=0.25)
+        axes.axvline(1, color=GREY, linewidth=0.8)
+        axes.grid(axis="x")
     panels[0].set_yticks(
         range(len(UPDATES)), [NAMES.get(name, name) for name in UPDATES]
     )
     panels[0].invert_yaxis()
-    figure.supxlabel("time of an update, AdamW = 1 (log scale)", color=INK)
+    figure.supxlabel("time of an update, AdamW = 1 (log scale)")
     figure.legend(
         *panels[0].get_legend_handles_labels(),
         loc="outside upper center",
         ncols=3,
-        frameon=False,
     )
     return figure
 
@@ -96,8 +68,7 @@ def _points(axes, found, rows, device) -> None:
 
 def step_peaks() -> Figure:
     """Returns the planned bytes of a training step by kind, with the measured peak."""
-    figure = Figure(figsize=(8, 5.2), layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = new(height=5.2, width=7.2)
     steps = [
         (f"{name}, {card}", result)
         for stage in ("b-step", "d-24gb")
@@ -114,26 +85,13 @@ def step_peaks() -> Figure:
         axes.barh(rows, sizes, left=left, color=colour, label=part, height=0.7)
         left = [a + b for a, b in zip(left, sizes, strict=True)]
     peaks = [result["bytes"]["peak"] / 1e9 for _, result in steps]
-    axes.plot(peaks, rows, "|", color=INK, markersize=13, label="peak, measured")
+    axes.plot(peaks, rows, "|", color=GREY, markersize=13, label="peak, measured")
     axes.set_yticks(rows, labels)
     axes.invert_yaxis()
     axes.set_xlabel("GB of one device")
-    axes.grid(axis="x", color=INK, alpha=0.25)
-    figure.legend(loc="outside upper center", ncols=4, frameon=False)
+    axes.grid(axis="x")
+    figure.legend(loc="outside upper center", ncols=4)
     return figure
 
 
-def main() -> None:
-    """Writes both figures."""
-    for figure in (update_times, step_peaks):
-        canvas = FigureCanvasSVG(figure())
-        path = HERE / f"{figure.__name__}.svg"
-        canvas.print_svg(path, metadata={"Date": None})
-        # Matplotlib ends lines with blanks.
-        lines = path.read_text().splitlines()
-        path.write_text("".join(f"{line.rstrip()}\n" for line in lines))
-        print(path)
-
-
-if __name__ == "__main__":
-    main()
+FIGURES = {"update_times": update_times, "step_peaks": step_peaks}
