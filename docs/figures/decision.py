@@ -51,9 +51,9 @@ def _arrow(axes, start, end) -> None:
 
 def choose() -> Figure:
     """Questions from top to bottom; "yes" leads to the right, "no" down."""
-    figure, axes = new(height=5.6)
+    figure, axes = new(height=5.4)
     axes.axis("off")
-    axes.set(xlim=(0, 10), ylim=(-0.2, 11.2))
+    axes.set(xlim=(0, 10), ylim=(0.5, 11.1))
     for step, (question, method, why) in enumerate(_STEPS):
         middle = 10.2 - 2.2 * step
         _box(axes, 0.1, middle - 0.65, 4.9, 1.3, FAINT)
@@ -81,7 +81,7 @@ def _answer(axes, left, middle, width, method, why) -> None:
         weight="bold",
         fontsize=11 if "\n" not in method else 9,
     )
-    axes.text(center, middle - up, why, ha="center", va="center", fontsize=9)
+    axes.text(center, middle - up, why, ha="center", va="center", fontsize=9.5)
 
 
 FIGURES = {"choose": choose}
