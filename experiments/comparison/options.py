@@ -25,10 +25,10 @@ class Options:
     ]
     #: Directory of the results. None: runs/compare-SUITE.
     out: Path | None = None
-    #: Text to train on: embedded, c4 (streamed), or a path or glob. None: what the
+    #: Text to train on, as pretrain_llama names it. None: what the
     #: suite is about, embedded for the tiny model, c4 for larger ones.
     data: str | None = None
-    #: Path or glob of the validation text. None: held out from --data.
+    #: Text to validate on. None: the data's own part, or one held out from --data.
     validation_data: str | None = None
     #: bytes, or the path of a SentencePiece .model or of a tokenizer.json, which models
     #: above tiny need.

@@ -17,10 +17,13 @@ _REPORT_SECONDS = 5.0
 class JoinedDocuments:
     """Documents as tokens, each followed by the end-of-document token.
 
+    There are no empty ones: pairs of ends have nothing to teach but themselves.
+
     Attributes:
         tokens: Shape (n,), the smallest unsigned dtype that holds the vocabulary.
-        documents: Documents read.
-        empty: Those of them that have no tokens of their own.
+        documents: How many they are.
+        empty: Those left out beside them: without a token of their own, or without a
+            character that is not white space.
         ends: Tokens, and UTF-8 bytes, up to the end of each document, from (0, 0) on;
             int64 of shape (documents + 1, 2).
     """
@@ -39,7 +42,7 @@ class JoinedDocuments:
         return float(after - before)
 
     def __str__(self) -> str:
-        empty = f" ({self.empty:,} empty)" if self.empty else ""
+        empty = f" ({self.empty:,} empty ones skipped)" if self.empty else ""
         return f"{len(self.tokens):,} tokens in {self.documents:,} documents{empty}"
 
 
@@ -66,9 +69,11 @@ def join_documents(
     last_report = time.monotonic()
     for chunk in _chunks(documents):
         for text, ids in zip(chunk, tokenizer.encode_batch(chunk), strict=True):
+            if not len(ids) or text.isspace():
+                empty += 1
+                continue
             pieces += [np.asarray(ids).astype(dtype), end]
             count += 1
-            empty += len(ids) == 0
             total += len(ids) + 1
             ends.append((total, ends[-1][1] + len(text.encode())))
         if max_tokens is not None and total >= max_tokens:
@@ -143,7 +148,7 @@ def _chunks(documents):
     chunk, size = [], 0
     for document in documents:
         chunk.append(document)
-        size += len(document)
+        size += len(document) + 1
         if size >= _CHUNK_CHARACTERS:
             yield chunk
             chunk, size = [], 0

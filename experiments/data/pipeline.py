@@ -4,13 +4,15 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import grain
 import numpy as np
 
+from experiments.data.overlap import Overlap
 from experiments.data.packing import Windows, join_documents, padded_batches
 from experiments.data.sources import open_source
-from experiments.data.streaming import load_c4, packed_batches
+from experiments.data.streaming import Stream, packed_batches
 from experiments.data.tokenizers import Tokenizer
 from experiments.errors import UserError
 
@@ -32,8 +34,8 @@ class Data:
         train_tokens: Tokens of one epoch, ends of documents included; None: streamed.
         validation_tokens: The same for the validation text.
         bytes_per_token: UTF-8 bytes of the validation text per token of it.
-        token_digest: Hex digest of all tokens (of ``spec`` and the validation tokens
-            where training is streamed): a resumed run refuses another one.
+        token_digest: Hex digest of all tokens (of the stream's name and the validation
+            tokens where training is streamed): a resumed run refuses another one.
         train_dataset: Endless batches.
         validation_windows: The validation text.
         batch_size: Windows per batch.
@@ -94,65 +96,104 @@ def make_data(
     sequence_length: int,
     seed: int,
     validation_spec: str | None = None,
+    text_column: str = "text",
     report: Callable[[str], None] | None = None,
 ) -> Data:
     """Reads, tokenizes and packs text.
 
     Args:
-        spec: ``embedded`` (the standard library's sources), ``c4`` (streamed from
-            Hugging Face), or a path or glob, see :mod:`experiments.data.documents`.
+        spec: ``embedded`` (the standard library's sources), ``c4`` or ``hub:...``
+            (streamed from Hugging Face, see :mod:`experiments.data.hub`), or a path,
+            folder or glob, see :mod:`experiments.data.files`.
         tokenizer: Encodes the documents.
         batch_size: Windows per batch, >= 1.
         sequence_length: Targets per window, >= 1.
         seed: Seed of the training order, in [0, 2**32).
-        validation_spec: Path or glob of the validation text. None: ``embedded`` and
-            ``c4`` have their own; of files, the last 5 % of the tokens are held out,
-            at least one window and at most 500,000.
+        validation_spec: The same for the validation text, but ``embedded``. None:
+            ``embedded``, ``c4`` and what else has a validation split on the hub have
+            their own; of the hub's others, the last file is held out; of files here,
+            the last 5 % of the tokens, at least one window and at most 500,000.
+        text_column: Of JSON lines, Parquet and the hub's data sets, that holds text.
         report: Called with a line of progress every few seconds while tokenizing.
 
     Raises:
-        UserError: If a number is out of range, the text cannot be read, a file is in
-            both parts, or there is less than one window to train on (and one to hold
-            out).
+        UserError: If a number is out of range, the text cannot be read or is empty, a
+            file or the whole validation text is in both parts, or there is less than
+            one window to train on (and one to hold out).
     """
     _check_numbers(batch_size, sequence_length, seed)
-    join = functools.partial(join_documents, tokenizer=tokenizer, report=report)
-    source = open_source(spec, validation_spec)
-    train, text, description = None, None, f"training: {source.name}"
-    if source.train is not None:
-        text = join(source.train)
-        train, description = text.tokens, f"{description}: {text}"
-
+    source = open_source(spec, validation_spec, text_column)
+    join = functools.partial(_join, tokenizer=tokenizer, report=report)
+    overlap = Overlap()
+    validation_text = train_text = None
     if source.validation is not None:
-        text = join(source.validation, max_tokens=source.max_validation_tokens)
-        validation = text.tokens
-        description += f"\nvalidation: {source.validation_name}: {text}"
-        _check_enough(validation, 1, source.validation_name)
-    else:
-        train, validation = _hold_out(train, sequence_length, source.name)
-        description += f"\nvalidation: the last {len(validation):,} of them, held out"
+        documents = overlap.remember(source.validation)
+        limit = source.max_validation_tokens
+        validation_text = join(documents, source.validation_name, max_tokens=limit)
+        _check_enough(validation_text.tokens, 1, source.validation_name)
+    if not isinstance(source.train, Stream):
+        train_text = join(overlap.compare(source.train), source.name)
+    train, validation, description = _parts(
+        source, train_text, validation_text, overlap, sequence_length
+    )
 
-    if train is None:
+    if isinstance(source.train, Stream):
+        identity = repr(source.train.identity).encode()
         dataset = packed_batches(
-            load_c4("train"),
+            source.train,
             tokenizer,
             batch_size=batch_size,
             sequence_length=sequence_length,
             seed=seed,
         )
     else:
+        identity = train
         _check_enough(train, sequence_length, source.name)
         dataset = _shuffled_batches(Windows(train, sequence_length), batch_size, seed)
     return Data(
         description=description,
         train_tokens=None if train is None else len(train),
         validation_tokens=len(validation),
-        bytes_per_token=_bytes_per_token(text, len(validation)),
-        token_digest=_digest(spec.encode() if train is None else train, validation),
+        bytes_per_token=_bytes_per_token(
+            validation_text or train_text, len(validation)
+        ),
+        token_digest=_digest(identity, validation),
         train_dataset=dataset,
         validation_windows=Windows(validation, sequence_length),
         batch_size=batch_size,
     )
+
+
+def _join(documents, name, **options):
+    text = join_documents(documents, **options)
+    if not text.documents:
+        raise UserError(
+            f"{name} has no text: {text.empty:,} documents, all of them empty; give "
+            "other data, or another --text-column"
+        )
+    return text
+
+
+def _parts(
+    source, train_text, validation_text, overlap, length
+) -> tuple[Any, Any, str]:
+    """Returns tokens to train on (None: streamed), those to validate on, and words."""
+    train, description = None, f"training: {source.name}"
+    if train_text is not None:
+        train, description = train_text.tokens, f"{description}: {train_text}"
+    if validation_text is None:
+        train, validation = _hold_out(train, length, source.name)
+        held_out = f"the last {len(validation):,} of them, held out"
+        return train, validation, f"{description}\nvalidation: {held_out}"
+    if overlap.is_whole:
+        raise UserError(
+            f"every document of the validation text, {source.validation_name}, is in "
+            f"the training text, {source.name}, too; give text that is not trained on"
+        )
+    description += f"\nvalidation: {source.validation_name}: {validation_text}"
+    if overlap.shared:
+        description += f"; {overlap.shared:,} of them are in the training text, too"
+    return train, validation_text.tokens, description
 
 
 def _check_numbers(batch_size, sequence_length, seed):

@@ -1,4 +1,4 @@
-"""C4 streamed from Hugging Face into packed batches, resumable in mid-document.
+"""Data streamed from Hugging Face into packed batches, resumable in mid-document.
 
 Documents come shard by shard, are shuffled in blocks and packed. Every stage's state
 says where to read again instead of what was read, so it stays small and JSON-able:
@@ -10,54 +10,59 @@ says where to read again instead of what was read, so it stays small and JSON-ab
   JSON: it compares slices with tuples, and loses a document (grain 0.2.18).
 """
 
-import contextlib
-import importlib
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 import grain
 import numpy as np
 
+from experiments.data.hub import texts
 from experiments.data.tokenizers import Tokenizer
 from experiments.errors import UserError
 
 _SHUFFLED_DOCUMENTS = 1024
 _PREFETCHED_BATCHES = 8
+_MOST_EMPTY_IN_A_ROW = 10_000
 
 
-def load_c4(split: str) -> Any:
-    """Opens ``allenai/c4``, configuration ``en``; returns a datasets.IterableDataset.
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """Documents that are read while the run trains on them.
 
-    Args:
-        split: ``train`` or ``validation``.
-
-    Raises:
-        UserError: If ``datasets`` is not installed, or the hub cannot be reached.
+    Attributes:
+        name: In words.
+        dataset: A datasets.IterableDataset.
+        column: That holds the text.
+        held_out: How many of its last shards are not trained on.
     """
-    try:
-        datasets = importlib.import_module("datasets")
-    except ImportError as error:
-        raise UserError(
-            "--data c4 needs Hugging Face datasets; install it with pip install "
-            "-c constraints.txt -e '.[c4]' in this clone, or use make pretrain"
-        ) from error
-    with _hub_errors():
-        return datasets.load_dataset("allenai/c4", "en", split=split, streaming=True)
 
+    name: str
+    dataset: Any
+    column: str = "text"
+    held_out: int = 0
 
-def texts(dataset: Any) -> Iterator[str]:
-    """Yields ``text`` of each example of a datasets.IterableDataset, in its order.
+    @property
+    def identity(self) -> tuple[str, str, int]:
+        """What tells this stream from others."""
+        return self.name, self.column, self.held_out
 
-    Raises:
-        UserError: If the source fails, or an example has no string ``text``.
-    """
-    with _hub_errors():
-        for example in dataset:
-            yield _text(example)
+    @property
+    def shards(self) -> int:
+        """Shards to train on."""
+        return self.dataset.num_shards - self.held_out
+
+    def shard(self, index: int) -> Any:
+        """Returns one shard, held out or not."""
+        return self.dataset.shard(num_shards=self.dataset.num_shards, index=index)
+
+    def texts(self, dataset: Any) -> Iterator[str]:
+        """Yields the documents of the whole or of a shard."""
+        return texts(dataset, self.column, self.name)
 
 
 def packed_batches(
-    dataset: Any,
+    stream: Stream,
     tokenizer: Tokenizer,
     *,
     batch_size: int,
@@ -68,10 +73,11 @@ def packed_batches(
 
     Every token of every document, and the end-of-document token behind it, is a target
     exactly once per pass over the shards; the end-of-document token stands before the
-    first. All weights are 1. Passes differ in the order of shards and documents.
+    first. All weights are 1. Passes differ in the order of shards and documents. Empty
+    documents are skipped.
 
     Args:
-        dataset: A datasets.IterableDataset with a ``text`` column.
+        stream: The documents.
         tokenizer: Encodes the documents.
         batch_size: Windows per batch, B.
         sequence_length: Targets per window, T.
@@ -81,7 +87,7 @@ def packed_batches(
         Batches as everywhere: ``inputs``, ``targets``, ``weights`` of shape (B, T). The
         iterator's state is JSON-able; restoring it reads one block of documents again.
     """
-    documents = ShardedDocuments(dataset, seed)
+    documents = ShardedDocuments(stream, seed)
     # Grain adds the block's number to the seed: a hashed one keeps runs unrelated.
     block_seed = int(np.random.SeedSequence(seed).generate_state(1)[0]) >> 1
     shuffled = grain.experimental.WindowShuffleIterDataset(
@@ -95,24 +101,25 @@ def packed_batches(
 
 
 class ShardedDocuments(grain.IterDataset):
-    """Texts of a datasets.IterableDataset without end, in a new shard order each pass.
+    """The documents of a stream without end, in a new shard order each pass.
 
-    Iterating raises UserError if the source fails or has no document at all.
+    Documents without a character that is not white space are left out. Iterating raises
+    UserError if the source fails, or has none but such documents.
     """
 
-    def __init__(self, dataset: Any, seed: int):
+    def __init__(self, stream: Stream, seed: int):
         super().__init__()
-        self._dataset = dataset
+        self._stream = stream
         self._seed = seed
 
     def __iter__(self) -> grain.DatasetIterator:
-        return _ShardedIterator(self._dataset, self._seed)
+        return _ShardedIterator(self._stream, self._seed)
 
 
 class _ShardedIterator(grain.DatasetIterator):
-    def __init__(self, dataset, seed):
+    def __init__(self, stream, seed):
         super().__init__()
-        self._dataset = dataset
+        self._stream = stream
         self._seed = seed
         self._pass = 0
         self._visited = 0
@@ -120,11 +127,17 @@ class _ShardedIterator(grain.DatasetIterator):
         self._open_shard()
 
     def __next__(self):
-        while (text := next(self._texts, None)) is None:
-            self._visited += 1
-            if self._visited == self._dataset.num_shards:
-                self._start_pass()
-            self._open_shard()
+        empty = 0
+        while not (text := next(self._texts, None)) or text.isspace():
+            if text is None:
+                self._next_shard()
+                continue
+            empty += 1
+            if empty == _MOST_EMPTY_IN_A_ROW:
+                raise UserError(
+                    f"{self._stream.name}: {empty:,} documents in a row are empty in "
+                    f"column {self._stream.column!r}; name another by --text-column"
+                )
         self._pass_documents += 1
         return text
 
@@ -142,21 +155,29 @@ class _ShardedIterator(grain.DatasetIterator):
         self._pass_documents = state["pass_documents"]
         self._open_shard(state["shard"])
 
+    def _next_shard(self):
+        self._visited += 1
+        if self._visited == self._stream.shards:
+            self._start_pass()
+        self._open_shard()
+
     def _start_pass(self):
         if not self._pass_documents:
-            raise UserError("the streamed data has no document; name another source")
+            raise UserError(
+                f"{self._stream.name} has no text in column {self._stream.column!r}; "
+                "name another by --text-column, or another source"
+            )
         self._pass += 1
         self._visited = 0
         self._pass_documents = 0
 
     def _open_shard(self, state=None):
-        shards = self._dataset.num_shards
-        order = np.random.default_rng([self._seed, self._pass]).permutation(shards)
-        index = int(order[self._visited])
-        self._shard = self._dataset.shard(num_shards=shards, index=index)
+        rng = np.random.default_rng([self._seed, self._pass])
+        order = rng.permutation(self._stream.shards)
+        self._shard = self._stream.shard(int(order[self._visited]))
         if state is not None:
             self._shard.load_state_dict(state)
-        self._texts = texts(self._shard)
+        self._texts = self._stream.texts(self._shard)
 
 
 class PackedDocuments(grain.IterDataset):
@@ -219,29 +240,3 @@ class _PackingIterator(grain.DatasetIterator):
         ids = np.asarray(self._tokenizer.encode(next(self._parent)), np.int32)
         self._document = np.concatenate([self._end, ids, self._end])
         self._offset = 0
-
-
-def _text(example):
-    text = example.get("text")
-    if not isinstance(text, str):
-        raise UserError(
-            f"an example of the streamed data has no string 'text', but columns "
-            f"{list(example)}; name a source with that column"
-        )
-    return text
-
-
-@contextlib.contextmanager
-def _hub_errors():
-    """Turns whatever datasets, its file systems and its parsers raise into one line."""
-    try:
-        yield
-    except UserError:
-        raise
-    # Their exceptions share no base class: OSError, httpx.HTTPError, DatasetsError...
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(
-            f"the Hugging Face hub cannot be reached or read ({reason}); check the "
-            "network and try again, or use files with --data PATH"
-        ) from error

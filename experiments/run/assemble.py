@@ -100,6 +100,7 @@ def assemble(config: Config, report: Callable[[str], None]) -> Parts:
         sequence_length=config.sequence_length,
         seed=config.seed,
         validation_spec=config.validation_data,
+        text_column=config.text_column,
         report=report,
     )
     if resumed is not None and resumed.token_digest != data.token_digest:

@@ -37,11 +37,15 @@ class ModelFlags:
 class DataFlags:
     """The text, and how it becomes batches."""
 
-    #: Text to train on: embedded (Python's standard library), c4 (streamed from Hugging
-    #: Face), or a path or glob of .json.gz, .jsonl, .txt or .txt.xz files.
+    #: Text to train on: embedded (Python's standard library); a file, folder or quoted
+    #: glob of .jsonl, .json, .txt (also .gz, .xz, .bz2, .zst) or .parquet; or streamed
+    #: from Hugging Face, c4 or hub:OWNER/NAME[:CONFIGURATION[:SPLIT]].
     data: str = "embedded"
-    #: Path or glob of the validation text. None: held out from --data.
+    #: Text to validate on, named as for --data. None: the validation split of a data
+    #: set that has one; else a part held out from --data.
     validation_data: str | None = None
+    #: Column that holds the text, in JSON lines, Parquet and data sets of the hub.
+    text_column: str = "text"
     #: bytes (UTF-8, 257 tokens), or the path of a SentencePiece .model or of a Hugging
     #: Face tokenizer.json. None: the tokenizer.json or tokenizer.model beside
     #: --initial-weights, else bytes.

@@ -15,21 +15,28 @@ def targets_of(windows):
 
 
 def test_documents_are_joined_with_their_end():
-    joined = join_documents(["ab", "", "é"], ByteTokenizer())
-    assert joined.tokens.tolist() == [97, 98, 256, 256, 0xC3, 0xA9, 256]
-    assert (joined.documents, joined.empty) == (3, 1)
-    assert str(joined) == "7 tokens in 3 documents (1 empty)"
+    joined = join_documents(["ab", "é"], ByteTokenizer())
+    assert joined.tokens.tolist() == [97, 98, 256, 0xC3, 0xA9, 256]
+    assert str(joined) == "6 tokens in 2 documents"
+
+
+def test_empty_documents_are_skipped_and_counted():
+    joined = join_documents(["ab", "", " \n\u3000", "é"], ByteTokenizer())
+    without = join_documents(["ab", "é"], ByteTokenizer())
+    assert joined.tokens.tolist() == without.tokens.tolist()
+    assert joined.ends.tolist() == without.ends.tolist()
+    assert str(joined) == "6 tokens in 2 documents (2 empty ones skipped)"
+    assert len(join_documents([""] * 500, ByteTokenizer()).tokens) == 0
 
 
 def test_bytes_are_counted_by_token():
     tokenizer = ByteTokenizer()
-    joined = join_documents(["ab", "", "éé"], tokenizer)
-    assert joined.ends.tolist() == [[0, 0], [3, 2], [4, 2], [9, 6]]
-    assert joined.bytes_between(0, 9) == 6
+    joined = join_documents(["ab", "éé"], tokenizer)
+    assert joined.ends.tolist() == [[0, 0], [3, 2], [8, 6]]
+    assert joined.bytes_between(0, 8) == 6
     # The five tokens of the last document share its four bytes.
-    assert joined.bytes_between(4, 9) == 4
-    assert joined.bytes_between(8, 9) == pytest.approx(4 / 5)
-    assert joined.bytes_between(3, 4) == 0
+    assert joined.bytes_between(3, 8) == 4
+    assert joined.bytes_between(7, 8) == pytest.approx(4 / 5)
 
 
 def test_chunks_change_nothing(monkeypatch):

@@ -1,4 +1,5 @@
 import dataclasses
+import gzip
 import json
 
 import numpy as np
@@ -148,8 +149,8 @@ def test_the_end_of_the_text_is_held_out_without_a_validation_text(files):
 def test_bytes_per_token_are_those_of_the_validation_text(files):
     # One token of the 200 and one is the end of the document.
     assert data_of(files).bytes_per_token == pytest.approx(200 / 201)
-    (files / "train.txt").write_text("x" * 9_000 + "\f" * 999)
-    assert data_of(files, validation=None).bytes_per_token == 0
+    (files / "train.txt").write_text("x" * 9_000 + "\fa" * 400)
+    assert data_of(files, validation=None).bytes_per_token == 0.5
 
 
 def test_epochs_count_windows(files):
@@ -171,7 +172,8 @@ def test_at_most_half_a_million_tokens_are_held_out(files):
 
 def test_the_description_counts_documents_and_empty_ones(files):
     (files / "train.txt").write_text("a\f\f" + random_text(100))
-    assert "104 tokens in 3 documents (1 empty)" in data_of(files).description
+    said = data_of(files).description
+    assert "103 tokens in 2 documents (1 empty ones skipped)" in said
 
 
 def test_a_glob_reads_all_its_files(files):
@@ -210,15 +212,56 @@ def test_less_than_one_training_window_says_so(files):
         data_of(files)
 
 
-def test_an_empty_validation_document_is_not_enough(files):
-    (files / "none.jsonl").write_text('{"text": ""}')
-    with pytest.raises(UserError, match=r"none.jsonl has 1 tokens, but 2 are needed"):
-        data_of(files, validation="none.jsonl")
+@pytest.mark.parametrize("name", ["train.txt", "validation.txt"])
+def test_documents_that_are_all_empty_are_no_text(files, name):
+    (files / name).write_text("\f" * 499)
+    with pytest.raises(UserError, match=rf"{name} has no text: 500 documents, all of"):
+        data_of(files)
 
 
 def test_validating_on_the_training_file_is_an_error(files):
     with pytest.raises(UserError, match=r"train.txt is in both the training"):
         data_of(files, validation="*.txt")
+
+
+def test_validating_on_a_copy_of_the_training_text_is_an_error(files):
+    text = (files / "train.txt").read_text()
+    (files / "train.txt").write_text(f"{text}\fanother document")
+    (files / "copy.jsonl.gz").write_bytes(
+        gzip.compress(json.dumps({"text": text}).encode())
+    )
+    with pytest.raises(UserError, match=r"every document of the validation text, .*co"):
+        data_of(files, validation="copy.jsonl.gz")
+
+
+def test_validation_documents_that_are_trained_on_are_counted(files):
+    (files / "train.txt").write_text("\f".join(["a", "a", "b", random_text(99)]))
+    (files / "validation.txt").write_text("\f".join(["a", "b", "c"]))
+    said = data_of(files).description
+    assert said.endswith("in 3 documents; 2 of them are in the training text, too")
+
+
+def test_another_column_is_trained_on(files):
+    (files / "train.jsonl").write_text(json.dumps({"text": "", "body": "x" * 99}))
+    options = {"batch_size": 1, "sequence_length": 4, "seed": 0}
+    data = make_data(
+        str(files / "train.jsonl"), ByteTokenizer(), text_column="body", **options
+    )
+    assert data.train_tokens + data.validation_tokens == 100
+    with pytest.raises(UserError, match=r"--text-column body: .*train.txt has no col"):
+        make_data(
+            str(files / "train.txt"), ByteTokenizer(), text_column="body", **options
+        )
+
+
+def test_a_folder_is_read_and_said(files):
+    (files / "notes.md").write_text("not read")
+    data = make_data(
+        str(files), ByteTokenizer(), batch_size=1, sequence_length=4, seed=0
+    )
+    assert data.train_tokens + data.validation_tokens == 641 + 1 + 200 + 1
+    named = "(2 files, train.txt to validation.txt; 1 of another kind left out)"
+    assert f"training: {files} {named}: 843 tokens" in data.description
 
 
 @pytest.mark.parametrize(
