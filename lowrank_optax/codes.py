@@ -1,6 +1,6 @@
-"""One array of the state in few bits: integer codes, and a scale per block of them.
+"""One array of the state in few bits: integer codes, and a scale per block of codes.
 
-Formats, by the codes' dtype and whether there is a seed; s is the block's scale:
+The codes' dtype and the presence of a seed give the format; s is the block's scale:
 
 ========  =====================================  =============  ====  ==============
 format    codes q                                value          seed  for
@@ -11,11 +11,11 @@ linear    int8 in [-127, 127]                    q/127 s        no    bases
 packed    uint16, four of [-7, 7] along a row    q/7 s          no    bases
 ========  =====================================  =============  ====  ==============
 
--128 and 255 are not a number. An average must not be rounded to nearest: one that
-decays by less than half a step an update would never move. Arrays with a seed are
-rounded up or down, right on average (:func:`lowrank_optax.rules.hashing.dither`), and
-their scales stay while they can, so that a value that decays alone moves alone. Powers
-make steps small where values are small, for the noise is about a step wide.
+The codes -128 and 255 mean NaN. Rounded to nearest, an average that decays by less than
+half a step an update would never move. Arrays with a seed are rounded up or down, right
+on average (:func:`lowrank_optax.rules.hashing.dither`). Scales stay while they can, so
+that the decay of one value moves no other. Powers make steps small where values are
+small, because the noise is about a step wide.
 """
 
 import math
@@ -43,25 +43,25 @@ _FORMATS: dict[Any, Format] = {
     (jnp.dtype(dtype), kind in _SEEDED): kind for kind, dtype in _DTYPES.items()
 }
 _PER_CODE = 4  # values in each code of the packed format
-# A scale stays while the largest value fills this share of its codes; a new one leaves
-# room for it to grow.
+# A scale stays while the largest value fills this share of its codes. A new scale
+# leaves headroom for growth.
 _FILLED, _HEADROOM = 0.8, 1.05
-# Below it the inverse of a scale is not finite: such blocks are zero.
+# A smaller scale has no finite inverse: such blocks are zero.
 _LEAST_SCALE = 1e-35
 
 
 class Coded(NamedTuple):
-    """An array in few bits, in the place of a float32 one.
+    """An array in few bits, in place of a float32 array.
 
-    Blocks are tiles of ceil(rows / A) x ceil(columns / C) values, of the last two axes.
+    A block is a tile of ceil(rows / A) x ceil(columns / C) values in the last two axes.
 
     Attributes:
-        codes: (*stack, rows, columns), int8 or uint8; where packed (*stack, rows,
-            ceil(columns / 4)), uint16; (n,) for a vector, which counts as one row.
-        absmax: Scale of each block: the largest magnitude in it, or the root of that;
-            (*stack, A, C), float32, C = columns where packed; (C,) for a vector.
-        seed: Of the next rounding of each matrix, (*stack,), uint32; () for an array
-            whose values are rounded to nearest.
+        codes: (*stack, rows, columns), int8 or uint8; packed (*stack, rows,
+            ceil(columns / 4)), uint16. A vector is a single row, (n,).
+        absmax: Scale of each block: its largest magnitude, or the root of this; float32
+            (*stack, A, C), with C = columns if packed; (C,) for a vector.
+        seed: Seed of the next rounding of each matrix, (*stack,), uint32; () for
+            rounding to nearest.
     """
 
     codes: Any
@@ -77,7 +77,7 @@ def is_coded(node: Any) -> bool:
 
 
 def coded_record(node: Any) -> Any:
-    """Returns a coded array again where ``flax.nnx.Optimizer`` made it a mapping."""
+    """Returns a coded array as a record, also from ``flax.nnx.Optimizer``'s mapping."""
     return Coded(**node) if isinstance(node, Mapping) and is_coded(node) else node
 
 
@@ -101,15 +101,15 @@ def coded_like(shape: tuple[int, ...], tile: tuple[int, int], kind: Format) -> C
     """Returns the shapes of an array in few bits.
 
     Args:
-        shape: Of the array, at least one axis.
-        tile: Rows and columns of a block, at most; one column for the packed format.
+        shape: Shape of the array, with at least one axis.
+        tile: Most rows and columns of a block; one column in the packed format.
         kind: The format.
     """
     rows, columns = _rows_and_columns(shape)
     counts = (-(-rows // tile[0]), -(-columns // tile[1]))
     codes = shape
     if kind == "packed":
-        # The scales say how many columns there are.
+        # The number of scales is the number of columns.
         assert tile[1] == 1
         assert len(shape) > 1
         codes = (*shape[:-1], -(-columns // _PER_CODE))
@@ -122,7 +122,7 @@ def coded_like(shape: tuple[int, ...], tile: tuple[int, int], kind: Format) -> C
 
 
 def decode(node: Any) -> Any:
-    """Returns the float32 array that is coded; anything else as it is.
+    """Returns a coded array as float32; any other node as it is.
 
     Args:
         node: :class:`Coded`, from a state under :func:`lowrank_optax.low_bit`, or any
@@ -148,17 +148,17 @@ def _decode(coded: Coded) -> jax.Array:
 
 
 def encode(array: jax.Array, like: Any) -> Any:
-    """Returns an array in the format of ``like``; unchanged, if that is not coded.
+    """Returns an array in the format of ``like``; unchanged, if ``like`` is not coded.
 
-    Codes are rounded to nearest, or, where ``like`` has a seed, up or down, right on
-    average. A value that is not finite is coded as not a number and does not touch its
-    block; the packed format makes it 0. In the root format a value above 0 never
-    becomes 0, because it divides.
+    With a seed in ``like``, codes are rounded up or down, right on average; otherwise
+    to nearest. A value that is not finite becomes NaN (0 in the packed format), and
+    does not change its block. In the root format a value above 0 never becomes 0,
+    because second moments are divisors.
 
     Args:
         array: Values; not negative for the root format.
-        like: Coded array of the same shape. Its seed is the one used, and its scales
-            stay where they can.
+        like: Coded array of the same shape. The rounding takes its seed, and keeps its
+            scales where possible.
     """
     if not is_coded(like):
         return array
@@ -187,7 +187,7 @@ def _encode(array: jax.Array, like: Coded) -> Coded:
         codes = jnp.floor(scaled + shift.reshape(values.shape))
     else:
         codes = jnp.round(scaled)
-    # Rounding of the inverse may pass the largest code by one unit in the last place.
+    # A rounded inverse may exceed the largest code by a unit in the last place.
     codes = jnp.clip(codes, -_LARGEST[kind], _LARGEST[kind])
     if kind == "root":
         codes = jnp.maximum(codes, jnp.where(scaled > 0, 1, 0))
@@ -205,19 +205,19 @@ def decoded_tree(tree: Any) -> Any:
 
 
 def encoded_tree(tree: Any, like: Any) -> Any:
-    """Returns a tree with the arrays encoded that are coded in ``like``."""
+    """Returns a tree with the same arrays encoded as in ``like``."""
     return jax.tree.map(lambda old, new: encode(new, old), like, tree, is_leaf=is_coded)
 
 
 def with_columns(node: Any, columns: int) -> Any:
     """Returns an array, coded or not, with its last axis cut, or grown by zeros.
 
-    What remains is the same to the bit where a block is one column wide, and always for
-    arrays that are not coded.
+    The remaining columns stay the same to the bit, if the array is not coded or if each
+    block is one column wide.
 
     Args:
         node: Array or :class:`Coded`.
-        columns: Of the result, >= 1.
+        columns: Columns of the result, >= 1.
     """
     if not is_coded(node):
         return _fitted(node, columns)
@@ -225,7 +225,7 @@ def with_columns(node: Any, columns: int) -> Any:
     if format_of(coded) == "packed":
         codes = _fitted(coded.codes, -(-columns // _PER_CODE))
         if isinstance(codes, jax.Array):
-            # The last code may hold columns that are cut off.
+            # The last code may still hold columns beyond the cut.
             codes = _packed(_unpacked(codes, columns))
         return Coded(codes, _fitted(coded.absmax, columns))
     tile = -(-coded.codes.shape[-1] // coded.absmax.shape[-1])
@@ -289,7 +289,7 @@ def _unpacked(packed: jax.Array, columns: int) -> jax.Array:
 
 
 def _shifts(ndim: int) -> jax.Array:
-    """Returns the place of each code, (1, ..., 1, 4): nothing is broadcast unasked."""
+    """Returns the bit position of each code, (1, ..., 1, 4), of full rank."""
     places = 4 * jnp.arange(_PER_CODE, dtype=jnp.uint16)
     return places.reshape((1,) * (ndim - 1) + (_PER_CODE,))
 

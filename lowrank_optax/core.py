@@ -1,4 +1,4 @@
-"""What a low-rank transformation does with gradients once they are projected."""
+"""Cores: the part of a low-rank transformation between projection and lift."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -16,10 +16,10 @@ class InLeaf(NamedTuple):
     """One projected leaf during an update.
 
     Attributes:
-        projector: How it is projected.
-        subspace: Its subspace, renewed.
+        projector: Projector of the leaf.
+        subspace: Subspace of the leaf, renewed.
         basis: P; (*stack, b/c, r).
-        gradient: At full size; None, if it came projected.
+        gradient: Full gradient; None, if the gradient came projected.
     """
 
     projector: Projector
@@ -29,20 +29,20 @@ class InLeaf(NamedTuple):
 
 
 Views = Mapping[tuple, MatrixView | None]
-"""How each leaf is seen as matrices, by its key path; None, if it is none."""
+"""Key path -> view of the leaf as matrices; None for a leaf without a matrix."""
 
 NumbersByPath = Mapping[tuple, LowRankDimensionNumbers | None]
-"""Which axes of what an inner transformation gets form its matrix, by its key path."""
+"""Key path -> axes of the matrix in an inner transformation's gradient, or None."""
 
 Inner = (
     optax.GradientTransformation
     | Callable[[NumbersByPath], optax.GradientTransformation]
 )
-"""An inner transformation, or a function that makes it for certain axes."""
+"""An inner transformation, or a function from dimension numbers to one."""
 
 
 class Core(Protocol):
-    """What a low-rank transformation does with gradients that are projected."""
+    """The interface of a core: a transformation of projected gradients."""
 
     def init(
         self,
@@ -51,14 +51,14 @@ class Core(Protocol):
         projectors: Mapping[tuple, Projector],
         views: Views,
     ) -> Any:
-        """Returns its state.
+        """Returns the state of the core.
 
         Args:
-            params: Parameters, or their shapes; only those and shardings count.
+            params: Parameters, or their shapes. Only shapes and shardings count.
             coordinates: Tree like the parameters; a projected leaf has shape
                 (*stack, a*c, r).
-            projectors: Of the projected leaves.
-            views: Of all leaves.
+            projectors: Projectors of the projected leaves.
+            views: Views of all leaves.
         """
         ...
 
@@ -69,7 +69,7 @@ class Core(Protocol):
         projectors: Mapping[tuple, Projector],
         views: Views,
     ) -> None:
-        """Raises ValueError if something else is wrong with the state."""
+        """Raises ValueError if the core cannot run with these parameters."""
         ...
 
     def update(
@@ -81,15 +81,15 @@ class Core(Protocol):
         count: jax.Array,
         extra_args: Mapping[str, Any],
     ) -> tuple[Any, Any, Mapping[tuple, Any]]:
-        """Returns updates at full size, its new state, and the residual rule's states.
+        """Returns full updates, the core's new state, and the residual rule's states.
 
         Args:
             coordinates: Gradients; those of projected leaves are (*stack, a*c, r).
-            state: Of the core.
+            state: State of the core.
             leaves: The projected leaves by their key paths.
-            views: Of all leaves.
+            views: Views of all leaves.
             count: Updates done; (), int32.
-            extra_args: For an inner transformation.
+            extra_args: Extra arguments of an inner transformation.
         """
         ...
 
@@ -113,7 +113,7 @@ class InsideSubspace(NamedTuple):
             _check_needs_no_params(inner, coordinates, state)
 
     def update(self, coordinates, state, leaves, views, count, extra_args):
-        """Returns scale N P^T and what the residual adds; see :class:`Core`."""
+        """Returns scale N P^T plus the residual's part; see :class:`Core`."""
         inner = self._inner(views, leaves)
         narrow, state = inner.update(coordinates, state, None, **extra_args)
         residuals = {}
@@ -132,7 +132,7 @@ class InsideSubspace(NamedTuple):
     def _inner(
         self, views: Views, projected: Mapping[tuple, Any]
     ) -> optax.GradientTransformationExtraArgs:
-        """Returns the inner transformation for the axes of these leaves."""
+        """Returns the inner transformation, made for the axes of these leaves."""
         if not callable(self.inner):
             return optax.with_extra_args_support(self.inner)
         in_subspace = LowRankDimensionNumbers(-2, -1)
@@ -154,14 +154,14 @@ def _check_needs_no_params(inner, coordinates, state) -> None:
     try:
         jax.eval_shape(lambda u, s: inner.update(u, s, None), *like)
     except Exception as error:
-        # Only if parameters are what was missing: other faults surface in update.
+        # Raise only if parameters were missing: other faults surface in update.
         try:
             jax.eval_shape(lambda u, s: inner.update(u, s, u), *like)
         except Exception:
             return
         raise ValueError(
-            "the inner transformation of scale_by_low_rank needs parameters, which "
-            "have no meaning in the subspace; put weight decay and the like outside: "
+            "the inner transformation of scale_by_low_rank needs parameters, but a "
+            "subspace has no parameters; put weight decay and the like outside: "
             "optax.chain(scale_by_low_rank(optax.scale_by_adam(), ...), "
             "optax.add_decayed_weights(...), optax.scale_by_learning_rate(...))."
         ) from error

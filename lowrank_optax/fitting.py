@@ -1,4 +1,4 @@
-"""A basis fitted to a gradient: the subspace of one leaf with a new one in it."""
+"""Fits a basis to a gradient, for the subspace of one leaf."""
 
 from collections.abc import Sequence
 
@@ -19,13 +19,13 @@ def blended(
     projector: Projector,
     count: jax.Array,
 ) -> jax.Array:
-    """Returns what a basis is fitted to: the gradient, for most rules.
+    """Returns the array to which a basis is fitted: for most rules, the gradient.
 
     Args:
-        gradient: At full size.
-        means: First moments in the basis in use, (*stack, a*c, r) each, or none.
-        subspace: With the basis in use.
-        projector: Of the leaf.
+        gradient: Full gradient.
+        means: First moments in the basis in use, (*stack, a*c, r) each; may be empty.
+        subspace: Subspace with the basis in use.
+        projector: Projector of the leaf.
         count: Updates done.
     """
     rule = projector.parts.basis
@@ -40,17 +40,16 @@ def blended(
 def with_basis_of(
     gradient: jax.Array, subspace: Subspace, projector: Projector, name_hash: jax.Array
 ) -> tuple[Subspace, jax.Array]:
-    """Returns the subspace with a basis of the gradient, and where there is one."""
+    """Returns the subspace with a basis of the gradient, and where one was found."""
     parts = projector.parts
     assert not isinstance(parts.basis, RandomBasis)
     matrix = projector.view.oriented(gradient).astype(projector.dtype)
     seeds = projector.seeds(subspace.refreshes - 1, name_hash)
     columns = parts.basis.compute(matrix, decode(subspace.basis), seeds)
-    # By squares, which keep NaN: XLA's maximum may pass over it (jaxlib 0.10 and 0.11,
-    # CPU).
+    # Sums of squares keep NaN. XLA's maximum may lose NaN (jaxlib 0.10 and 0.11, CPU).
     squares = jnp.sum(columns**2, axis=-2)
     found = jnp.all(jnp.isfinite(squares) & (squares > 0), axis=-1)
-    # A product with the gradient, which the compiler drops for a fixed rank.
+    # This product with the gradient is dropped by the compiler for a fixed rank.
     energies = captured_energies(matrix, columns)
     rank, demand = parts.rank.select(energies, subspace.demand)
     columns = below(rank, columns).astype(projector.dtype)

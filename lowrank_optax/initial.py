@@ -1,4 +1,4 @@
-"""The state before the first gradient, and the rank that a budget comes to."""
+"""The state before the first gradient, and the rank from a budget of bytes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -38,7 +38,7 @@ def initial_state(params: Any, core: Core, parts: Parts) -> ScaleByLowRankState:
 
 
 def _with_rank_of_budget(params: Any, core: Core, parts: Parts) -> Parts:
-    """Returns the parts with the rank that a budget of bytes comes to."""
+    """Returns the parts with a rank in place of a budget of bytes."""
     if not isinstance(parts.rank, Budget):
         return parts
 
@@ -58,7 +58,7 @@ def _with_rank_of_budget(params: Any, core: Core, parts: Parts) -> Parts:
 
 
 def _lasts(params: Any, parts: Parts) -> list[int]:
-    """Returns the ranks at which some leaf is projected for the last time, rising."""
+    """Returns, rising, the largest ranks at which some leaf is still projected."""
     plans, _ = initial_projectors(params, parts._replace(rank=FixedRank(1)))
     views = [plan.view for plan in plans.values() if plan.view is not None]
     short_sides = {min(view.kept_size, view.projected_size) for view in views}
@@ -68,7 +68,7 @@ def _lasts(params: Any, parts: Parts) -> list[int]:
 def _state(
     params: Any, core: Core, projectors: Mapping[tuple, Projector], views: Views
 ) -> tuple[ScaleByLowRankState, Any]:
-    """Returns the state, and zeros like the gradients that the core gets."""
+    """Returns the state, and zeros like the core's gradients."""
 
     def subspace(path, leaf):
         if path not in projectors:

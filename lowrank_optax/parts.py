@@ -1,4 +1,4 @@
-"""The choices that make a low-rank transformation, beside what runs inside of it."""
+"""The choices that make a low-rank transformation, besides its core."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -33,20 +33,20 @@ class Parts(NamedTuple):
 
     @property
     def is_random(self) -> bool:
-        """Whether bases are drawn, and not stored."""
+        """Whether bases are drawn when needed, and not stored."""
         return isinstance(self.basis, RandomBasis)
 
     @property
     def needs_full_gradients(self) -> bool:
-        """Whether an update looks at more than projected gradients."""
+        """Whether every update needs full gradients."""
         return self.residual.needs_full_gradients
 
     def plans(self, tree: Any, capacity: int = 0) -> dict[tuple, LeafPlan]:
         """Returns the plan of every leaf by its key path.
 
         Args:
-            tree: Leaves at full size, or their shapes; boxes may name their axes.
-            capacity: Columns of a basis; with 0 each leaf that has a matrix is planned.
+            tree: Leaves at full size, or their shapes; boxes may name the axes.
+            capacity: Columns of a basis. With 0 every leaf with a matrix is projected.
         """
         return plan_leaves(
             tree, capacity, self.side, self.dimension_numbers, self.granularity
@@ -81,8 +81,8 @@ def make_parts(
     rule = as_rank_rule(rank)
     if isinstance(basis, RandomBasis) and not isinstance(rule, FixedRank):
         raise ValueError(
-            "a random basis captures no energy that a rank rule could go by; give an "
-            f"int as rank, got {rank!r}."
+            "a random basis captures no energy for a rank rule to measure; give an int "
+            f"as rank, got {rank!r}."
         )
     return Parts(
         rank=rule,
@@ -99,11 +99,11 @@ def make_parts(
 
 
 def check_subspace_is_enough(parts: Parts, path: tuple) -> None:
-    """Raises if gradients inside the subspace do not do for a transformation.
+    """Raises ValueError if a transformation needs full gradients.
 
     Args:
-        parts: Of the transformation.
-        path: Key path of a leaf whose gradient is projected before the update.
+        parts: Parts of the transformation.
+        path: Key path of a leaf with a projected gradient.
     """
     if parts.needs_full_gradients:
         raise ValueError(

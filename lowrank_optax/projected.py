@@ -1,4 +1,4 @@
-"""``Projected``: a gradient inside its leaf's subspace, told apart by its type."""
+"""``Projected``: the type of a gradient inside its leaf's subspace."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -10,13 +10,13 @@ import optax
 from lowrank_optax.matrix.boxes import unboxed
 from lowrank_optax.matrix.sharding import abstract
 
-# What functions that make masks and labels make of an array.
+# Results of functions that make masks and labels from arrays.
 _LABELS = (bool, np.bool_, str, optax.MaskedNode)
 
 
 @dataclasses.dataclass(frozen=True)
 class _InPlace:
-    """Key of what is inside: it prints as nothing, the leaf's path as its own."""
+    """Key of the array inside. It prints as nothing, so paths end at the leaf."""
 
     key: str = ""
 
@@ -27,17 +27,17 @@ class _InPlace:
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class Projected:
-    """A projected gradient R = G P, where a tree of gradients else has the full one.
+    """A projected gradient R = G P, in place of the full gradient in a tree.
 
-    ``update`` of every low-rank transformation takes it, and ``accumulate``. What works
-    leaf by leaf on gradients alone needs to know nothing of it: norms, clipping, a
-    schedule's factor. What needs the parameter beside the gradient, or an array of its
-    size (``optax.MultiSteps``, coupled weight decay, momentum), raises an error that
-    names this type, for that belongs behind the low-rank transformation.
+    ``accumulate`` and the ``update`` of every low-rank transformation take it.
+    Functions of each leaf work on it unchanged: norms, clipping, a schedule's factor.
+    Transformations with a parameter or buffer of full size beside the gradient raise an
+    error that names this type: ``optax.MultiSteps``, coupled weight decay, momentum.
+    Put such transformations behind the low-rank transformation.
 
-    A node of one array. Where a function of a tree makes a bool or a string of that
-    array, as those do that make masks and labels for ``optax.masked`` and
-    ``optax.partition``, the node goes with it, and what it made stands in its place.
+    The record is a pytree node with one array. A function that makes masks or labels,
+    for ``optax.masked`` or ``optax.partition``, maps this array to a bool or a string.
+    The result then replaces the whole node.
 
     Attributes:
         coordinates: R; (*stack, a*c, r), float32 or wider.
@@ -59,24 +59,24 @@ class Projected:
 
     @classmethod
     def tree_unflatten(cls, aux_data, children):
-        """Returns the record again, or what has become a label or a mask."""
+        """Returns the record again, or the label or mask in its place."""
         del aux_data
         (child,) = children
         return child if isinstance(child, _LABELS) else cls(child)
 
 
 class ProjectedSum(NamedTuple):
-    """Projected gradients added up: what a state has in the place of the full sum.
+    """A sum of projected gradients in a state, in place of the full sum.
 
     Attributes:
-        coordinates: (*stack, a*c, r), float32 or wider.
+        coordinates: The sum; (*stack, a*c, r), float32 or wider.
     """
 
     coordinates: Any
 
 
 def is_projected(node: Any) -> bool:
-    """Returns whether a node of a tree of gradients is a projected one."""
+    """Returns whether a node of a tree of gradients is a projected gradient."""
     return isinstance(node, Projected)
 
 
@@ -87,21 +87,21 @@ def gradients_by_path(gradients: Any) -> dict[tuple, Any]:
 
 
 def full_size(gradients: Any, params: Any) -> Any:
-    """Returns a tree like the gradients with the shapes that they have at full size.
+    """Returns a tree like the gradients, with full shapes.
 
     Args:
-        gradients: Arrays, or :class:`Projected` in the place of some.
+        gradients: Arrays, with :class:`Projected` in place of some.
         params: Parameters; None, if no gradient is projected.
 
     Raises:
-        ValueError: If a gradient is projected and there are no parameters.
+        ValueError: If a gradient is projected and ``params`` is None.
     """
     if params is None:
         for path, gradient in gradients_by_path(gradients).items():
             if is_projected(gradient):
                 raise ValueError(
-                    f"{jax.tree_util.keystr(path)} is projected, which does not say "
-                    "what shape it had: give update params too, "
+                    f"{jax.tree_util.keystr(path)}: a projected gradient lacks the "
+                    "full shape, so update needs params too: "
                     "optimizer.update(gradients, state, params)."
                 )
         return gradients

@@ -1,8 +1,8 @@
-"""Renewal: how a basis that is due follows the gradients, and the moments follow it.
+"""Renewal: a due basis follows the gradients, and the moments follow the basis.
 
-The only code of an update with a decomposition or a draw of a new basis. One
-conditional stands in front of all leaves; behind it each kind of leaf has one loop,
-which runs once for each leaf that is due, and not at all for the others.
+No other code of an update has a decomposition or a draw of a new basis. One conditional
+stands in front of all leaves. Behind it each kind of leaf has one loop, with one
+iteration for each due leaf.
 """
 
 import functools
@@ -39,14 +39,14 @@ def renewed(
     projectors: Mapping[tuple, Projector],
     again: bool | jax.Array = False,
 ) -> ScaleByLowRankState:
-    """Returns the state with the bases renewed that are due, and moments that follow.
+    """Returns the state with due bases renewed and the moments re-based.
 
     Args:
-        gradients: Tree like the parameters of gradients at full size. A leaf whose
-            gradient is :class:`Projected` keeps its basis. Random bases need none.
-        state: Of the transformation.
-        projectors: Of the projected leaves.
-        again: Whether these are not the first gradients of an update; see
+        gradients: Tree like the parameters, of full gradients. A leaf with a
+            :class:`Projected` gradient keeps its basis. Random bases need no gradient.
+        state: State of the transformation.
+        projectors: Projectors of the projected leaves.
+        again: Whether an earlier micro-batch of the same update came before; see
             :func:`lowrank_optax.due.asked`.
     """
     if not projectors:
@@ -98,16 +98,15 @@ def renewed_everywhere(
     kept: Any,
     again: Any = False,
 ) -> Any:
-    """Returns an optimizer's state with the bases renewed that are due, as they may be.
+    """Returns an optimizer's state with due bases renewed, in all its transformations.
 
     Args:
         gradients: Tree like the parameters of the whole optimizer.
-        state: Of the whole optimizer.
-        like: Tree like the gradients with the shapes at full size.
-        binding: Of the optimizer.
-        kept: Function of the parts of a transformation: whether its bases are left
-            alone.
-        again: Whether these are not the first gradients of an update.
+        state: State of the whole optimizer.
+        like: Tree like the gradients, with full shapes.
+        binding: Binding of the optimizer.
+        kept: Parts of a transformation -> whether its bases stay as they are.
+        again: Whether an earlier micro-batch of the same update came before.
     """
 
     def of_node(node):
@@ -120,11 +119,11 @@ def renewed_everywhere(
 
 
 class _Renewable(NamedTuple):
-    """What a renewal changes of one leaf.
+    """The parts of one leaf's state that a renewal changes.
 
     Attributes:
-        subspace: Its subspace.
-        moments: Its moments, in few bits or not.
+        subspace: Subspace of the leaf.
+        moments: Moments of the leaf, coded or not.
     """
 
     subspace: Subspace
@@ -132,14 +131,14 @@ class _Renewable(NamedTuple):
 
 
 class _Leaf(NamedTuple):
-    """One leaf, and whether its matrices are due.
+    """One leaf with its due matrices.
 
     Attributes:
-        projector: How it is projected.
-        moments: What each of its moments is.
-        gradient: At full size; None, where the basis is random.
-        due: bool (*stack,).
-        renewable: What is to be renewed.
+        projector: Projector of the leaf.
+        moments: Place and kind of each moment.
+        gradient: Full gradient; None for a random basis.
+        due: Whether each matrix is due; bool (*stack,).
+        renewable: The state to renew.
     """
 
     projector: Projector
@@ -150,11 +149,11 @@ class _Leaf(NamedTuple):
 
 
 def _kinds(leaves: Iterable[_Leaf]) -> list[list[_Leaf]]:
-    """Returns the leaves in groups that one program renews, one after the other.
+    """Returns the leaves in groups, where one program serves each leaf of a group.
 
-    They are the same place of several layers: their arrays are alike, and their paths
-    differ in numbers alone. Such leaves are sharded alike too, and a program that picks
-    one of them moves nothing.
+    The leaves of a group have the same place in several layers: their arrays are alike,
+    and their paths differ in numbers alone. Such leaves are sharded alike too, so that
+    picking one of them moves no data.
     """
     kinds: dict[Any, list[_Leaf]] = {}
     for leaf in leaves:
@@ -172,7 +171,7 @@ def _kinds(leaves: Iterable[_Leaf]) -> list[list[_Leaf]]:
 
 
 def _renew_kind(kind: Sequence[_Leaf], count: jax.Array) -> list[_Renewable]:
-    """Returns what has become of each leaf of one kind."""
+    """Returns the renewed state of each leaf of one kind."""
     pending = jnp.stack([jnp.any(leaf.due) for leaf in kind])
     names = jnp.asarray([leaf.projector.name_hash for leaf in kind], jnp.uint32)
     fractions = jnp.asarray([leaf.projector.fraction for leaf in kind], jnp.float32)
@@ -185,7 +184,7 @@ def _renew_kind(kind: Sequence[_Leaf], count: jax.Array) -> list[_Renewable]:
             due=_pick(index, [leaf.due for leaf in kind]),
             renewable=_pick(index, renewables),
         )
-        # No decomposition is spent on zeros, as those of an expert without a token.
+        # No decomposition for zeros, for instance of an expert without a token.
         new = jax.lax.cond(
             jnp.any(leaf.due & _has_basis(leaf)),
             lambda: _renew_leaf(leaf, count, names[index], fractions[index]),
@@ -198,14 +197,14 @@ def _renew_kind(kind: Sequence[_Leaf], count: jax.Array) -> list[_Renewable]:
 
 
 def _has_basis(leaf: _Leaf) -> jax.Array:
-    """Returns which matrices can have a basis, bool (*stack,): finite and not zero."""
+    """Returns the matrices that can have a basis (finite, not zero), bool (*stack,)."""
     if leaf.gradient is None:
         return jnp.ones_like(leaf.due)
     return is_usable(leaf.projector.view.matrices(leaf.gradient))[..., 0, 0]
 
 
 def _failed(leaf: _Leaf, failed: jax.Array) -> _Renewable:
-    """Returns subspace and moments as they were, with a failure of these matrices."""
+    """Returns the old subspace and moments, with one failure more where it failed."""
     subspace, moments = leaf.renewable
     failures = subspace.failures + failed.astype(jnp.int32)
     return _Renewable(subspace._replace(failures=failures), moments)
@@ -219,7 +218,7 @@ def _pick(index: jax.Array, trees: Sequence[Any]) -> Any:
 
 
 def _put(index: jax.Array, new: Any, trees: Sequence[Any]) -> list[Any]:
-    """Returns the trees with ``new`` in the place of that with this number."""
+    """Returns the trees with ``new`` in place of the tree with this number."""
     if len(trees) == 1:
         return [new]
     return [
@@ -243,7 +242,7 @@ def _renew_leaf(
     )
     if parts.is_random:
         found = jnp.ones_like(leaf.due)
-        # Drawn together: half the program to compile.
+        # Both bases in one draw: half as much program to compile.
         numbers = jnp.stack([subspace.refreshes, new.refreshes]) - 1
         r = random_transfer(*projector.drawn(numbers, name_hash))
     else:
@@ -251,8 +250,8 @@ def _renew_leaf(
         source = blended(leaf.gradient, means, subspace, projector, count)
         new, found = with_basis_of(source, new, projector, name_hash)
         r = transfer(decode(subspace.basis), decode(new.basis))
-        # What is selected below then waits for r: it is written over the old basis,
-        # which XLA would copy at every update if r might still need it.
+        # The selection below then waits for r, and writes over the old basis. XLA would
+        # copy the old basis at every update if r might still need it.
         found &= jnp.all(jnp.isfinite(r), axis=(-1, -2))
     followed = rebased(wide, kinds, r, count, parts.rebase)
     followed = [below(new.rank, x) for x in followed]
@@ -266,7 +265,7 @@ def _renew_leaf(
 
 
 def _where(condition: jax.Array, new: Any, old: Any) -> Any:
-    """Selects per matrix of the stack, leaf by leaf."""
+    """Returns ``new`` or ``old`` for each matrix of the stack, leaf by leaf."""
 
     def select(x, y):
         axes = tuple(range(condition.ndim, y.ndim))

@@ -1,4 +1,4 @@
-"""The subspace of one leaf: its state, and how gradients go into it and come out."""
+"""The subspace of one leaf: its state, its basis, and its projector."""
 
 import dataclasses
 import math
@@ -29,12 +29,12 @@ class Subspace(NamedTuple):
     """The subspace of one leaf: one basis per matrix of its stack.
 
     Attributes:
-        basis: P, orthonormal columns, zero at and above the rank; (*stack, b/c,
-            capacity), float32 (float64 for float64 parameters). All zero before the
-            first usable gradient. () for a random basis, which is not stored; a
-            :class:`Coded` one in few bits.
+        basis: P, with orthonormal columns that are zero at and above the rank; (*stack,
+            b/c, capacity), float32 (float64 for float64 parameters). All columns are
+            zero before the first usable gradient. A random basis is not stored, ().
+            In few bits the basis is a :class:`Coded`.
         rank: Columns in use; (*stack,), int32.
-        demand: Columns asked for, smoothed by the rank rule; (*stack,), float32.
+        demand: Demanded columns, smoothed by the rank rule; (*stack,), float32.
         age: Updates since the refresh; (*stack,), int32.
         refreshes: Refreshes so far; (*stack,), int32.
         failures: Refreshes in a row that found no basis; (*stack,), int32.
@@ -57,10 +57,10 @@ class ScaleByLowRankState(NamedTuple):
 
     Attributes:
         count: Updates done; (), int32.
-        subspaces: Tree like the parameters with a :class:`Subspace` for each projected
-            leaf, ``optax.MaskedNode()`` for each other one.
-        inner_state: State of the inner transformation for a tree like the parameters in
-            which a projected leaf has shape (*stack, a*c, capacity).
+        subspaces: Tree like the parameters, with a :class:`Subspace` for each projected
+            leaf and ``optax.MaskedNode()`` for any other leaf.
+        inner_state: State of the inner transformation, for a tree like the parameters
+            where a projected leaf has shape (*stack, a*c, capacity).
     """
 
     count: jax.Array
@@ -70,15 +70,15 @@ class ScaleByLowRankState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Projector:
-    """How one leaf goes into its subspace and comes out.
+    """The projection of one leaf into its subspace, and the lift out of it.
 
     Attributes:
-        parts: Of the transformation.
+        parts: Parts of the transformation.
         view: The leaf as matrices.
-        capacity: Columns of the bases, of coordinates and of moments.
+        capacity: Columns of bases, coordinates and moments.
         path: Key path of the leaf.
-        fraction: Position of the leaf among the projected ones, in [0, 1).
-        dtype: Of the linear algebra: float32, or wider for a wider leaf.
+        fraction: Position of the leaf among the projected leaves, in [0, 1).
+        dtype: Dtype of the linear algebra: float32, or wider for a wider leaf.
     """
 
     parts: Parts
@@ -99,11 +99,11 @@ class Projector:
         return (*self.view.stack, self.view.projected_size, self.capacity)
 
     def coordinates_beside(self, leaf: Any) -> jax.Array:
-        """Returns zeros like the coordinates, sharded as the leaf is."""
+        """Returns zeros like the coordinates, with the leaf's sharding."""
         return zeros_beside(leaf, self.shape, self.dtype, coordinate_axes(self.view))
 
     def initial(self, leaf: Any) -> Subspace:
-        """Returns the subspace before the first gradient; sharded, boxed as it is."""
+        """Returns the subspace before the first gradient, sharded and boxed alike."""
 
         def per_matrix(dtype):
             return zeros_beside(leaf, self.view.stack, dtype, stack_axes(self.view))
@@ -127,21 +127,21 @@ class Projector:
         )
 
     def basis(self, subspace: Subspace) -> jax.Array:
-        """Returns P (*stack, b/c, r), drawn where it is not stored."""
+        """Returns P (*stack, b/c, r), stored or drawn."""
         if not self.parts.is_random:
             return decode(subspace.basis)
         return self.drawn(subspace.refreshes - 1, self.name_hash)
 
     def drawn(self, numbers: jax.Array, name_hash: jax.typing.ArrayLike) -> jax.Array:
-        """Returns the random bases with these numbers, (*numbers.shape, b/c, r).
+        """Returns the random bases of these refreshes, (*numbers.shape, b/c, r).
 
         Args:
-            numbers: Of the refreshes; (..., *stack).
-            name_hash: :attr:`name_hash`, of this leaf or of another one like it.
+            numbers: Numbers of the refreshes; (..., *stack).
+            name_hash: :attr:`name_hash` of this leaf, or of a leaf of the same kind.
         """
         assert isinstance(self.parts.basis, RandomBasis)
         shape = (self.view.projected_size, self.capacity)
-        # Always this kind of key: others draw otherwise in a batch than alone.
+        # This kind of key draws the same in a batch as alone; other kinds do not.
         key = jax.random.key(self.parts.seed, impl="threefry2x32")
         key = jax.random.fold_in(key, name_hash)
         folded = jnp.broadcast_to(key, numbers.shape).reshape(-1)
@@ -152,18 +152,18 @@ class Projector:
 
     @property
     def name_hash(self) -> int:
-        """Number of the leaf in what is random: a function of its path alone."""
+        """Number of the leaf for random draws: a function of its path alone."""
         return zlib.crc32(jax.tree_util.keystr(self.path).encode())
 
     def seeds(self, numbers: jax.Array, name_hash: jax.typing.ArrayLike) -> jax.Array:
         """Returns a seed for each basis; (*stack,), uint32.
 
-        It is a function of the transformation's seed, the leaf's path, the position in
-        the stack and the number of the refresh.
+        The seed is a function of the transformation's seed, the leaf's path, the
+        position in the stack and the number of the refresh.
 
         Args:
-            numbers: Of the refreshes; (*stack,).
-            name_hash: :attr:`name_hash`, of this leaf or of another one like it.
+            numbers: Numbers of the refreshes; (*stack,).
+            name_hash: :attr:`name_hash` of this leaf, or of a leaf of the same kind.
         """
         start = hashed(jnp.asarray(self.parts.seed).astype(jnp.uint32))
         start = hashed(start ^ jnp.asarray(name_hash, jnp.uint32))
@@ -178,7 +178,7 @@ class Projector:
 
     def aged(self, subspace: Subspace, coordinates: jax.Array) -> Subspace:
         """Returns the subspace after an update with these coordinates."""
-        # Before the first usable gradient there is no basis that could age.
+        # Before the first usable gradient no basis can age.
         age = subspace.age + (subspace.refreshes > 0).astype(jnp.int32)
         trend = self.parts.refresh.observe(age, subspace.trend, coordinates)
         return subspace._replace(age=age, trend=trend)
@@ -187,7 +187,7 @@ class Projector:
 def initial_projectors(
     params: Any, parts: Parts
 ) -> tuple[dict[tuple, LeafPlan], dict[tuple, Projector]]:
-    """Returns the plan of every leaf and the projector of each projected one."""
+    """Returns the plan of every leaf, and the projector of each projected leaf."""
     plans = parts.plans(params, parts.rank.capacity)
     capacities = {path: x.capacity for path, x in plans.items() if x.is_projected}
     return plans, _projectors(leaves_by_path(params), plans, capacities, parts)
@@ -201,14 +201,14 @@ def projectors_of_state(
 ) -> dict[tuple, Projector]:
     """Returns the projector of each leaf that has a subspace in the state.
 
-    The capacity is that of the state's arrays, not the one that the rank rule would
-    allocate; random bases, which have none, take the rule's.
+    The capacity is that of the state's arrays, which may differ from the rank rule's
+    capacity. Random bases have no array, and take the rule's capacity.
 
     Args:
-        plans: Key path -> plan, of every leaf; for the views, whatever the rank.
+        plans: Key path -> plan, for every leaf. Only the views count, not the ranks.
         tree: Leaves at full size, or their shapes.
-        subspaces: Key path -> subspace, of the projected leaves.
-        parts: Of the transformation.
+        subspaces: Key path -> subspace, for the projected leaves.
+        parts: Parts of the transformation.
 
     Raises:
         ValueError: If a leaf does not fit its subspace.
@@ -218,13 +218,13 @@ def projectors_of_state(
         if path not in plans:
             raise ValueError(
                 f"{jax.tree_util.keystr(path)} has a subspace in the state and no "
-                "gradient. Was the state made for other parameters? A function that "
-                "makes labels or masks must not depend on what a gradient is: give "
+                "gradient. Was the state made for other parameters? A function for "
+                "labels or masks must not depend on the gradients: give "
                 "optax.partition and optax.masked a tree made from the parameters."
             )
         view = plans[path].view
         if view is not None and not capacities:
-            # The first one speaks for all, which are made alike.
+            # All subspaces are made alike, so one check is enough.
             _check_rules(subspace, parts, plans[path].path, view, leaves[path])
         if parts.is_random:
             fits = view is not None and subspace.rank.shape == view.stack
@@ -244,9 +244,9 @@ def projectors_of_state(
         most = min(view.kept_size, view.projected_size)
         if capacities[path] > most and not parts.is_random:
             raise ValueError(
-                f"{plans[path].path}: a gradient of shape {plans[path].shape} has no "
-                f"basis of {capacities[path]} columns, {most} at most; resize the "
-                "state."
+                f"{plans[path].path}: a basis for a gradient of shape "
+                f"{plans[path].shape} has at most {most} columns, not "
+                f"{capacities[path]}; resize the state."
             )
     return _projectors(leaves, plans, capacities, parts)
 
@@ -254,8 +254,8 @@ def projectors_of_state(
 def _check_rules(
     subspace: Subspace, parts: Parts, name: str, view: MatrixView, leaf: Any
 ) -> None:
-    """Raises ValueError if a subspace has not what the parts' rules keep in it."""
-    # Without a sharding: inside an update the mesh is another one than the leaf's.
+    """Raises ValueError if a subspace lacks the arrays of the parts' rules."""
+    # Without a sharding: inside an update the mesh differs from the leaf's mesh.
     bare = jax.ShapeDtypeStruct(view.shape, leaf.dtype)
 
     def kept():
@@ -268,10 +268,10 @@ def _check_rules(
     for field, like in jax.eval_shape(kept).items():
         has = bool(jax.tree.leaves(getattr(subspace, field)))
         needs = bool(jax.tree.leaves(like))
-        # What another rule has left does no harm, but for a basis: moments are in it.
+        # Leftovers of another rule do no harm, except a basis: the moments are in it.
         if has < needs or (has > needs and field == "basis"):
             raise ValueError(
-                f"{name}: its subspace in the state has {'a' if has else 'no'} "
+                f"{name}: the subspace in the state has {'a' if has else 'no'} "
                 f"{field}, and this transformation keeps {'one' if needs else 'none'}; "
                 "was the state made by another optimizer, or with another basis, "
                 "refresh or residual rule?"

@@ -238,7 +238,7 @@ def test_columns_that_no_array_refuses_are_refused_by_the_next_update():
     tx = without_moments("identity")
     params = {"w": PARAMS["w"]}
     state = resize(tx.init(params), 30)
-    message = r"\['w'\]: a gradient of shape \(40, 24\) .* of 30 columns, 24 at most"
+    message = r"\['w'\]: .* of shape \(40, 24\) .* 24 columns, not 30; resize"
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(tx.update, params, state)
 

@@ -1,4 +1,4 @@
-"""Whose is what: which leaf, transformation, low-rank state and array belong together.
+"""Bindings: which leaf, transformation, low-rank state and array belong together.
 
-Everything else asks here: nothing else walks a state or recognises one.
+No other room of the library walks a state or recognises low-rank states.
 """

@@ -1,4 +1,4 @@
-"""Where the moments lie inside any inner transformation's state, and of what kind."""
+"""The moments in an inner transformation's state: their places and kinds."""
 
 from collections.abc import Mapping, Set
 from typing import Any, Literal, NamedTuple
@@ -21,11 +21,11 @@ KNOWN_FIELDS: dict[str, Kind] = {
 
 
 class Moment(NamedTuple):
-    """One array of the inner state that lives in a subspace.
+    """One array of the inner state with coordinates in a subspace.
 
     Attributes:
-        index: Its position among the leaves of the inner state; an array in few bits
-            counts as one.
+        index: Position among the leaves of the inner state. An array in few bits counts
+            as a single leaf.
         kind: "first" or "second".
     """
 
@@ -41,9 +41,9 @@ def locate_moments(
 ) -> dict[tuple, list[Moment]]:
     """Returns the moments of every projected leaf, by the leaf's key path.
 
-    An array belongs to the parameter whose key path its own path ends with; the name
-    before that is the field. Scalars are counters and stay as they are, whatever they
-    are called.
+    The path of an array is a field's name and then the key path of a parameter: the
+    array belongs to this parameter. Scalars are counters and never moments, whatever
+    their names.
 
     Args:
         inner_state: State of the inner transformation; arrays or their shapes.
@@ -52,8 +52,8 @@ def locate_moments(
         fields: Field name -> kind: the caller's own, beside the known ones.
 
     Raises:
-        ValueError: If an array in a subspace, or one that belongs to no parameter, has
-            a field that no rule knows; if a moment has not its leaf's shape.
+        ValueError: If an array in a subspace, or an array without a parameter, has an
+            unknown field; if the shape of a moment is not that of its coordinates.
     """
     kinds: dict[str, Kind] = {**KNOWN_FIELDS, **fields}
     if not shapes:
@@ -84,12 +84,12 @@ def locate_moments(
 
 
 def owner_and_field(path: tuple, owners: Set[tuple]) -> tuple[tuple | None, str]:
-    """Returns the parameter that an array of a state belongs to, and its field's name.
+    """Returns the parameter of a state's array, and the name of the array's field.
 
     Args:
         path: Key path of the array.
-        owners: Key paths of the parameters; the longest one that ``path`` ends with is
-            the answer, None if it ends with none.
+        owners: Key paths of the parameters. The result is the longest of these paths at
+            the end of ``path``, or None.
     """
     for start in range(len(path) + 1):
         suffix = tuple(path[start:])
@@ -110,8 +110,8 @@ def _field(path) -> str:
 def _unknown(path, field, shape) -> str:
     return (
         f"inner state field {field!r} at {jax.tree_util.keystr(path)} with shape "
-        f"{tuple(shape)} has no re-basing rule; say what it is with "
-        f"scale_by_low_rank(..., moments={{{field!r}: kind}}), kind being 'first' "
-        "(linear in the gradients, shaped like them), 'second' (an average of their "
-        "squares, shaped like them) or 'constant' (independent of the basis)."
+        f"{tuple(shape)} has no re-basing rule; name its kind by "
+        f"scale_by_low_rank(..., moments={{{field!r}: kind}}). A kind is 'first' "
+        "(linear in the gradients, in their shape), 'second' (an average of their "
+        "squares, in their shape) or 'constant' (independent of the basis)."
     )

@@ -1,4 +1,4 @@
-"""``bind``: which leaf belongs to which low-rank transformation of an optimizer."""
+"""``bind``: the low-rank transformations of an optimizer, and the leaves of each."""
 
 import contextlib
 import contextvars
@@ -20,11 +20,11 @@ from lowrank_optax.subspace import Projector, ScaleByLowRankState, projectors_of
 
 
 class Bound(NamedTuple):
-    """What one low-rank transformation has decided in its ``init``.
+    """The decisions of one low-rank transformation in its ``init``.
 
     Attributes:
-        plans: Key path -> plan, of every leaf that it was given.
-        parts: The choices that make its subspaces.
+        plans: Key path -> plan, for every leaf of the transformation.
+        parts: The choices that make the subspaces.
     """
 
     plans: Mapping[tuple, LeafPlan]
@@ -32,7 +32,7 @@ class Bound(NamedTuple):
 
     @property
     def projected(self) -> Set[tuple]:
-        """Key paths of the leaves that it projects."""
+        """Key paths of the projected leaves."""
         return {path for path, plan in self.plans.items() if plan.is_projected}
 
 
@@ -49,7 +49,7 @@ _listeners: contextvars.ContextVar[_Heard | None] = contextvars.ContextVar(
 
 
 def announce(plans: Mapping[tuple, LeafPlan], parts: Parts) -> bool:
-    """Tells :func:`bind` what ``init`` has decided; returns whether it listens."""
+    """Tells a running :func:`bind` the decisions of ``init``; returns if one runs."""
     heard = _listeners.get()
     if heard is not None:
         heard.bound.append(Bound(plans, parts))
@@ -65,7 +65,7 @@ def announce_roles(roles: Mapping[tuple, Assigned]) -> None:
 
 @contextlib.contextmanager
 def unheard() -> Iterator[None]:
-    """Keeps what is announced inside the context from who listens."""
+    """Hides the announcements inside the context from a running :func:`bind`."""
     token = _listeners.set(None)
     try:
         yield
@@ -75,10 +75,10 @@ def unheard() -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Binding:
-    """An optimizer's low-rank transformations, for some parameters; see :func:`bind`.
+    """An optimizer's low-rank transformations for given parameters; see :func:`bind`.
 
     Attributes:
-        transformations: What each of them has decided.
+        transformations: The decisions of each transformation.
         roles: Key path -> role, of the leaves that ``by_role`` was given.
     """
 
@@ -86,7 +86,7 @@ class Binding:
     roles: Mapping[tuple, Assigned]
 
     def of(self, node: ScaleByLowRankState) -> Bound:
-        """Returns the transformation that one of the optimizer's states belongs to.
+        """Returns the transformation of a low-rank state.
 
         Raises:
             ValueError: If the state is not of this optimizer.
@@ -102,10 +102,10 @@ class Binding:
         return found[0]
 
     def own(self, tree: Any, node: ScaleByLowRankState) -> Any:
-        """Returns the part of a tree that the transformation of a state sees.
+        """Returns the part of a tree for the transformation of a low-rank state.
 
         Args:
-            tree: Like the parameters of the whole optimizer.
+            tree: Tree like the parameters of the whole optimizer.
             node: One of the low-rank states in the optimizer's state.
         """
         given = self.of(node).plans
@@ -119,7 +119,7 @@ class Binding:
     def projectors(
         self, tree: Any, node: ScaleByLowRankState
     ) -> dict[tuple, Projector]:
-        """Returns the projectors of the leaves that a low-rank state has subspaces of.
+        """Returns the projectors of the leaves with a subspace in a low-rank state.
 
         Args:
             tree: Parameters of the whole optimizer, or their shapes.
@@ -134,9 +134,10 @@ class Binding:
 
     @property
     def shared(self) -> Set[tuple]:
-        """Key paths of projected leaves that another transformation is given too.
+        """Key paths of projected leaves that belong to a second transformation too.
 
-        That one sees their gradient at full size: it cannot be projected beforehand.
+        The second transformation needs the full gradient of such a leaf, so that the
+        gradient cannot be projected beforehand.
         """
         given = [path for who in self.transformations for path in who.plans]
         return {path for path in self.projected if given.count(path) > 1}
@@ -153,10 +154,10 @@ class Binding:
 
 
 def bind(optimizer: optax.GradientTransformation, params: Any) -> Binding:
-    """Returns what an optimizer's low-rank transformations do with which leaf.
+    """Returns the low-rank transformations of an optimizer, with their leaves.
 
-    The optimizer's own ``init`` is asked, on shapes only, so that the answer is what it
-    will do, however deeply chained, masked or partitioned it is.
+    The binding comes from the optimizer's own ``init`` on shapes: nothing is allocated,
+    and chains, masks and partitions are followed at any depth.
 
     Args:
         optimizer: Any Optax transformation.
@@ -170,7 +171,7 @@ def bind(optimizer: optax.GradientTransformation, params: Any) -> Binding:
     heard = _Heard([], {})
     token = _listeners.set(heard)
     try:
-        # A function of its own each time: eval_shape would remember init, and not call.
+        # A new function each time: eval_shape caches init, and would not call it again.
         jax.eval_shape(lambda p: optimizer.init(p), jax.tree.map(abstract, params))
     finally:
         _listeners.reset(token)
@@ -180,7 +181,7 @@ def bind(optimizer: optax.GradientTransformation, params: Any) -> Binding:
         if twice:
             raise ValueError(
                 f"{', '.join(map(jax.tree_util.keystr, twice))}: two low-rank "
-                "transformations project it; leave it to one of them, by "
+                "transformations project it; give this leaf to a single one, by "
                 "dimension_numbers, optax.masked or optax.partition."
             )
         seen |= who.projected

@@ -1,4 +1,4 @@
-"""Low-rank states where they stand: anywhere inside the state of any optimizer."""
+"""Low-rank states, found anywhere inside the state of any optimizer."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,10 +22,10 @@ def is_low_rank(node: Any) -> bool:
 
 
 def low_rank_record(node: Any) -> ScaleByLowRankState:
-    """Returns a state again where ``flax.nnx.split`` has made mappings of it.
+    """Returns a low-rank state as a record, also from mappings of ``flax.nnx.split``.
 
     Raises:
-        TypeError: If it is no state of a low-rank transformation.
+        TypeError: If the node is not the state of a low-rank transformation.
     """
     if not is_low_rank(node):
         raise TypeError(
@@ -39,14 +39,14 @@ def low_rank_record(node: Any) -> ScaleByLowRankState:
 
 
 def is_slot(node: Any) -> bool:
-    """Returns whether a node is what one leaf has in a low-rank state's subspaces."""
+    """Returns whether a node is the entry of one leaf in a low-rank state."""
     return isinstance(node, (Subspace, optax.MaskedNode)) or _is_mapping_of(
         node, Subspace
     )
 
 
 def _slot(node: Any) -> Any:
-    """Returns a subspace, and a coded basis and a trend in it, again."""
+    """Returns a leaf's entry as records: subspace, coded basis and trend."""
     if isinstance(node, Mapping):
         node = Subspace(**{"basis": (), "trend": (), "residual": (), **node})
     if not isinstance(node, Subspace):
@@ -61,7 +61,7 @@ def _slot(node: Any) -> Any:
     return node._replace(basis=coded_record(node.basis), trend=trend)
 
 
-# Fields that are empty, and so not there any more, where a record became a mapping.
+# Fields that may be empty. An empty field is missing where a record became a mapping.
 _MAY_BE_EMPTY = {"basis", "trend", "residual", "inner_state"}
 
 
@@ -87,7 +87,7 @@ def low_rank_states(state: Any) -> list[ScaleByLowRankState]:
 def map_low_rank_states(
     function: Callable[[ScaleByLowRankState], Any], state: Any
 ) -> Any:
-    """Returns a state with a function of each low-rank state in its place."""
+    """Returns a state with the function applied to each low-rank state."""
 
     def of_node(node):
         return function(low_rank_record(node)) if is_low_rank(node) else node
@@ -97,12 +97,12 @@ def map_low_rank_states(
 
 
 def as_given(new: Any, state: Any) -> Any:
-    """Returns the arrays of a state in the containers of the one that it comes from.
+    """Returns the arrays of a new state in the containers of the original state.
 
     Args:
-        new: A state of records, without boxes.
-        state: One with the same arrays, by name, in boxes or not, and in mappings or
-            records.
+        new: The new state, of records without boxes.
+        state: The original state, with the same array names, in mappings or records,
+            boxed or not.
     """
     if jax.tree.structure(new) == jax.tree.structure(state):
         return new
@@ -117,7 +117,7 @@ def as_given(new: Any, state: Any) -> Any:
 
 
 def names(path: tuple) -> tuple[str, ...]:
-    """Returns what a key path is called in any container."""
+    """Returns a key path as names, which are the same in any container."""
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
@@ -128,11 +128,11 @@ def slots_of(node: ScaleByLowRankState) -> dict[tuple, Subspace]:
 
 
 def with_slots(subspaces: Any, slots: Mapping[tuple, Subspace]) -> Any:
-    """Returns the tree of a state's subspaces with others in their places.
+    """Returns the tree of a state's subspaces with new subspaces.
 
     Args:
-        subspaces: Of a low-rank state.
-        slots: Key path -> subspace, of all projected leaves.
+        subspaces: The old tree.
+        slots: Key path -> new subspace, for all projected leaves.
     """
     return jax.tree_util.tree_map_with_path(
         lambda path, slot: slots.get(path, slot), subspaces, is_leaf=is_slot
@@ -155,15 +155,16 @@ OfArray = Callable[[tuple, str, Any], Any]
 
 
 def map_columns(state: Any, of_slot: OfSlot, of_array: OfArray) -> Any:
-    """Returns a state with functions of each subspace, and each array with columns.
+    """Returns a state with functions applied to subspaces and to arrays with columns.
 
-    The arrays are bases, moments, and sums of projected gradients, coded or not; of
+    These arrays are bases, moments, and sums of projected gradients, coded or not, of
     leaves with a stored basis.
 
     Args:
         state: State of any optimizer that contains low-rank transformations.
-        of_slot: Of each leaf's subspace, before its basis.
-        of_array: Of each array: "basis", a field of the inner state, or "sums".
+        of_slot: Function of each leaf's subspace; runs before that of the basis.
+        of_array: Function of each array. The field is "basis", a field of the inner
+            state, or "sums".
     """
     stored = stored_slots(state)
 
@@ -217,7 +218,7 @@ def map_columns(state: Any, of_slot: OfSlot, of_array: OfArray) -> Any:
 
 
 def arrays_by_leaf(state: Any) -> dict[tuple, dict[str, Any]]:
-    """Returns the arrays with columns by field, of each leaf with a stored basis.
+    """Returns the arrays with columns, by field, of each leaf with a stored basis.
 
     Args:
         state: State of any optimizer that contains low-rank transformations.

@@ -1,1 +1,1 @@
-"""What an optimizer does, and what a state holds, for people."""
+"""Reports for people: an optimizer's decisions, and the contents of a state."""

@@ -1,4 +1,4 @@
-"""The bytes of a run: of one parameter, of all, and as a table."""
+"""The bytes of a run: of one parameter, of all parameters, and as a table."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,12 +7,12 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Bytes:
-    """Bytes of one parameter, or of all.
+    """Bytes of one parameter, or of all parameters.
 
     Attributes:
-        parameters: Of the parameters.
-        gradients: Of their gradients, in the same dtype.
-        state: Of the optimizer's state by what it is: "basis", the fields of inner
+        parameters: Bytes of the parameters.
+        gradients: Bytes of the gradients, in the dtype of the parameters.
+        state: Bytes of the optimizer's state by kind: "basis", the fields of inner
             transformations ("mu", "nu", ...), "sums" of micro-batches, "scalars".
     """
 
@@ -22,29 +22,29 @@ class Bytes:
 
     @property
     def optimizer(self) -> int:
-        """Of the optimizer's state in all."""
+        """Bytes of the whole optimizer state."""
         return sum(self.state.values())
 
     @property
     def total(self) -> int:
-        """Of all three."""
+        """Bytes of parameters, gradients and state."""
         return self.parameters + self.gradients + self.optimizer
 
 
 @dataclasses.dataclass(frozen=True)
 class LeafMemory:
-    """One parameter.
+    """The memory of one parameter.
 
     Attributes:
-        path: As ``jax.tree_util.keystr`` writes it.
-        shape: Of the parameter.
-        dtype: Of the parameter.
-        projection: How it is projected, or why it is not, in words.
-        is_projected: Whether it is.
-        bytes: On all devices together, each array counted once.
-        full_rank_bytes: Of the state, if this leaf was not projected: each moment as
-            large as the parameter, in float32, no basis.
-        per_device: Of one device; None where shardings are not known.
+        path: Key path, as ``jax.tree_util.keystr`` writes it.
+        shape: Shape of the parameter.
+        dtype: Dtype of the parameter.
+        projection: How the parameter is projected, or why it is not, in words.
+        is_projected: Whether the parameter is projected.
+        bytes: Bytes on all devices together, each array counted once.
+        full_rank_bytes: Bytes of the state, if the parameter were not projected: no
+            basis, and each moment as large as the parameter, in float32.
+        per_device: Bytes on one device; None, if shardings are not known.
     """
 
     path: str
@@ -59,14 +59,14 @@ class LeafMemory:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-    """What a run takes; see :func:`memory_plan`. ``str`` gives a table.
+    """The memory of a run; see :func:`memory_plan`. ``str`` gives a table.
 
     Attributes:
         leaves: One entry per parameter.
-        other_bytes: Of the part of the state that belongs to no parameter: counters.
-        compiled: Of a compiled step, by XLA: "arguments", "outputs", "aliased"
-            (arguments whose memory outputs take over), "temporaries", and "peak", which
-            is what has to be there at once. None, if none was given.
+        other_bytes: Bytes of state without a parameter: counters.
+        compiled: XLA's bytes of a compiled step: "arguments", "outputs", "aliased"
+            (outputs in the memory of arguments), "temporaries", and "peak", the largest
+            number of bytes in use at once. None, if no compiled step was given.
     """
 
     leaves: tuple[LeafMemory, ...]
@@ -75,27 +75,27 @@ class MemoryPlan:
 
     @property
     def parameter_bytes(self) -> int:
-        """Of all parameters."""
+        """Bytes of all parameters."""
         return sum(leaf.bytes.parameters for leaf in self.leaves)
 
     @property
     def gradient_bytes(self) -> int:
-        """Of all gradients."""
+        """Bytes of all gradients."""
         return sum(leaf.bytes.gradients for leaf in self.leaves)
 
     @property
     def optimizer_bytes(self) -> int:
-        """Of all arrays of the optimizer's state, to the byte."""
+        """Bytes of all arrays of the optimizer's state, exact to the byte."""
         return sum(leaf.bytes.optimizer for leaf in self.leaves) + self.other_bytes
 
     @property
     def full_rank_bytes(self) -> int:
-        """Of the state, if nothing was projected and nothing in few bits."""
+        """Bytes of the state, if nothing were projected or stored in few bits."""
         return sum(leaf.full_rank_bytes for leaf in self.leaves) + self.other_bytes
 
     @property
     def state_bytes(self) -> dict[str, int]:
-        """Of the optimizer's state by what it is."""
+        """Bytes of the optimizer's state by kind."""
         total: dict[str, int] = {}
         for leaf in self.leaves:
             for field, size in leaf.bytes.state.items():
@@ -105,7 +105,7 @@ class MemoryPlan:
 
     @property
     def per_device(self) -> Bytes | None:
-        """Of one device in all; None where shardings are not known."""
+        """All bytes on one device; None, if shardings are not known."""
         parts = [leaf.per_device for leaf in self.leaves]
         if not all(parts):
             return None

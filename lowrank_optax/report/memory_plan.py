@@ -1,4 +1,4 @@
-"""``memory_plan``: what a run is going to take, from shapes alone."""
+"""``memory_plan``: the memory of a future run, from shapes alone."""
 
 import math
 from collections.abc import Mapping
@@ -25,18 +25,18 @@ _SUMS = {"sums", "acc_grads"}
 def memory_plan(
     optimizer: optax.GradientTransformation, params: Any, compiled: Any = None
 ) -> MemoryPlan:
-    """Returns the bytes that training with an optimizer takes, leaf by leaf.
+    """Returns the bytes of training with an optimizer, leaf by leaf.
 
-    The optimizer's own ``init`` is asked, on shapes only: nothing is allocated, and the
-    answer is what it will do, however deeply chained, masked or partitioned it is.
-    Activations are not in it: give the compiled step for those.
+    The plan comes from the optimizer's own ``init`` on shapes: nothing is allocated,
+    and chains, masks and partitions are followed at any depth. Activations are left
+    out; a compiled step adds their bytes.
 
     Args:
         optimizer: Any Optax transformation.
-        params: Parameters: arrays or ``jax.ShapeDtypeStruct``. Where they have a
-            ``NamedSharding``, the plan has the bytes of one device too.
+        params: Parameters: arrays or ``jax.ShapeDtypeStruct``. If each has a
+            ``NamedSharding``, the plan has the bytes on one device too.
         compiled: Compiled training step, ``jax.jit(step, donate_argnums=...)
-            .lower(...).compile()``: XLA's own numbers come with it, of one device.
+            .lower(...).compile()``. The plan then has XLA's own numbers, of one device.
 
     Raises:
         TypeError: If a leaf is neither an array nor a number.
@@ -51,7 +51,7 @@ def memory_plan(
     """
     params = jax.tree.map(abstract, as_arrays(params))
     shapes = jax.tree.map(struct_of, params)
-    # A function of its own each time: eval_shape would remember init, and not call.
+    # A new function each time: eval_shape caches init, and would not call it again.
     state = jax.eval_shape(lambda p: optimizer.init(p), shapes)
     plans = projections(optimizer, shapes)
     kinds = dict(KNOWN_FIELDS)
@@ -109,7 +109,7 @@ def _nodes(state: Any) -> list[tuple[tuple, Any]]:
 
 
 def _owner_and_field(path: tuple, owners) -> tuple[tuple | None, str]:
-    """Returns the parameter that an array belongs to, and what it is for it."""
+    """Returns the parameter of a state's array, and the array's field."""
     owner, field = owner_and_field(path, owners)
     if owner is not None:
         return owner, "scalars" if field in _OF_SUBSPACE else field
@@ -124,7 +124,7 @@ def _owner_and_field(path: tuple, owners) -> tuple[tuple | None, str]:
 
 
 def _at_full_rank(leaf: Any, field: str, node: Any, kinds: Mapping[str, Kind]) -> int:
-    """Returns the bytes that a field would take, were the leaf not projected."""
+    """Returns the bytes of a field, if the leaf were not projected."""
     is_moment = kinds.get(field) in ("first", "second") or field in _SUMS
     if not is_moment:
         return 0 if field in ("basis", "projector", "scalars") else bytes_of(node)
@@ -134,7 +134,7 @@ def _at_full_rank(leaf: Any, field: str, node: Any, kinds: Mapping[str, Kind]) -
 
 
 def _sharded_state(optimizer, params: Any) -> Any:
-    """Returns the state's shapes with shardings; None where those are not known."""
+    """Returns the state's shapes with shardings; None, if shardings are not known."""
     shardings = [named_sharding(leaf) for leaf in jax.tree.leaves(params)]
     meshes = [sharding.mesh for sharding in shardings if sharding is not None]
     if not meshes or len(meshes) < len(shardings):

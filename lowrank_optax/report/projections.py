@@ -17,8 +17,8 @@ def projections(
 ) -> dict[str, LeafPlan]:
     """Lists what ``optimizer`` projects, how, and what it does not and why.
 
-    The optimizer's own ``init`` is asked, on shapes only, so that the answer is what it
-    will do, however deeply chained, masked or partitioned it is.
+    The list comes from the optimizer's own ``init`` on shapes: nothing is allocated,
+    and chains, masks and partitions are followed at any depth.
 
     Args:
         optimizer: Any Optax transformation.
@@ -43,7 +43,7 @@ def projections(
     params = as_arrays(params)
     binding = bind(optimizer, params)
     plans = [plan for who in binding.transformations for plan in who.plans.values()]
-    # Of a leaf that several are given, the one that projects it speaks.
+    # If several transformations get a leaf, the plan that projects it counts.
     by_path = {plan.path: plan for plan in sorted(plans, key=lambda x: x.is_projected)}
 
     def plan_of(path, leaf):

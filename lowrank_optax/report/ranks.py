@@ -1,4 +1,4 @@
-"""What a state holds, read on the host: ranks and bytes."""
+"""Subspaces and ranks in a state, read on the host."""
 
 from typing import Any
 
@@ -29,12 +29,12 @@ def ranks(state: Any) -> dict[str, np.ndarray]:
     """Returns the rank in use of each projected leaf by its path.
 
     Args:
-        state: State of any optimizer that contains low-rank transformations. Its arrays
-            are read, so this waits for the device.
+        state: State of any optimizer that contains low-rank transformations. The call
+            reads arrays, and so waits for the device.
 
     Returns:
-        Key path -> ranks, int32, shape (*stack,): () for a single matrix. Leaves that
-        are not projected have no entry; :func:`lowrank_optax.projections` says why.
+        Key path -> ranks, int32, shape (*stack,): () for a single matrix. A leaf at
+        full size has no entry; :func:`lowrank_optax.projections` gives the reason.
 
     Example:
         >>> import lowrank_optax, jax.numpy as jnp

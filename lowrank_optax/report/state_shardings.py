@@ -1,4 +1,4 @@
-"""``state_shardings``: how an optimizer's state is sharded, from its parameters."""
+"""``state_shardings``: the shardings of an optimizer's state, from its parameters."""
 
 from typing import Any
 
@@ -18,13 +18,14 @@ def state_shardings(
 ) -> Any:
     """Returns the sharding of each array of an optimizer's state.
 
-    A basis is sharded as the projected axes of its parameter, moments in a subspace as
-    the others, what is per matrix as the stack; no array over its columns. An array at
-    full size is sharded as its parameter, and what belongs to none is replicated. The
-    optimizer's own ``init`` is asked, on shapes only: nothing is allocated.
+    A basis has the sharding of its parameter's projected axes, a moment in a subspace
+    that of the kept axes, a number per matrix that of the stack axes. No array is
+    sharded over its columns. An array at full size has its parameter's sharding. An
+    array without a parameter is replicated. The optimizer's own ``init`` runs on
+    shapes: nothing is allocated.
 
-    ``optimizer.init(params)`` of arrays gives a state sharded so already; inside
-    ``jax.jit``, where automatic shardings are not known, it does not. ::
+    Outside ``jax.jit``, ``optimizer.init(params)`` makes a state with these shardings.
+    Inside ``jax.jit`` automatic shardings are unknown, so give them to the jit. ::
 
         init = jax.jit(optimizer.init, out_shardings=state_shardings(optimizer, params))
         state = init(params)
@@ -56,27 +57,28 @@ def state_shardings(
         state = jax.device_put(state, state_shardings(optimizer.tx, params))
         nnx.update(optimizer.opt_state, nnx.state(state))
 
-    It stands in the place of ``optax.tree.map_params(optimizer, f, state, specs)``:
-    that gives each array the partition of its parameter, whatever its own axes are, and
-    raises a ValueError ("pytree structure error") at a :class:`lowrank_optax.Subspace`,
-    which is several arrays, and at the ``optax.MaskedNode`` of a leaf without one. With
-    both named in its ``is_leaf``, f is given those.
+    Use it in place of ``optax.tree.map_params(optimizer, f, state, specs)``. The latter
+    gives each array the partition of its parameter, even if the array has other axes.
+    It raises a ValueError ("pytree structure error") at a
+    :class:`lowrank_optax.Subspace`, a node of several arrays, and at the
+    ``optax.MaskedNode`` of a leaf at full size. With both types in ``is_leaf``, f gets
+    these nodes.
 
     Args:
-        optimizer: Any Optax transformation, low-rank ones anywhere inside.
+        optimizer: Any Optax transformation, with low-rank ones anywhere inside.
         params: Parameters: arrays or ``jax.ShapeDtypeStruct``. A leaf has a
-            ``NamedSharding``, or is a box of Flax with the names of axes of the mesh;
-            one with neither counts as replicated.
-        mesh: Mesh; None: that of the parameters.
+            ``NamedSharding``, or is a Flax box with names of mesh axes. Any other leaf
+            counts as replicated.
+        mesh: Mesh; None: the mesh of the parameters.
 
     Returns:
-        A tree like ``optimizer.init(params)`` of ``jax.sharding.NamedSharding``.
+        A tree like ``optimizer.init(params)``, of ``jax.sharding.NamedSharding``.
 
     Raises:
-        TypeError: If a leaf has no shape: partitions alone do not say what is
-            projected.
-        ValueError: If there is no mesh, or more than one, or a name is none of its
-            axes.
+        TypeError: If a leaf has no shape: partitions alone do not decide the
+            projections.
+        ValueError: If there is no mesh, if there are several meshes, or if a name is
+            not an axis of the mesh.
 
     Example:
         >>> import jax.numpy as jnp, lowrank_optax
@@ -101,7 +103,7 @@ def state_shardings(
     if len(meshes) != 1:
         raise ValueError(
             f"the parameters lie on {len(known) and len(meshes)} meshes; give leaves "
-            "with a NamedSharding on one, or names and mesh=..."
+            "with a NamedSharding on one mesh, or names and mesh=..."
         )
     (mesh,) = meshes
 
@@ -123,7 +125,7 @@ def _spec_of_names(path: tuple, leaf: Any, mesh: Any) -> PartitionSpec:
         raise ValueError(
             f"{jax.tree_util.keystr(path)}: {', '.join(map(repr, unknown))} is no axis "
             f"of the mesh, which has {', '.join(map(repr, mesh.axis_names))}; give "
-            "leaves with a NamedSharding, or have Flax translate the state's own names."
+            "leaves with a NamedSharding, or let Flax translate the state's own names."
         )
     return spec
 
@@ -135,8 +137,9 @@ def sharded_state(
 
     Args:
         optimizer: Any Optax transformation.
-        shapes: Of the parameters, each with a NamedSharding on the mesh.
-        mesh: Its axes count as explicit: tracers know the shardings of those only.
+        shapes: Shapes of the parameters, each with a NamedSharding on the mesh.
+        mesh: The mesh. All its axes count as explicit, because tracers have shardings
+            over explicit axes only.
     """
     explicit = AbstractMesh(
         mesh.axis_sizes,
