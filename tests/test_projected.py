@@ -314,7 +314,7 @@ def test_a_gradient_of_another_shape_is_refused_by_its_leaf(name, gradient, mess
 
 def test_without_parameters_it_is_refused_and_told_what_to_do():
     optimizer = _low_rank()
-    with pytest.raises(ValueError, match=r"\['other'\] : a projected gradient .* params too"):
+    with pytest.raises(ValueError, match=r"\['other'\]: .* needs params too"):
         optimizer.update(narrow(), optimizer.init(PARAMS))
 
 
