@@ -120,7 +120,7 @@ def residual() -> Figure:
     axes.invert_yaxis()
     axes.set(xlabel="squared norm outside the subspace")
     axes.set_xticks((0, 0.05, 0.1, 0.15, 0.2))
-    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.grid(axis="x")
     axes.legend(loc="lower right")
     return figure
