@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import harness
 from experiments.comparison.rows import front
-from experiments.run.config import FREE_FIELDS
+from experiments.run.changes import FREE_FIELDS
 
 # What the label of a row is made of, and how it is said.
 _OPTIONS = {

@@ -1,8 +1,8 @@
 """The command: ``python -m experiments.pretrain_llama --help``."""
 
-import dataclasses
 import functools
 import logging
+import shlex
 import shutil
 import signal
 import sys
@@ -27,7 +27,7 @@ from experiments.model.adapters import merged
 from experiments.model.hugging_face import save_llama
 from experiments.optim.methods import OPTIMIZERS, OWN_OPTIONS
 from experiments.run.assemble import Parts, assemble
-from experiments.run.config import command_line, parse
+from experiments.run.config import PROGRAM, parse
 from experiments.run.failures import told_in_a_line
 from experiments.run.figures import draw_figures
 from experiments.run.files import SUMMARY_FILE, write_json
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             trained = train(parts, lock, console)
             lock.check()
             if trained.stopped_by is not None:
-                return _say_how_to_resume(config, parts, trained, console)
+                return _say_how_to_resume(parts, trained, console)
             finish(parts, trained, console)
             lock.check()
     except UserError as error:
@@ -102,24 +102,33 @@ def _describe(parts, console):
         console.print(f"{config.optimizer} does not use {', '.join(ignored)}")
 
 
-def _say_how_to_resume(config, parts, trained, console):
-    again = dataclasses.replace(config, out=parts.directory, resume=True)
+def _say_how_to_resume(parts, trained, console):
+    # Its config.json says the rest.
+    words = [*_command(), "--out", str(parts.directory), "--resume"]
     console.print(
         f"stopped by {trained.stopped_by.name} and saved at step "
-        f"{trained.progress.step}; continue with\n  {command_line(again)}",
+        f"{trained.progress.step}; continue with\n  {shlex.join(words)}",
         highlight=False,
         soft_wrap=True,
     )
     return 0 if trained.stopped_by == signal.SIGTERM else 128 + signal.SIGINT
 
 
+def _command() -> list[str]:
+    """Returns the words that start this command, as they would be typed here."""
+    python = Path(sys.executable)
+    if python.is_relative_to(Path.cwd()):
+        python = python.relative_to(Path.cwd())
+    return [str(python), *(["-m", PROGRAM] if __package__ else [sys.argv[0]])]
+
+
 def _save_weights(directory, parts, trained):
     """Writes the weights under their name only when they are whole."""
-    if directory.exists():
-        return
     unfinished = directory.with_name("weights.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     save_llama(unfinished, parts.model, merged(trained.params), parts.tokenizer)
+    # Those of a run that has been extended since.
+    shutil.rmtree(directory, ignore_errors=True)
     unfinished.rename(directory)
 
 

@@ -23,8 +23,9 @@ from experiments.model.shape import LlamaConfig, preset
 from experiments.optim.build import build_optimizer
 from experiments.optim.methods import OPTIMIZERS
 from experiments.optim.schedule import make_schedule
+from experiments.run.changes import Changes, changes, check_changes, told
 from experiments.run.checkpoint import RunRecord, read_record
-from experiments.run.config import Config, complete, differences
+from experiments.run.config import Config, complete
 from experiments.run.files import check_is_free
 from experiments.run.step import data_mesh, replicate
 
@@ -44,6 +45,8 @@ class Parts:
         mesh: The devices.
         initial_params: Returns the parameters of step 0, one copy per device.
         resumed: The record of the checkpoint to continue from; None: a fresh run.
+        changed: What is computed otherwise from there on, see
+            :mod:`experiments.run.changes`.
     """
 
     config: Config
@@ -56,6 +59,7 @@ class Parts:
     mesh: Mesh
     initial_params: Callable[[], Params]
     resumed: RunRecord | None
+    changed: Changes
 
     @property
     def resumed_step(self) -> int | None:
@@ -90,9 +94,7 @@ def assemble(config: Config, report: Callable[[str], None]) -> Parts:
     tokenizer = load_tokenizer(config.tokenizer or "bytes")
     model = _model(config, tokenizer, weights)
     config = complete(config, model.hidden_size)
-    resumed = _read_checkpoint(config, directory) if config.resume else None
-    if resumed is None:
-        check_is_free(directory, resume=config.resume)
+    resumed, changed = _read_checkpoint(config, directory)
     data = make_data(
         config.data,
         tokenizer,
@@ -105,10 +107,16 @@ def assemble(config: Config, report: Callable[[str], None]) -> Parts:
     )
     if resumed is not None and resumed.token_digest != data.token_digest:
         raise UserError(
-            f"--data {config.data} has other text now than when the run in {directory} "
-            "was started; give the same files and the same version of Python"
+            f"--data {config.data} has other text than the run in {directory} was "
+            "started with; give the same files, tokenizer and version of Python"
         )
     schedule = make_schedule(config, config.steps)
+    if resumed is not None and changed:
+        step = resumed.progress["step"]
+        report(
+            f"from step {step} on {told(changed)}; the learning rate there is "
+            f"{jnp.asarray(schedule(step)).item():.3g}"
+        )
     tx = build_optimizer(config, schedule, config.seed, config.accumulate)
     _check_projects(config, model, tx)
     return Parts(
@@ -122,6 +130,7 @@ def assemble(config: Config, report: Callable[[str], None]) -> Parts:
         mesh=mesh,
         initial_params=functools.partial(_initial_params, model, config, weights, mesh),
         resumed=resumed,
+        changed=changed,
     )
 
 
@@ -214,13 +223,11 @@ def _initial_params(model, config, weights, mesh):
 
 
 def _read_checkpoint(config, directory):
-    record = read_record(directory)
+    """Returns the record to continue from and what changes, None and {} without one."""
+    record = read_record(directory) if config.resume else None
     if record is None:
-        return None
-    changed = differences(record.config, config)
-    if changed:
-        raise UserError(
-            f"the run in {directory} has another configuration: {', '.join(changed)}; "
-            "give the flags it was started with, or a new --out without --resume"
-        )
-    return record
+        check_is_free(directory, resume=config.resume)
+        return None, {}
+    changed = changes(record.config, config)
+    check_changes(changed, config, directory, record.progress["step"])
+    return record, changed

@@ -2,8 +2,7 @@
 
 import dataclasses
 import json
-import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from experiments.errors import UserError
 from experiments.model.shape import MODELS
 from experiments.optim.methods import OPTIMIZERS, OWN_OPTIONS
 from experiments.optim.options import OptimizerOptions, with_defaults
+from experiments.run.files import CONFIG_FILE
 from experiments.run.flags import (
     CheckpointFlags,
     DataFlags,
@@ -57,17 +57,8 @@ class Config(
         return self.initial_weights.name if self.initial_weights else self.model
 
 
-# Fields that do not change what is computed: they may differ when a run is resumed.
-FREE_FIELDS = frozenset(
-    {
-        "config",
-        *field_names(OutputFlags),
-        *field_names(CheckpointFlags),
-        *field_names(LoggingFlags),
-    }
-)
 # What a configuration file says of the run that wrote it, and of no other.
-_OF_ONE_RUN = frozenset({"config", "out", "resume"})
+_OF_ONE_RUN = frozenset({"config", "out", "resume", "allow_changes"})
 _OF_ONE_METHOD = OWN_OPTIONS | {"block_scale"}
 
 
@@ -79,22 +70,29 @@ def parse(argv: Sequence[str]) -> Config:
         SystemExit: With status 0, after ``--help``.
     """
     config = _parse(argv)
+    files = []
+    if config.resume and config.out and (config.out / CONFIG_FILE).is_file():
+        files.append(config.out / CONFIG_FILE)
     if config.config is not None:
-        saved = read_config(config.config)
-        # Once without flags: what is wrong then is wrong in the file.
-        given = given_flags(argv)
-        try:
-            of_file = _parse(words_of(saved))
-            check(of_file)
-        except UserError as error:
-            raise UserError(f"--config {config.config}: {error}") from None
-        if "optimizer" in given and config.optimizer != of_file.optimizer:
-            saved = {k: v for k, v in saved.items() if k not in _OF_ONE_METHOD}
-        saved = {k: v for k, v in saved.items() if k not in _OF_ONE_RUN}
-        config = _parse([*words_of(saved), *argv])
-        config = dataclasses.replace(config, config=None)
+        files.append(config.config)
+    words = [word for path in files for word in _words_of_file(path, config, argv)]
+    config = dataclasses.replace(_parse([*words, *argv]), config=None)
     check(config)
     return config
+
+
+def _words_of_file(path: Path, config: Config, argv: Sequence[str]) -> list[str]:
+    """Returns the flags that spell a file's settings, but for those of its run."""
+    saved = read_config(path)
+    # Once without flags: what is wrong then is wrong in the file.
+    try:
+        of_file = _parse(words_of(saved))
+        check(of_file)
+    except UserError as error:
+        raise UserError(f"--config {path}: {error}") from None
+    if "optimizer" in given_flags(argv) and config.optimizer != of_file.optimizer:
+        saved = {k: v for k, v in saved.items() if k not in _OF_ONE_METHOD}
+    return words_of({k: v for k, v in saved.items() if k not in _OF_ONE_RUN})
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -120,6 +118,8 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UserError(
             f"--config {path} holds no settings by name; give the config.json of a run"
         )
+    # What a run that was resumed tells of its past.
+    fields.pop("changes", None)
     names = field_names(Config)
     for name in fields:
         if name not in names:
@@ -190,26 +190,6 @@ def to_json(config: Config) -> dict[str, Any]:
     fields = dataclasses.asdict(config)
     del fields["config"]
     return {k: str(v) if isinstance(v, Path) else v for k, v in fields.items()}
-
-
-def differences(saved: Mapping[str, Any], config: Config) -> list[str]:
-    """Returns "--flag was X, is Y" for each field that changes what is computed."""
-    now = to_json(config)
-    return [
-        f"{flag(name)} was {saved.get(name)}, is {now.get(name)}"
-        for name in sorted((saved.keys() | now.keys()) - FREE_FIELDS)
-        if saved.get(name) != now.get(name)
-    ]
-
-
-def command_line(config: Config) -> str:
-    """Returns the command that gives this configuration, without the defaults."""
-    given = {
-        field.name: getattr(config, field.name)
-        for field in dataclasses.fields(config)
-        if getattr(config, field.name) != field.default
-    }
-    return shlex.join(["python", "-m", PROGRAM, *words_of(given)])
 
 
 def _check_order(config: Config, low: str, high: str, strictly: bool = False) -> None:

@@ -91,8 +91,14 @@ class CheckpointFlags:
     """What is saved on the way, and how to continue."""
 
     #: Continue the run in --out from its last complete checkpoint, bit for bit. Where
-    #: there is none, start it. The other flags must be those it was started with.
+    #: there is none, start it. Flags that are left out are as in its config.json. Paths
+    #: may be others if the text is the same. Larger --steps extend the run: from the
+    #: checkpoint on, the learning rate is that of a run of the new length with the same
+    #: warm-up. What else would be computed otherwise is refused.
     resume: bool = False
+    #: With --resume: continue with the other settings that are given here, as far as
+    #: the checkpoint fits them. config.json and summary.json list them by step.
+    allow_changes: bool = False
     #: Steps between two checkpoints; at least 1. There is one after the last step in
     #: any case.
     checkpoint_every: AtLeastOne = 200

@@ -20,6 +20,8 @@ class Progress:
         best: With --keep-best, the step of the lowest validation loss, and that loss,
             as ``step`` and ``validation_loss``; None before the first one.
         compaction: Of --compact.
+        changes: What was changed when the run was resumed: the ``step`` of the
+            checkpoint, and by name ``settings`` before and after.
         renewals: Which bases the next steps renew; None before the first checkpoint.
     """
 
@@ -29,6 +31,7 @@ class Progress:
     validation_loss: float = float("nan")
     best: dict[str, Any] | None = None
     compaction: Compaction = dataclasses.field(default_factory=Compaction)
+    changes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     renewals: dict[str, Any] | None = None
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from experiments.run.assemble import Parts
 from experiments.run.checkpoint import Checkpoints, RunRecord
 from experiments.run.config import to_json
+from experiments.run.files import CONFIG_FILE, write_json
 from experiments.run.lock import Lock
 from experiments.run.progress import Progress
 
@@ -71,6 +72,9 @@ class Saves:
                 progress=dataclasses.asdict(progress),
             ),
         )
+        # Not before: it says what the newest checkpoint was made with.
+        past = {"changes": progress.changes} if progress.changes else {}
+        write_json(self._parts.directory / CONFIG_FILE, {**to_json(config), **past})
         self._saved_at = time.monotonic()
 
 

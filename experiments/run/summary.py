@@ -59,6 +59,7 @@ def summarize(
         "compilations": trained.compilations,
         "compactions": progress.compaction.done,
         "best": progress.best,
+        "changes": progress.changes,
         "optimizer_state_bytes": optimizer_state_bytes(trained.opt_state),
         "adamw_state_bytes": adamw_state_bytes(model),
         "block_state_bytes": optimizer_state_bytes(block_state(trained.opt_state)),

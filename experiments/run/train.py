@@ -124,6 +124,9 @@ class _Loop:
             self.opt_state = initial_state(parts.tx, self.params, parts.mesh)
         else:
             self.progress = saved_progress(parts.resumed.progress)
+            if parts.changed:
+                entry = {"step": self.progress.step, "settings": parts.changed}
+                self.progress.changes.append(entry)
             self.params, self.opt_state = checkpoints.restore_state(
                 *parts.abstract_state()
             )

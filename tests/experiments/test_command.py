@@ -179,8 +179,7 @@ def test_resuming_with_another_configuration_names_each_difference(finished, cap
     changed = ["--resume", "--seed", 1, "--learning-rate", 0.5, "--log-every", 2]
     assert run(*flags, *changed) == 2
     error = one_error_line(capsys)
-    assert "--learning-rate was 0.008, is 0.5, --seed was 0, is 1;" in error
-    assert "log-every" not in error
+    assert "another configuration: --seed was 0, is 1; its checkpoint" in error
     assert contents(out) == before
 
 
@@ -193,7 +192,7 @@ def test_resuming_with_other_text_is_refused(finished, tmp_path, capsys):
         assert run(*flags, "--resume") == 2
     finally:
         data.write_text(text)
-    assert "has other text now" in one_error_line(capsys)
+    assert "has other text than" in one_error_line(capsys)
 
 
 def test_a_damaged_checkpoint_is_named_and_deleting_it_lets_the_run_go_on(

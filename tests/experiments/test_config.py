@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-import shlex
 
 import pytest
 
@@ -11,12 +10,10 @@ from experiments.arguments import field_names, flag
 from experiments.errors import UserError
 from experiments.optim.methods import OPTIMIZERS
 from experiments.ranges import ranges_of
+from experiments.run.changes import FIXED_FIELDS, FREE_FIELDS, TEXT_FIELDS, changes
 from experiments.run.config import (
-    FREE_FIELDS,
     Config,
-    command_line,
     complete,
-    differences,
     parse,
     to_json,
 )
@@ -214,30 +211,20 @@ def test_defaults_fit_what_the_user_sets(arguments, name, value):
     assert getattr(config, name) == value
 
 
-def test_the_command_line_gives_the_configuration_back():
-    config = parse(
-        shlex.split(
-            "--model 60m --clip-norm None --remat --no-tied-embeddings --out 'a b' "
-            "--learning-rate 3e-4 --rank 7 --data 'x/*.txt' --resume"
-        )
-    )
-    words = shlex.split(command_line(config))
-    assert words[:3] == ["python", "-m", "experiments.pretrain_llama"]
-    assert parse(words[3:]) == config
-
-
-def test_differences_name_what_changes_the_mathematics_and_nothing_else():
+def test_changes_are_what_is_computed_otherwise_and_nothing_else():
     config = parse(["--out", "a", "--rank", "7"])
     saved = to_json(config)
-    assert differences(saved, config) == []
-    free = dataclasses.replace(config, log_every=3, keep_checkpoints=9, resume=True)
-    assert differences(saved, free) == []
-    changed = dataclasses.replace(config, rank=8, seed=1)
-    assert differences(saved, changed) == [
-        "--rank was 7, is 8",
-        "--seed was 0, is 1",
-    ]
+    assert changes(saved, config) == {}
+    free = dataclasses.replace(
+        config, log_every=3, keep_checkpoints=9, resume=True, data="elsewhere.txt"
+    )
+    assert changes(saved, free) == {}
+    other = dataclasses.replace(config, rank=8, seed=1)
+    assert changes(saved, other) == {"rank": [7, 8], "seed": [0, 1]}
 
 
-def test_free_fields_are_fields():
-    assert {field.name for field in dataclasses.fields(Config)} >= FREE_FIELDS
+def test_the_kinds_of_fields_are_of_fields():
+    fields = {field.name for field in dataclasses.fields(Config)}
+    kinds = (FREE_FIELDS, TEXT_FIELDS, FIXED_FIELDS)
+    assert fields >= frozenset.union(*kinds)
+    assert sum(map(len, kinds)) == len(frozenset.union(*kinds))
