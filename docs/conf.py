@@ -1,6 +1,6 @@
 """How Sphinx builds the site; `make docs` calls it."""
 
-import shutil
+import os
 import sys
 from pathlib import Path
 
@@ -9,6 +9,7 @@ ROOT = HERE.parent
 sys.path[:0] = [str(HERE / "_ext"), str(ROOT)]
 
 import lowrank_optax  # noqa: E402
+from notebook_copies import copy_notebooks  # noqa: E402
 
 project = "lowrank_optax"
 author = "The authors of lowrank_optax"
@@ -40,6 +41,9 @@ nb_execution_cache_path = str(HERE / "_build" / ".notebooks")
 nb_execution_raise_on_error = True
 nb_execution_timeout = 600
 nb_merge_streams = True
+copy_notebooks(ROOT / "notebooks", HERE / "notebooks")
+# Kernels import this repository, wherever it is installed from.
+os.environ["PYTHONPATH"] = str(ROOT)
 
 add_module_names = False
 autodoc_typehints_format = "short"
@@ -56,17 +60,3 @@ nitpick_ignore_regex = [
     # Types that signatures name and a reader does not need.
     (r"py:class", r"lowrank_optax\.(matrix|rules|storage)\..*"),
 ]
-
-
-def _copy_notebooks():
-    """Sphinx reads only what lies under its own directory."""
-    target = HERE / "notebooks"
-    target.mkdir(exist_ok=True)
-    for path in (ROOT / "notebooks").glob("*.ipynb"):
-        copy = target / path.name
-        # Sphinx reads a file again when its time has changed.
-        if not copy.exists() or copy.read_bytes() != path.read_bytes():
-            shutil.copyfile(path, copy)
-
-
-_copy_notebooks()
