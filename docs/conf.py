@@ -8,8 +8,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(HERE / "_ext"), str(ROOT)]
 
-import lowrank_optax  # noqa: E402
 from notebook_copies import copy_notebooks  # noqa: E402
+
+import lowrank_optax  # noqa: E402
 
 project = "lowrank_optax"
 author = "The authors of lowrank_optax"
@@ -21,6 +22,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
+    "flags",
     "mathml",
     "public_names",
 ]

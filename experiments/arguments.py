@@ -35,7 +35,7 @@ def parse_arguments(
         SystemExit: With status 0, after ``--help``.
     """
     complaint = io.StringIO()
-    groups = _groups(options)
+    groups = groups_of(options)
     try:
         with contextlib.redirect_stderr(complaint):
             found, unknown = tyro.cli(
@@ -127,7 +127,7 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _groups(options: type) -> dict[str, type]:
+def groups_of(options: type) -> dict[str, type]:
     """Returns the bases that have fields of their own, by the name of the group."""
     bases = [
         base

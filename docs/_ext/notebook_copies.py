@@ -1,4 +1,4 @@
-"""The repository's notebooks, under Sphinx' own directory, outside of which it is blind."""
+"""The notebooks, copied under Sphinx' own directory, outside of which it is blind."""
 
 from pathlib import Path
 
