@@ -48,7 +48,8 @@ copy_notebooks(ROOT / "notebooks", HERE / "notebooks")
 os.environ["PYTHONPATH"] = str(ROOT)
 
 add_module_names = False
-autodoc_typehints_format = "short"
+# The sections on arguments say types in words.
+autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 python_maximum_signature_line_length = 88
 napoleon_numpy_docstring = False

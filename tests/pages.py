@@ -1,6 +1,8 @@
 """The pages that a user reads, and the code in them."""
 
 import ast
+import contextlib
+import importlib
 import importlib.util
 import re
 import shlex
@@ -19,6 +21,7 @@ PAGES = [
     *(DOCS / path for path in _IN_DOCS if path.parts[0] not in _BUILT),
 ]
 SHELLS = ("sh", "bash")
+FLAG = re.compile(r"(?<!\S)--[a-z][\w-]*")
 
 _FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>[^\n`]*)\n(?P<code>.*?)^(?P=indent)```$",
@@ -76,3 +79,18 @@ def commands(text: str) -> list[list[str]]:
     lines = "".join(map(textwrap.dedent, blocks)).replace("\\\n", " ").splitlines()
     split = [shlex.split(line, comments=True) for line in lines]
     return [words for words in split if words]
+
+
+def flags_of(module: str, capsys) -> set[str]:
+    """Returns the flags that the help of a command lists.
+
+    Args:
+        module: With a function ``main``, like ``experiments.compare``.
+        capsys: pytest's.
+    """
+    capsys.readouterr()
+    with contextlib.suppress(SystemExit):
+        importlib.import_module(module).main(["--help"])
+    # tyro draws a frame around them.
+    lines = re.findall(r"^[^\w\n]*-.*$", capsys.readouterr().out, re.MULTILINE)
+    return {name for line in lines for name in FLAG.findall(line)}

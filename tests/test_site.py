@@ -10,6 +10,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 import lowrank_optax
+from tests.pages import ROOT, flags_of
 from tests.site import Page, built_site
 
 if not importlib.util.find_spec("sphinx"):
@@ -17,6 +18,11 @@ if not importlib.util.find_spec("sphinx"):
         "the site needs the packages of the extra docs", allow_module_level=True
     )
 
+COMMANDS = [
+    path.stem
+    for path in (ROOT / "experiments").glob("*.py")
+    if "def main(" in path.read_text(encoding="utf-8")
+]
 WITHOUT_TITLE = {"genindex.html", "search.html"}
 
 
@@ -46,6 +52,16 @@ def test_every_public_name_is_in_the_reference(site):
     entries = map(str.split, zlib.decompress(packed).decode().splitlines())
     documented = {entry[0] for entry in entries if entry[1].startswith("py:")}
     assert {f"lowrank_optax.{x}" for x in lowrank_optax.__all__} <= documented
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_flag_of_a_command_is_on_the_page_of_the_experiment(
+    command, site, pages, capsys
+):
+    flags = flags_of(f"experiments.{command}", capsys)
+    assert "--help" in flags
+    anchors = pages[site / "experiments.html"].anchors
+    assert {f"cmdoption-{command}-{flag[2:]}" for flag in flags - {"--help"}} <= anchors
 
 
 def _problem(href: str, path: Path, pages: dict[Path, Page]) -> str | None:

@@ -15,10 +15,14 @@ logger = logging.getLogger(__name__)
 def _mathml(node: nodes.Element, *, as_block: bool) -> str:
     text = re.sub(r"\\dots\b", r"\\ldots", node.astext())
     try:
-        return tex2mathml(text, as_block=as_block)
+        found = tex2mathml(text, as_block=as_block)
     except MathError as error:
         logger.warning("%s in the formula %s", error, text, location=node)
         return html.escape(text)
+    if not re.search(r"\\(left|begin)\b", text):
+        # Browsers stretch them, with a superscript to an odd height.
+        found = re.sub(r"<mo(?=[^<]*>[‖|()\[\]⌈⌉⌊⌋⟨⟩]<)", '<mo stretchy="false"', found)
+    return found
 
 
 def _inline(translator, node: nodes.math) -> None:
