@@ -24,7 +24,7 @@ SHELLS = ("sh", "bash")
 FLAG = re.compile(r"(?<!\S)--[a-z][\w-]*")
 
 _FENCE = re.compile(
-    r"^(?P<indent> *)```(?P<language>[^\n`]*)\n(?P<code>.*?)^(?P=indent)```$",
+    r"^ *```(?P<language>[^\n`]*)\n(?P<code>.*?)^ *```$",
     re.MULTILINE | re.DOTALL,
 )
 _SOURCE = re.compile(r"From `(\S+)`:\n\n\Z")
