@@ -1,6 +1,7 @@
 """The figures of the documentation are what their scripts draw, and pages show them."""
 
 import importlib.util
+import json
 import re
 
 import pytest
@@ -13,8 +14,8 @@ if not importlib.util.find_spec("matplotlib"):
 import matplotlib
 
 from docs.figures.__main__ import FIGURES
-from docs.figures.losses import rows
-from docs.figures.style import DIRECTORY, as_svg, settings
+from docs.figures.losses import rows, rows_of_suite
+from docs.figures.style import DIRECTORY, STATES, as_svg, settings
 
 DOCS = DIRECTORY.parent
 REDRAW = "draw it anew: python -m docs.figures"
@@ -59,3 +60,32 @@ def test_the_table_of_choose_has_the_numbers_of_the_results():
         if difference.strip():
             said = difference.replace(" %", "%")
             assert said == expected[share, loss], name
+
+
+@pytest.mark.parametrize(
+    ("page", "suite"),
+    {
+        "concepts/refresh": "ablation-interval",
+        "concepts/rebasing": "ablation-rebase",
+        "concepts/subspace": "ablation-side",
+        "methods/vlorp": "ablation-granularity",
+    }.items(),
+)
+def test_a_page_has_each_loss_of_the_ablation_that_it_names(page, suite):
+    text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
+    for method, row in rows_of_suite(suite).items():
+        assert f"{row.mean:.3f}" in text, (method, row.mean)
+
+
+def test_what_was_measured_of_the_states_is_possible():
+    measured = json.loads(STATES.read_text(encoding="utf-8"))
+    for shares in measured["subspace"]["captured"].values():
+        assert shares == sorted(shares)
+    refresh = measured["refresh"]
+    pairs = zip(refresh["in_use"], refresh["best"], strict=True)
+    assert all(in_use <= best for in_use, best in pairs)
+    residual = measured["residual"]
+    assert all(residual["least"][x] <= y for x, y in residual["outside"].items())
+    capacity = measured["capacity"]
+    used = map(max, capacity["ranks"])
+    assert all(x <= y for x, y in zip(used, capacity["capacities"], strict=True))

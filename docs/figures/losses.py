@@ -17,10 +17,14 @@ def rows() -> dict[str, Row]:
     """Returns the latest row of each method, by rising loss."""
     latest: dict[str, Row] = {}
     for suite in SUITES:
-        lines = (RESULTS / suite / "results.jsonl").read_text(encoding="utf-8")
-        records = [json.loads(line) for line in lines.splitlines()]
-        latest |= {row.method: row for row in rows_of(records)}
+        latest |= rows_of_suite(suite)
     return dict(sorted(latest.items(), key=lambda item: item[1].mean))
+
+
+def rows_of_suite(suite: str) -> dict[str, Row]:
+    """Returns the row of each method of one folder of ``benchmarks/results``."""
+    lines = (RESULTS / suite / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    return {row.method: row for row in rows_of(map(json.loads, lines))}
 
 
 # Row of the comparison -> its name in figures, and where the name stands: horizontal
