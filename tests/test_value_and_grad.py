@@ -483,7 +483,7 @@ UNSUPPORTED = {
         lambda p, x: squares(
             x @ jax.lax.scan(lambda w, _: (-w, None), p["w"], length=2)[0]
         ),
-        r"\['w'\] is used by scan, as a value that is carried on",
+        r"\['w'\] is used by scan, as a carried value",
     ),
     "chosen by a conditional": (
         lambda p, x: squares(

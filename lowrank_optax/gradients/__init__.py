@@ -1,8 +1,9 @@
-"""Gradients inside the subspaces: products whose reverse rules are others.
+"""Gradients inside the subspaces, by products with reverse rules of their own.
 
-``value_and_grad`` is the door, ``traced`` and ``program`` the function as operations.
-``layout`` spreads a projected gradient over the axes of its parameter, ``leaves`` and
-``followed`` are what goes through the program, and ``uses`` names the rule of each
-operation: ``moves``, ``pieces``, ``linear``, ``product``, ``ragged``, ``lookups``, and
-``full_size`` for all that takes the array as it is.
+``value_and_grad`` is the entry. ``traced`` turns the function into a program, and
+``program`` evaluates this program. ``layout`` spreads a projected gradient over the
+axes of its parameter. ``leaves`` and ``followed`` are the parameters inside the
+program. ``uses`` has the table of rules for operations; the rules are in ``moves``,
+``pieces``, ``linear``, ``product``, ``ragged`` and ``lookups``. ``full_size`` serves
+operations on whole arrays.
 """

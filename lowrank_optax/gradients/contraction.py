@@ -21,16 +21,17 @@ def contract(
 ) -> jax.Array:
     """Returns one ``dot_general`` of two arrays, its axes in the order of ``labels``.
 
-    As ``einsum``, but each operand keeps its place, to which a precision belongs.
+    Unlike ``einsum``, it keeps the operands in their order, for which ``precision`` is
+    given.
 
     Args:
         first: The left operand.
-        first_labels: Of its axes, each once.
+        first_labels: Labels of the left operand's axes, each once.
         second: The right operand.
-        second_labels: Of its axes, each once.
-        labels: Of the result; what it lacks is summed over.
-        precision: As ``dot_general`` takes it.
-        dtype: ``preferred_element_type``; None: that of the operands.
+        second_labels: Labels of the right operand's axes, each once.
+        labels: Labels of the result. Any other label is summed over.
+        precision: ``precision`` of ``dot_general``.
+        dtype: ``preferred_element_type``; None: the dtype of the operands.
     """
     first, first_labels = _summed(first, first_labels, (*second_labels, *labels))
     second, second_labels = _summed(second, second_labels, (*first_labels, *labels))
@@ -57,7 +58,7 @@ def contract(
 
 
 def _summed(array: jax.Array, labels: Labels, wanted: Labels):
-    """Returns an array summed over the axes whose labels nobody wants."""
+    """Returns an array summed over all axes without a wanted label."""
     alone = tuple(i for i, label in enumerate(labels) if label not in wanted)
     kept = [label for label in labels if label in wanted]
     return (array.sum(alone) if alone else array), kept
@@ -68,13 +69,13 @@ def type_of_contraction(
     sizes: Sequence[int],
     *sources: tuple[jax.Array, Sequence[Labels]],
 ) -> jax.ShapeDtypeStruct:
-    """Returns a type whose axes are sharded as those of the sources that have them.
+    """Returns a type with the shardings that the sources have for its labels.
 
     Args:
-        labels: Of its axes.
-        sizes: Of its axes.
-        sources: Arrays with the labels of each of their axes; one with several labels
-            gives its sharding to none.
+        labels: Labels of the type's axes.
+        sizes: Sizes of the type's axes.
+        sources: Arrays, each with the labels of each axis. The sharding of an axis with
+            several labels is not used.
     """
     spec: dict[Any, Any] = dict.fromkeys(labels)
     used, mesh = set(), None

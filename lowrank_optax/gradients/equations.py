@@ -8,7 +8,7 @@ from jax.extend import core
 
 
 def bound(equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
-    """Returns the results of an operation as it stands."""
+    """Returns the results of an unchanged operation."""
     primitive = equation.primitive
     with equation.ctx.manager:
         params = primitive.get_bind_params(equation.params)
@@ -17,11 +17,11 @@ def bound(equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
 
 
 def has_derivative(equation: core.JaxprEqn) -> bool:
-    """Returns whether any result can be differentiated: integers cannot."""
+    """Returns whether any result is differentiable. Integers are not."""
     types = [variable.aval for variable in equation.outvars]
     return any(jnp.issubdtype(getattr(x, "dtype", int), jnp.inexact) for x in types)
 
 
 def as_tuples(value: Any) -> Any:
-    """Returns dimension numbers as nested tuples, so that they can be compared."""
+    """Returns dimension numbers as nested tuples, for comparisons."""
     return tuple(map(as_tuples, value)) if isinstance(value, (tuple, list)) else value

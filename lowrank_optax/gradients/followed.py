@@ -12,12 +12,12 @@ from lowrank_optax.gradients.layout import Dims
 
 
 class Term(NamedTuple):
-    """How an array would change: by sum_r coordinates * basis, broadcast.
+    """A change of an array: sum_r coordinates * basis, broadcast.
 
-    Both have one axis per atom of the array, of the atom's size or 1, and the rank.
+    Both arrays have one axis per atom, of the atom's size or of size 1, and the rank.
 
     Attributes:
-        coordinates: (*atoms, r); only their gradient counts, which is asked for.
+        coordinates: (*atoms, r). Only the gradient of the coordinates counts.
         basis: (*atoms, r).
     """
 
@@ -28,15 +28,15 @@ class Term(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Followed:
-    """What has become of parameters that are projected.
+    """An array made of projected parameters, inside a program.
 
     Attributes:
         value: The array. Its gradient goes to the coordinates alone.
-        terms: One for each parameter in it, and for each array added to it or
-            multiplied with it.
-        dims: What each dimension of ``value`` consists of.
+        terms: One term for each parameter in the array, and one for each array that was
+            added to it or multiplied with it.
+        dims: Atoms of each dimension of ``value``.
         names: Key paths of the parameters, for errors.
-        is_sum: Whether an array that is no parameter was added to it.
+        is_sum: Whether the array is a sum with an array other than a parameter.
     """
 
     value: Any
@@ -53,7 +53,7 @@ class Followed:
     def changed(
         self, change: Callable[[jax.Array], jax.Array], dims: Dims
     ) -> "Followed":
-        """Returns the same with coordinates and bases changed, the value not yet."""
+        """Returns the same with changed coordinates and bases, but the old value."""
         terms = tuple(Term(change(term[0]), change(term[1])) for term in self.terms)
         return dataclasses.replace(self, terms=terms, dims=dims)
 
@@ -62,15 +62,15 @@ class Followed:
         return dataclasses.replace(self, value=value)
 
     def without_arrays(self) -> "Followed":
-        """Returns the same with None in the place of all arrays."""
+        """Returns the same with None in place of all arrays."""
         return jax.tree.map(lambda _: None, self)
 
     @property
     def is_free(self) -> bool:
-        """Whether anything may be done to it, as to activations.
+        """Whether any operation is allowed, as on activations.
 
-        So it is once something was added to it, and once only vectors are left of the
-        matrix: picked rows. Its gradient then is one of activations.
+        This holds for a sum with an activation, and for vectors of a matrix, as
+        looked-up rows. Their gradients are those of activations.
         """
         return self.is_sum or all(
             not (any(only_first) and any(only_second))
@@ -79,23 +79,23 @@ class Followed:
 
 
 def sides(term: Term) -> tuple[list[bool], list[bool]]:
-    """Returns where coordinates vary and the basis does not, and the reverse."""
+    """Returns where coordinates alone vary, by atom, and where the basis alone does."""
     pairs = list(zip(varies(term.coordinates), varies(term.basis), strict=True))
     return [a and not b for a, b in pairs], [b and not a for a, b in pairs]
 
 
 def varies(array: jax.Array) -> tuple[bool, ...]:
-    """Returns along which atoms coordinates or a basis vary."""
+    """Returns, for each atom, whether coordinates or a basis vary along it."""
     return tuple(size > 1 for size in array.shape[:-1])
 
 
 def without_ones(array: jax.Array) -> jax.Array:
-    """Returns coordinates or a basis with those atoms alone along which they vary."""
+    """Returns coordinates or a basis without the atoms of size 1."""
     return array.squeeze([i for i, size in enumerate(array.shape[:-1]) if size == 1])
 
 
 def positions(dims: Dims) -> tuple[range, ...]:
-    """Returns where the atoms of each dimension lie among all."""
+    """Returns the positions of each dimension's atoms among all atoms."""
     found, start = [], 0
     for dim in dims:
         found.append(range(start, start + len(dim)))
@@ -104,7 +104,7 @@ def positions(dims: Dims) -> tuple[range, ...]:
 
 
 def atomic(array: jax.Array, dims: Dims) -> jax.Array:
-    """Returns an array like one of ``dims``, or broadcast to it, as (*atoms, 1)."""
+    """Returns an array with these dimensions, or size 1 in some, as (*atoms, 1)."""
     shape = [
         size if n > 1 else 1
         for n, dim in zip(array.shape, dims, strict=True)
@@ -114,7 +114,7 @@ def atomic(array: jax.Array, dims: Dims) -> jax.Array:
 
 
 def plain_term(array: jax.Array, dims: Dims) -> Term:
-    """Returns the term of an array that is added: its gradient at its own size."""
+    """Returns the term of an added array, whose gradient has the array's own size."""
     spread = atomic(array, dims)
     return Term(spread, jnp.ones((1,) * spread.ndim, array.dtype))
 
@@ -122,12 +122,12 @@ def plain_term(array: jax.Array, dims: Dims) -> Term:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Entries:
-    """What was computed of a parameter entry by entry, and is to be reduced.
+    """A function of a parameter's entries, to be reduced later.
 
     Attributes:
         value: The array.
         names: Key paths of the parameters.
-        first: The operation that made entries of them.
+        first: The first operation on the entries.
     """
 
     value: jax.Array
@@ -136,14 +136,14 @@ class Entries:
 
 
 def value_of(x: Any) -> Any:
-    """Returns the array itself, without the gradient of a followed one."""
+    """Returns the plain array; a followed array loses its gradient."""
     return x.value if isinstance(x, (Followed, Entries)) else x
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class TypeOf:
-    """Shape, dtype, sharding and what an array varies over, which are no array."""
+    """Shape, dtype, sharding and varying mesh axes of an array, as static data."""
 
     like: jax.ShapeDtypeStruct
 
@@ -153,16 +153,17 @@ class TypeOf:
         return cls(jax.eval_shape(lambda x: x, array))
 
     def shaped(self, array: jax.Array) -> jax.Array:
-        """Returns an array of as many numbers in this shape and dtype."""
+        """Returns an array of the same size in this shape and dtype."""
         return array.reshape(self.like.shape).astype(self.like.dtype)
 
 
 class Refused(Exception):
-    """Why a rule does not apply; :func:`unsupported` says it to the user.
+    """The reason why a rule does not apply; :func:`unsupported` tells the user.
 
     Args:
         why: Part of a sentence.
-        inputs: Those that it does not apply to; none: all of the operation.
+        inputs: The inputs with this reason. Without inputs: all inputs of the
+            operation.
     """
 
     def __init__(self, why: str = "", *inputs: Any):
@@ -176,7 +177,7 @@ class UnsupportedError(ValueError):
 
 
 def names_of(inputs: Iterable[Any]) -> tuple[str, ...]:
-    """Returns the parameters that inputs are made of, each once."""
+    """Returns the names of the parameters in the inputs, each once."""
     found = (x.names for x in inputs if isinstance(x, (Followed, Entries)))
     return tuple(dict.fromkeys(name for names in found for name in names))
 
@@ -184,14 +185,14 @@ def names_of(inputs: Iterable[Any]) -> tuple[str, ...]:
 def unsupported(
     equation: core.JaxprEqn, inputs: Sequence[Any], why: str = ""
 ) -> UnsupportedError:
-    """Returns the error that names the parameter, the operation and ways out."""
+    """Returns the error with the parameter's name, the operation and the ways out."""
     names = names_of(inputs)
     how = next((x.first for x in inputs if isinstance(x, Entries)), None)
     by = f"entry by entry, by {how}, and then " if how else ""
     return UnsupportedError(
         f"{' and '.join(names)} is used {by}by {equation.primitive.name}"
-        f"{why and ', ' + why}, where its projected gradient cannot be computed "
-        "without its full one. Use it in products (jnp.dot, @, einsum, dot_general), "
-        "in lookups or in penalties, or give it its full gradient: "
+        f"{why and ', ' + why}, where the projected gradient cannot be computed "
+        "without the full gradient. Use the parameter in products (jnp.dot, @, einsum, "
+        "dot_general), in lookups or in penalties, or ask for the full gradient: "
         f"full_gradients={names}."
     )

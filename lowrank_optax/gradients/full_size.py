@@ -1,8 +1,8 @@
-"""A followed array taken as it is: its gradient is projected entry by entry.
+"""A followed array used as a plain array: its full gradient is projected at once.
 
-This forms one array of its size in the backward pass. That is an array of activations
-where rows were looked up or something was added, and it is what a norm of a parameter,
-or a penalty on it, needs in any case: d sum(W^2) / dW = 2 W, of which 2 W P is kept.
+The backward pass forms one array of full size. For looked-up rows and for sums with
+activations, this array is a gradient of activations. For a norm of a parameter, or a
+penalty, such an array is needed anyway: d sum(W^2) / dW = 2 W, and 2 W P is kept.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ _NAMES = """
     pow rem round rsqrt select_n sign sin sinh sqrt square sub tan tanh
 """
 _ELEMENTWISE = frozenset(_NAMES.split())
-# What moves entries without changing them.
+# Operations that move entries without changing them.
 _MOVES = frozenset(
     [
         "broadcast_in_dim",
@@ -51,10 +51,10 @@ _MOVES = frozenset(
 def entry_by_entry(equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
     """Returns the results of an operation on entries of parameters.
 
-    They are to be reduced: a product with them would form a full gradient.
+    Later operations must reduce the entries: a product would form a full gradient.
 
     Raises:
-        Refused: If the operation is another one.
+        Refused: If the operation is neither elementwise nor a reduction.
     """
     name = equation.primitive.name
     entries = [x for x in inputs if isinstance(x, Entries)]
@@ -68,7 +68,7 @@ def entry_by_entry(equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
 
 
 def plain(x: Any) -> Any:
-    """Returns the array with its gradient, formed at full size, projected."""
+    """Returns the plain array; the backward pass projects its full gradient."""
     if isinstance(x, Entries):
         return x.value
     return _plain(x) if isinstance(x, Followed) else x
@@ -99,7 +99,7 @@ def _backward(saved, dy):
 
 
 def _coordinates(x: Followed, dy: jax.Array, type_: TypeOf, basis: jax.Array):
-    """Returns the gradient of a term's coordinates, float32 or wider sums."""
+    """Returns the gradient of a term's coordinates, from sums in float32 or wider."""
 
     def gradient(dy, basis):
         labels = [

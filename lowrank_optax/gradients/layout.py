@@ -11,14 +11,14 @@ import jax.numpy as jnp
 from lowrank_optax.matrix.sharding import with_automatic_axes, zeros_beside
 from lowrank_optax.matrix.view import MatrixView
 
-# What each dimension of an array made of a parameter consists of, outermost first: the
-# sizes of its atoms, all above 1, whose product is its length.
+# The atoms of each dimension of an array made of a parameter: their sizes, all above 1,
+# the outermost first. The product of the sizes is the length of the dimension.
 Dims = tuple[tuple[int, ...], ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Atom:
-    """An axis of a parameter, or a digit of one that granularity cuts."""
+    """An axis of a parameter, or one digit of an axis that granularity divides."""
 
     axis: int
     size: int
@@ -27,11 +27,11 @@ class _Atom:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where the axes of coordinates and of a basis lie among those of the parameter.
+    """Coordinates and a basis, laid out along the axes of the parameter.
 
-    Both get one axis per atom, in the parameter's order, and the rank: an atom has its
-    size where they vary along it, else 1. The gradient G of the parameter then is one
-    of sum_r coordinates * basis, broadcast, whatever its axes mean.
+    Both get one axis per atom, in the parameter's order, and the rank. An array has the
+    atom's size where it varies along the atom, else 1. The gradient G of the parameter
+    is then sum_r coordinates * basis, broadcast, whatever the axes mean.
 
     Attributes:
         view: The parameter as matrices.
@@ -58,7 +58,7 @@ class Layout:
 
     @functools.cached_property
     def _cut(self) -> dict[int, int] | None:
-        """Blocks of each projected axis; None, if a block ends inside of one's step."""
+        """Blocks of each projected axis; None, if a block ends inside a step."""
         left, cut = self.view.granularity, {}
         for axis in self.view.projected_axes:
             size = self.view.shape[axis]
@@ -71,7 +71,7 @@ class Layout:
 
     @property
     def dims(self) -> Dims:
-        """Of the parameter itself."""
+        """Atoms of each dimension of the parameter."""
         axes = range(len(self.view.shape))
         return tuple(
             tuple(atom.size for atom in self._atoms if atom.axis == axis)
@@ -79,15 +79,14 @@ class Layout:
         )
 
     def zeros(self, leaf: Any, rank: int, dtype: Any) -> jax.Array:
-        """Returns coordinates of zero, (*atoms, r), sharded as the leaf is.
+        """Returns zero coordinates, (*atoms, r), with the leaf's sharding.
 
-        Blocks that no atoms stand for are columns of their own: r is granularity times
-        the rank then.
+        Blocks without atoms become columns: r is then the granularity times the rank.
         """
         return self._zeros(leaf, self._rank(rank), dtype, ("stack", "kept", "block"))
 
     def basis(self, leaf: Any, basis: jax.Array) -> jax.Array:
-        """Returns a basis (*stack, b/c, r) as (*atoms, r), sharded as the leaf is."""
+        """Returns a basis (*stack, b/c, r) as (*atoms, r), with the leaf's sharding."""
         sides = ("stack", "projected")
         rank = self._rank(basis.shape[-1])
         like = self._zeros(leaf, rank, basis.dtype, sides)
@@ -121,7 +120,7 @@ class Layout:
         return rank * self.view.granularity if self._cut is None else rank
 
     def _order(self, sides) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Returns which atoms these sides have, side by side, and their sizes."""
+        """Returns the positions and sizes of these sides' atoms, side after side."""
         view = self.view
         axes = {
             "stack": view.stack_axes,
@@ -143,7 +142,7 @@ class Layout:
         for atom in self._atoms:
             varies = atom.side in sides
             shape.append(atom.size if varies else 1)
-            # The outermost digit of an axis is sharded as the axis is.
+            # The outermost digit of an axis has the sharding of the axis.
             axes.append((atom.axis,) if varies and atom.axis not in seen else ())
             seen.add(atom.axis)
         return zeros_beside(leaf, (*shape, rank), dtype, (*axes, ()))

@@ -10,7 +10,7 @@ from lowrank_optax.subspace import Projector
 
 
 class ProjectedLeaf(NamedTuple):
-    """How one leaf is projected, and its basis (*stack, b/c, r)."""
+    """One projected leaf: its projector, and its basis (*stack, b/c, r)."""
 
     projector: Projector
     basis: jax.Array
@@ -20,12 +20,12 @@ class ProjectedLeaf(NamedTuple):
         return Layout(self.projector.view)
 
     def zeros(self, leaf: Any) -> jax.Array:
-        """Returns the coordinates whose gradient is asked for, (*atoms, r)."""
+        """Returns zero coordinates, (*atoms, r), for the derivative."""
         projector = self.projector
         return self._layout.zeros(leaf, projector.capacity, projector.dtype)
 
     def follow(self, leaf: jax.Array, coordinates: jax.Array) -> Followed:
-        """Returns the leaf to be followed."""
+        """Returns the leaf as a followed array."""
         term = Term(coordinates, self._layout.basis(leaf, self.basis))
         name = jax.tree_util.keystr(self.projector.path)
         return Followed(leaf, (term,), self._layout.dims, (name,))

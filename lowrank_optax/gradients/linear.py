@@ -1,4 +1,4 @@
-"""Operations that keep a followed array one: sums, and products with a number."""
+"""Linear operations on followed arrays: sums, and products with a number or vector."""
 
 import dataclasses
 import math
@@ -41,10 +41,10 @@ def _minus(x: Followed) -> Followed:
 
 
 def added(equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
-    """The rule of ``add`` and ``sub``: the terms of both.
+    """The rule of ``add`` and ``sub``: the terms of both operands.
 
-    A plain array becomes a term whose gradient has the array's own size; constants,
-    which are never traced, have none.
+    A plain array becomes a term, and the term's gradient has the array's own size.
+    Constants are never traced and need no term.
     """
     value = _bound(equation, inputs)
     first, second = inputs
@@ -61,7 +61,7 @@ def added(equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
             terms += x.terms
         elif isinstance(given, Tracer):
             terms.append(plain_term(x, dims))
-    # What a number or a bias is added to is a parameter still.
+    # A parameter plus a number or a bias is still a parameter.
     is_sum = any(
         x.is_sum if isinstance(x, Followed) else x.size == value.size for x in pair
     )
@@ -71,8 +71,8 @@ def added(equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
 def scaled(equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
     """The rule of ``mul`` and ``div`` by a number, or a vector along one side.
 
-    d(s W) = s dW + W ds: s is a term too, of which W is the basis. Its gradient <G, W>
-    is had without G.
+    d(s W) = s dW + W ds, so s gets a term too, with W as its basis. The gradient <G, W>
+    of s does not need G.
     """
     is_division = equation.primitive.name == "div"
     first, second = inputs
@@ -87,7 +87,7 @@ def scaled(equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
     factor = 1 / number if is_division else number
     terms = [_scaled(x, term, factor) for term in x.terms]
     if not is_constant:
-        # Of a quotient q = W / s, dq = dW / s - q ds / s.
+        # For a quotient q = W / s, dq = dW / s - q ds / s.
         basis = -value / s if is_division else x.value
         basis = jnp.broadcast_to(basis, value.shape)
         terms.append(Term(number, atomic(basis, x.dims)))
@@ -95,14 +95,14 @@ def scaled(equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
 
 
 def _scaled(x: Followed, term: Term, factor: jax.Array) -> Term:
-    """Returns a term times a factor, which has its gradient from a term of its own."""
+    """Returns a term times a factor. Another term has the factor's gradient."""
     factor = jax.lax.stop_gradient(factor)
     coordinates, basis = term
     places = zip(*map(varies, (factor, coordinates, basis)), strict=True)
     if all(not f or c or not b for f, c, b in places):
         changed = coordinates * factor
         return term._replace(coordinates=changed.astype(coordinates.dtype))
-    # A basis may differ by the blocks of granularity, not by the whole other side.
+    # A basis may vary over the blocks of granularity, not over the whole other side.
     shape = jnp.broadcast_shapes(basis.shape, factor.shape)
     if basis.shape != shape and math.prod(shape) > x.value.size:
         raise Refused("by an array that varies along both sides of its matrix")

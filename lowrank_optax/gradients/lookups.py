@@ -1,4 +1,4 @@
-"""Slices of a followed array picked by indices: experts of a stack, embeddings."""
+"""Slices of a followed array, picked by indices: experts of a stack, embeddings."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -22,10 +22,10 @@ from lowrank_optax.gradients.moves import cut, transposed
 
 
 def picked(equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
-    """The rule of ``gather`` along one dimension, whole along the others.
+    """The rule of ``gather`` along one dimension, with the other dimensions whole.
 
-    What is left of the stack is followed on. Picked rows or columns are activations,
-    whose gradient dy is projected at once: dy P, added up by row, or dy^T P of the
+    Slices of a stack are followed further. Picked rows or columns are activations, and
+    their gradient dy is projected at once: dy P, summed by row, or dy^T P with the
     picked rows of P.
     """
     x, indices = inputs
@@ -48,10 +48,10 @@ def picked(equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
 
 
 def _is_side(x: Followed, dim: int) -> bool:
-    """Returns whether a dimension is a whole side of the matrices, not of their stack.
+    """Returns whether a dimension is a whole side of the matrices, not a stack axis.
 
-    Blocks of granularity, which coordinates have, lie in one dimension with what
-    remains of the projected side.
+    Blocks of granularity belong to the coordinates. They share a dimension with the
+    rest of the projected side.
     """
     rest = cut(x, dim, 0, 1)
     for first, second in map(sides, rest.terms):
@@ -65,14 +65,14 @@ def _is_side(x: Followed, dim: int) -> bool:
 
 
 def _dimension(equation: core.JaxprEqn, x: Followed) -> tuple[int, int]:
-    """Returns the dimension that is picked from, and its place in the indices."""
+    """Returns the dimension of the picking, and its position in the indices."""
     numbers, sizes, mode = (
         equation.params[k] for k in ("dimension_numbers", "slice_sizes", "mode")
     )
     shape = x.value.shape
     cut_dims = [i for i, size in enumerate(sizes) if size != shape[i]]
     dims = cut_dims or [i for i in numbers.collapsed_slice_dims if shape[i] == 1][:1]
-    # Whole dimensions have no index but 0, unless one that lies outside is filled.
+    # In a whole dimension the only index is 0, unless outside indices are filled.
     is_filled = mode == GatherScatterMode.FILL_OR_DROP
     if (
         len(dims) != 1
@@ -93,7 +93,7 @@ def _picked(x: Followed, dim: int, indices: jax.Array, mode: Any) -> Followed:
         )
     at = positions(x.dims)[dim].start
     is_inside = (indices >= 0) & (indices < x.value.shape[dim])
-    # No axis of length 1 has a place among atoms.
+    # Axes of length 1 are no atoms.
     batch = tuple(n for n in indices.shape if n > 1)
 
     def slices(array):
@@ -122,7 +122,7 @@ def _picked(x: Followed, dim: int, indices: jax.Array, mode: Any) -> Followed:
     found = x.changed(slices, dims)
     if mode != GatherScatterMode.FILL_OR_DROP:
         return found
-    # Slices that are all the same: those from outside have no gradient.
+    # All slices are the same here. A slice from outside has no gradient.
     kept = is_inside.reshape(*batch, *(1,) * (found.terms[0].basis.ndim - len(batch)))
     terms = tuple(
         Term(jnp.where(kept, term.coordinates, 0), term.basis)

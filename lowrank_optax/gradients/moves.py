@@ -1,6 +1,7 @@
 """Moves of a followed array's axes: the same moves of coordinates and bases.
 
-Each function returns the array with its old value: the operation itself makes the new.
+Each function returns the array with its old value. The operation itself makes the new
+value.
 """
 
 import dataclasses
@@ -32,9 +33,9 @@ def reshaped(x: Followed, shape: Sequence[int]) -> Followed:
     """Returns the array after a reshape: atoms are cut and joined.
 
     Raises:
-        Refused: If a new dimension would need parts of two atoms that are not alike.
+        Refused: If a new dimension would need parts of two atoms of different kinds.
     """
-    # Neighbours along which the same arrays vary are one.
+    # Neighbouring atoms along which the same arrays vary are joined.
     alike = zip(*(varies(y) for term in x.terms for y in term), strict=True)
     left = [
         (math.prod(size for size, _ in group), kind)
@@ -77,8 +78,8 @@ def broadcast(x: Followed, shape: Sequence[int], places: Sequence[int]) -> Follo
 
     Args:
         x: The array.
-        shape: Of the result.
-        places: Where each dimension of the array is in the result, ascending.
+        shape: Shape of the result.
+        places: Position of each dimension of the array in the result, ascending.
     """
     sources = dict(zip(places, x.dims, strict=True))
     dims, new, count = [], [], 0
@@ -104,9 +105,9 @@ def along(
 
     Args:
         x: The array.
-        dim: The dimension, of one atom or of size 1.
-        size: Its size afterwards.
-        change: (array, axis) -> array with that axis changed.
+        dim: The dimension, with a single atom or of size 1.
+        size: Size of the dimension afterwards.
+        change: (array, axis) -> array with this axis changed.
 
     Raises:
         Refused: If the dimension has several atoms.
@@ -128,7 +129,7 @@ def cut(x: Followed, dim: int, start: int, size: int, stride: int = 1) -> Follow
     """Returns a piece along one dimension: ``size`` indices from ``start``."""
     inner = math.prod(x.dims[dim][1:])
     if inner > 1 and stride == 1 and start % inner == 0 and size % inner == 0:
-        # Whole steps of the outermost atom, which has the dimension for itself so long.
+        # Whole steps of the outermost atom, which becomes a dimension meanwhile.
         outer, *others = x.dims[dim]
         apart = (*x.dims[:dim], (outer,), tuple(others), *x.dims[dim + 1 :])
         found = cut(
@@ -147,7 +148,7 @@ def cut(x: Followed, dim: int, start: int, size: int, stride: int = 1) -> Follow
 
 
 def padded(x: Followed, dim: int, low: int, high: int, inside: int = 0) -> Followed:
-    """Returns the array with zeros around and between along one dimension."""
+    """Returns the array with zeros around and between entries along one dimension."""
     if len(x.dims[dim]) > 1:
         raise Refused("padding an axis that a reshape merged or granularity divides")
     if not x.dims[dim]:
@@ -179,11 +180,11 @@ def padded(x: Followed, dim: int, low: int, high: int, inside: int = 0) -> Follo
 
 
 def stacked(pieces: Sequence[Followed], dim: int) -> Followed:
-    """Returns pieces of one structure as one, with their number as an atom.
+    """Returns pieces of one structure as one array, with their number as an atom.
 
     Args:
-        pieces: Alike but for what the arrays hold.
-        dim: The dimension whose outermost atom the number becomes.
+        pieces: Pieces that differ in the values of their arrays alone.
+        dim: The dimension that gets the number of pieces as its outermost atom.
     """
     first = pieces[0]
     at = positions(first.dims)[dim].start
@@ -196,20 +197,20 @@ def stacked(pieces: Sequence[Followed], dim: int) -> Followed:
 
 
 def _with(x: Followed, dim: int, atoms: tuple[int, ...]):
-    """Returns the dimensions with other atoms of one."""
+    """Returns the dimensions with other atoms in one of them."""
     return (*x.dims[:dim], atoms, *x.dims[dim + 1 :])
 
 
 def _with_axis(x: Followed, dim: int) -> Followed:
-    """Returns the array with an axis for a dimension of size 1, which has none."""
+    """Returns the array with an axis for a dimension of size 1."""
     at = positions(x.dims)[dim].start
     return x.changed(lambda array: jnp.expand_dims(array, at), _with(x, dim, (1,)))
 
 
 def leading(x: Followed) -> tuple[tuple[jax.Array, ...], Callable]:
-    """Returns what a scan runs over, and how one step of it gets its followed piece.
+    """Returns the arrays for a scan, and a function from a step's rows to its piece.
 
-    What does not vary along the first dimension is not cut.
+    Arrays that do not vary along the first dimension are not cut.
     """
     if len(x.dims[0]) > 1:
         raise Refused("over an axis that a reshape merged or granularity divides", x)

@@ -1,4 +1,4 @@
-"""Followed arrays cut in pieces, and put together of pieces."""
+"""Followed arrays cut into pieces, and joined from pieces."""
 
 import dataclasses
 import math
@@ -87,10 +87,10 @@ def turned(equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
 
 
 def padded_by(equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
-    """The rule of ``pad``; what is padded with is a term of its own."""
+    """The rule of ``pad``; the padding value gets a term of its own."""
     x, filling = inputs
     if not isinstance(x, Followed):
-        raise Refused("as what is padded with")
+        raise Refused("as a padding value")
     (value,) = bound(equation, [x.value, filling])
     zeros = jnp.zeros_like(x.value)
     for dim, sizes in enumerate(equation.params["padding_config"]):
@@ -124,7 +124,7 @@ def stacked_up(equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
 
 
 def _together(pieces: Sequence[Any], dim: int, value: jax.Array) -> Followed:
-    """Returns pieces side by side; alike ones as a stack, others with zeros around."""
+    """Returns pieces side by side: stacked if alike, else padded with zeros."""
     like = next(x for x in pieces if isinstance(x, Followed))
     names = names_of(pieces)
     is_sum = any(x.is_sum for x in pieces if isinstance(x, Followed))
@@ -146,14 +146,14 @@ def _together(pieces: Sequence[Any], dim: int, value: jax.Array) -> Followed:
 
 
 def _of_array(array: jax.Array, like: Followed, dim: int) -> Followed:
-    """Returns an array as a piece like another one, but along one dimension."""
+    """Returns an array as a piece like another piece, except along one dimension."""
     size = array.shape[dim]
     dims = (*like.dims[:dim], (size,) if size > 1 else (), *like.dims[dim + 1 :])
     return Followed(array, (plain_term(array, dims),), dims, ())
 
 
 def _kind(x: Any):
-    """Returns the structure of a piece: what must be the same to stack pieces."""
+    """Returns the structure of a piece. Only pieces of one structure are stacked."""
     if not isinstance(x, Followed):
         return object()
     return x.dims, tuple(tuple((y.shape, y.dtype) for y in term) for term in x.terms)

@@ -1,8 +1,9 @@
-"""A product with a parameter whose reverse rule gives the projected gradient.
+"""A product with a parameter, with a reverse rule for the projected gradient.
 
-For y = x W and a basis P of the rows of W, P^T G = (x P)^T dy; for one of the columns,
-G P = x^T (dy P). G = x^T dy is not formed: T r (n + m) multiplications instead of
-T n m, and x P (T, r) is what the backward pass keeps, not x (T, n).
+For y = x W and a basis P of the rows of W, P^T G = (x P)^T dy. For a basis of the
+columns, G P = x^T (dy P). G = x^T dy is never formed: T r (n + m) multiplications take
+the place of T n m. For a basis of the rows the backward pass keeps x P (T, r) in place
+of x (T, n).
 """
 
 import dataclasses
@@ -34,8 +35,9 @@ class _Dot:
     """One ``dot_general``.
 
     Attributes:
-        params: Of the operation.
-        operands: How the gradient of each followed operand is computed; None: plain.
+        params: Parameters of the operation.
+        operands: Routes for the gradient of each followed operand; None for a plain
+            operand.
     """
 
     params: tuple[tuple[str, Any], ...]
@@ -47,15 +49,15 @@ class _Dot:
 
     @property
     def precision(self) -> Any:
-        """As the user gave it: for the left operand and the right one."""
+        """The user's precision, for the left and the right operand."""
         return dict(self.params).get("precision")
 
     def narrow(
         self, own: Operand, route: Route, basis: jax.Array, other: jax.Array
     ) -> jax.Array:
-        """Returns the other operand in the subspace, labelled as the route says.
+        """Returns the other operand in the subspace, with the route's labels.
 
-        The basis stands where the followed operand does.
+        The basis takes the position of the followed operand.
         """
         pair = (
             (without_ones(basis).astype(other.dtype), route.basis),
@@ -69,14 +71,15 @@ class _Dot:
     ) -> jax.Array:
         """Returns the gradient of a term's coordinates, float32 or wider.
 
-        As in JAX's own reverse rule dy is the left operand of each product.
+        As in JAX's own reverse rule, dy is the left operand of each product.
 
         Args:
             own: The operand.
-            route: Of the term.
+            route: Route of the term.
             dy: Gradient of the product.
-            kept: What :meth:`narrow` returned, or the other operand as it is.
-            basis: (*atoms, r), if it has not met the other operand.
+            kept: The result of :meth:`narrow`, or the other operand itself.
+            basis: (*atoms, r), if the route has not multiplied it with the other
+                operand.
         """
         dy, labels = own.split(dy, own.result), joined(own.result)
         kept_labels = route.labels
@@ -129,7 +132,7 @@ def _forward(dot: _Dot, *primals):
 
 
 def _kept(dot: _Dot, own: Operand, primal: Followed, x: Followed, other: jax.Array):
-    """Returns what the backward pass needs of a followed operand, term by term."""
+    """Returns the arrays of a followed operand for the backward pass, term by term."""
     kept = []
     for route, flags, term in zip(own.routes, primal.terms, x.terms, strict=True):
         like = TypeOf.array(term.coordinates)

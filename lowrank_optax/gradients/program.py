@@ -1,7 +1,8 @@
-"""A traced program evaluated again, with other products in the place of some.
+"""Evaluates a traced program with other rules for followed parameters.
 
-Follows chosen parameters through scans, checkpoints, conditionals and jitted functions
-to the operations that use them, which :mod:`lowrank_optax.gradients.uses` treats.
+The evaluation follows parameters through scans, checkpoints, conditionals and jitted
+functions to the operations on them. :mod:`lowrank_optax.gradients.uses` has the rules
+of these operations.
 """
 
 from collections.abc import Sequence
@@ -28,12 +29,12 @@ def evaluate(jaxpr: core.ClosedJaxpr, arguments: Sequence[Any]) -> list[Any]:
     """Returns the results of a traced program.
 
     Args:
-        jaxpr: The program, whose first result alone is differentiated.
-        arguments: Arrays, or :class:`Followed` in the place of some.
+        jaxpr: The program. Only its first result is differentiated.
+        arguments: Arrays, with :class:`Followed` in place of some.
 
     Raises:
-        UnsupportedError: If a followed parameter is used otherwise than in a product,
-            or is the first result.
+        UnsupportedError: If an operation on a followed parameter has no rule, or if a
+            followed parameter is the first result.
     """
     first, *others = _evaluate(jaxpr.jaxpr, jaxpr.consts, arguments)
     if isinstance(first, Followed) and not first.is_free:
@@ -53,7 +54,7 @@ def _evaluate(jaxpr: core.Jaxpr, consts, arguments) -> list[Any]:
         if any(isinstance(x, (Followed, Entries)) for x in inputs):
             outputs, used = _used(equation, inputs)
             for atom, before, after in zip(equation.invars, inputs, used, strict=True):
-                # What became an array once is one for all uses: one gradient.
+                # An array made plain stays plain for all uses: one full gradient.
                 if before is not after:
                     values[atom] = after
         else:
@@ -115,12 +116,12 @@ def _checkpoint(equation, inputs) -> list[Any]:
 def _without_passed(results, inner, passed: dict[int, int]) -> list[Any]:
     """Returns the results without the parameters that only pass through.
 
-    Flax returns a module's parameters from each transformed call of it.
+    Flax returns a module's parameters from each transformed call of the module.
 
     Args:
-        results: Of a program.
-        inner: Its arguments.
-        passed: Filled with result -> argument, by position.
+        results: Results of a program.
+        inner: Arguments of the program.
+        passed: Filled with position of a result -> position of the argument.
     """
     for i, result in enumerate(results):
         same = [j for j, x in enumerate(inner) if x is result]
@@ -137,7 +138,7 @@ def _with_passed(results, passed: dict[int, int], inputs) -> list[Any]:
 
 
 def _returned(results: list[Any]) -> list[Any]:
-    """Returns the results of a part of the program that must all be arrays."""
+    """Returns the results of a part of the program as plain arrays, or refuses."""
     found = [plain(x) if isinstance(x, Followed) and x.is_free else x for x in results]
     if any(isinstance(x, (Followed, Entries)) for x in found):
         raise Refused("which returns it", *found)
@@ -147,7 +148,7 @@ def _returned(results: list[Any]) -> list[Any]:
 def _cond(equation, inputs) -> list[Any]:
     index, *operands = inputs
     if isinstance(index, Followed):
-        raise Refused("as what it decides by", index)
+        raise Refused("as the index of a branch", index)
 
     def branch(closed):
         return lambda *inner: _returned(_evaluate(closed.jaxpr, closed.consts, inner))
@@ -157,7 +158,7 @@ def _cond(equation, inputs) -> list[Any]:
 
 
 def _while(equation, inputs) -> list[Any]:
-    """A loop that reverse mode cannot go through: JAX says so, if it has to."""
+    """A loop without a reverse mode: JAX raises, if a derivative needs the loop."""
     return bound(equation, [plain(x) for x in inputs])
 
 
@@ -166,7 +167,7 @@ def _scan(equation, inputs) -> list[Any]:
     consts, carry, over = _scan_inputs(params, inputs)
     carry = [plain(x) if isinstance(x, Followed) and x.is_free else x for x in carry]
     if any(isinstance(x, (Followed, Entries)) for x in carry):
-        raise Refused("as a value that is carried on", *carry)
+        raise Refused("as a carried value", *carry)
     scanned = [leading(x) if isinstance(x, Followed) else (x, None) for x in over]
     closed = params["jaxpr"]
     passed: dict[int, int] = {}
@@ -192,7 +193,7 @@ def _scan(equation, inputs) -> list[Any]:
 
 
 def _scan_inputs(params, inputs: list[Any]) -> tuple[list[Any], ...]:
-    """Returns a scan's constants, what it carries, and what it runs over."""
+    """Returns a scan's constants, its carried values, and its scanned arrays."""
     if "num_consts" in params:  # jax before 0.11
         first, second = params["num_consts"], params["num_carry"]
         return inputs[:first], inputs[first : first + second], inputs[first + second :]

@@ -1,8 +1,8 @@
-"""Ragged products: each group of rows of x times a matrix of its own of a stack.
+"""Ragged products: each group of rows of x times its own matrix of a stack.
 
-As in :mod:`lowrank_optax.gradients.product` the basis meets x where its side is summed
-over, and the gradient dy where it is not. Each term is a product of two ragged ones,
-linear in the coordinates, and its reverse rule is the transpose of that.
+As in :mod:`lowrank_optax.gradients.product`, a basis of the summed side multiplies x,
+a basis of the other side the gradient dy. Each term is two ragged products, linear in
+the coordinates. The reverse rule is the transpose of this linear function.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ _USUAL = ((((1,), (1,)), ((), ())), (0,), (0,))
 
 
 def ragged_dot(equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
-    """The rule of ``ragged_dot_general`` as ``jax.lax.ragged_dot`` has it."""
+    """The rule of ``ragged_dot_general``, in the form of ``jax.lax.ragged_dot``."""
     x, stack, *groups = inputs
     params = {k: v for k, v in equation.params.items() if v is not None}
     numbers = params.pop("ragged_dot_dimension_numbers")
@@ -49,7 +49,7 @@ def ragged_dot(equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
 
 
 def _sums(stack: Followed, term: Term) -> bool:
-    """Returns whether a term's basis is of the side that is summed over."""
+    """Returns whether a term's basis is of the summed side."""
     missing = [i for i, dim in enumerate(stack.dims) if not dim]
     (_, c_in, c_out), (_, b_in, b_out) = (
         [size > 1 for size in jnp.expand_dims(array, missing).shape[:3]]
@@ -67,8 +67,8 @@ class _Ragged:
     """One ragged product.
 
     Attributes:
-        params: Of ``jax.lax.ragged_dot``.
-        sums: For each term, whether the product sums over what its basis has.
+        params: Parameters of ``jax.lax.ragged_dot``.
+        sums: For each term, whether the product sums over the side of its basis.
     """
 
     params: tuple[tuple[str, Any], ...]
@@ -79,13 +79,13 @@ class _Ragged:
         return jax.lax.ragged_dot(x, value, groups, **dict(self.params))
 
     def inner(self, x: jax.Array, side: jax.Array, groups: jax.Array) -> jax.Array:
-        """Returns one of the two products with a term: by its side (g, n, r)."""
+        """Returns one of a term's two products, by the side (g, n, r)."""
         precision = dict(self.params).get("precision")
         return jax.lax.ragged_dot(x, side, groups, precision=precision)
 
 
 def _side(stack: Followed, array: jax.Array, groups: int, dim: int) -> jax.Array:
-    """Returns coordinates or a basis as (g, side, r) of the side that ``dim`` is."""
+    """Returns coordinates or a basis as (g, side, r), for the side in ``dim``."""
     missing = [i for i, atoms in enumerate(stack.dims) if not atoms]
     array = jnp.expand_dims(array, missing).squeeze(3 - dim)
     sides = [sum(atoms) or 1 for atoms in stack.dims]
@@ -123,7 +123,7 @@ def _backward(dot: _Ragged, saved, dy):
 
         def gradient(dy, kept, basis, groups):
             def change(coordinates):
-                """Returns the change of y that one of the coordinates makes."""
+                """Returns the change of y for a change of the coordinates."""
                 side = _side(stack, coordinates, groups.size, 2 if sums else 1)
                 first = kept.astype(dtype)
                 if sums:

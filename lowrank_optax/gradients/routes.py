@@ -1,7 +1,8 @@
-"""In which order the arrays of a projected gradient are multiplied.
+"""The order of products in a projected gradient.
 
-A term's gradient is a sum over three arrays: the gradient dy of a product, its other
-operand x, and the basis P. The basis meets first the one whose axes it sums away.
+A term's gradient is a sum of products of three arrays: the gradient dy of a product,
+its other operand x, and the basis P. The basis is first multiplied with the array whose
+axes it sums away.
 """
 
 import dataclasses
@@ -22,10 +23,11 @@ class Route:
     """The order for one term.
 
     Attributes:
-        with_other: Whether the basis meets the other operand first; else the gradient.
-        labels: Of what comes of that, the rank last.
-        coordinates: Of the axes along which coordinates vary, the rank last.
-        basis: The same of the basis.
+        with_other: Whether the first product is of basis and other operand; else of
+            basis and gradient.
+        labels: Labels of the first product's result, the rank last.
+        coordinates: Labels along which the coordinates vary, the rank last.
+        basis: Labels along which the basis varies, the rank last.
     """
 
     with_other: bool
@@ -36,14 +38,14 @@ class Route:
 
 @dataclasses.dataclass(frozen=True)
 class Operand:
-    """How the gradient of one followed operand of a product is computed.
+    """The routes for the gradient of one followed operand of a product.
 
     Attributes:
-        is_left: Which operand it is.
+        is_left: Whether the operand is the left one.
         other: Labels of each dimension of the other operand.
         result: Labels of each dimension of the product.
-        sizes: Of the labels, which are 0, 1, ...: first those of the operand's atoms.
-        routes: One per term.
+        sizes: Sizes of the labels 0, 1, ...; the operand's atoms come first.
+        routes: One route per term.
     """
 
     is_left: bool
@@ -53,23 +55,23 @@ class Operand:
     routes: tuple[Route, ...]
 
     def split(self, array: jax.Array, dims: Sequence[Sequence[int]]) -> jax.Array:
-        """Returns an array, whose dimensions have these labels, with one axis each."""
+        """Returns an array with one axis for each label of its dimensions."""
         return array.reshape([self.sizes[label] for label in joined(dims)])
 
 
 def operand_of(
     numbers: Any, is_left: bool, own: Followed, other: Sequence[int]
 ) -> Operand:
-    """Returns how the gradient of a followed operand is computed.
+    """Returns the routes for the gradient of a followed operand.
 
     Args:
         numbers: Dimension numbers of the ``dot_general``.
-        is_left: Which operand it is.
+        is_left: Whether the operand is the left one.
         own: The operand.
-        other: Shape of the other one.
+        other: Shape of the other operand.
 
     Raises:
-        Refused: If the gradient in the subspace would cost more than the full one.
+        Refused: If the projected gradient would cost more than the full gradient.
     """
     sums, batches = (pair if is_left else pair[::-1] for pair in numbers)
     met = dict(zip((*sums[1], *batches[1]), (*sums[0], *batches[0]), strict=True))
@@ -93,10 +95,10 @@ def operand_of(
 
 
 def _route(own, other, result, term: Term, sizes: Sequence[int]) -> Route:
-    """Returns the order in which least is kept.
+    """Returns the order with the smallest kept array.
 
-    Neither of its two products may run over all axes of the full gradient's, r times;
-    unless what is kept is like an array that there is.
+    Neither of the two products may run over all axes of the full gradient's product,
+    r times, unless the kept array is like an existing array.
     """
     coordinates, basis = (
         tuple(label for label, is_in in zip(own, varies(array), strict=True) if is_in)
@@ -114,9 +116,9 @@ def _route(own, other, result, term: Term, sizes: Sequence[int]) -> Route:
             found[route] = math.prod(sizes[label] for label in labels)
     if not found:
         raise Refused(
-            "which neither sums over the whole projected side of its matrices nor "
-            "leaves it whole: they are not the matrices that its dimension_numbers "
-            "name. Those by default make a stack of matrices of its last two axes; a "
+            "which uses other matrices than its dimension_numbers name: the product "
+            "neither sums over the whole projected side nor leaves this side whole. By "
+            "default an unknown leaf is a stack of matrices of its last two axes; a "
             "kernel (embed, heads, head_dim) needs "
             "LowRankDimensionNumbers(reduction_axis=0, output_axis=(1, 2))"
         )
@@ -124,5 +126,5 @@ def _route(own, other, result, term: Term, sizes: Sequence[int]) -> Route:
 
 
 def joined(dims: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """Returns the labels of all dimensions, one after the other."""
+    """Returns the labels of all dimensions in a row."""
     return tuple(label for dim in dims for label in dim)

@@ -1,4 +1,4 @@
-"""A function of parameters as a program, all its other arguments as they are."""
+"""A function of parameters as a program, with its other arguments untraced."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,23 +15,23 @@ def traced(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
 ) -> tuple[core.ClosedJaxpr, Callable[[Sequence[Any]], Any]]:
-    """Returns a function's program, whose first result is its value.
+    """Returns a function's program, with the function's value as its first result.
 
-    The parameters alone are traced: whatever else the function is called with reaches
-    it untouched, and what its aux has beside arrays comes out as it is.
+    Only the parameters are traced. Other arguments reach the function untouched, and
+    entries of aux other than arrays come out unchanged.
 
     Args:
         function: (params, ...) -> scalar, or (scalar, aux).
-        has_aux: Whether it returns aux too.
+        has_aux: Whether the function returns aux too.
         params: The parameters.
-        args: Its other positional arguments.
-        kwargs: Its keyword arguments.
+        args: Other positional arguments of the function.
+        kwargs: Keyword arguments of the function.
 
     Returns:
-        The program, and how aux is made of its results after the first one.
+        The program, and a function from its other results to aux.
 
     Raises:
-        TypeError: If the function returns something else.
+        TypeError: If the function returns neither a scalar nor (scalar, aux).
     """
     returned: dict[str, Any] = {}
 

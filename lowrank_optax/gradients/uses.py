@@ -1,8 +1,8 @@
-"""What becomes of a followed array in each operation of a traced program.
+"""The rules of operations on followed arrays in a traced program.
 
-Moves of its axes, pieces and sums are followed on; products and lookups, where it is
-used, become ones whose reverse rules give the projected gradient. Anything else is an
-error that names it: never a silently wrong or missing gradient.
+Moves of axes, pieces and sums give followed arrays again. Products and lookups get
+reverse rules for the projected gradient. Any other operation raises an error with its
+name: a gradient is never silently wrong or missing.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from lowrank_optax.gradients.ragged import ragged_dot
 
 
 def _kept(equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
-    """An operation that leaves places as they are: a cast, a copy, a sharding."""
+    """An operation that leaves entries in place: a cast, a copy, a sharding."""
     values = [x.value if isinstance(x, Followed) else x for x in inputs]
     pairs = list(zip(inputs, bound(equation, values), strict=True))
     if any(jnp.iscomplexobj(y) for _, y in pairs):
@@ -43,7 +43,7 @@ def _kept(equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
 
 
 def _resharded(equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
-    """Another sharding of the array; into another kind of mesh all of it goes."""
+    """A new sharding. On a new kind of mesh coordinates and bases are resharded too."""
     (x,) = inputs
     (value,) = bound(equation, [x.value])
     before, mesh = (jax.typeof(y).sharding.mesh for y in (x.value, value))
@@ -58,7 +58,7 @@ def _resharded(equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
 
 
 def _varying(equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
-    """An array that is the same on all devices, as one that is not: all of it."""
+    """A cast to varying: coordinates and bases are cast with the array."""
     (x,) = inputs
     if equation.params.get("to", "varying") != "varying":
         raise Refused("to another type")
