@@ -84,7 +84,7 @@ class Core(Protocol):
         """Returns full updates, the core's new state, and the residual rule's states.
 
         Args:
-            coordinates: Gradients; those of projected leaves are (*stack, a*c, r).
+            coordinates: Gradients; a projected leaf has shape (*stack, a*c, r).
             state: State of the core.
             leaves: The projected leaves by their key paths.
             views: Views of all leaves.

@@ -204,14 +204,14 @@ def _has_basis(leaf: _Leaf) -> jax.Array:
 
 
 def _failed(leaf: _Leaf, failed: jax.Array) -> _Renewable:
-    """Returns the old subspace and moments, with one failure more where it failed."""
+    """Returns the old subspace and moments, with another failure of these matrices."""
     subspace, moments = leaf.renewable
     failures = subspace.failures + failed.astype(jnp.int32)
     return _Renewable(subspace._replace(failures=failures), moments)
 
 
 def _pick(index: jax.Array, trees: Sequence[Any]) -> Any:
-    """Returns the tree with this number, without a copy of all of them."""
+    """Returns the tree with this number, without a copy of all trees."""
     if len(trees) == 1:
         return trees[0]
     return jax.tree.map(lambda *arrays: jax.lax.select_n(index, *arrays), *trees)

@@ -95,9 +95,9 @@ def scale_by_low_rank(
     Args:
         inner: Transformation of gradients that needs no parameters, such as
             ``optax.scale_by_adam()``, ``optax.trace(0.9)``, ``optax.scale_by_lion()``,
-            ``optax.scale_by_rms()``. A transformation that must know the axes of its
-            matrices, as Muon must, is given as a function that makes it from {key path:
-            dimension numbers, None for a vector}; they are (-2, -1) in a subspace.
+            ``optax.scale_by_rms()``. If the transformation depends on the axes of its
+            matrices, as Muon does, give a function from {key path: dimension numbers,
+            None for a vector} to it. Inside a subspace the numbers are (-2, -1).
         rank: Columns r of the bases, >= 1, or a rule such as
             :func:`lowrank_optax.energy_rank`, or a :func:`lowrank_optax.budget`.
         basis: A computed basis, which is stored: :func:`lowrank_optax.range_finder`
@@ -117,10 +117,10 @@ def scale_by_low_rank(
             a * (c r) numbers. Where c does not divide b, the largest divisor below c is
             used; ``lowrank_optax.projections`` lists the divisors.
         dimension_numbers: The axes of each leaf's matrix: a tree like the parameters,
-            of ``LowRankDimensionNumbers`` or ``MuonDimensionNumbers`` (None: the leaf
-            stays at full size), or a function to such a tree from the parameters or
-            gradients, whose shapes alone count. None:
-            ``lowrank_optax.dimension_numbers_by_name``.
+            of ``LowRankDimensionNumbers`` or ``MuonDimensionNumbers``. A leaf with None
+            stays at full size. Or a function to such a tree from the shapes of
+            parameters or gradients; ``lowrank_optax.dimension_numbers_by_name`` if
+            None.
         scale: Factor on the updates of projected leaves (GaLore's alpha).
         moments: Kinds of the fields of ``inner``'s state, for transformations that the
             library does not know: name -> "first", "second" or "constant".

@@ -37,7 +37,7 @@ class Bound(NamedTuple):
 
 
 class _Heard(NamedTuple):
-    """What the ``init`` of an optimizer has announced so far."""
+    """The announcements of a running ``init`` so far."""
 
     bound: list[Bound]
     roles: dict[tuple, Assigned]
@@ -57,7 +57,7 @@ def announce(plans: Mapping[tuple, LeafPlan], parts: Parts) -> bool:
 
 
 def announce_roles(roles: Mapping[tuple, Assigned]) -> None:
-    """Tells :func:`bind` the role of each leaf by its key path."""
+    """Tells a running :func:`bind` the role of each leaf, by key path."""
     heard = _listeners.get()
     if heard is not None:
         heard.roles.update(roles)
@@ -79,7 +79,7 @@ class Binding:
 
     Attributes:
         transformations: The decisions of each transformation.
-        roles: Key path -> role, of the leaves that ``by_role`` was given.
+        roles: Key path -> role, for the leaves under ``by_role``.
     """
 
     transformations: tuple[Bound, ...]

@@ -157,8 +157,8 @@ OfArray = Callable[[tuple, str, Any], Any]
 def map_columns(state: Any, of_slot: OfSlot, of_array: OfArray) -> Any:
     """Returns a state with functions applied to subspaces and to arrays with columns.
 
-    These arrays are bases, moments, and sums of projected gradients, coded or not, of
-    leaves with a stored basis.
+    The arrays with columns are bases, moments and sums of projected gradients, coded or
+    not, of leaves with a stored basis.
 
     Args:
         state: State of any optimizer that contains low-rank transformations.

@@ -1,4 +1,4 @@
-"""Sums of products of two arrays whose axes have labels."""
+"""Sums of products of two arrays with labelled axes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,8 +21,8 @@ def contract(
 ) -> jax.Array:
     """Returns one ``dot_general`` of two arrays, its axes in the order of ``labels``.
 
-    Unlike ``einsum``, it keeps the operands in their order, for which ``precision`` is
-    given.
+    Unlike ``einsum``, the product keeps the order of its operands, so that a precision
+    per operand has its meaning.
 
     Args:
         first: The left operand.

@@ -1,4 +1,4 @@
-"""The operations of a traced program, carried out one by one."""
+"""Single operations of a traced program."""
 
 from collections.abc import Sequence
 from typing import Any

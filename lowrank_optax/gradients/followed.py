@@ -32,8 +32,7 @@ class Followed:
 
     Attributes:
         value: The array. Its gradient goes to the coordinates alone.
-        terms: One term for each parameter in the array, and one for each array that was
-            added to it or multiplied with it.
+        terms: One term for each parameter, and for each added or multiplied array.
         dims: Atoms of each dimension of ``value``.
         names: Key paths of the parameters, for errors.
         is_sum: Whether the array is a sum with an array other than a parameter.

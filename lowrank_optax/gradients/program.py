@@ -67,7 +67,7 @@ def _evaluate(jaxpr: core.Jaxpr, consts, arguments) -> list[Any]:
 def _used(equation: core.JaxprEqn, inputs: list[Any]) -> tuple[list[Any], list[Any]]:
     """Returns the results of an operation on followed parameters, and the inputs.
 
-    An input that may be treated as activations becomes an array where there is no rule.
+    Without a rule, an input that counts as an activation becomes a plain array.
     """
     name = equation.primitive.name
     if name == "stop_gradient" or not has_derivative(equation):

@@ -207,9 +207,9 @@ def subspace_value_and_grad(
     scans, checkpoints, conditionals, jitted functions, and products with a number or
     with a vector along one side. The products may be with another parameter or with
     activations (``dot_general``, ``ragged_dot``). A stack axis may be a batch axis, a
-    free axis or summed over. An array that scales a parameter, or is added to one, gets
-    its gradient too. A parameter with several uses (tied, for instance) gets the sum of
-    their gradients.
+    free axis or summed over. An array that scales a parameter gets its gradient too,
+    and so does an added array. A parameter with several uses (tied, for instance) gets
+    the sum of the gradients.
 
     Some uses form one array of full size in the backward pass and project it at once:
 
@@ -224,7 +224,7 @@ def subspace_value_and_grad(
     - a reshape across both sides of a matrix;
     - a slice of an axis that granularity divides;
     - a product with matrices other than those of ``dimension_numbers``;
-    - a scan that carries a parameter, or a conditional that returns one;
+    - a scan with a parameter as carry, or a conditional with a parameter as result;
     - ``shard_map``, and functions with a derivative of their own (``custom_vjp``).
 
     A computed basis is renewed from a full gradient. Where :meth:`refresh_due` is true,
@@ -260,7 +260,7 @@ def subspace_value_and_grad(
         optimizer: Any Optax transformation that contains low-rank transformations.
         has_aux: Whether the function returns aux too.
         full_gradients: Key paths, as ``jax.tree_util.keystr`` writes them, of projected
-            leaves that get full gradients. List the leaves whose uses raise an error.
+            leaves that get full gradients. List leaves here if their uses raise errors.
 
     Returns:
         A function (params, state, \*args, \*\*kwargs) -> (value, gradients, state).
@@ -270,9 +270,9 @@ def subspace_value_and_grad(
         this state to ``update``.
 
     Raises:
-        ValueError: When called: if no leaf is projected; if the state was made for
-            other parameters; or if a parameter is used where its gradient cannot be
-            computed in the subspace. The message names the leaf and the operation.
+        ValueError: When called, if no leaf is projected, if the state was made for
+            other parameters, or if an operation has no projected gradient. The message
+            names the leaf and the operation.
 
     Example:
         >>> import lowrank_optax

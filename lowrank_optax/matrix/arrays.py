@@ -51,13 +51,13 @@ def check_is_static(name: str, value: Any, static_args: str) -> None:
     """Raises TypeError if a value that shapes depend on is an array.
 
     Args:
-        name: Of the value.
-        value: Given by the user.
-        static_args: What a user of ``optax.inject_hyperparams`` has to type.
+        name: Name of the value.
+        value: The user's value.
+        static_args: The ``static_args`` that ``optax.inject_hyperparams`` needs.
     """
     if isinstance(value, (jax.Array, np.ndarray)):
         raise TypeError(
-            f"{name} must be a number of Python, because shapes depend on it; got "
+            f"{name} must be a Python number, because shapes depend on {name}; got "
             f"an array. With optax.inject_hyperparams write "
             f"inject_hyperparams(method, static_args={static_args})."
         )

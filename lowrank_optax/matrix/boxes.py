@@ -1,9 +1,9 @@
 """Boxes: pytree nodes of one array, on which frameworks write the names of its axes.
 
-They are ``flax.nnx.Variable``, Linen's ``Partitioned`` and ``LogicallyPartitioned``,
+Boxes are ``flax.nnx.Variable``, Linen's ``Partitioned`` and ``LogicallyPartitioned``,
 and Haliax's ``NamedArray``. The library recognises boxes by their methods and imports
-no framework. Computations see the arrays inside the boxes. A state array beside a boxed
-leaf gets a box of its own, with the names of its own axes among those of the leaf.
+no framework. Computations see the arrays inside the boxes. A state array of a boxed
+leaf gets a box too, with the leaf's names for the axes that the array has.
 """
 
 import dataclasses

@@ -52,8 +52,8 @@ def dimension_numbers_by_name(params: Any, scan_axis: ScanAxis | None = None) ->
     - Where a box names axes of heads, these axes together are one side.
     - Convolutions (by name) are (all other axes) x output.
 
-    :func:`lowrank_optax.projections` lists the decisions. To change one, change its
-    entry in the result, for instance with ``jax.tree_util.tree_map_with_path``, and
+    :func:`lowrank_optax.projections` lists the decisions. To change a decision, change
+    an entry of the result, for instance with ``jax.tree_util.tree_map_with_path``, and
     pass the result as ``dimension_numbers``. Inside ``optax.masked`` and
     ``optax.partition`` a smaller tree shows less: give ``scan_axis`` there.
 
@@ -101,9 +101,9 @@ _model: contextvars.ContextVar[dict[tuple, Inferred] | None] = contextvars.Conte
 
 @contextlib.contextmanager
 def seen_in(params: Any) -> Iterator[None]:
-    """Lets a part of a model be seen inside the context as in the whole model.
+    """Shows a part of a model, inside the context, as in the whole model.
 
-    A partition hides the neighbours of a leaf, which tell the axis of its layers.
+    A partition hides the neighbours of a leaf, but the neighbours show the layer axis.
 
     Args:
         params: The whole model.
@@ -116,7 +116,7 @@ def seen_in(params: Any) -> Iterator[None]:
 
 
 def inferred_in_model(params: Any) -> dict[tuple, Inferred]:
-    """Returns what is inferred of each leaf, in the model around it if that is known.
+    """Returns the inference about each leaf, from the whole model where it is known.
 
     Args:
         params: The model, or a part of it; see :func:`seen_in`.

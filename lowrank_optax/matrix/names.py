@@ -20,7 +20,7 @@ _IN = {"q", "k", "v", "query", "key", "value", "queries", "keys", "values"}
 _FUSED = {"qkv": 3, "kv": 2}
 _OUT = {"o", "out", "output", "vec"}
 _OF_VECTORS = {"scale", "bias", "weight", "w", "offset", "gamma", "beta", "g", "b"}
-# Of a module or leaf that is named after tokens, positions or the head alone.
+# Words in the names of embeddings (of tokens or positions) and of the head.
 _EMBEDDINGS = {"embed", "embedding", "embeddings", "embedder", "wte", "wpe", "unembed"}
 _HEADS = {"head", "lm", "logits", "vocab", "vocabulary", "unembedding"}
 _LAYERS = {"layers", "blocks", "stack", "stacked", "scan", "scanned"}

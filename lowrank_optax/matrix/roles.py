@@ -18,18 +18,18 @@ from lowrank_optax.matrix.names import (
 )
 
 Role = Literal["hidden", "vocabulary", "vectors", "frozen"]
-"""What a leaf is in its model."""
+"""The role of a leaf in its model."""
 
 Patterns = Mapping[str, Role]
-"""Regular expression, searched in a key path -> the role of the leaves that have it."""
+"""Regular expression, searched in key paths -> role of the leaves with a match."""
 
 
 class Assigned(NamedTuple):
     """The role of a leaf.
 
     Attributes:
-        role: One of the four.
-        reason: What the role was read from.
+        role: One of the four roles.
+        reason: Why the leaf has this role.
     """
 
     role: Role
@@ -49,22 +49,22 @@ def roles(params: Any, patterns: Patterns | None = None) -> Any:
       the name ``vocab`` of an axis in a box. A head of another name is recognised by
       its shape, if it alone has the two lengths of an embedding.
     - ``"hidden"``: every other matrix, and every stack of matrices.
-    - ``"frozen"``: a leaf whose dtype is no real floating one, or that a pattern names.
+    - ``"frozen"``: a leaf of another dtype than real floats, or named by a pattern.
 
     Args:
         params: Tree of arrays or shapes.
         patterns: {regular expression: role}. ``re.search`` looks for the expression in
             a key path as ``jax.tree_util.keystr`` writes it, such as
-            ``['layers'][0]['router']['kernel']``. A pattern overrides what is read
-            from names and shapes.
+            ``['layers'][0]['router']['kernel']``. A pattern overrides names and
+            shapes.
 
     Returns:
-        A tree like ``params`` of these four words, with a word in the place of a box.
+        A tree like ``params`` of these four words, with a word in place of each box.
 
     Raises:
-        ValueError: If a pattern finds no leaf or is no regular expression, a role has
-            another name, two patterns give a leaf two roles, a pattern makes a leaf of
-            fewer than two axes a hidden matrix, or no leaf has a name.
+        ValueError: If a pattern finds no leaf or is no regular expression; if a role
+            has another name; if two patterns give a leaf two roles; if a pattern makes
+            a leaf with fewer than two axes a hidden matrix; if no leaf has a name.
 
     Example:
         >>> import jax.numpy as jnp
@@ -115,8 +115,8 @@ def assigned_roles(
 def _heads(leaves: list[Leaf], numbers: Mapping[tuple, Inferred]) -> dict[tuple, str]:
     """Returns the path of a head without a telling name, and its embedding's name.
 
-    An embedding is vocabulary x width, and so is the head or its transpose. Several
-    matrices of these two lengths leave doubt: none of them is a head then.
+    An embedding is vocabulary x width, and so is the head or its transpose. If several
+    matrices have these two lengths, no matrix counts as a head.
     """
     matrices = [leaf for leaf in leaves if numbers[leaf.path].numbers is not None]
     found: dict[tuple, str] = {}

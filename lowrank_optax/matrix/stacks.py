@@ -89,10 +89,9 @@ def stack_axes(
 ) -> dict[tuple, tuple[int, ...]]:
     """Returns the axes of stacked layers of each leaf, by its key path.
 
-    The names of axes or ``scan_axis`` give the layer axis. Otherwise the shapes show
-    it: in a scanned module the layer axis has one length in all leaves. Norms show it
-    too, for a stacked norm has one axis more than a vector. Without norms, all matrices
-    must agree.
+    The names of axes or ``scan_axis`` give the layer axis. Otherwise shapes show the
+    axis: in a scanned module it has the same length in all leaves. A stacked norm has
+    one axis more than a vector. Without norms, all matrices must agree.
 
     Raises:
         ValueError: If ``scan_axis`` cannot be the axis of stacked layers.

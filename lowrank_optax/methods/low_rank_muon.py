@@ -97,10 +97,10 @@ def scale_by_low_rank_muon(
         M_t = \beta M_{t-1} + R_t, \quad N_t = R_t + \beta M_t, \quad
         U_t = 0.2 \sqrt{a} \; \mathrm{orth}(N_t P^\top + \phi (G_t - R_t P^\top))
 
-    with orth(U S V^T) = U V^T and phi = ``residual``. Along the basis the momentum is
-    that of many steps; along other directions it is the last gradient, phi times. Both
-    parts are orthogonalized together, so that every direction gets a step of the same
-    size. Directions with very small singular values get less, and phi moves this limit.
+    with orth(U S V^T) = U V^T and phi = ``residual``. Along the basis, N_t has the
+    momentum of many steps. Along other directions the last gradient enters, phi times.
+    Both parts are orthogonalized together, so that every direction gets a step of the
+    same size. Very small singular values get smaller steps, and phi moves this limit.
     With phi = 1 + beta the method is Muon (Nesterov's) without momentum outside the
     subspace.
 

@@ -1,4 +1,4 @@
-"""``projections``: what an optimizer projects, how, and what it does not and why."""
+"""``projections``: how an optimizer projects each leaf, or why it does not."""
 
 import dataclasses
 from typing import Any
@@ -15,7 +15,7 @@ from lowrank_optax.matrix.plan import LeafPlan
 def projections(
     optimizer: optax.GradientTransformation, params: Any
 ) -> dict[str, LeafPlan]:
-    """Lists what ``optimizer`` projects, how, and what it does not and why.
+    """Lists how ``optimizer`` projects each leaf, or why a leaf stays at full size.
 
     The list comes from the optimizer's own ``init`` on shapes: nothing is allocated,
     and chains, masks and partitions are followed at any depth.
@@ -25,8 +25,8 @@ def projections(
         params: Parameters: arrays or ``jax.ShapeDtypeStruct``.
 
     Returns:
-        Key path -> plan, for each leaf of ``params``. Printing a plan gives a sentence,
-        with the role of the leaf where :func:`lowrank_optax.by_role` gave it one.
+        Key path -> plan, for each leaf of ``params``. Printing a plan gives a sentence.
+        Under :func:`lowrank_optax.by_role` the sentence has the leaf's role.
 
     Raises:
         TypeError: If a leaf is neither an array nor a number.

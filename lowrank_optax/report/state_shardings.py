@@ -57,9 +57,9 @@ def state_shardings(
         state = jax.device_put(state, state_shardings(optimizer.tx, params))
         nnx.update(optimizer.opt_state, nnx.state(state))
 
-    Use it in place of ``optax.tree.map_params(optimizer, f, state, specs)``. The latter
-    gives each array the partition of its parameter, even if the array has other axes.
-    It raises a ValueError ("pytree structure error") at a
+    Do not use ``optax.tree.map_params(optimizer, f, state, specs)`` for shardings.
+    optax's function gives each array the partition of its parameter, even if the array
+    has other axes. The function raises a ValueError ("pytree structure error") at a
     :class:`lowrank_optax.Subspace`, a node of several arrays, and at the
     ``optax.MaskedNode`` of a leaf at full size. With both types in ``is_leaf``, f gets
     these nodes.

@@ -204,8 +204,8 @@ def _right_singular_vectors(matrices: jax.Array) -> jax.Array:
 def _leading(sketch: jax.Array, rank: int) -> jax.Array:
     """Returns the r leading right singular vectors of Y^T (*stack, k, b), as columns.
 
-    The product squares singular values. It blurs the order of those under 3e-4 of the
-    largest (float32's root of epsilon); orthonormalize restores their span.
+    The product squares singular values. Values under 3e-4 of the largest (float32's
+    root of epsilon) lose their order; orthonormalize restores their span.
     """
     vectors = one_by_one(lambda x: jnp.linalg.eigh(x)[1], gram(sketch))
     leading = vectors[..., ::-1]  # eigh sorts upward

@@ -85,8 +85,8 @@ def parse_bytes(text: int | str) -> int:
         value = 0
     if value < 1:
         raise ValueError(
-            f"{text!r} is not a number of bytes; write it like 600MB or 1.5GiB, with "
-            f"one of {', '.join(unit for unit in _UNITS if unit)}."
+            f"{text!r} is not a number of bytes; write 600MB or 1.5GiB, for instance. "
+            f"Units are {', '.join(unit for unit in _UNITS if unit)}."
         )
     return value
 

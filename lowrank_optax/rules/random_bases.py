@@ -38,7 +38,7 @@ def gaussian() -> RandomBasis:
     (b + 1) / r times the squared norm of G, with b / c in place of b at granularity c.
     At a fixed c r this variance grows with c, contrary to the paper's claim. A draw is
     a function of the seed, the leaf's path, the matrix's place in the stack and the
-    number of the refresh. It is repeated whenever P is needed: the state holds no
+    number of the refresh. The draw is repeated whenever P is needed: the state holds no
     basis.
 
     Cost: b * r normal numbers per matrix and update. A refresh needs no gradient.

@@ -83,8 +83,7 @@ def energy_rank(
     or the capacity, if no k is enough. The demand is smoothed over refreshes,
     d <- s d + (1 - s) k, and the rank in use is the ceiling of d, clipped. The rank
     starts at ``max_rank``, falls and rises. A single noisy gradient does not decide the
-    rank, and the gradients of early pre-training, nearly of rank one, do not collapse
-    it.
+    rank. Gradients of early pre-training, nearly of rank one, do not collapse the rank.
 
     Args:
         max_rank: Capacity: columns allocated per matrix; >= 1.

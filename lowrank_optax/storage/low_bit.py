@@ -51,15 +51,15 @@ def low_bit(
         \text{second: } v \approx \left(\frac{q}{254} s\right)^4, \quad
         \text{bases: } p \approx \frac{q}{127} s \text{ or } \frac{q}{7} s
 
-    A second moment above zero never becomes zero. Every update decodes the arrays that
-    it needs, computes in float32, and encodes the results. A basis is encoded once, at
-    its refresh, rounded to nearest. The rounded basis is the one in use, for the
-    re-basing of moments too.
+    A second moment above zero never becomes zero. Every update decodes arrays, computes
+    in float32, and encodes the results. A basis is encoded once, at its refresh,
+    rounded to nearest. The rounded basis is in use from then on, for the re-basing of
+    moments too.
 
     Moments are rounded up or down at random, and are right on average. Rounded to
     nearest, they could not decay: at b2 = 0.999 the root of a second moment falls by
     0.05 % an update, less than half a step. Suppose that the gradients of some values
-    of a block fall to 1/30 or 1/100 of the others'. Then after 5,000 updates v is
+    of a block fall to 1/30 or 1/100 of the other gradients. After 5,000 updates v is
     within 1 % of v in float32, and the root mean square of Adam's updates within 2 or
     3 %.
 
@@ -80,10 +80,10 @@ def low_bit(
     half precision as float32.
 
     An update holds its decoded arrays in float32: a leaf's moments for all stacked
-    layers. A compiler that does not order for memory, as XLA on CPUs, holds those of
-    many leaves. This temporary memory may exceed the saving. For the blocks of LLaMA
-    60m in bfloat16, a step of 8-bit AdamW takes 269 MB, and a step of AdamW with
-    bfloat16 moments 249 MB; in float32 314 and 529 MB.
+    layers. XLA on CPUs does not order for memory, and holds the moments of many leaves.
+    This temporary memory may exceed the saving. For the blocks of LLaMA 60m in
+    bfloat16, a step of 8-bit AdamW takes 269 MB, and a step of AdamW with bfloat16
+    moments 249 MB; in float32 314 and 529 MB.
 
     Args:
         optimizer: Any Optax transformation, with low-rank ones anywhere inside.

@@ -88,12 +88,12 @@ def accumulate(optimizer: optax.GradientTransformation, every_k: int) -> Accumul
 
     This mean equals the projection of the mean gradient, up to rounding, and takes
     a c r numbers at granularity c instead of a b. Some leaves accumulate at full size:
-    leaves that are not projected, leaves of two low-rank transformations, and leaves of
-    methods that need full gradients (Fira, APOLLO, ``low_rank_muon``).
+    unprojected leaves, leaves of two low-rank transformations, and leaves of methods
+    with full gradients (Fira, APOLLO, ``low_rank_muon``).
 
     A due basis is computed from the first micro-batch of a window, and does not change
-    inside the window. A matrix without a basis, after a zero or non-finite gradient,
-    gets its basis from the first later micro-batch with a usable gradient.
+    inside the window. A matrix may still lack a basis, after a zero or non-finite
+    gradient. The next micro-batch with a usable gradient then gives its basis.
 
     A transformation in front of the low-rank one, such as clipping by the global norm,
     gets the *projected* mean gradient. For orthonormal bases the norm of the projected

@@ -1,4 +1,4 @@
-"""``by_role``: an optimizer for each role that a leaf has in its model."""
+"""``by_role``: an optimizer for each role of leaves in a model."""
 
 from collections.abc import Hashable, Mapping
 from typing import Any, cast
@@ -14,7 +14,7 @@ from lowrank_optax.matrix.inference import seen_in
 from lowrank_optax.matrix.roles import Assigned, Patterns, assigned_roles
 
 Part = optax.GradientTransformation | optax.ScalarOrSchedule
-"""A transformation, or a learning rate: of AdamW with optax's defaults."""
+"""A transformation, or a learning rate for AdamW with optax's defaults."""
 
 
 def by_role(
@@ -34,10 +34,10 @@ def by_role(
     a schedule, stands for ``optax.adamw(learning_rate)``. Leaves with the role
     "frozen" have no optimizer state, and their updates are zero.
 
-    :func:`lowrank_optax.projections` lists the role of every leaf and what was done
-    with it. Axes of matrices are read from the names in the whole model, as
-    :func:`lowrank_optax.dimension_numbers_by_name` does; ``optax.partition`` hides the
-    neighbours of a leaf. The other helpers of the library see through both.
+    :func:`lowrank_optax.projections` lists the role and the plan of every leaf. The
+    axes of matrices are read from names in the whole model, see
+    :func:`lowrank_optax.dimension_numbers_by_name`; a plain ``optax.partition`` hides
+    the neighbours of a leaf. The other helpers of the library see through both.
 
     Args:
         hidden: For the hidden matrices and their stacks over layers and experts.
