@@ -93,6 +93,11 @@ def _json_lines(path, named, file, column):
 
 
 def _object(line, where):
+    if line.lstrip().startswith("["):
+        raise UserError(
+            f"{where}: a JSON array, not an object; {_AN_OBJECT_PER_LINE} "
+            "(jq -c '.[]' FILE makes them of an array)"
+        )
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -100,11 +105,7 @@ def _object(line, where):
             f"{where}: not JSON ({error}); {_AN_OBJECT_PER_LINE}"
         ) from error
     if not isinstance(row, dict):
-        kind = {"list": "array", "str": "string"}.get(type(row).__name__, "value")
-        raise UserError(
-            f"{where}: a JSON {kind} and not an object; {_AN_OBJECT_PER_LINE}"
-            + " (jq -c '.[]' makes lines of an array)" * (kind == "array")
-        )
+        raise UserError(f"{where}: JSON, but not an object; {_AN_OBJECT_PER_LINE}")
     return row
 
 

@@ -42,7 +42,7 @@ class JoinedDocuments:
         return float(after - before)
 
     def __str__(self) -> str:
-        empty = f" ({self.empty:,} empty ones skipped)" if self.empty else ""
+        empty = f" ({self.empty:,} empty, skipped)" if self.empty else ""
         return f"{len(self.tokens):,} tokens in {self.documents:,} documents{empty}"
 
 

@@ -25,7 +25,7 @@ def test_empty_documents_are_skipped_and_counted():
     without = join_documents(["ab", "é"], ByteTokenizer())
     assert joined.tokens.tolist() == without.tokens.tolist()
     assert joined.ends.tolist() == without.ends.tolist()
-    assert str(joined) == "6 tokens in 2 documents (2 empty ones skipped)"
+    assert str(joined) == "6 tokens in 2 documents (2 empty, skipped)"
     assert len(join_documents([""] * 500, ByteTokenizer()).tokens) == 0
 
 
