@@ -104,8 +104,8 @@ def scale_by_adarankgrad(
 
     Args:
         rank: Capacity, the largest rank, >= 1. The least rank is seven eighths of the
-            capacity, because lower ranks cost loss (``RESULTS.md``). Or a rank rule,
-            which also replaces ``threshold``: with ``energy_rank(128, 0.05,
+            capacity, because lower ranks cost loss (``docs/results.md``). Or a rank
+            rule, which also replaces ``threshold``: with ``energy_rank(128, 0.05,
             min_rank=4)`` ranks fall as in the paper, and :func:`compact
             <lowrank_optax.compact>` can free bytes. Or a :func:`lowrank_optax.budget`
             of bytes.

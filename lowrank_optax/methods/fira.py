@@ -145,9 +145,9 @@ def scale_by_fira(
         Chen et al., `Fira <https://arxiv.org/abs/2410.01623>`_, 2024. The paper's
         residual is G - R P^T. The authors' code, which made the paper's results, has
         G - alpha R P^T, the default here. At alpha = 0.25 the updates of ``taken=1``
-        differ by 0.7, and the loss ended 0.7 % higher (``RESULTS.md``). Differences
-        from the code (``benchmarks/parity.py``: relative norm of the difference of two
-        updates, mean of 60 updates of noisy gradients):
+        differ by 0.7, and the loss ended 0.7 % higher (``docs/results.md``).
+        Differences from the code (``benchmarks/parity.py``: relative norm of the
+        difference of two updates, mean of 60 updates of noisy gradients):
 
         - The authors compute all bases on the same update, by an exact SVD. Here a
           range finder does, and the leaves are spread over the gap. Difference: 0.2;

@@ -115,7 +115,7 @@ def scale_by_low_rank_muon(
         residual: Weight phi of the residual G - R P^T, >= 0; a gradient weighs 1 + beta
             inside the subspace. At 0 nothing leaves the subspace, and
             :func:`scale_by_sumo` is cheaper. Losses at 3 to 6 were alike
-            (``RESULTS.md``).
+            (``docs/results.md``).
         nesterov: Whether to add the gradient once more before the orthogonalization.
         ns_steps: Newton-Schulz iterations, >= 1. Five of them bring singular values to
             0.7 ... 1.2, and those under 1/500 of the norm to less.

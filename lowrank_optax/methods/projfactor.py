@@ -151,8 +151,9 @@ def scale_by_projfactor(
         refresh: Refresh rule; None: ``every(25)``.
         rebase: Re-basing rule of the momentum. "first" projects the smallest gradient
             with this momentum as its projection. "zero" drops the momentum. "keep" does
-            not change the momentum, as in the authors' code. Measured (``RESULTS.md``,
-            c = 4, r = 8): 1.993, 1.983 and 2.019 nats per byte, one seed.
+            not change the momentum, as in the authors' code. Measured
+            (``docs/results.md``, c = 4, r = 8): 1.993, 1.983 and 2.019 nats per byte,
+            one seed.
         side: "short" or "long"; see :func:`scale_by_low_rank`.
         dimension_numbers: See :func:`scale_by_low_rank`.
         seed: Seed of the bases.

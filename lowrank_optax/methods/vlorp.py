@@ -102,10 +102,10 @@ def scale_by_vlorp(
         rebase: Re-basing rule of the moments. "first" moves the first moment, by the
             smallest gradient with this moment as its projection, and keeps the second.
             "zero" drops the first moment and sets the second to its row means. "keep"
-            is the authors' code. Measured (``RESULTS.md``, c = 4, r = 8): 1.971, 1.997
-            and 2.016 nats per byte, where "zero" still dropped the second moment too.
-            The unbiased transfer P_old^T P_new gave 2.106: it adds noise at each change
-            of basis.
+            is the authors' code. Measured (``docs/results.md``, c = 4, r = 8): 1.971,
+            1.997 and 2.016 nats per byte, where "zero" still dropped the second moment
+            too. The unbiased transfer P_old^T P_new gave 2.106: it adds noise at each
+            change of basis.
         side: "short" or "long"; see :func:`scale_by_low_rank`.
         dimension_numbers: See :func:`scale_by_low_rank`.
         scale: Factor on the updates of projected leaves.

@@ -160,7 +160,7 @@ zero      0.56            1.01  1.00
 ========  ==============  ====  ==================
 
 In training "square" still ended 0.5 % below "filled" in loss, at learning rates tuned
-for "square" (``RESULTS.md``). Therefore "square" is the default.
+for "square" (``docs/results.md``). Therefore "square" is the default.
 """
 
 

@@ -193,7 +193,7 @@ def on_convergence(
     Args:
         min_interval: Least updates between two refreshes; >= 1.
         max_interval: Most updates between two refreshes; >= min_interval. Waiting
-            longer for convergence cost loss (``RESULTS.md``).
+            longer for convergence cost loss (``docs/results.md``).
         fraction: Share of the norm at the refresh. Below it the basis counts as
             converged; in (0, 1). Theorem 2 has sqrt(1 - threshold).
         decay: Decay of the moving average; in [0, 1).
