@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,8 @@ class Checkpoints:
         self.directory = directory.absolute()
         self.best_step: int | None = None
         self._keep = keep
+        self._old_hook = sys.unraisablehook
+        sys.unraisablehook = self._complain
         self._sweep()
         self._manager = ocp.CheckpointManager(
             self.directory,
@@ -107,6 +110,7 @@ class Checkpoints:
         try:
             with self._writing():
                 self._manager.close()
+            sys.unraisablehook = self._old_hook
         except UserError:
             # What ended the run is told first.
             if error is None:
@@ -180,6 +184,15 @@ class Checkpoints:
     def _write_checksums(self) -> None:
         for unfinished in self.directory.glob(_UNFINISHED):
             write_checksums(unfinished)
+
+    def _complain(self, unraisable) -> None:
+        """Passes on what cannot be raised, but for the echoes of a failed save.
+
+        At the first array that cannot be written, Orbax closes its event loop. The
+        writes of the others end later, on threads, and each complains of that.
+        """
+        if str(unraisable.exc_value) != "Event loop is closed":
+            self._old_hook(unraisable)
 
     def _sweep(self) -> None:
         """Deletes what a process that was killed, or a failed save, has left.

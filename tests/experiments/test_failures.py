@@ -1,0 +1,143 @@
+"""A full disk and memory that is used up: one line, and the last checkpoint whole."""
+
+import errno
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from jax.errors import JaxRuntimeError
+from tensorboardX.record_writer import RecordWriter
+
+from experiments.run import figures, metrics
+from experiments.run.checkpoint import read_record
+from tests.experiments.small_runs import one_error_line, run
+
+pytestmark = pytest.mark.usefixtures("one_device")
+
+
+@pytest.fixture
+def flags(inputs, tmp_path):
+    return [*inputs, "--optimizer", "adamw", "--out", tmp_path / "out"]
+
+
+def no_space(*arguments, **options):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def no_space_for_events(writer, data):
+    # The first one, of the file's version, is still written.
+    if hasattr(writer, "is_full"):
+        no_space()
+    writer.is_full = True
+
+
+class Full(io.StringIO):
+    """A file on a full disk: neither writing nor closing works."""
+
+    write = close = no_space
+
+
+def full_metrics(patch):
+    opened = Path.open
+
+    def open_(path, *arguments, **options):
+        if path.name == metrics.METRICS_FILE and "a" in arguments:
+            return Full()
+        return opened(path, *arguments, **options)
+
+    patch.setattr(Path, "open", open_)
+
+
+FULL = {
+    "checkpoint": lambda patch: patch.setattr(
+        "experiments.run.checkpoint.write_checksums", no_space
+    ),
+    "metrics": full_metrics,
+    "events": lambda patch: patch.setattr(RecordWriter, "write", no_space_for_events),
+    "summary": lambda patch: patch.setattr(
+        "experiments.pretrain_llama.write_json", no_space
+    ),
+    "figures": lambda patch: patch.setattr(
+        figures.FigureCanvasAgg, "print_png", no_space
+    ),
+}
+
+
+@pytest.mark.parametrize("what", list(FULL))
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(
+    what, flags, tmp_path, capsys, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        FULL[what](patch)
+        assert run(*flags) == 2
+    error = one_error_line(capsys)
+    assert "No space left on device" in error
+    assert "--resume" in error
+    assert run("--out", tmp_path / "out", "--resume") == 0
+    assert (tmp_path / "out/summary.json").exists()
+
+
+def test_a_save_that_fails_leaves_the_checkpoint_before_it(
+    flags, tmp_path, capsys, monkeypatch
+):
+    assert run(*flags, "--steps", 2) == 0
+    monkeypatch.setattr("experiments.run.checkpoint.write_checksums", no_space)
+    assert run(*flags, "--resume") == 2
+    assert "cannot write a checkpoint" in one_error_line(capsys)
+    record = read_record(tmp_path / "out")
+    assert record is not None
+    assert record.progress["step"] == 2
+    assert [path.name for path in (tmp_path / "out/checkpoints").iterdir()] == ["2"]
+
+
+def exhausted(*arguments, **options):
+    raise JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.")
+
+
+MEMORY = {
+    "at the start": "experiments.run.train.initial_state",
+    "compiling": "experiments.run.compiled.make_train_step",
+    "on a step": "experiments.run.compiled.Programs.train_step",
+}
+
+
+@pytest.mark.parametrize("where", list(MEMORY))
+def test_memory_that_is_used_up_is_one_line_with_the_plan_and_the_flags(
+    where, flags, capsys, monkeypatch
+):
+    monkeypatch.setattr(MEMORY[where], exhausted)
+    assert run(*flags) == 2
+    error = one_error_line(capsys)
+    assert "out of memory" in error
+    for word in ("--batch-size below 8", "--accumulate above 1", "--remat"):
+        assert word in error
+    assert "of parameters" in error
+    assert f"{jax.devices()[0].device_kind} has" in error
+
+
+def test_another_error_of_the_device_is_none_of_memory(flags, monkeypatch):
+    def broken(*arguments, **options):
+        raise JaxRuntimeError("INTERNAL: something else")
+
+    monkeypatch.setattr("experiments.run.train.initial_state", broken)
+    with pytest.raises(JaxRuntimeError, match="something else"):
+        run(*flags)
+
+
+@pytest.mark.slow
+def test_a_process_that_may_write_no_large_file_complains_in_one_line(flags, tmp_path):
+    limited = ["bash", "-c", 'ulimit -f 4 && exec "$@"', "bash", sys.executable]
+    done = subprocess.run(
+        [*limited, "-m", "experiments.pretrain_llama", *map(str, flags)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("error: cannot write")
+    assert read_record(tmp_path / "out") is None
