@@ -1,13 +1,13 @@
-# Each target does its own set-up: it needs only make, Python 3.11 or later and pip.
+# Each target does its own set-up, and needs only make, Python 3.11 or later and pip.
 #   make pretrain            train the tiny LLaMA with AdaRankGrad on embedded text
 #   make pretrain ARGS="--model 60m --data c4 --tokenizer PATH"
-#   make test                the whole check, but for what is slow; under 15 minutes
+#   make test                all checks except the slow tests; under 15 minutes
 #   make docs                the site, notebooks executed: docs/_build/html/index.html
-#   make test-slow           the rest: many processes, simulated devices, long runs
+#   make test-slow           the slow tests: many processes, simulated devices, long runs
 #   make compatibility       the library's tests on other versions of Python and jax
-#   make clients             other people's trainers, in an environment of their own
+#   make clients             other people's trainers, in a separate environment
 PYTHON ?= python3
-# pyenv's own python3.12 answers only where it is chosen.
+# A pyenv shim python3.12 works only where pyenv selects 3.12, so look for the real one.
 CLIENTS_PYTHON ?= $(firstword $(wildcard ~/.pyenv/versions/3.12.*/bin/python3.12) python3.12)
 ARGS ?=
 
@@ -27,7 +27,7 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest --doctest-modules lowrank_optax
 	$(BIN)/python -m pytest tests -m "not slow" -n 2 --dist worksteal --durations=15
 
-# Warnings are errors. It needs no network.
+# Warnings are errors. The build needs no network.
 docs: $(VENV)/.dev
 	$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs docs/_build/html
 	@echo "The site is at docs/_build/html/index.html"
@@ -35,7 +35,7 @@ docs: $(VENV)/.dev
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest tests -m slow --durations=15
 
-# ARGS="newest --quick" is what CI runs; --unpinned, newest of everything; --save.
+# CI runs ARGS="newest --quick". --unpinned takes the newest packages; --save stores results.
 compatibility: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.compatibility $(ARGS)
 
@@ -49,7 +49,7 @@ clients-table: $(VENV)-clients/.installed
 	$(VENV)-clients/bin/python -m pytest tests/clients/test_tunix_models.py
 	$(VENV)-clients/bin/python -m tests.clients --json benchmarks/results/clients.json
 
-# Every package is named: Levanter asks for others than Tunix, and works with these.
+# Every package is named: Levanter requires other versions than Tunix, but works with these.
 $(VENV)-clients/.installed: pyproject.toml constraints-clients.txt
 	$(CLIENTS_PYTHON) -m venv $(VENV)-clients
 	$(VENV)-clients/bin/python -m pip --disable-pip-version-check install --quiet \
