@@ -23,8 +23,8 @@ NAMES = {
 
 def update_times() -> Figure:
     """Returns times of an update as multiples of AdamW's, by size and device."""
-    figure = Figure(figsize=(7.2, 3.4), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
+    figure = Figure(figsize=(5.2, 5.4), layout="constrained")
+    panels = figure.subplots(2, 1, sharex=True)
     titles = {"60m": "60m, float32, rank 128", "1b": "1b, bfloat16, rank 512"}
     for axes, (size, title) in zip(panels, titles.items(), strict=True):
         for card in tables.CARDS:
@@ -49,10 +49,8 @@ def update_times() -> Figure:
         axes.minorticks_off()
         axes.axvline(1, color=GREY, linewidth=0.8)
         axes.grid(axis="x")
-    panels[0].set_yticks(
-        range(len(UPDATES)), [NAMES.get(name, name) for name in UPDATES]
-    )
-    panels[0].invert_yaxis()
+        axes.set_yticks(range(len(UPDATES)), [NAMES.get(x, x) for x in UPDATES])
+        axes.invert_yaxis()
     figure.supxlabel("time of an update, AdamW = 1 (log scale)")
     figure.legend(
         *panels[0].get_legend_handles_labels(),
@@ -68,30 +66,53 @@ def _points(axes, found, rows, device) -> None:
 
 def step_peaks() -> Figure:
     """Returns the planned bytes of a training step by kind, with the measured peak."""
-    figure, axes = new(height=5.2, width=7.2)
-    steps = [
-        (f"{name}, {card}", result)
-        for stage in ("b-step", "d-24gb")
-        for card in tables.CARDS
-        for name, (result, _) in tables.on_card(card, stage).items()
-        if "milliseconds" in result
-    ]
-    steps.sort(key=lambda step: ("350m", "1b", "7b").index(step[1]["model"]))
-    labels = [name.replace(" gradients", "") for name, _ in steps]
-    rows = range(len(steps))
-    left = [0.0] * len(steps)
-    for part, colour in PARTS.items():
-        sizes = [result["planned_bytes"][part] / 1e9 for _, result in steps]
-        axes.barh(rows, sizes, left=left, color=colour, label=part, height=0.7)
-        left = [a + b for a, b in zip(left, sizes, strict=True)]
-    peaks = [result["bytes"]["peak"] / 1e9 for _, result in steps]
-    axes.plot(peaks, rows, "|", color=GREY, markersize=13, label="peak, measured")
-    axes.set_yticks(rows, labels)
+    groups: dict[str, list[tuple[str, dict]]] = {}
+    for model, stage in (("350m", "b-step"), ("1b", "b-step"), ("7b", "d-24gb")):
+        for card in tables.CARDS:
+            for result, _ in tables.on_card(card, stage).values():
+                if "milliseconds" in result and result["model"] == model:
+                    where = "in subspaces" if result["in_subspace"] else "full"
+                    label = f"{_short(result['optimizer'])}, {where}"
+                    groups.setdefault(f"{model}, {card}", []).append((label, result))
+    figure, axes = new(height=6.4)
+    rows, names, row = [], [], 0
+    for group, steps in groups.items():
+        # The name of a group has a row of its own, without a bar.
+        rows.append(row)
+        names.append(group)
+        for number, (label, result) in enumerate(steps, row + 1):
+            _bar(axes, number, result, is_first=number == 1)
+            rows.append(number)
+            names.append(label)
+        row += len(steps) + 1
+    axes.set_yticks(rows, names)
+    for label in axes.get_yticklabels():
+        label.set_fontweight("bold" if label.get_text() in groups else "normal")
+    axes.tick_params(axis="y", length=0, labelsize=9)
     axes.invert_yaxis()
     axes.set_xlabel("GB of one device")
     axes.grid(axis="x")
-    figure.legend(loc="outside upper center", ncols=4)
+    figure.legend(loc="outside upper center", ncols=4, columnspacing=1.2)
     return figure
+
+
+def _short(optimizer: str) -> str:
+    """Returns the name of an optimizer without what all of its steps have."""
+    return (
+        optimizer.replace(" 8-bit", " 8").replace(", basis ", " + ").replace("-bit", "")
+    )
+
+
+def _bar(axes, row: int, result: dict, is_first: bool) -> None:
+    left = 0.0
+    for part, colour in PARTS.items():
+        size = result["planned_bytes"][part] / 1e9
+        label = part if is_first else None
+        axes.barh(row, size, left=left, color=colour, label=label, height=0.75)
+        left += size
+    peak = result["bytes"]["peak"] / 1e9
+    label = "peak" if is_first else None
+    axes.plot([peak], [row], "|", color=GREY, markersize=9, label=label)
 
 
 FIGURES = {"update_times": update_times, "step_peaks": step_peaks}
