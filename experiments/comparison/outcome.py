@@ -67,7 +67,8 @@ def curves(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """
     seconds, tokens = 0.0, 0
     validations, ranks = [], []
-    for record in records:
+    # The validation before the first step is the same for all.
+    for record in (record for record in records if record["step"]):
         seconds += (record["tokens"] - tokens) / record["tokens_per_second"]
         tokens = record["tokens"]
         if "validation_loss" in record:
@@ -86,7 +87,7 @@ def _flat(ranks: Any) -> list[int]:
 def _last_good_step(directory: Path) -> int:
     """Returns the last step that was logged with a finite loss."""
     records = read_metrics(directory)
-    good = [record["step"] for record in records if record["loss"] is not None]
+    good = [r["step"] for r in records if r.get("loss") is not None]
     return max(good, default=0)
 
 

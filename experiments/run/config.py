@@ -30,6 +30,8 @@ from experiments.run.flags import (
     OutputFlags,
     RunFlags,
 )
+from experiments.run.profile import profiled_steps
+from experiments.run.wandb_run import import_wandb
 
 PROGRAM = "experiments.pretrain_llama"
 
@@ -142,6 +144,14 @@ def check(config: Config) -> None:
     check_choice("--model", config.model, MODELS)
     check_choice("--optimizer", config.optimizer, OPTIMIZERS)
     check_ranges(config)
+    if config.profile is not None:
+        start, _ = profiled_steps(config.profile)
+        if start > config.steps:
+            raise UserError(
+                f"--profile {config.profile} begins after --steps {config.steps}"
+            )
+    if config.wandb is not None:
+        import_wandb()
     if config.block_state_bytes is not None:
         _check_budget(config)
     if config.basis_bits and "rank" not in OPTIMIZERS[config.optimizer].own:

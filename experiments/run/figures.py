@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 _COLUMNS = 4
 
@@ -39,23 +40,8 @@ def draw_figures(
 def _loss(records, summary):
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    steps = [record["step"] for record in records]
-    # null stands for a loss that was not finite.
-    losses = np.array([record["loss"] for record in records], float)
-    axes.plot(steps, losses, linewidth=1, label="training, one batch")
-    validated = [r for r in records if "validation_loss" in r]
-    axes.plot(
-        [0, *(r["step"] for r in validated)],
-        np.array(
-            [
-                summary["initial_validation_loss"],
-                *(r["validation_loss"] for r in validated),
-            ],
-            float,
-        ),
-        marker="o",
-        label="validation",
-    )
+    axes.plot(*_curve(records, "loss"), linewidth=1, label="training, one batch")
+    axes.plot(*_curve(records, "validation_loss"), marker="o", label="validation")
     axes.set(
         xlabel="step",
         ylabel="loss (nats per token)",
@@ -66,30 +52,49 @@ def _loss(records, summary):
     return figure
 
 
+def _curve(records, name):
+    """Returns the steps that have a quantity, and its values."""
+    found = [(record["step"], record[name]) for record in records if name in record]
+    # null stands for a loss that was not finite.
+    return np.array(found, float).T
+
+
 def _ranks(records):
     names = sorted(records[0]["ranks"])
     rows = -(-len(names) // _COLUMNS)
-    figure = Figure(figsize=(3 * _COLUMNS, 2.6 * rows), layout="constrained")
-    grid = figure.subplots(
-        rows, _COLUMNS, sharex=True, sharey=True, squeeze=False
-    ).ravel()
-    steps = [record["step"] for record in records]
+    figure = Figure(figsize=(3 * _COLUMNS, 0.8 + 1.9 * rows), layout="constrained")
+    grid = figure.subplots(rows, _COLUMNS, squeeze=False).ravel()
+    # A line's ranks hold since the line before.
+    edges = [0, *(record["step"] for record in records)]
+    # (layers, records); a matrix that is not stacked is one layer.
+    ranks = {
+        name: np.array([np.ravel(record["ranks"][name]) for record in records]).T
+        for name in names
+    }
+    least = min(map(np.min, ranks.values()))
+    most = max(map(np.max, ranks.values()))
     for name, axes in zip(names, grid, strict=False):
-        # (records, layers); a matrix that is not stacked is one layer.
-        by_layer = np.array([np.ravel(record["ranks"][name]) for record in records])
-        for layer, ranks in enumerate(by_layer.T):
-            axes.step(steps, ranks, where="post", label=f"layer {layer}")
-        axes.set(title=name.removeprefix("blocks/"))
-        axes.grid(alpha=0.3)
-    grid[0].set_ylim(bottom=0)
+        image = axes.pcolormesh(
+            edges,
+            np.arange(len(ranks[name]) + 1) - 0.5,
+            ranks[name],
+            # Half a column beyond: ranks that are all equal have a scale too.
+            vmin=least - 0.5,
+            vmax=most + 0.5,
+        )
+        low, high = ranks[name].min(), ranks[name].max()
+        span = f"{low}" if low == high else f"{low} to {high}"
+        axes.set_title(f"{name.removeprefix('blocks/')}: {span}", fontsize="medium")
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        axes.invert_yaxis()
     for axes in grid[len(names) :]:
         axes.axis("off")
+    figure.suptitle("rank in use")
     figure.supxlabel("step")
-    figure.supylabel("rank in use")
-    handles, labels = grid[0].get_legend_handles_labels()
-    # Beyond a dozen layers the colours repeat, and a legend says nothing.
-    if len(labels) <= 12:
-        figure.legend(handles, labels, loc="outside right center")
+    figure.supylabel("layer")
+    figure.colorbar(
+        image, ax=grid, label="rank", ticks=MaxNLocator(integer=True), aspect=30
+    )
     return figure
 
 
@@ -97,11 +102,19 @@ def _memory(summary):
     figure = Figure(figsize=(7, 3), layout="constrained")
     axes = figure.add_subplot()
     bars = {"adamw": summary["adamw_memory"], summary["optimizer"]: summary["memory"]}
+    totals = [sum(bar.values()) for bar in bars.values()]
+    unit, size = ("GB", 1e9) if max(totals) >= 1e9 else ("MB", 1e6)
     left = np.zeros(len(bars))
     for kind in summary["memory"]:
-        widths = np.array([bar[kind] for bar in bars.values()]) / 1e6
-        axes.barh(list(bars), widths, left=left, label=kind)
-        left += widths
-    axes.set(xlabel="megabytes per device", title=f"memory by kind, {summary['model']}")
+        widths = np.array([bar[kind] for bar in bars.values()]) / size
+        if widths.any():
+            drawn = axes.barh(list(bars), widths, left=left, label=kind)
+            left += widths
+    axes.bar_label(drawn, [f"{total / size:.2f}" for total in totals], padding=4)
+    axes.margins(x=0.12)
+    axes.set(
+        xlabel=f"{unit} per device",
+        title=f"{summary['model']}: parameters, gradients and state",
+    )
     figure.legend(loc="outside lower center", ncols=3)
     return figure

@@ -84,6 +84,12 @@ class LoggingFlags:
     #: Tokens of each validation, the same ones each time; at least 1. Fewer where the
     #: validation text is shorter.
     eval_tokens: AtLeastOne = 32768
+    #: Project of Weights & Biases that gets the numbers too, beside TensorBoard; needs
+    #: the extra "wandb". WANDB_MODE=offline keeps them in --out. None: no W&B.
+    wandb: str | None = None
+    #: START:STOP, the first and the last step of a trace by jax.profiler, which goes to
+    #: profile/ in --out; steps count from 1. None: no trace.
+    profile: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The numbers of a run while it trains: metrics.jsonl and TensorBoard events."""
+"""The numbers of a run while it trains: metrics.jsonl, TensorBoard and W&B."""
 
 import contextlib
 import json
@@ -14,6 +14,10 @@ from experiments.run.files import (
     read_lines,
     write_whole,
 )
+from experiments.run.quantities import LINE
+from experiments.run.wandb_run import WandbRun
+
+_EVENTS = {quantity.name: quantity.event for quantity in LINE}
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
@@ -22,43 +26,58 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl and to the TensorBoard events of a run.
+    """Appends to metrics.jsonl and to the events of a run; a context manager.
 
     Args:
         directory: Of the run.
         step: Step to continue behind: later lines, of a process that was killed after
-            its last checkpoint, are cut off. 0: a fresh run.
+            its last checkpoint, are cut off. 0: a run that starts, all lines are.
+        wandb: Takes the events too; None: TensorBoard alone has them.
     """
 
-    def __init__(self, directory: Path, step: int = 0):
+    def __init__(self, directory: Path, step: int = 0, wandb: WandbRun | None = None):
         path = directory / METRICS_FILE
         if path.exists():
-            kept = [r for r in read_metrics(directory) if r["step"] <= step]
+            kept = [r for r in read_metrics(directory) if step and r["step"] <= step]
             write_whole(path, "".join(map(_line, kept)))
         # One write per line: a killed process leaves whole lines behind.
         self._file = path.open("a", buffering=1)
-        self._events = Events(directory / TENSORBOARD, step + 1 if step else None)
+        self._events = Events(directory / TENSORBOARD, step + 1 if step else 0)
+        self._wandb = wandb
 
     def __enter__(self) -> "MetricsLog":
         return self
 
     def __exit__(self, kind, error, trace) -> None:
         # What ended the run, a full disk perhaps, is told first.
-        with contextlib.suppress(*([] if error is None else [OSError])):
-            try:
-                self._file.close()
-            finally:
-                self._events.close()
+        told = contextlib.suppress(*([] if error is None else [OSError]))
+        with told, contextlib.ExitStack() as closing:
+            if self._wandb is not None:
+                closing.callback(self._wandb.finish, failed=error is not None)
+            closing.callback(self._events.close)
+            closing.callback(self._file.close)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Writes one line, and each of its numbers (and mean rank) as an event."""
         self._file.write(_line(record))
-        for name, value in record.items():
-            if isinstance(value, (int, float)):
-                self._events.add_scalar(name, value, record["step"])
-        for name, ranks in record.get("ranks", {}).items():
-            mean = sum(ranks) / len(ranks) if isinstance(ranks, list) else ranks
-            self._events.add_scalar(f"rank/{name}", mean, record["step"])
+        found = events(record)
+        for name, value in found.items():
+            self._events.add_scalar(name, value, record["step"])
+        if self._wandb is not None:
+            self._wandb.log(record["step"], found)
+
+
+def events(record: Mapping[str, Any]) -> Mapping[str, float]:
+    """Returns a line's numbers by their names in TensorBoard and W&B."""
+    numbers = {
+        _EVENTS.get(name, f"train/{name}"): value
+        for name, value in record.items()
+        if isinstance(value, (int, float)) and name != "step"
+    }
+    for name, ranks in record.get("ranks", {}).items():
+        mean = sum(ranks) / len(ranks) if isinstance(ranks, list) else ranks
+        numbers[f"rank/{name}"] = mean
+    return numbers
 
 
 def _line(record):

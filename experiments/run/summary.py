@@ -13,6 +13,7 @@ from rich.table import Table
 from experiments.model.adapters import merged
 from experiments.model.generate import generate
 from experiments.run.assemble import Parts
+from experiments.run.measures import Measures
 from experiments.run.memory import (
     adamw_memory_by_kind,
     adamw_state_bytes,
@@ -21,6 +22,7 @@ from experiments.run.memory import (
     memory_by_kind,
     optimizer_state_bytes,
 )
+from experiments.run.memory_use import memory_use
 from experiments.run.train import Trained
 
 _PACKAGES = ("jax", "jaxlib", "optax", "flax", "orbax-checkpoint", "lowrank_optax")
@@ -29,11 +31,7 @@ _PACKAGES = ("jax", "jaxlib", "optax", "flax", "orbax-checkpoint", "lowrank_opta
 def summarize(
     parts: Parts, trained: Trained, records: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Returns what summary.json holds.
-
-    Losses are nats per token, averaged over tokens. ``tokens_per_second`` counts
-    training steps with their input and logging; compilation, validation and checkpoints
-    are left out. Bytes are those of the arrays of one device.
+    """Returns what summary.json holds; :mod:`experiments.run.quantities` explains it.
 
     Args:
         parts: Of the run.
@@ -41,7 +39,7 @@ def summarize(
         records: The lines of metrics.jsonl.
     """
     config, progress = parts.config, trained.progress
-    tokens = progress.step * config.batch_size * config.sequence_length
+    measures, memory = Measures(parts), memory_use()
     params = trained.params
     model = jax.eval_shape(merged, params)
     device = jax.devices()[0]
@@ -49,17 +47,22 @@ def summarize(
         "optimizer": config.optimizer,
         "model": config.model_name,
         "steps": progress.step,
-        "tokens": tokens,
+        **measures.position(progress.step),
         "parameter_count": sum(leaf.size for leaf in jax.tree.leaves(model)),
         "initial_validation_loss": progress.initial_validation_loss,
-        "validation_loss": progress.validation_loss,
-        "tokens_per_second": tokens / progress.seconds,
+        **measures.validation(progress.validation_loss),
+        "bytes_per_token": parts.data.bytes_per_token,
+        **measures.speed(progress.step, progress.seconds),
+        "flops_per_token": measures.flops_per_token,
+        "peak_flops_per_second": measures.peak_flops,
         "training_seconds": progress.seconds,
         "compile_seconds": trained.compile_seconds,
         "compilations": trained.compilations,
         "compactions": progress.compaction.done,
         "best": progress.best,
         "changes": progress.changes,
+        "peak_memory_bytes": _peak(records, memory.peak),
+        "memory_source": memory.source,
         "optimizer_state_bytes": optimizer_state_bytes(trained.opt_state),
         "adamw_state_bytes": adamw_state_bytes(model),
         "block_state_bytes": optimizer_state_bytes(block_state(trained.opt_state)),
@@ -75,6 +78,12 @@ def summarize(
             **{name: importlib.metadata.version(name) for name in _PACKAGES},
         },
     }
+
+
+def _peak(records, now):
+    """Returns the highest peak of all processes of the run."""
+    found = [record.get("peak_memory_bytes") for record in records]
+    return max(filter(None, [*found, now]), default=None)
 
 
 def mean_ranks(records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -123,6 +132,29 @@ def _printable(text):
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
+def _perplexity(summary):
+    text = f"{summary['validation_perplexity']:,.2f}"
+    if summary["validation_bits_per_byte"] is None:
+        return text
+    return f"{text}, {summary['validation_bits_per_byte']:.3f} bits per byte"
+
+
+def _step_time(summary):
+    text = f"{1e3 * summary['step_seconds']:,.1f} ms"
+    if summary["mfu"] is None:
+        return f"{text}; the peak of this device is not known, so neither is the MFU"
+    return f"{text}, MFU {summary['mfu']:.1%}"
+
+
+def _peak_memory(summary):
+    if summary["peak_memory_bytes"] is None:
+        return "the device does not say"
+    of = {"device": "of the device", "process": "of the whole process"}
+    return (
+        f"{summary['peak_memory_bytes'] / 1e9:.2f} GB, {of[summary['memory_source']]}"
+    )
+
+
 def _rows(summary):
     ours, adamw = summary["optimizer_state_bytes"], summary["adamw_state_bytes"]
     blocks, adamw_blocks = (
@@ -137,12 +169,15 @@ def _rows(summary):
             f"{summary['initial_validation_loss']:.4f} at first, "
             f"{summary['validation_loss']:.4f} at last (nats per token)"
         ),
+        "perplexity": _perplexity(summary),
         "tokens per second": (
             f"{summary['tokens_per_second']:,.0f} "
             f"({summary['training_seconds']:.1f} s of training; "
             f"compilation {summary['compile_seconds']:.1f} s, "
             f"{summary['compilations']} x the step)"
         ),
+        "time per step": _step_time(summary),
+        "peak memory": _peak_memory(summary),
         "optimizer state": f"{ours:,} bytes, {ours / adamw:.2f} of AdamW's {adamw:,}",
         "of block matrices": (
             f"{blocks:,} bytes, {blocks / adamw_blocks:.2f} of AdamW's {adamw_blocks:,}"

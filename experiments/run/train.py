@@ -8,7 +8,6 @@ import signal
 from typing import Any
 
 import jax
-import numpy as np
 from rich.console import Console
 
 from experiments.errors import UserError
@@ -16,7 +15,7 @@ from experiments.optim.methods import OPTIMIZERS
 from experiments.run.assemble import Parts
 from experiments.run.checkpoint import Checkpoints
 from experiments.run.clock import Clock
-from experiments.run.columns import capacities_line, ranks_by_name
+from experiments.run.columns import capacities_line
 from experiments.run.compiled import Programs
 from experiments.run.config import to_json
 from experiments.run.files import (
@@ -28,8 +27,10 @@ from experiments.run.files import (
 from experiments.run.initial_loss import worse_than_guessing
 from experiments.run.interrupts import StopRequest
 from experiments.run.lock import Lock
+from experiments.run.measures import Measures
 from experiments.run.memory import optimizer_state_bytes
 from experiments.run.metrics import MetricsLog
+from experiments.run.profile import Profile
 from experiments.run.progress import Progress, saved_progress
 from experiments.run.renewals import AHEAD
 from experiments.run.saves import Saves
@@ -40,6 +41,7 @@ from experiments.run.step import (
     validation_loss,
 )
 from experiments.run.terminal import TrainingProgress
+from experiments.run.wandb_run import WandbRun
 
 _REJECTED_IN_A_ROW = 20
 
@@ -96,8 +98,10 @@ def train(parts: Parts, lock: Lock, console: Console) -> Trained:
         loop = _Loop(parts, lock, checkpoints, iterator)
         step = loop.progress.step
         shown = TrainingProgress(console, config.steps, step)
-        with MetricsLog(directory, step) as metrics, shown:
-            loop.run(metrics, shown, stop)
+        profile = Profile(config.profile, directory, shown.say)
+        wandb = config.wandb and WandbRun(config.wandb, directory, to_json(config))
+        with MetricsLog(directory, step, wandb or None) as metrics, shown, profile:
+            loop.run(metrics, shown, stop, profile)
     return Trained(
         params=loop.params,
         opt_state=loop.opt_state,
@@ -118,6 +122,7 @@ class _Loop:
         self.lock = lock
         self.saves = Saves(parts, lock, checkpoints)
         self.batches = batches
+        self.measures = Measures(parts)
         if parts.resumed is None:
             self.progress = Progress()
             self.params = parts.initial_params()
@@ -137,14 +142,18 @@ class _Loop:
         self.programs = Programs(parts, self.params, self.opt_state)
         self.renewals = self.programs.renewals(self.progress.renewals)
 
-    def run(self, log: MetricsLog, shown: TrainingProgress, stop: StopRequest) -> None:
+    def run(
+        self,
+        log: MetricsLog,
+        shown: TrainingProgress,
+        stop: StopRequest,
+        profile: Profile,
+    ) -> None:
         """Trains to the last step or to a signal, and saves."""
         config, progress = self.parts.config, self.progress
         if progress.step == 0:
-            progress.initial_validation_loss = self._validate()
-            shown.say(
-                f"validation loss {progress.initial_validation_loss:.4f} at first"
-            )
+            log.write({"step": 0, **self.measures.position(0), **self._validate(shown)})
+            progress.initial_validation_loss = progress.validation_loss
             warning = worse_than_guessing(
                 config, self.parts.model.vocab_size, progress.initial_validation_loss
             )
@@ -152,8 +161,10 @@ class _Loop:
                 shown.say(warning)
         stop.can_save = True
         while progress.step < config.steps and stop.signal is None:
+            profile.before(progress.step + 1, self._wait)
             self.clock.start()
             metrics = self._step()
+            profile.after(progress.step, self._wait)
             shown.advance(progress.step)
             is_last = progress.step == config.steps
             validate = is_last or progress.step % config.eval_every == 0
@@ -204,7 +215,7 @@ class _Loop:
         """Looks at the state, and may cut its arrays and compile the step anew."""
         progress, old = self.progress, self.opt_state
         has_budget = self.parts.config.block_state_bytes is not None
-        progress.seconds = self.clock.stop(self.params)
+        progress.seconds = self._wait()
         self.opt_state = progress.compaction.look(old, has_budget)
         if self.opt_state is old:
             self.clock.start()
@@ -232,48 +243,47 @@ class _Loop:
             )
 
     def _log(self, metrics, log, shown, validate: bool) -> None:
+        """Writes a line on the step that was handed out last, and may validate."""
         self.lock.check()
-        config, progress = self.parts.config, self.progress
-        progress.seconds = self.clock.stop(self.params)
+        progress, logged = self.progress, self.logged
+        progress.seconds = self._wait()
         self.clock.start()
         while self.in_flight:
             self._check(self.in_flight.popleft())
-        batch_tokens = config.batch_size * config.sequence_length
-        speed = (progress.step - self.logged.step) * batch_tokens
-        speed /= progress.seconds - self.logged.seconds
         self.logged = dataclasses.replace(progress)
         record = {
             "step": progress.step,
-            "tokens": progress.step * batch_tokens,
-            "loss": float(metrics["loss"]),
-            "learning_rate": np.asarray(self.parts.schedule(progress.step - 1)).item(),
-            "grad_norm": float(metrics["grad_norm"]),
-            "tokens_per_second": speed,
-            "optimizer_state_bytes": optimizer_state_bytes(self.opt_state),
-            "rejected_updates": int(metrics["rejected"]),
+            **self.measures.position(progress.step),
+            **self.measures.speed(
+                progress.step - logged.step, progress.seconds - logged.seconds
+            ),
+            **self.measures.step(progress.step, metrics, self.opt_state),
         }
-        ranks = ranks_by_name(self.opt_state)
-        if ranks:
-            record["ranks"] = ranks
-        left = progress.seconds / progress.step * (config.steps - progress.step)
-        shown.show(progress.step, record["loss"], speed, left)
+        shown.show(record)
         if validate:
-            loss = progress.validation_loss = self._validate()
-            record["validation_loss"] = loss
-            shown.say(f"validation loss {loss:.4f} at step {progress.step}")
+            record |= self._validate(shown)
         log.write(record)
 
-    def _validate(self) -> float:
-        self.clock.stop(self.params)
-        return validation_loss(
+    def _validate(self, shown: TrainingProgress) -> dict[str, Any]:
+        """Returns the numbers of a validation."""
+        self._wait()
+        loss = validation_loss(
             self.programs.eval_step,
             self.params,
             self.parts.data.validation_batches(self.parts.config.eval_tokens),
             self.parts.mesh,
         )
+        self.progress.validation_loss = loss
+        found = self.measures.validation(loss)
+        shown.validated(self.progress.step, found)
+        return found
+
+    def _wait(self) -> float:
+        """Waits for the device and stops the clock; returns its seconds."""
+        return self.clock.stop(self.params)
 
     def _save(self) -> None:
-        self.progress.seconds = self.clock.stop(self.params)
+        self.progress.seconds = self._wait()
         self.progress.renewals = self.renewals.saved()
         data_state = self.batches.get_state()
         self.saves.save(self.progress, self.params, self.opt_state, data_state)

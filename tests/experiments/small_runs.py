@@ -12,6 +12,7 @@ from experiments.model.hugging_face import save_llama
 from experiments.model.llama import init_params
 from experiments.model.shape import LlamaConfig
 from experiments.pretrain_llama import main
+from experiments.run.quantities import LINE
 
 MODEL = LlamaConfig(
     vocab_size=257,
@@ -22,7 +23,7 @@ MODEL = LlamaConfig(
     num_kv_heads=1,
 )
 # What two equal runs do not share in metrics.jsonl.
-TIMES = {"tokens_per_second"}
+TIMES = {quantity.name for quantity in LINE if not quantity.repeats}
 
 
 def write_inputs(directory: Path, scale: float = 1.0) -> list[str]:

@@ -14,6 +14,7 @@ SUMMARY = {
     "adamw_memory": MEMORY,
 }
 RECORDS = [
+    {"step": 0, "validation_loss": 5.0},
     {"step": 1, "loss": 5.0, "ranks": {"blocks/mlp/up": [2, 3], "head": 4}},
     {"step": 9, "loss": None, "ranks": {"blocks/mlp/up": [5, 6], "head": 7}},
     {"step": 10, "loss": 3.0, "ranks": {"blocks/mlp/up": [5, 6], "head": 7}}
@@ -46,7 +47,7 @@ def test_files_are_images_and_ranks_are_drawn_only_if_there_are_any(drawn):
     assert files.keys() == {"loss.png", "memory.png", "ranks.png"}
     for path in files.values():
         assert path.read_bytes().startswith(b"\x89PNG")
-    files, _ = drawn([{"step": 1, "loss": 5.0, "validation_loss": 4.0}])
+    files, _ = drawn([RECORDS[0], {"step": 1, "loss": 5.0, "validation_loss": 4.0}])
     assert files.keys() == {"loss.png", "memory.png"}
 
 
@@ -58,14 +59,18 @@ def test_the_validation_curve_begins_before_the_first_step(drawn):
     assert list(validation.get_ydata()) == [5.0, 3.5]
 
 
-def test_there_is_a_line_of_ranks_per_layer(drawn):
+def test_ranks_are_coloured_by_layer_and_step_over_the_whole_figure(drawn):
     _, (*_, ranks) = drawn(RECORDS)
-    lines = {
-        axes.get_title(): [line.get_ydata().tolist() for line in axes.lines]
-        for axes in ranks.axes
-        if axes.lines
+    drawn_ranks = {
+        axes.get_title(): axes.collections[0] for axes in ranks.axes if axes.get_title()
     }
-    assert lines == {"mlp/up": [[2, 5, 5], [3, 6, 6]], "head": [[4, 7, 7]]}
+    head, up = drawn_ranks["head: 4 to 7"], drawn_ranks["mlp/up: 2 to 6"]
+    assert head.get_array().tolist() == [[4, 7, 7]]
+    assert up.get_array().tolist() == [[2, 5, 5], [3, 6, 6]]
+    # One scale, from the lowest rank to the highest.
+    assert head.get_clim() == up.get_clim() == (1.5, 7.5)
+    for axes in ranks.axes[:2]:
+        assert axes.get_xlim() == (0, 10)
 
 
 def test_the_bars_are_as_long_as_the_bytes(drawn):
@@ -74,3 +79,4 @@ def test_the_bars_are_as_long_as_the_bytes(drawn):
     for bar in memory.axes[0].patches:
         ends[bar.get_y()] = bar.get_x() + bar.get_width()
     assert sorted(ends.values()) == [6.0, 7.0]
+    assert {text.get_text() for text in memory.axes[0].texts} == {"6.00", "7.00"}
