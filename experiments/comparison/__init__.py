@@ -1,1 +1,1 @@
-"""How many runs are compared: what is tried, what is recorded and what it says."""
+"""Comparisons of many runs: their suites, their records and their reports."""

@@ -1,4 +1,4 @@
-"""The settings that the result of a run is recorded with."""
+"""The settings in the record of a run's result."""
 
 from typing import Any
 
@@ -10,9 +10,10 @@ from experiments.run.config import complete, parse
 
 
 def resolved(contender: Contender, suite: Suite) -> dict[str, Any]:
-    """Returns a contender's flags and what its method has where they are silent.
+    """Returns a contender's flags, with the method's defaults for all other options.
 
-    With them a result is recorded: where a default has changed since, it is another's.
+    The record of a result has these settings. A result from before a change of a
+    default therefore counts as the result of other settings.
     """
     config = parse(words_of({**suite.flags, **contender.flags}))
     config = complete(config, hidden_size=MODELS[config.model]["hidden_size"])

@@ -1,4 +1,4 @@
-"""What a comparison has done so far: suite.json and results.jsonl in one directory."""
+"""The ledger of a comparison: suite.json and results.jsonl in one directory."""
 
 import json
 import shutil
@@ -23,19 +23,19 @@ LOCK_FILE = ".lock"
 
 
 class Ledger:
-    """The records of one comparison, open for one process and those that it starts.
+    """The records of one comparison, open for one process and its child processes.
 
     Args:
-        directory: Of the comparison; made if it is not there.
-        definition: What makes results comparable, by name.
+        directory: Directory of the comparison; created if missing.
+        definition: The settings that all results must share, by name.
 
     Raises:
-        UserError: If the directory cannot be made, holds something else or another
-            comparison, or is at work.
+        UserError: If the directory cannot be made, if it holds another comparison or
+            other files, or if another process works in it.
 
     Attributes:
-        directory: Of the comparison.
-        records: One for each run that has ended: the lines of results.jsonl.
+        directory: Directory of the comparison.
+        records: One record for each finished run: the lines of results.jsonl.
     """
 
     def __init__(self, directory: Path, definition: Mapping[str, Any]):
@@ -54,7 +54,7 @@ class Ledger:
                 ) from error
         write_json(directory / SUITE_FILE, definition)
         self.records = read_lines(directory / RESULTS_FILE)
-        # Without a line that was cut off: the next one would be written behind it.
+        # Drop a line that was cut off, or the next line would be written behind it.
         if self.records:
             text = "".join(json.dumps(record) + "\n" for record in self.records)
             (directory / RESULTS_FILE).write_text(text)
@@ -62,15 +62,15 @@ class Ledger:
 
     @property
     def held(self) -> int:
-        """Descriptor that keeps the directory, for processes to inherit."""
+        """Descriptor of the directory's lock, for child processes."""
         return self._lock_file.fileno()
 
     def close(self) -> None:
-        """Lets another process have the directory, once runs have ended."""
+        """Frees the directory for another process, once all runs have ended."""
         self._lock_file.close()
 
     def find(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Returns the record that has these entries, None if there is none."""
+        """Returns the record with these entries, or None."""
         with self._lock:
             for record in self.records:
                 if all(record.get(name) == value for name, value in key.items()):
@@ -86,7 +86,7 @@ class Ledger:
 
 
 def rates_of(directory: Path) -> dict[str, tuple[float, float]]:
-    """Returns the best rates of each method that a comparison has done.
+    """Returns the best rates of each finished method of a comparison.
 
     Raises:
         UserError: If the directory holds no comparison.
@@ -100,7 +100,7 @@ def rates_of(directory: Path) -> dict[str, tuple[float, float]]:
 def best_rates(
     records: Iterable[Mapping[str, Any]], seeds: int
 ) -> dict[str, tuple[float, float]]:
-    """Returns them for each method that has been run with as many seeds."""
+    """Returns the best rates of each method with at least so many seeds."""
     return {
         row.method: (row.learning_rate, row.block_learning_rate)
         for row in rows_of(records)
@@ -109,7 +109,7 @@ def best_rates(
 
 
 def _check(directory: Path, definition: Mapping[str, Any]) -> None:
-    """Raises if the directory holds something else than this comparison."""
+    """Raises UserError if the directory holds anything but this comparison."""
     path = directory / SUITE_FILE
     if not path.exists():
         if directory.is_dir() and any(directory.iterdir()):

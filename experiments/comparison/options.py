@@ -1,4 +1,4 @@
-"""The flags of a comparison and what they may be."""
+"""The flags of a comparison, with their checks."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,39 +16,40 @@ from experiments.errors import UserError
 class Options:
     """Compares methods: equal data, equal search over two learning rates, seeds.
 
-    Stop it with Ctrl-C and give the same command again: it goes on where it was.
+    Ctrl-C stops a comparison. The same command continues a stopped comparison.
     """
 
-    #: Which comparison.
+    #: The comparison to run.
     suite: Annotated[
         tyro.conf.Positional[str], tyro.conf.arg(metavar="{" + ",".join(SUITES) + "}")
     ]
     #: Directory of the results. None: runs/compare-SUITE.
     out: Path | None = None
-    #: Text to train on, as pretrain_llama names it. None: what the
-    #: suite is about, embedded for the tiny model, c4 for larger ones.
+    #: Text to train on, named as for pretrain_llama. None: the data of the suite,
+    #: embedded for the tiny model, c4 for larger models.
     data: str | None = None
-    #: Text to validate on. None: the data's own part, or one held out from --data.
+    #: Text to validate on. None: the validation part of the data, or a part held out
+    #: from --data.
     validation_data: str | None = None
-    #: bytes, or the path of a SentencePiece .model or of a tokenizer.json, which models
-    #: above tiny need.
+    #: bytes, or the path of a SentencePiece .model or of a tokenizer.json. Models above
+    #: tiny need such a path.
     tokenizer: str = "bytes"
-    #: Runs at a time; on CPUs each has its share of the cores, which tokens per second
-    #: show.
+    #: Runs at a time. On CPUs each run has its share of the cores, which lowers tokens
+    #: per second.
     jobs: int = 1
-    #: Methods to run, separated by commas. None: all of the suite. The table has all
-    #: that are done.
+    #: Methods to run, separated by commas. None: all methods of the suite. The table
+    #: has all finished methods.
     only: str | None = None
-    #: Directory of another comparison: the best rates found there are taken, and
-    #: nothing is searched. For other data than those that chose the rates.
+    #: Directory of another comparison. The runs take the best rates found there, and
+    #: search nothing. Use it for other data than the data of the search.
     rates_from: Path | None = None
 
 
 def parse_options(argv: Sequence[str]) -> Options:
-    """Returns the options that the arguments spell, each value checked.
+    """Returns the options in the arguments, each value checked.
 
     Raises:
-        UserError: If a flag or a value is not one of ours.
+        UserError: If a flag or a value is unknown.
         SystemExit: With status 0, after ``--help``.
     """
     options = parse_arguments(Options, "python -m experiments.compare", argv)
@@ -62,7 +63,7 @@ def parse_options(argv: Sequence[str]) -> Options:
     if suite.needs_tokenizer and options.tokenizer == "bytes":
         raise UserError(
             f"{options.suite} needs --tokenizer, the path of a SentencePiece .model or "
-            "of a tokenizer.json; about 32,000 tokens are what its model was made for"
+            "of a tokenizer.json; its model was made for about 32,000 tokens"
         )
     return dataclasses.replace(options, data=options.data or suite.data)
 

@@ -12,7 +12,7 @@ from typing import Any
 from experiments.run.files import CHECKPOINTS, CONFIG_FILE, SUMMARY_FILE
 from experiments.run.metrics import read_metrics
 
-# Of summary.json.
+# Entries of summary.json.
 _KEPT = (
     "initial_validation_loss",
     "model",
@@ -31,10 +31,10 @@ _KEPT = (
 
 
 def outcome(directory: Path) -> dict[str, Any]:
-    """Returns how a run ended, finished or diverged and when; drops its checkpoints.
+    """Returns the outcome of a run, finished or diverged; deletes its checkpoints.
 
     Args:
-        directory: Of a run that has ended.
+        directory: Directory of a run that has ended.
     """
     config = json.loads((directory / CONFIG_FILE).read_text())
     path = directory / SUMMARY_FILE
@@ -54,12 +54,12 @@ def outcome(directory: Path) -> dict[str, Any]:
 
 
 def loss_of(record: Mapping[str, Any]) -> float:
-    """Returns the validation loss of a recorded run, infinite where it diverged."""
+    """Returns the validation loss of a recorded run, infinite if the run diverged."""
     return record["validation_loss"] if record["status"] == "finished" else math.inf
 
 
 def curves(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns what figures are drawn from, of the lines of a run's metrics.jsonl.
+    """Returns the curves for figures, from the lines of a run's metrics.jsonl.
 
     Returns:
         validation_curve: (tokens, seconds of training, loss) of each validation;
@@ -85,14 +85,14 @@ def _flat(ranks: Any) -> list[int]:
 
 
 def _last_good_step(directory: Path) -> int:
-    """Returns the last step that was logged with a finite loss."""
+    """Returns the last logged step with a finite loss."""
     records = read_metrics(directory)
     good = [r["step"] for r in records if r.get("loss") is not None]
     return max(good, default=0)
 
 
 def _commit() -> str:
-    """Returns the commit of the code, with a + where it has been changed since."""
+    """Returns the commit of the code, with a + if the code has changed since."""
     try:
         return subprocess.run(
             ["git", "describe", "--always", "--abbrev=12", "--dirty=+"],

@@ -8,8 +8,8 @@ import sys
 import threading
 from pathlib import Path
 
-# glibc keeps what is freed: a fifth of a small model's step on a CPU goes into giving
-# pages back and taking them again.
+# glibc keeps freed memory. Otherwise a small model's step on a CPU spends a fifth of
+# its time on returning pages and taking them again.
 _KEEP_PAGES = {
     "MALLOC_MMAP_THRESHOLD_": str(2**33),
     "MALLOC_TRIM_THRESHOLD_": str(2**34),
@@ -17,14 +17,14 @@ _KEEP_PAGES = {
 
 
 class Processes:
-    """Runs of ``pretrain_llama``, some of them at a time.
+    """Runs of ``pretrain_llama``, several at a time.
 
     Args:
-        jobs: So many at a time; on CPUs each has its share of the cores.
-        held: Descriptor that keeps the directory of the comparison.
+        jobs: Number of runs at a time; on CPUs each has its share of the cores.
+        held: Descriptor of the lock on the comparison's directory.
 
     Attributes:
-        stopped: Whether they have been told to end; no more are started then.
+        stopped: Whether the runs have been told to end; no run starts after that.
     """
 
     def __init__(self, jobs: int, held: int):
@@ -35,7 +35,7 @@ class Processes:
         self.stopped = False
 
     def take_cores(self) -> None:
-        """Gives this thread's processes, which inherit them, a share of the cores."""
+        """Gives this thread a share of the cores; its child processes inherit it."""
         jobs = self._jobs
         if jobs == 1 or not hasattr(os, "sched_setaffinity"):
             return
@@ -46,7 +46,7 @@ class Processes:
         os.sched_setaffinity(0, mine)
 
     def stop(self) -> None:
-        """Ends the runs under way, each with a checkpoint."""
+        """Ends the current runs, each with a checkpoint."""
         with self._lock:
             self.stopped = True
             for process in self._running:
@@ -56,8 +56,8 @@ class Processes:
         """Waits for a run to end; returns its exit status.
 
         Args:
-            flags: Of ``pretrain_llama``.
-            log: Where it writes what it says.
+            flags: Flags of ``pretrain_llama``.
+            log: File for the output of the run.
 
         Raises:
             CancelledError: If the comparison has been stopped.
@@ -67,13 +67,13 @@ class Processes:
             with self._lock:
                 if self.stopped:
                     raise concurrent.futures.CancelledError
-                # In a session of its own: Ctrl-C reaches it once, from here.
+                # In a session of its own, where Ctrl-C reaches the run once, from here.
                 process = subprocess.Popen(
                     command,
                     stdout=file,
                     stderr=file,
                     start_new_session=True,
-                    # Should this process die, the run keeps the directory.
+                    # If this process dies, the run keeps the lock on the directory.
                     pass_fds=[self._held],
                     env={**_KEEP_PAGES, **os.environ},
                 )

@@ -1,4 +1,4 @@
-"""What a comparison says: a table in Markdown, and figures."""
+"""The report of a comparison: a table in Markdown, and figures."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -60,11 +60,11 @@ def _number(value: float) -> str:
 def write_report(
     directory: Path, name: str, suite: Suite, records: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Writes table.md and figures of what is done so far.
+    """Writes table.md and figures of the finished runs.
 
     Args:
-        directory: Of the comparison.
-        name: Of the suite.
+        directory: Directory of the comparison.
+        name: Name of the suite.
         suite: The suite.
         records: Lines of results.jsonl.
     """
@@ -91,7 +91,7 @@ def write_report(
 
 
 def _curves(rows: Sequence[Row], place: int, label: str) -> Figure:
-    """Draws the loss of each row's first seed against one of its coordinates."""
+    """Draws the loss of each row's first seed against a coordinate of the curve."""
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.add_subplot()
     for index, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""What each method has come to, at the rates that were best for it."""
+"""The rows of a table: the results of each method at its best rates."""
 
 import dataclasses
 import statistics
@@ -12,16 +12,16 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One method at the rates that were best for it.
+    """One method at its best rates.
 
     Attributes:
-        method: Its name.
-        learning_rate: Of embedding, head and norms.
-        block_learning_rate: Of the block matrices.
-        losses: Validation loss of each seed, nats per token; infinite where diverged.
+        method: Name of the method.
+        learning_rate: Learning rate of embedding, head and norms.
+        block_learning_rate: Learning rate of the block matrices.
+        losses: Validation loss of each seed, nats per token; infinite if it diverged.
         runs: The records of these seeds.
-        tried: Runs of the method in all.
-        diverged: (rates, step) of each of them that diverged.
+        tried: Number of all runs of the method.
+        diverged: (rates, step) of each diverged run.
     """
 
     method: str
@@ -54,14 +54,14 @@ class Row:
 
     def _share(self, ours: str, adamw: str) -> float:
         run = self.runs[0]
-        # A run that diverged left no summary.
+        # A diverged run has no summary.
         return run[ours] / run[adamw] if run.get(ours) else float("nan")
 
 
 def rows_of(records: Iterable[Mapping[str, Any]]) -> list[Row]:
     """Returns a row for each method, by rising mean loss.
 
-    The rates are those with most seeds, of these the ones with the least mean loss.
+    The best rates have the most seeds, and among these the least mean loss.
 
     Args:
         records: Lines of results.jsonl.
@@ -101,11 +101,11 @@ def front(
     rows: Iterable[T],
     costs: Callable[[T], tuple[float, float]],
 ) -> list[T]:
-    """Returns the rows, by rising bytes, that no other beats in bytes and in loss.
+    """Returns, by rising bytes, the rows that no other row beats in bytes and loss.
 
     Args:
-        rows: Anything that ``costs`` takes.
-        costs: Row -> its bytes and its loss.
+        rows: Arguments for ``costs``.
+        costs: Row -> bytes and loss of the row.
     """
     found, best = [], float("inf")
     for row in sorted(rows, key=costs):

@@ -1,4 +1,4 @@
-"""The runs of one suite in one directory: which are made, and what they came to."""
+"""The runs of one suite in one directory: their order, and their outcomes."""
 
 import concurrent.futures
 import hashlib
@@ -29,7 +29,7 @@ class Comparison:
     """The runs of one suite in one directory.
 
     Attributes:
-        directory: Of the results.
+        directory: Directory of the results.
     """
 
     def __init__(self, options: Options, console: Console):
@@ -49,7 +49,7 @@ class Comparison:
         self._processes = Processes(options.jobs, self._ledger.held)
 
     def _definition(self) -> dict[str, Any]:
-        """Returns what makes results comparable; more methods may join."""
+        """Returns the settings that all results must share; methods may be added."""
         options = self._options
         return {
             "suite": options.suite,
@@ -64,7 +64,7 @@ class Comparison:
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """Those of the suite's methods as they are defined now."""
+        """The records of the suite's methods with their present settings."""
         return [
             record
             for record in list(self._ledger.records)
@@ -72,7 +72,7 @@ class Comparison:
         ]
 
     def close(self) -> None:
-        """Writes the table and the figures of what is done."""
+        """Writes the table and the figures of the finished runs."""
         records = self.records
         if earlier := len(self._ledger.records) - len(records):
             self._console.print(
@@ -85,9 +85,9 @@ class Comparison:
         self._ledger.close()
 
     def run(self) -> None:
-        """Runs what is not done yet."""
+        """Runs the unfinished methods."""
         chosen = self._chosen
-        # Those that take the rates of another come after it.
+        # Variants come last, because they take the rates of another method.
         first = [c for c in chosen if not self._is_variant(c)]
         self._check_rates({c.name for c in first if self._rates is None})
         with concurrent.futures.ThreadPoolExecutor(
@@ -103,17 +103,17 @@ class Comparison:
                 raise
 
     def _check_rates(self, searched: set[str]) -> None:
-        """Raises, before anything is run, if rates are wanted that nobody finds.
+        """Raises UserError, before the first run, if a method will have no rates.
 
         Args:
-            searched: Methods whose rates this run searches.
+            searched: Methods with a search of their rates in this comparison.
         """
         for contender in self._chosen:
             if contender.name not in searched and contender.like not in searched:
                 self._rates_like(contender)
 
     def _is_variant(self, contender: Contender) -> bool:
-        """Returns whether its rates are those of another method of the suite."""
+        """Returns whether a contender takes the rates of a method of the suite."""
         return any(contender.like == other.name for other in self.suite.contenders)
 
     def _run_contender(self, contender: Contender) -> None:
@@ -131,7 +131,7 @@ class Comparison:
             self._result(contender, rates, seed)
 
     def _rates_like(self, contender: Contender) -> tuple[float, float]:
-        """Returns the best rates of the method that a contender takes them from."""
+        """Returns the best rates of the method that a contender's rates come from."""
         name = contender.like or contender.name
         found = self._rates
         if found is None:
@@ -165,7 +165,7 @@ class Comparison:
         return record
 
     def _most(self, contender: Contender) -> int:
-        """Returns how many runs it may take."""
+        """Returns the largest number of runs that a contender may take."""
         is_searched = self._rates is None and not self._is_variant(contender)
         search = self.suite.search if is_searched else 1
         return search + len(self.suite.seeds) - 1
@@ -175,7 +175,7 @@ class Comparison:
         spent = (time.monotonic() - self._started) / self._done_here
         methods = [x["method"] for x in self.records]
         most = sum(map(self._most, self._chosen))
-        # A method may have more runs than it can need: of an earlier search, say.
+        # A method may have more runs than needed, for instance from an earlier search.
         done = sum(min(methods.count(c.name), self._most(c)) for c in self._chosen)
         left = (most - done) * spent
         ended = f"{loss:.4f}" if status == "finished" else status
@@ -189,7 +189,7 @@ class Comparison:
         )
 
     def _run(self, contender: Contender, rates, seed: int) -> dict[str, Any]:
-        """Runs one process to its end; returns what its directory says."""
+        """Runs one process to its end; returns the outcome in its directory."""
         settings = json.dumps(self._flags_of[contender.name], sort_keys=True)
         digest = hashlib.sha256(settings.encode()).hexdigest()[:6]
         name = f"{contender.name}-{rates[0]:g}-{rates[1]:g}-{seed}-{digest}"
@@ -209,7 +209,7 @@ class Comparison:
                 raise concurrent.futures.CancelledError
             is_done = (directory / SUMMARY_FILE).exists()
             if not is_done and (code == 0 or "not finite" not in log.read_text()):
-                # Stopped from outside, or for a reason that is no divergence.
+                # The run was stopped from outside, or failed without a divergence.
                 raise UserError(f"{name} ended with status {code}; {log} says why")
         return outcome(directory)
 

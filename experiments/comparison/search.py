@@ -1,25 +1,25 @@
-"""The search over two learning rates, the same one for every method."""
+"""The search over two learning rates, the same for every method."""
 
 import math
 from collections.abc import Mapping
 
 from experiments.comparison.suites import Contender
 
-# Doublings of the rate of embedding, head and norms, and of that of the blocks.
+# Doublings of two rates: that of embedding, head and norms, and that of the blocks.
 Point = tuple[int, int]
 _NEIGHBOURS: tuple[Point, ...] = ((0, 1), (0, -1), (1, 0), (-1, 0))
 
 
 def next_point(losses: Mapping[Point, float], most: int) -> Point | None:
-    """Returns where to look next; None: the best so far is as good as it gets.
+    """Returns the next point to try; None at the end of the search.
 
-    From the start, (0, 0), the best point's neighbours are tried: the blocks' rate
-    doubled and halved, then the other one; where one of them is better, its neighbours.
-    It ends where no neighbour is better, or after ``most`` runs. The answer follows
-    from the losses alone, so that a search goes on where it was interrupted.
+    The search starts at (0, 0), and tries the neighbours of the best point: the blocks'
+    rate doubled and halved, then the other rate. A better neighbour becomes the best
+    point. The search ends if no neighbour is better, or after ``most`` runs. The next
+    point follows from the losses alone, so that an interrupted search can continue.
 
     Args:
-        losses: Loss of each point that was tried; infinite where it diverged.
+        losses: Loss of each tried point; infinite if the run diverged.
         most: Points to try, >= 1.
     """
     if not losses:
@@ -35,12 +35,12 @@ def next_point(losses: Mapping[Point, float], most: int) -> Point | None:
 
 
 def best_point(losses: Mapping[Point, float]) -> Point:
-    """Returns the point of the least loss; of equal ones the nearest to the start."""
+    """Returns the point with the least loss; among equals the nearest to the start."""
     return min(losses, key=lambda point: (losses[point], math.hypot(*point), point))
 
 
 def rates_at(contender: Contender, point: Point) -> tuple[float, float]:
-    """Returns both learning rates, of the rest and of the blocks, at a point."""
+    """Returns the learning rates of the rest and of the blocks at a point."""
     rest, blocks = point
     start = contender.learning_rate
     return start * 2.0**rest, start * contender.block_scale * 2.0**blocks

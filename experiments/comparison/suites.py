@@ -1,4 +1,4 @@
-"""The suites of ``experiments.compare``: which methods, on what, how searched."""
+"""The suites of ``experiments.compare``: methods, data and searches."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,13 +12,14 @@ class Contender:
     """One method of a comparison.
 
     Attributes:
-        name: In tables and in directory names.
-        flags: Of ``pretrain_llama``, by field.
-        learning_rate: Of embedding, head and norms: where the search starts.
-        block_scale: Learning rate of the block matrices, as a multiple of that: where
-            the search starts.
-        like: Method whose best rates are its own, of the suite or of ``--rates-from``:
-            nothing is searched then. None: its own.
+        name: Name in tables and in directory names.
+        flags: Flags of ``pretrain_llama``, by field.
+        learning_rate: Learning rate of embedding, head and norms at the start of the
+            search.
+        block_scale: Learning rate of the block matrices at the start of the search, as
+            a multiple of ``learning_rate``.
+        like: Another method, of the suite or of ``--rates-from``. Its best rates are
+            taken, and nothing is searched. None: the contender has its own search.
     """
 
     name: str
@@ -34,13 +35,13 @@ class Suite:
 
     Attributes:
         description: One sentence.
-        flags: Of every run, by field.
+        flags: Flags of every run, by field.
         contenders: The methods.
-        seeds: Of the weights and of the order of the data. The first one's runs choose
-            the rates; the best rates are run with all.
-        search: Runs that a method may spend on its two rates, at most; 1: none.
-        data: Text to train on, where the command line does not say.
-        needs_tokenizer: Whether bytes make no sense of the model.
+        seeds: Seeds of the weights and of the order of the data. Runs with the first
+            seed choose the rates; runs with all seeds follow at the best rates.
+        search: Most runs of a method for its two rates; 1: no search.
+        data: Text to train on, if the command line names none.
+        needs_tokenizer: Whether the model needs a tokenizer other than bytes.
     """
 
     description: str
@@ -65,8 +66,8 @@ def _variant(like: str, change: str, **flags: Any) -> Contender:
 _8_BITS = {"moment_bits": 8, "vocabulary_optimizer": "low_bit"}
 _SMALL_STATE = {"moment_bits": 8, "basis_bits": 8, "vocabulary_optimizer": "low_bit"}
 
-# Starts are the best rates of a few earlier runs. The default rank is a quarter of the
-# hidden size, 32; adarankgrad's 48.
+# Searches start at the best rates of a few earlier runs. The default rank is a quarter
+# of the hidden size, 32; for adarankgrad 48.
 _METHODS = (
     _contender("adamw", 0.125),
     _contender("muon", 0.5),
@@ -80,17 +81,17 @@ _METHODS = (
     _contender("adafactor", 0.03125, 16e-3),
     _contender("vlorp", 0.25, 16e-3),
     _contender("projfactor", 0.25, 16e-3),
-    # Their own decays: the basis, too, follows the momentum.
+    # With the authors' decays, because the basis follows the momentum too.
     _contender("ldadam", 0.25, 16e-3, b1=0.908, b2=0.99),
     _contender("apollo_mini", 0.25, 16e-3),
     _contender("lora", 0.125, 16e-3),
     _contender("relora", 0.125, 16e-3),
     _contender("low_rank", 0.125, 16e-3),
-    # As many bytes as adarankgrad's.
+    # The state takes as many bytes as adarankgrad's.
     _contender("optax_galore r=57", 0.25, 16e-3, optimizer="optax_galore", rank=57),
     _contender("sumo r=64 8 bits", 1.0, optimizer="sumo", rank=64, **_SMALL_STATE),
 )
-# Variants, at the rates of what they vary.
+# Variants, at the rates of the method that they vary.
 _VARIANTS = (
     _variant("adamw", "8 bits", **_8_BITS),
     _variant("galore", "8 bits", **_8_BITS),
@@ -110,7 +111,7 @@ _CPU_SMALL = {
 }
 
 
-# An accelerator and 105 M tokens a run; give a tokenizer, and text for as many.
+# Needs an accelerator, a tokenizer, and text with 105 M tokens for each run.
 _C4_60M = {
     "model": "60m",
     "steps": 3_200,
@@ -176,7 +177,7 @@ def _published(model: str, steps: int, rank: int, adamw_rate: float) -> Suite:
 
 
 _FIXED_INTERVAL = {"min_refresh_interval": 200, "max_refresh_interval": 200}
-# As long as it takes.
+# Without a limit on the time.
 _ON_CONVERGENCE = {"min_refresh_interval": 200, "max_refresh_interval": 1_000}
 
 SUITES: dict[str, Suite] = {

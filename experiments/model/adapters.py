@@ -1,8 +1,8 @@
 """Low-rank parameterisations of the block matrices: LoRA, ReLoRA, W = A B.
 
-Parameters with adapters are {"model": a LLaMA's, "adapters": {path: {"down", "up"}}};
-a block matrix W (L, n, m) then counts as W + down up, of down (L, n, r) and up (L, r,
-m). Everything that wants a LLaMA's parameters gets :func:`merged` ones.
+Parameters with adapters are {"model": a LLaMA's, "adapters": {path: {"down", "up"}}}.
+A block matrix W (L, n, m) then counts as W + down up, with down (L, n, r) and up (L, r,
+m). Functions of a LLaMA's parameters get :func:`merged` parameters.
 """
 
 from typing import Any, Literal
@@ -19,14 +19,15 @@ Kind = Literal["lora", "relora", "low_rank"]
 def with_adapters(params: Any, kind: Kind, rank: int, key: jax.Array) -> Any:
     """Returns parameters with adapters at their start.
 
-    LoRA and ReLoRA: down is normal with standard deviation 1 / sqrt(n), up zero; W is
-    frozen. Low rank: down up is the best approximation of W, which is gone.
+    For LoRA and ReLoRA, down is normal with standard deviation 1 / sqrt(n), up is zero,
+    and W is frozen. For "low_rank", down up is the best approximation of W and replaces
+    W.
 
     Args:
-        params: A LLaMA's.
+        params: Parameters of a LLaMA.
         kind: The parameterisation.
         rank: r, at least 1 and below the sides of every block matrix.
-        key: For the draws of down.
+        key: Key for the draws of down.
     """
     adapters, model = {}, {}
     leaves = _blocks(params)
@@ -50,14 +51,14 @@ def with_adapters(params: Any, kind: Kind, rank: int, key: jax.Array) -> Any:
 
 
 def has_adapters(params: Any) -> bool:
-    """Returns whether parameters are those of :func:`with_adapters`."""
+    """Returns whether parameters have the adapters of :func:`with_adapters`."""
     return isinstance(params, dict) and params.keys() == {"model", "adapters"}
 
 
 def merged(params: Any) -> Any:
-    """Returns a LLaMA's parameters; its own as they are.
+    """Returns a LLaMA's parameters, with adapters merged into the block matrices.
 
-    Gradients go to the adapters and to what has none.
+    Gradients go to the adapters, and to parameters without adapters.
     """
     if not has_adapters(params):
         return params
@@ -78,12 +79,12 @@ def merged(params: Any) -> Any:
 
 
 def restarted(params: Any, opt_state: Any, key: jax.Array) -> tuple[Any, Any]:
-    """Merges adapters into what they adapt, and starts them anew: ReLoRA.
+    """Merges adapters into the block matrices, and restarts the adapters: ReLoRA.
 
     Args:
-        params: With adapters.
-        opt_state: Of the optimizer; moments of adapters become zero.
-        key: For the draws of the new ones.
+        params: Parameters with adapters.
+        opt_state: State of the optimizer; the moments of adapters become zero.
+        key: Key for the draws of the new adapters.
     """
     model = merged(params)
     rank = next(iter(params["adapters"].values()))["up"].shape[-2]

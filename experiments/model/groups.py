@@ -1,4 +1,4 @@
-"""What each parameter is: a block matrix, a norm, frozen or the rest."""
+"""The group of each parameter: block matrix, norm, frozen or the rest."""
 
 from typing import Any
 
@@ -8,8 +8,8 @@ import jax
 def parameter_groups(params: Any) -> Any:
     """Returns a tree like ``params`` of "blocks", "norms", "rest" or "frozen".
 
-    "blocks" are the stacked matrices (L, n, m) of attention and MLP, or their adapters;
-    the matrices are "frozen" then.
+    "blocks" are the stacked matrices (L, n, m) of attention and MLP. With adapters, the
+    adapters are "blocks" and the matrices are "frozen".
     """
 
     def group(path, leaf):

@@ -29,10 +29,9 @@ Params = dict[str, Any]
 def init_params(config: LlamaConfig, key: jax.Array) -> Params:
     """Draws the parameters; also runs under :func:`jax.eval_shape`.
 
-    Embedding, head and kernels are normal with standard deviation 0.02; the two kernels
-    that write to the residual stream, ``output`` and ``down``, have 0.02 / √(2 L), so
-    that the stream's variance does not grow with depth (GPT-2's rule). Norm scales
-    are one.
+    Embedding, head and kernels are normal with standard deviation 0.02. The kernels
+    ``output`` and ``down`` write to the residual stream, and have 0.02 / √(2 L). The
+    stream's variance then does not grow with depth (GPT-2's rule). Norm scales are one.
 
     Args:
         config: The model.
@@ -83,13 +82,13 @@ class Llama(nnx.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Maps (B, T) integers to (B, T, V) float32 logits."""
         config = self.config
-        # Without remat the kernels' outputs are kept, but never the T x T scores:
-        # storing them costs more time than computing them again, even on a CPU.
+        # Without remat the kernels' outputs are kept, but not the T x T scores. Storing
+        # scores takes longer than computing them again, even on a CPU.
         kernel_products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         policy = None if config.remat else kernel_products
 
         @nnx.scan(in_axes=(nnx.Carry, 0, None), out_axes=nnx.Carry)
-        # The loop itself keeps XLA from merging the recomputation into the forward.
+        # The loop keeps XLA from merging the recomputation into the forward pass.
         @nnx.remat(policy=policy, prevent_cse=False)
         def run_blocks(hidden, block, rotation):
             return block(hidden, rotation)
@@ -173,8 +172,8 @@ def _rms_norm(x, scale, eps):
 
 def _linear(x, kernel, dtype=None):
     """(..., n) by (n, m) in x's dtype, accumulated and returned in ``dtype`` or x's."""
-    # As one matrix: for a (B, T, n) operand, XLA's CPU backend transposes the cotangent
-    # in every kernel's gradient, a fifth of a training step.
+    # x is one matrix here. For a (B, T, n) operand XLA's CPU backend transposes the
+    # cotangent in every kernel's gradient, which takes a fifth of a training step.
     flat = jnp.dot(
         x.reshape(-1, x.shape[-1]),
         kernel.astype(x.dtype),

@@ -1,4 +1,4 @@
-"""Shape and numerics of a LLaMA, and the shapes that have a name."""
+"""Shape and numerics of a LLaMA, and named shapes."""
 
 import dataclasses
 from typing import Any
@@ -38,10 +38,10 @@ class LlamaConfig:
         rms_norm_eps: Added to the mean square inside RMSNorm, > 0.
         rope_theta: Base of the rotary wavelengths, in positions, > 0.
         tie_embeddings: Whether the head is the transposed embedding.
-        max_positions: Tokens of the longest sequence that it is trained for, >= 1.
-            Nothing is computed from it: Hugging Face's files say it.
-        remat: Whether the backward pass recomputes each block from its input. Without
-            it, it keeps the products of the kernels and recomputes the rest.
+        max_positions: Tokens of the longest sequence in training, >= 1. The number is
+            an entry of Hugging Face's files; the model does not use it.
+        remat: Whether the backward pass recomputes each block from its input. If not,
+            it keeps the products of the kernels and recomputes the rest.
         compute_dtype: dtype of activations and products, "float32" or "bfloat16";
             norms, softmax and logits are always float32.
         param_dtype: dtype in which parameters are stored, "float32" or "bfloat16".

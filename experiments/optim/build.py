@@ -20,15 +20,16 @@ def build_optimizer(
 ) -> optax.GradientTransformation:
     """Returns clipping, then the method for the block matrices and AdamW for the rest.
 
-    A gradient that is not finite changes neither parameters nor state; the state's
-    ``notfinite_count`` and ``total_notfinite`` count them. With micro-batches, the
-    norm that is clipped is that of their mean in the subspaces.
+    A non-finite gradient changes neither parameters nor state. The state counts such
+    gradients in ``notfinite_count`` and ``total_notfinite``. With micro-batches,
+    clipping takes the norm of the mean gradient inside the subspaces.
 
     Args:
         options: The flags, filled in by
             :func:`experiments.optim.options.with_defaults`.
-        schedule: Learning rate of the rest; the blocks' is ``block_scale`` times it.
-        seed: Seed of what the method draws.
+        schedule: Learning rate of the rest. The blocks' learning rate is
+            ``block_scale`` times this rate.
+        seed: Seed of the method's draws.
         accumulate: Micro-batches per update; above 1 the result is a
             :func:`lowrank_optax.accumulate`.
     """

@@ -1,4 +1,4 @@
-"""When the training loop frees columns: after a while, if it saves enough."""
+"""Decides when the training loop frees columns: after a while, if it saves enough."""
 
 import dataclasses
 from typing import Any
@@ -6,19 +6,19 @@ from typing import Any
 import lowrank_optax
 
 BUCKET = 8  # columns
-# Looks at the state between two decisions: so long must a demand have been low.
+# Looks at the state between two decisions. A demand must stay low for all of them.
 LOOKS = 4
-# Share of the state's bytes that a recompilation is worth.
+# Least share of the state's bytes to free, for which a recompilation pays.
 MIN_SAVING = 0.02
 
 
 @dataclasses.dataclass
 class Compaction:
-    """What has been seen of the demand for columns; carried on by checkpoints.
+    """The demand for columns so far; checkpoints store it.
 
     Attributes:
-        looks: Times that the state has been looked at since the last decision.
-        peaks: Most columns that each leaf has wanted meanwhile, by its path.
+        looks: Looks at the state since the last decision.
+        peaks: Path of a leaf -> largest demand for columns since then.
         done: One entry for each compaction: step, bytes before, bytes after.
     """
 
@@ -27,12 +27,12 @@ class Compaction:
     done: list[dict[str, int]] = dataclasses.field(default_factory=list)
 
     def look(self, opt_state: Any, has_budget: bool) -> Any:
-        """Looks at a state; returns it, or at a decision perhaps a smaller one.
+        """Looks at a state; returns the state, or after a decision a smaller state.
 
         Args:
-            opt_state: Optimizer state; its ranks are read.
-            has_budget: Whether bytes are given and not ranks: they are then spread over
-                the leaves anew.
+            opt_state: Optimizer state; the call reads its ranks.
+            has_budget: Whether the user gave bytes instead of a rank. The bytes are
+                then spread over the leaves anew.
         """
         self.looks += 1
         for path, leaf in lowrank_optax.columns(opt_state).items():
@@ -49,7 +49,7 @@ class Compaction:
 
 
 def _reallocated(opt_state: Any) -> Any:
-    """Returns the state with its columns spread anew, if that changes much."""
+    """Returns the state with columns spread anew, if the new spread differs much."""
     before = lowrank_optax.capacities(opt_state)
     spread = lowrank_optax.reallocate(opt_state, bucket=BUCKET)
     after = lowrank_optax.capacities(spread)

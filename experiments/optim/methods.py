@@ -1,6 +1,6 @@
-"""The methods by name: what trains the block matrices.
+"""The optimizers of the block matrices, by name.
 
-Adding one is one entry of :data:`OPTIMIZERS`.
+To add a method, add an entry to :data:`OPTIMIZERS`.
 """
 
 import dataclasses
@@ -18,18 +18,20 @@ class Method:
     """One optimizer of the block matrices.
 
     Attributes:
-        help: What it does to a block matrix, for the help of --optimizer.
-        make: Called with the learning rate, Adam's b1, b2 and eps, weight_decay, seed
-            and the own options by name; leaves are stacks of matrices (L, n, m).
+        help: Description of the method, for the help of --optimizer.
+        make: Function of the learning rate, Adam's b1, b2 and eps, weight_decay, seed,
+            and the method's own options, by name. Leaves are stacks of matrices
+            (L, n, m).
         block_scale: Tuned default of --block-scale.
-        own: Default of each option that only some methods have, and this one does;
-            rank's and min_rank's None is filled in by
-            :func:`experiments.optim.options.with_defaults`.
-        takes_subspace_gradients: Whether gradients inside the subspaces do, but for
-            steps that renew a basis.
+        own: Own options of the method, with their defaults.
+            :func:`experiments.optim.options.with_defaults` fills in rank and min_rank
+            where they are None.
+        takes_subspace_gradients: Whether projected gradients are enough on steps that
+            renew no basis.
         rank_share: Default of --rank, as a share of the hidden size.
-        adapters: Parameterisation of the block matrices whose factors it trains, of
-            :mod:`experiments.model.adapters`. None: it trains the matrices.
+        adapters: Parameterisation of the block matrices
+            (:mod:`experiments.model.adapters`) with trained factors. None: the method
+            trains the matrices.
     """
 
     help: str
@@ -164,5 +166,5 @@ OPTIMIZERS: dict[str, Method] = {
         {"rank": None, "update_proj_gap": 200},
     ),
 }
-# Every option that some method has for itself.
+# The own options of all methods.
 OWN_OPTIONS = frozenset(name for method in OPTIMIZERS.values() for name in method.own)
