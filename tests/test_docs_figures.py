@@ -12,6 +12,7 @@ if not importlib.util.find_spec("matplotlib"):
     )
 
 import matplotlib
+import numpy as np
 
 from docs.figures.__main__ import FIGURES
 from docs.figures.losses import rows, rows_of_suite
@@ -25,6 +26,15 @@ def _texts(svg: str) -> list[str]:
     return re.findall(r"<text[^>]*>([^<]*)</text>", svg)
 
 
+def _numbers(svg: str) -> list[float]:
+    return [float(x) for x in re.findall(r"-?\d+\.\d+", svg)]
+
+
+def _shape(svg: str) -> str:
+    """Returns an SVG without numbers, nor the identifiers that are made of them."""
+    return re.sub(r"-?\d+(\.\d+)?|(?<=[\"#])[mpC][0-9a-f]{6,}\w*", "0", svg)
+
+
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_figure_is_what_its_script_draws_from_the_stored_data(name):
     stored = (DIRECTORY / f"{name}.svg").read_text(encoding="utf-8")
@@ -33,8 +43,11 @@ def test_a_figure_is_what_its_script_draws_from_the_stored_data(name):
     assert _texts(drawn), f"{name} has no text"
     assert _texts(stored) == _texts(drawn), REDRAW
     # Another version of Matplotlib places the same things elsewhere.
-    if f"Matplotlib v{matplotlib.__version__}," in stored:
-        assert stored == drawn, REDRAW
+    if f"Matplotlib v{matplotlib.__version__}," not in stored:
+        return
+    assert _shape(stored) == _shape(drawn), REDRAW
+    # In points; another processor rounds otherwise, far below what an eye sees.
+    np.testing.assert_allclose(_numbers(stored), _numbers(drawn), atol=0.02)
 
 
 @pytest.mark.parametrize("name", FIGURES)
