@@ -24,12 +24,12 @@ def test_notebook_runs_top_to_bottom(path):
         notebook,
         timeout=600,
         kernel_name="python3",
-        resources={"metadata": {"path": str(ROOT)}},
+        # As Jupyter runs it.
+        resources={"metadata": {"path": str(path.parent)}},
     )
     # As a reader has it: without the simulated devices and the compiler of the tests.
-    client.execute(
-        env={name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    )
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    client.execute(env=environment | {"PYTHONPATH": str(ROOT)})
     assert all(
         cell.execution_count for cell in notebook.cells if cell.cell_type == "code"
     )
