@@ -26,7 +26,7 @@ PACKAGES = ("jax", "optax", "flax", "chex", "orbax-checkpoint", "numpy")
 LEFT_OUT = (
     "tests/experiments",
     "tests/clients",
-    "tests/test_notebooks.py",
+    "tests/test_site_in_browser.py",
     "tests/test_site.py",
     "tests/test_code_blocks.py",
     "tests/test_accelerator.py",

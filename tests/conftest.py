@@ -51,6 +51,18 @@ def shared_data() -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def site(tmp_path_factory) -> Path:
+    """The folder of the site's HTML, notebooks not run; xdist's processes share one."""
+    pytest.importorskip("sphinx", reason="the site needs the extra docs")
+    from tests.site import built_site
+
+    directory = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        directory = directory.parent
+    return built_site(directory / "site")
+
+
 @pytest.fixture(scope="module")
 def fast_compilation():
     """Compiles without most optimizations: these tests wait for little else."""

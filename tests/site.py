@@ -1,6 +1,7 @@
 """The documentation site as Sphinx builds it, once for all tests that look at it."""
 
 import fcntl
+import os
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -10,11 +11,12 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 
 
-def built_site(directory: Path) -> Path:
-    """Returns the folder of the site's HTML, built without running notebooks.
+def built_site(directory: Path, notebooks: str = "off") -> Path:
+    """Returns the folder of the site's HTML.
 
     Args:
         directory: Where it is; processes that name the same one build it once.
+        notebooks: "off", or "force" to run them.
 
     Raises:
         AssertionError: If Sphinx warns.
@@ -25,8 +27,12 @@ def built_site(directory: Path) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not log.exists():
             command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-n", "-q"]
-            command += ["-D", "nb_execution_mode=off", "-b", "html", DOCS, html]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            command += ["-D", f"nb_execution_mode={notebooks}", DOCS, html]
+            # Without the simulated devices and the compiler of the tests.
+            environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+            done = subprocess.run(
+                command, capture_output=True, text=True, check=False, env=environment
+            )
             log.write_text(f"{done.returncode}\n{done.stdout}{done.stderr}")
     status, _, output = log.read_text().partition("\n")
     assert status == "0", output

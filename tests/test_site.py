@@ -1,7 +1,5 @@
 """The documentation site builds without a warning, is whole, and needs no network."""
 
-import importlib.util
-import os
 import re
 import zlib
 from pathlib import Path
@@ -13,26 +11,13 @@ import lowrank_optax
 from tests.pages import ROOT, flags_of
 from tests.site import Page, built_site
 
-if not importlib.util.find_spec("sphinx"):
-    pytest.skip(
-        "the site needs the packages of the extra docs", allow_module_level=True
-    )
-
 COMMANDS = [
     path.stem
     for path in (ROOT / "experiments").glob("*.py")
     if "def main(" in path.read_text(encoding="utf-8")
 ]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 WITHOUT_TITLE = {"genindex.html", "search.html"}
-
-
-@pytest.fixture(scope="session")
-def site(tmp_path_factory) -> Path:
-    """The folder of the site's HTML; xdist's processes share one."""
-    directory = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        directory = directory.parent
-    return built_site(directory / "site")
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +26,7 @@ def pages(site) -> dict[Path, Page]:
 
 
 def test_every_page_says_its_title(pages):
-    assert len(pages) > 40
+    assert {path.stem for path in NOTEBOOKS} <= {path.stem for path in pages}
     for path, page in pages.items():
         assert page.titles == 1 or path.name in WITHOUT_TITLE, path
 
@@ -105,3 +90,11 @@ def test_the_site_loads_nothing_from_elsewhere(site, pages):
     for path in site.rglob("*.css"):
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"(url\(|@import)\s*['\"]?(https?:)?//", text), path
+
+
+@pytest.mark.slow
+def test_notebooks_run_and_stand_in_the_site_with_their_outputs(tmp_path):
+    html = built_site(tmp_path / "site", notebooks="force")
+    for path in NOTEBOOKS:
+        page = Page(html / f"notebooks/{path.stem}.html")
+        assert any(Path(source).suffix == ".png" for source in page.sources), path
