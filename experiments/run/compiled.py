@@ -92,6 +92,11 @@ class Programs:
         """
         return Renewals(self.bases, None in self._train_steps, known)
 
+    @property
+    def train_steps(self) -> list[Any]:
+        """The programs of all kinds of steps."""
+        return list(self._train_steps.values())
+
     def train_step(self, renewed: Renewed):
         """Returns the program that renews these bases."""
         return self._train_steps[renewed]

@@ -3,7 +3,7 @@
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jax.errors import JaxRuntimeError
@@ -24,11 +24,12 @@ _OF_A_DISK = {
 
 
 @contextlib.contextmanager
-def told_in_a_line(parts: Parts) -> Iterator[None]:
+def told_in_a_line(parts: Parts, compiled: Sequence[Any] = ()) -> Iterator[None]:
     """Turns a full disk and memory that is used up into a UserError.
 
     Args:
         parts: Of the run.
+        compiled: Its compiled steps, as soon as there are any.
     """
     try:
         yield
@@ -40,42 +41,49 @@ def told_in_a_line(parts: Parts) -> Iterator[None]:
             "there, then continue from the last complete checkpoint with --resume"
         ) from error
     except MemoryError as error:
-        raise UserError(out_of_memory(parts)) from error
+        raise UserError(out_of_memory(parts, compiled)) from error
     except JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise UserError(out_of_memory(parts)) from error
+        raise UserError(out_of_memory(parts, compiled)) from error
 
 
-def out_of_memory(parts: Parts) -> str:
-    """Returns what takes the memory, and which flags take less."""
+def out_of_memory(parts: Parts, compiled: Sequence[Any] = ()) -> str:
+    """Returns what takes the memory, and which flags take less.
+
+    Args:
+        parts: Of the run.
+        compiled: Its compiled steps.
+    """
     params, _ = parts.abstract_state()
     plan = lowrank_optax.memory_plan(parts.tx, params)
     planned = {
-        "parameters": plan.parameter_bytes,
-        "gradients": plan.gradient_bytes,
-        "the optimizer's state": plan.optimizer_bytes,
+        "of parameters": plan.parameter_bytes,
+        "of gradients": plan.gradient_bytes,
+        "of optimizer state": plan.optimizer_bytes,
     }
+    peaks = [_peak(parts, params, step) for step in compiled]
+    if peaks:
+        planned["at the peak of the compiled step"] = max(peaks)
+    sizes = ", ".join(f"{size / 1e9:.3f} GB {what}" for what, size in planned.items())
     device = parts.mesh.devices.flat[0]
-    least = sum(planned.values())
     config = parts.config
-    micro_batch = config.batch_size // config.accumulate
     mends = [
         f"a --batch-size below {config.batch_size}",
         f"--accumulate above {config.accumulate}",
         *([] if config.remat else ["--remat"]),
     ]
     return (
-        f"out of memory: the plan is {', '.join(map(_in_gb, planned.items()))}, "
-        f"{least / 1e9:.3f} GB in all, and the activations of {micro_batch} sequences "
-        f"beside them; {device.device_kind} has {_bytes_of(device) / 1e9:.3f} GB; give "
+        f"out of memory: the plan has {sizes}, and activations of "
+        f"{config.batch_size // config.accumulate} sequences at a time; "
+        f"{device.device_kind} has {_bytes_of(device) / 1e9:.3f} GB; give "
         f"{' or '.join(mends)}, or see python -m experiments.plan_memory"
     )
 
 
-def _in_gb(planned: tuple[str, Any]) -> str:
-    name, size = planned
-    return f"{size / 1e9:.3f} GB of {name}"
+def _peak(parts: Parts, params: Any, step: Any) -> int:
+    plan = lowrank_optax.memory_plan(parts.tx, params, step)
+    return 0 if plan.compiled is None else plan.compiled["peak"]
 
 
 def _bytes_of(device: Any) -> int:

@@ -18,6 +18,7 @@ from experiments.run.clock import Clock
 from experiments.run.columns import capacities_line
 from experiments.run.compiled import Programs
 from experiments.run.config import to_json
+from experiments.run.failures import told_in_a_line
 from experiments.run.files import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -100,7 +101,12 @@ def train(parts: Parts, lock: Lock, console: Console) -> Trained:
         shown = TrainingProgress(console, config.steps, step)
         profile = Profile(config.profile, directory, shown.say)
         wandb = config.wandb and WandbRun(config.wandb, directory, to_json(config))
-        with MetricsLog(directory, step, wandb or None) as metrics, shown, profile:
+        with (
+            told_in_a_line(parts, loop.programs.train_steps),
+            MetricsLog(directory, step, wandb or None) as metrics,
+            shown,
+            profile,
+        ):
             loop.run(metrics, shown, stop, profile)
     return Trained(
         params=loop.params,
