@@ -2,6 +2,6 @@
 
 import os
 
-# Read once, when JAX brings LAPACK in. OpenBLAS's own threads go on waiting for work
-# after each small call, on the cores that XLA's then lack; all alternatives get this.
+# Read once, when JAX loads LAPACK. OpenBLAS's own threads keep waiting for work after
+# each small call, and XLA's threads lack these cores. All alternatives get the setting.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

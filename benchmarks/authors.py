@@ -1,8 +1,9 @@
-"""Runs the optimizers of the papers' authors, PyTorch, from checkouts of their code.
+"""Runs the authors' optimizers in PyTorch, from checkouts of their code.
 
-Nothing of theirs is in here: their modules are imported from where the user put them.
-What they import and parity does not need is given as an empty module, if it is missing:
-``transformers`` for a version check, ``tensorly`` for tensors of more axes.
+This file has none of the authors' code: it imports their modules from the user's
+checkouts. These modules import packages that the comparison does not need:
+``transformers`` for a version check, ``tensorly`` for tensors of more axes. A missing
+package is replaced by an empty module.
 """
 
 import importlib
@@ -23,10 +24,11 @@ MODULES = {
 
 
 class Run(NamedTuple):
-    """What one of their optimizers did.
+    """The steps of one authors' optimizer.
 
     Attributes:
-        updates: What was taken off the parameter at learning rate 1; (steps, n, m).
+        updates: Difference of the parameter before and after a step at learning rate 1;
+            (steps, n, m).
         bases: The projection in use, as columns of the short side; (steps, b, r).
     """
 
@@ -37,21 +39,23 @@ class Run(NamedTuple):
 def run(
     checkouts: Path, name: str, gradients: np.ndarray, group: dict, **options: Any
 ) -> Run:
-    """Returns what an optimizer does to one matrix.
+    """Returns the steps of an optimizer on one matrix.
 
     Args:
-        checkouts: Folder with a checkout of each repository, by its own name.
+        checkouts: Folder with a checkout of each repository, under the repository's
+            name.
         name: Key of :data:`MODULES`.
         gradients: (steps, n, m), float32.
-        group: What their parameter group has beside the parameter.
-        options: Of the optimizer.
+        group: Further entries of the authors' parameter group.
+        options: Options of the optimizer.
     """
     torch = importlib.import_module("torch")
     parameter = torch.nn.Parameter(torch.zeros(gradients.shape[1:]))
     optimizer = _load(checkouts, name)([{"params": [parameter], **group}], **options)
     updates, bases = [], []
     for gradient in gradients:
-        # From zero, so that nothing is lost in a sum; added to what zero_grad leaves.
+        # The parameter starts at zero, so that no sum loses digits. The gradient is
+        # added to the error buffer that LDAdam's zero_grad may leave there.
         parameter.data.zero_()
         kept = 0 if parameter.grad is None else parameter.grad
         parameter.grad = torch.tensor(gradient) + kept
@@ -67,7 +71,7 @@ def run(
 
 
 def _load(checkouts: Path, name: str) -> Any:
-    """Returns one of their classes, without what their packages import beside it."""
+    """Returns one of the authors' classes, without their packages' other imports."""
     checkout, package, module, attribute = MODULES[name]
     folder = checkouts / checkout / package
     if not folder.is_dir():
@@ -84,7 +88,7 @@ def _load(checkouts: Path, name: str) -> Any:
 
 
 def _module(name: str) -> Any:
-    """Returns a module; an empty one, if it is not installed."""
+    """Returns a module, or an empty module if it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError:

@@ -1,8 +1,9 @@
 """Energy captured by columns spread over the leaves, against a uniform rank.
 
-Trains the tiny LLaMA for a while with GaLore at a uniform rank, spreads the same bytes
-by ``lowrank_optax.reallocate``, and asks how much of the gradients of other batches
-lies in the leading singular subspaces, of each leaf's rank, of one batch's gradients.
+The command trains the tiny LLaMA for a while with GaLore at a uniform rank, and spreads
+the same bytes by ``lowrank_optax.reallocate``. It then takes leading singular subspaces
+of one batch's gradients, of each leaf's rank. The result is the share of other batches'
+gradients in these subspaces.
 """
 
 import argparse
@@ -44,7 +45,7 @@ def leaf_at(tree: Any, path: str) -> np.ndarray:
 
 
 def captured(bases: dict[str, np.ndarray], gradients: list[Any]) -> dict[str, float]:
-    """Returns the share of the energy in the bases: of all, and meant over leaves."""
+    """Returns the share of the energy in the bases: in all, and as a mean of leaves."""
     inside, whole = {}, {}
     for path, basis in bases.items():
         for tree in gradients:
@@ -58,7 +59,7 @@ def captured(bases: dict[str, np.ndarray], gradients: list[Any]) -> dict[str, fl
 
 
 def oriented(gradient: np.ndarray) -> np.ndarray:
-    """Returns a stack of gradients with the short side last."""
+    """Returns a stack of gradients, with the short side last."""
     is_wide = gradient.shape[-2] < gradient.shape[-1]
     return np.swapaxes(gradient, -1, -2) if is_wide else gradient
 

@@ -1,4 +1,4 @@
-"""The library's tests on other versions of Python and jax, each set up afresh.
+"""Runs the library's tests on other versions of Python and jax, each freshly installed.
 
 ``python -m benchmarks.compatibility [oldest] [between] [newest] [--quick] [--save]``
 """
@@ -50,12 +50,12 @@ QUICK = (
 
 @dataclasses.dataclass(frozen=True)
 class Environment:
-    """What is installed: requirements, and the rest as new as they let it be.
+    """An environment: requirements, and the newest versions of all other packages.
 
     Attributes:
-        python: Its version, as in ``3.13``.
-        requirements: What pip is told beside the library and its tests.
-        constraints: File beside ``pyproject.toml`` that pins every package.
+        python: Version of Python, as in ``3.13``.
+        requirements: Requirements for pip, beside the library and its tests.
+        constraints: File beside ``pyproject.toml`` with a version for every package.
     """
 
     python: str
@@ -64,7 +64,7 @@ class Environment:
 
 
 def oldest() -> tuple[str, ...]:
-    """Returns the oldest versions that ``pyproject.toml`` lets the library run with."""
+    """Returns the oldest versions that ``pyproject.toml`` allows for the library."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     return tuple(each.replace(">=", "==") for each in project["dependencies"])
 
@@ -77,12 +77,12 @@ ENVIRONMENTS = {
 
 
 def interpreter(version: str) -> str | None:
-    """Returns a Python of this version: ``python3.13``, or one of pyenv's."""
+    """Returns a Python of this version, ``python3.13`` or a Python of pyenv."""
     pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
     of_pyenv = sorted(pyenv.glob(f"versions/{version}.*/bin/python"), reverse=True)
     for candidate in (f"python{version}", *map(str, of_pyenv)):
         try:
-            # A shim of pyenv is there for versions too that it cannot run.
+            # pyenv also has shims for versions that cannot run.
             subprocess.run(
                 [candidate, "-c", "import ensurepip, venv"],
                 check=True,
@@ -97,7 +97,7 @@ def interpreter(version: str) -> str | None:
 def run(
     environment: Environment, quick: bool, unpinned: bool, processes: int
 ) -> dict[str, Any]:
-    """Returns versions and counts of one run, or why there was none."""
+    """Returns versions and counts of a run, or the reason why it did not run."""
     base = interpreter(environment.python)
     if base is None:
         reason = f"no python{environment.python} on PATH, and none of pyenv"
@@ -152,12 +152,12 @@ def _counts(python: str, folder: Path, quick: bool, processes: int) -> dict[str,
 
 
 def passed(record: dict[str, Any]) -> bool:
-    """Returns whether tests ran and none failed: what was not run has not passed."""
+    """Returns whether tests ran and none failed. Tests that did not run do not pass."""
     return record.get("passed", 0) > 0 and not record["failed"]
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
-    """Returns Python x jax x what passed, as Markdown."""
+    """Returns a table of Python, jax and passed tests, as Markdown."""
     columns = ("python", *PACKAGES, "passed", "failed", "skipped", "seconds")
     lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
     for record in records:
@@ -174,7 +174,7 @@ def _commit() -> str:
 
 
 def save(record: dict[str, Any]) -> None:
-    """Puts a record in the place of that of the same environment and tests."""
+    """Replaces the record of the same environment and tests."""
 
     def what(run):
         return run["environment"], run.get("tests")

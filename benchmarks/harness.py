@@ -1,4 +1,4 @@
-"""Runs alternatives side by side and writes what was seen, with where and on what."""
+"""Runs alternatives side by side, and writes results with device and versions."""
 
 import datetime
 import json
@@ -18,9 +18,9 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def seconds(prepare: Callable[[], Callable[[], Any]]) -> float:
-    """Returns the wall time of the call that ``prepare`` returns, its result awaited.
+    """Returns the wall time of the call that ``prepare`` returns, until its result.
 
-    What is prepared, a state to donate for instance, is not timed.
+    The preparation, of a state to donate for instance, is not timed.
     """
     function = prepare()
     start = time.perf_counter()
@@ -31,14 +31,15 @@ def seconds(prepare: Callable[[], Callable[[], Any]]) -> float:
 def compiled_update(
     tx: optax.GradientTransformation, gradients: Any, *params: Any, **static: Any
 ) -> tuple[Callable[..., Any], Any, float]:
-    """Returns the compiled update, a state for it and the seconds that compiling took.
+    """Returns the compiled update, a state for it, and the seconds of compilation.
 
     The state is donated, as in a training loop. Without ``params`` the gradients give
-    ``init`` its shapes. ``static`` goes to ``update`` as it is: ``refresh=False``.
+    ``init`` its shapes. ``static`` is passed to ``update``, for instance
+    ``refresh=False``.
     """
     state = tx.init(*params or (gradients,))
     start = time.perf_counter()
-    # A new function, for what JAX has compiled before would take no time.
+    # A new function, because JAX caches compiled functions.
     jitted = jax.jit(lambda *args: tx.update(*args, **static), donate_argnums=1)
     compiled = jitted.lower(gradients, state, *params).compile()
     return compiled, state, time.perf_counter() - start
@@ -53,7 +54,7 @@ def paired(
 
     Args:
         ours: See :func:`seconds`.
-        theirs: Likewise.
+        theirs: See :func:`seconds`.
         rounds: Pairs.
 
     Returns:

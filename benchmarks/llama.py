@@ -15,8 +15,8 @@ SIZES = {"60m": (512, 1376, 8), "1b-one-layer": (2048, 5461, 1)}
 def block_gradients(size: str, seed: int = 0) -> dict[str, jax.Array]:
     """Returns stacked gradients (layers, n, m) of one model's block matrices.
 
-    Singular values fall roughly as i^-1 over a floor of noise: the flat spectrum of a
-    plain Gaussian matrix would be the easiest case for orthonormalisation.
+    Singular values fall roughly as i^-1 over a floor of noise. A plain Gaussian matrix
+    has a flat spectrum, the easiest case for orthonormalisation.
     """
     d, f, layers = SIZES[size]
     shapes = dict.fromkeys(("query", "key", "value", "output"), (d, d))

@@ -1,6 +1,6 @@
 """Bytes of optimizer states and of compiled training steps, LLaMA 60m, by optimizer.
 
-From shapes and from XLA's own ``memory_analysis``: nothing is run.
+The bytes come from shapes and from XLA's own ``memory_analysis``: no step runs.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     python -m benchmarks.pareto NAME runs/a runs/b ...
 
-Writes the rows as JSON, and a figure with the Pareto front, to benchmarks/results/.
-Runs that differ in their seed alone are one row.
+The command writes the rows as JSON, and a figure with the Pareto front, to
+benchmarks/results/. Runs that differ in their seed alone make a single row.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from benchmarks import harness
 from experiments.comparison.rows import front
 from experiments.run.changes import FREE_FIELDS
 
-# What the label of a row is made of, and how it is said.
+# The parts of a row's label, and their words.
 _OPTIONS = {
     "rank": "r={}",
     "granularity": "c={}",
@@ -36,7 +36,7 @@ _DEFAULTS = {
 
 
 def label(config: dict[str, Any]) -> str:
-    """Returns what makes a run's state, in words."""
+    """Returns a description of a run's optimizer and state."""
     words = [config["optimizer"]]
     for name, text in _OPTIONS.items():
         value = config.get(name)
@@ -47,7 +47,7 @@ def label(config: dict[str, Any]) -> str:
 
 
 def read(directories: list[Path]) -> list[dict[str, Any]]:
-    """Returns a row for each configuration, whatever its seeds; diverged runs not."""
+    """Returns a row for each configuration, over its seeds, without diverged runs."""
     free = FREE_FIELDS - {"eval_tokens"} | {"seed"}
     groups: dict[str, list[tuple[dict, dict]]] = {}
     for directory in directories:

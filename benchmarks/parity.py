@@ -1,6 +1,6 @@
-r"""Updates of LDAdam, Fira, APOLLO and GaLore beside those of their authors' code.
+r"""Compares updates of LDAdam, Fira, APOLLO and GaLore with the authors' code.
 
-Both get the same gradients, float32 on the CPU. Get the authors' code, and PyTorch::
+Both get the same gradients, float32 on the CPU. Get the authors' code and PyTorch::
 
     mkdir authors && cd authors
     git clone https://github.com/jiaweizzhao/GaLore
@@ -10,15 +10,15 @@ Both get the same gradients, float32 on the CPU. Get the authors' code, and PyTo
     pip install torch
     python -m benchmarks.parity --authors authors
 
-It prints, for every method and setting, the relative norm of the difference of two
-updates, the largest and the mean over all steps and shapes, and writes
-``results/parity.json``. "old" is what the methods of this library did by themselves
-before they were held against that code. Where moments stay as they are when the basis
-changes, an update depends on the signs of singular vectors, which are arbitrary, or on
-the numbers that PyTorch draws: ours is then given the authors' bases ("their bases").
+For every method and setting, the command prints the relative norm of the difference of
+two updates: its maximum and its mean over all steps and shapes. The command also writes
+``results/parity.json``. "old" is the library's method before this comparison. With
+moments that stay as they are when the basis changes, an update depends on the arbitrary
+signs of singular vectors, or on PyTorch's random numbers. In the setting "their bases"
+the library's method gets the authors' bases.
 
-``--stored FILE`` also writes the authors' updates of one small matrix: numbers that
-``tests/test_parity.py`` holds the library against, without PyTorch.
+``--stored FILE`` also writes the authors' updates of one small matrix.
+``tests/test_parity.py`` compares the library with these numbers, without PyTorch.
 """
 
 import argparse
@@ -41,11 +41,11 @@ STEPS, GAP, RANK = 60, 20, 8
 
 
 def gradients(shape: tuple[int, int], steps: int = STEPS, size: float = 1.0):
-    """Returns (steps, n, m): a spectrum that decays, vectors that turn, and noise.
+    """Returns (steps, n, m) with a decaying spectrum, turning vectors and noise.
 
     Args:
         shape: (n, m).
-        steps: How many.
+        steps: Number of gradients.
         size: Root mean square of an entry.
     """
     rng = np.random.default_rng(sum(shape))
@@ -64,7 +64,7 @@ def gradients(shape: tuple[int, int], steps: int = STEPS, size: float = 1.0):
 
 @dataclasses.dataclass(frozen=True)
 class Given:
-    """A basis rule that knows the bases of some gradients.
+    """A basis rule with stored bases for some gradients.
 
     Attributes:
         gradients: Oriented, the projected side last; (steps, a, b).
@@ -75,7 +75,7 @@ class Given:
     bases: Any
 
     def compute(self, matrix, previous, seeds):
-        """Returns the basis of the gradient that is nearest to this matrix."""
+        """Returns the basis of the stored gradient nearest to this matrix."""
         del previous, seeds
         apart = jnp.sum((jnp.asarray(self.gradients) - matrix) ** 2, axis=(-1, -2))
         return jnp.asarray(self.bases)[jnp.argmin(apart)]
@@ -83,16 +83,16 @@ class Given:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """One line.
+    """One comparison.
 
     Attributes:
-        name: Of the authors' optimizer, in :data:`benchmarks.authors.MODULES`.
-        group: Of their parameter group.
-        options: Of their optimizer.
-        ours: Setting -> (basis rule with their bases -> transformation).
+        name: Name of the authors' optimizer in :data:`benchmarks.authors.MODULES`.
+        group: Entries of the authors' parameter group.
+        options: Options of the authors' optimizer.
+        ours: Setting -> (basis rule with the authors' bases -> transformation).
         size: Root mean square of the gradients' entries.
-        turned: Whether they project the rows of a square matrix, where the library
-            projects its columns: ours then gets the transposed one.
+        turned: Whether the authors project the rows of a square matrix. The library
+            projects columns, and then gets the transposed matrix.
     """
 
     name: str
@@ -242,7 +242,7 @@ _LDADAM = {
 
 
 def _old_fira(basis: Any, scale: float = 0.25) -> optax.GradientTransformation:
-    """The scale on all of the update, all of R P^T taken off, moments re-based."""
+    """The old Fira: the scale on the whole update, G - R P^T, and re-based moments."""
     return lowrank_optax.scale_by_low_rank(
         optax.scale_by_adam(),
         RANK,
@@ -308,7 +308,7 @@ _GALORE = {
 
 
 def stored(checkouts: Path) -> dict[str, Any]:
-    """Returns gradients, and updates and bases of theirs for them, in short numbers."""
+    """Returns gradients with the authors' updates and bases, in few digits."""
     basis = {"rank": 2, "update_proj_gap": 3, "proj_type": "std"}
     apollo = {**basis, "proj": "random", "scale_type": "channel", "scale": 1}
     tensor = {**apollo, "rank": 1, "scale_type": "tensor", "scale": 128}

@@ -1,7 +1,8 @@
 """The papers' memory tables, recomputed from the shapes of the models.
 
-Published: AdaRankGrad's Table 4 (parameters and optimizer state in bfloat16, 60M to 1B)
-and Table 3 (7B in 8 bits); "G" there is not said to be 10^9 or 2^30. Nothing is run.
+The published tables are AdaRankGrad's Table 4 (parameters and optimizer state in
+bfloat16, 60M to 1B) and Table 3 (7B in 8 bits). The paper does not say whether "G" is
+10^9 or 2^30. No model runs here.
 """
 
 import functools
@@ -34,7 +35,7 @@ def model_shapes(size: str) -> Any:
 
 
 def on_blocks(blocks: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Returns an optimizer with AdamW for all but the blocks, as in the papers."""
+    """Returns an optimizer with AdamW outside the blocks, as in the papers."""
     rest = optax.adamw(1e-3)
     groups: dict[Hashable, optax.GradientTransformation] = {
         "blocks": blocks,
@@ -45,7 +46,7 @@ def on_blocks(blocks: optax.GradientTransformation) -> optax.GradientTransformat
 
 
 def numbers(plan: Any) -> int:
-    """Returns the values of parameters and state, scalars of subspaces left out."""
+    """Returns the number of values of parameters and state, without scalars."""
     total = 0
     for leaf in plan.leaves:
         # Moments of leaves at full size have the parameters' dtype.

@@ -1,4 +1,4 @@
-"""Time of an update that refreshes every basis, against optax.contrib.galore's."""
+"""Time of an update with a refresh of every basis, against optax.contrib.galore."""
 
 import argparse
 
@@ -31,7 +31,7 @@ def measure(size: str, rank: int, power_iterations: float, rounds: int) -> dict:
 
 
 def _refresher(tx, compiled, gradients):
-    """Returns what prepares an update of a fresh state, in which all bases are due."""
+    """Returns a function that prepares an update of a fresh state, with a refresh."""
 
     def prepare():
         state = jax.block_until_ready(tx.init(gradients))

@@ -1,8 +1,8 @@
 """Time, memory and traffic of a training step with gradients inside the subspaces.
 
-Against ``optax.adamw`` and ``optax.contrib.galore``, side by side in one run: a LLaMA
-of d = 512, 8 scanned layers, f = 1,376 with a small vocabulary, 2,048 tokens, float32.
-A refresh counts with its share of 200 steps.
+The step is compared with ``optax.adamw`` and ``optax.contrib.galore``, side by side in
+one run. The model is a LLaMA of d = 512, 8 scanned layers and f = 1,376 with a small
+vocabulary; a batch has 2,048 tokens, float32. A refresh counts with 1/200 of its time.
 """
 
 import argparse
@@ -108,7 +108,7 @@ def main() -> None:
 
 
 def compare(model, rank: int, rounds: int) -> dict[str, Any]:
-    """Times the steps in turns, prints and returns what was seen."""
+    """Times the steps in turns; prints and returns the results."""
     tokens = jax.random.randint(
         jax.random.key(1), (SEQUENCES, TOKENS + 1), 0, model.vocab_size
     )

@@ -1,7 +1,7 @@
-"""The tables of ``docs/memory_and_speed.md``, out of ``benchmarks/results/``.
+"""The tables of ``docs/memory_and_speed.md``, from ``benchmarks/results/``.
 
 ``python -m benchmarks.tables`` writes each table anew between its two comments. A test
-compares the page with the files, so that the two cannot differ.
+compares the page with the files.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Norms of Adam's updates across a refresh, for every re-basing rule.
 
-On noise, where a new subspace has little of the old one, and on the gradients of the
-tiny LLaMA in training.
+The gradients are noise, where a new subspace shares little with the old one, or those
+of the tiny LLaMA in training.
 """
 
 import argparse
@@ -28,7 +28,7 @@ RANK = 32
 
 
 def adam(rule: str) -> optax.GradientTransformation:
-    """Returns Adam in subspaces that are all renewed every GAP updates."""
+    """Returns Adam in subspaces, with a renewal of all of them every GAP updates."""
     refresh = lowrank_optax.every(GAP, stagger=False)
     return lowrank_optax.scale_by_low_rank(
         optax.scale_by_adam(), RANK, rebase=rule, refresh=refresh
@@ -49,7 +49,7 @@ def on_noise(rule: str) -> dict[str, float]:
 
 
 def in_training(rule: str, parts: Any) -> dict[str, float]:
-    """The block matrices of a model that trains by these updates."""
+    """The block matrices of a model in training with these updates."""
     # Multiples of the learning rate, as in the comparison of the experiments.
     rates = {"blocks": 0.25, "rest": 1.0, "norms": 1.0}
     ways = dict.fromkeys(("rest", "norms"), optax.scale_by_adam())
@@ -76,7 +76,7 @@ def in_training(rule: str, parts: Any) -> dict[str, float]:
 
 
 def relative(norms: np.ndarray) -> dict[str, float]:
-    """Returns norms after the refresh at GAP, by the mean of the 50 before it."""
+    """Returns norms after the refresh at GAP, over the mean of the 50 norms before."""
     before = norms[GAP - 50 : GAP].mean()
     after = norms[GAP:] / before
     found = {f"after {n}": float(after[n]) for n in AFTER}

@@ -1,7 +1,7 @@
 """Time of an update outside a refresh.
 
-Adam's inside the subspaces against optax.contrib.galore's; VLoRP's and ProjFactor's
-against AdamW's and Adafactor's.
+Adam inside the subspaces is compared with optax.contrib.galore, VLoRP and ProjFactor
+with AdamW and Adafactor.
 """
 
 import argparse
@@ -17,7 +17,7 @@ SIDES: tuple[Side, ...] = ("short", "long")
 
 
 def measure(size: str, rank: int, side: Side, rounds: int, stacked: bool) -> dict:
-    """Times the transformation alone, ours and optax.contrib.galore's."""
+    """Times the transformation alone, ours and that of optax.contrib.galore."""
     stacks = llama.block_gradients(size)
     apart = llama.unstacked(stacks)
     result = _compared(
@@ -44,10 +44,10 @@ def measure_against(
 
 
 def _stepper(tx, gradients, *params):
-    """Returns what makes the next update, and the seconds that compiling it took.
+    """Returns a function for the next update, and the seconds of its compilation.
 
-    The update of a low-rank transformation leaves renewal out of its program. Its bases
-    are filled by an update that has it.
+    The program of a low-rank transformation leaves renewals out. Before it, an update
+    with a renewal fills the bases.
     """
     renew, state, _ = harness.compiled_update(tx, gradients, *params)
     _, state = renew(gradients, state, *params)

@@ -1,4 +1,4 @@
-"""Measures what the stages ask for, in the time there is; see the package."""
+"""Runs the measurements of the stages in the given time; see the package."""
 
 import argparse
 import fnmatch
@@ -49,7 +49,7 @@ def main() -> None:
 def _run(
     units: Sequence[Unit], out: Path, seconds: float, cache: Path, is_smoke: bool
 ) -> None:
-    """Measures the units one process after the other, and prints what comes."""
+    """Measures the units, one process after the other, and prints the results."""
     started = time.monotonic()
     waiting = [x.stage for x in units]
     groups = itertools.groupby(units, key=lambda x: (x.stage, x.process))

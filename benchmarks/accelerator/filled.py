@@ -1,7 +1,7 @@
-"""Arrays full of numbers without a random generator: nothing but the array is held.
+"""Arrays filled with numbers without a random generator, which would take memory.
 
-Products of zeros draw less power than those of numbers, and an accelerator runs them
-faster: times are taken on arrays that are filled.
+Products of zeros draw less power, and an accelerator runs such products faster. Times
+are therefore taken on filled arrays.
 """
 
 import functools
@@ -19,7 +19,7 @@ _SCALE = 0.02  # of moments, and of the columns of a basis
 
 
 def noise(shape: tuple[int, ...], seed: jax.typing.ArrayLike) -> jax.Array:
-    """Returns numbers like uniform ones on (-1, 1), a hash of their place; float32."""
+    """Returns float32 numbers as if uniform on (-1, 1), hashes of their positions."""
     bits = _bits(shape, seed)
     return (bits >> 8).astype(jnp.float32) / 2**23 - 1
 
@@ -47,7 +47,7 @@ def params_like(shapes: Any, seed: jax.Array) -> Any:
 
 
 def state_like(tx: optax.GradientTransformation, params: Any, seed: jax.Array) -> Any:
-    """Returns a state of ``tx`` as after an update, its moments and bases filled."""
+    """Returns a state of ``tx`` as after an update, with filled moments and bases."""
     fill = functools.partial(_filled, seed)
     return jax.tree_util.tree_map_with_path(fill, tx.init(params))
 
@@ -79,7 +79,7 @@ def _number(name: str) -> jax.Array:
 
 
 def _bits(shape: tuple[int, ...], seed: jax.typing.ArrayLike) -> jax.Array:
-    """Returns 32 mixed bits for each place of an array (murmur3's last step)."""
+    """Returns 32 mixed bits for each position of an array (murmur3's last step)."""
     start = jnp.asarray(seed, jnp.uint32) * jnp.uint32(0x9E3779B9)
     index = jnp.broadcast_to(start, shape)
     stride = 1

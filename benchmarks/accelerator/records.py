@@ -1,4 +1,4 @@
-"""One file of JSON per stage, written anew with every measurement."""
+"""One JSON file per stage, written anew with every measurement."""
 
 import datetime
 import json
@@ -33,14 +33,14 @@ def start(out: Path, stage: str, commit: str) -> None:
 
 
 def add_device(out: Path, stage: str, device: str) -> None:
-    """Writes what was measured on."""
+    """Writes the device of the measurements."""
     record = load(out, stage)
     record["environment"]["device"] = device
     _save(out, stage, record)
 
 
 def add(out: Path, stage: str, name: str, result: dict[str, Any]) -> None:
-    """Writes a measurement; what it had before and has not now stays."""
+    """Writes a measurement, over the same entries of an earlier one."""
     record = load(out, stage)
     measurements = record["measurements"]
     measurements[name] = {**measurements.get(name, {}), **result}
@@ -48,12 +48,12 @@ def add(out: Path, stage: str, name: str, result: dict[str, Any]) -> None:
 
 
 def load(out: Path, stage: str) -> dict[str, Any]:
-    """Returns what the file of a stage holds."""
+    """Returns the contents of a stage's file."""
     return json.loads(path_of(out, stage).read_text())
 
 
 def has_ended(result: dict[str, Any]) -> bool:
-    """Returns whether nothing more is going to come of a measurement."""
+    """Returns whether a measurement is complete."""
     return any(key in result for key in ("finished", "error", "skipped"))
 
 
@@ -65,7 +65,7 @@ def text_of(error: BaseException) -> str:
 
 def _save(out: Path, stage: str, record: dict[str, Any]) -> None:
     path = path_of(out, stage)
-    # A process that is ended while it writes leaves the old file.
+    # If a process ends during a write, the old file stays.
     unfinished = path.with_suffix(".part")
     unfinished.write_text(json.dumps(record, indent=1) + "\n")
     unfinished.replace(path)

@@ -1,4 +1,4 @@
-"""Times programs in turns, so that what disturbs the machine disturbs all alike."""
+"""Times programs in turns, so that disturbances of the machine are the same for all."""
 
 import statistics
 import time
@@ -14,7 +14,7 @@ _ROUNDS = 15  # at most
 
 
 def seconds_of(step: Step, calls: int = 1) -> float:
-    """Returns the seconds that a call takes, of ``calls`` awaited together."""
+    """Returns the seconds of a call, from ``calls`` calls that are awaited together."""
     start = time.perf_counter()
     result = None
     for _ in range(calls):
@@ -24,15 +24,15 @@ def seconds_of(step: Step, calls: int = 1) -> float:
 
 
 def in_turns(steps: Mapping[str, Step], seconds: float) -> dict[str, dict[str, Any]]:
-    """Times every step in rounds, each of them once in each round.
+    """Times every step in rounds, each step once per round.
 
     Args:
-        steps: Name -> what makes the next call and returns its result. All of them have
-            run once.
-        seconds: To spend on all together; three rounds are made in any case.
+        steps: Name -> function that makes the next call and returns its result. All
+            functions must have run once.
+        seconds: Time for all steps together. Three rounds are made in any case.
 
     Returns:
-        Name -> milliseconds of a call: median, min, max; and how many were timed.
+        Name -> milliseconds of a call: median, min, max; and the number of timed calls.
     """
     calls = {}
     for name, step in steps.items():

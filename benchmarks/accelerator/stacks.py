@@ -1,4 +1,4 @@
-"""optax's own transformations on leaves whose leading axis is the layer."""
+"""optax's own transformations on leaves with the layer as leading axis."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ import optax
 
 
 def over_layers(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Returns ``tx`` on each layer of (L, ...) leaves, with the counters of one.
+    """Returns ``tx`` on each layer of (L, ...) leaves, with one counter for all layers.
 
     ``optax.contrib.galore`` projects leaves of two axes only. Mapped over the layers
-    with one counter for all, its condition around the SVD stays one condition: the
-    program does not grow with L, as it does where the layers are leaves of their own.
+    with a common counter, its condition around the SVD stays a single condition. The
+    program then does not grow with L; with a leaf per layer, the program would grow.
     """
 
     def init(params):
@@ -30,14 +30,14 @@ def over_layers(tx: optax.GradientTransformation) -> optax.GradientTransformatio
 
 
 def layer_by_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Returns the same in a loop: the temporaries of an SVD are those of one layer."""
+    """Returns the same in a loop, with the temporaries of a single layer's SVD."""
 
     def update(updates, state, params=None):
         def of_layer(_, layer):
             updates, state, params = layer
             return None, tx.update(updates, state, params)
 
-        # A scan has no arguments that all its turns share: counters are repeated.
+        # A scan has no arguments in common for all steps, so counters are repeated.
         layers = len(jax.tree.leaves(updates)[0])
         axes = _state_axes(tx, updates)
         is_none = {"is_leaf": lambda x: x is None}
@@ -56,7 +56,7 @@ def layer_by_layer(tx: optax.GradientTransformation) -> optax.GradientTransforma
 
 
 def _state_axes(tx: optax.GradientTransformation, stacks: Any) -> Any:
-    """Returns 0 for what the state has per layer, None for the counters."""
+    """Returns 0 for state arrays with a layer axis, None for the counters."""
     layer = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stacks)
     return jax.tree.map(lambda x: 0 if x.ndim else None, jax.eval_shape(tx.init, layer))
 
@@ -64,7 +64,7 @@ def _state_axes(tx: optax.GradientTransformation, stacks: Any) -> Any:
 def muon_of_stacks(
     learning_rate: float,
 ) -> optax.GradientTransformation:
-    """Returns ``optax.contrib.muon`` of matrices and of stacks of them."""
+    """Returns ``optax.contrib.muon`` for matrices and stacks of matrices."""
 
     def last_two_axes(tree: Any) -> Any:
         numbers = optax.contrib.MuonDimensionNumbers(-2, -1)

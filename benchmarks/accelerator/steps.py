@@ -1,8 +1,8 @@
 """Stages b and d: the whole training step of a LLaMA, its time and its bytes.
 
-One case to a process: a device's peak cannot be set back within one. The step that
-renews no basis is compiled and run, on a state that is filled and not computed. The
-processes share XLA's cache of tuned kernels: the first one takes longest to compile.
+Each case has a process of its own, because a process cannot reset a device's peak. The
+step without a renewal is compiled and run, on a filled state. The processes share XLA's
+cache of tuned kernels, so that the first process compiles longest.
 """
 
 import dataclasses
@@ -32,12 +32,12 @@ class Case:
 
     Attributes:
         model: Name of a preset of the experiments.
-        optimizer: Key of :data:`OPTIMIZERS`, of the block matrices.
+        optimizer: Optimizer of the block matrices, a key of :data:`OPTIMIZERS`.
         rank: Columns of the bases.
         in_subspace: Whether gradients are computed inside the subspaces.
-        sequences: Of a batch.
-        tokens: Of a sequence.
-        byte_limit: What the peak is to stay under; None: not asked.
+        sequences: Sequences in a batch.
+        tokens: Tokens in a sequence.
+        byte_limit: Limit on the peak in bytes; None: no limit.
         overrides: Fields of the preset to replace.
     """
 
@@ -101,12 +101,12 @@ OPTIMIZERS: dict[str, Callable[[int], optax.GradientTransformation]] = {
 
 
 def measure(write: records.Write, case: Case, deadline: float) -> None:
-    """Compiles and times the step, and writes what was found, after each part of it.
+    """Compiles and times the step, and writes the results after each part.
 
     Args:
-        write: Takes the results so far.
+        write: Function of the results so far.
         case: The step.
-        deadline: Of ``time.monotonic``; fewer steps are timed where it is near.
+        deadline: Time of ``time.monotonic``. Close to it, fewer steps are timed.
     """
     found: dict[str, Any] = {**dataclasses.asdict(case), "bytes": {}}
     del found["overrides"]
@@ -118,7 +118,7 @@ def measure(write: records.Write, case: Case, deadline: float) -> None:
         params = filled.params_like(shapes, seed)
         return params, filled.state_like(tx, params, seed)
 
-    # An argument, so that XLA does not compute the arrays while it compiles.
+    # The seed is an argument, so that XLA does not fold the arrays at compile time.
     seed = jnp.uint32(0)
     batch = filled.tokens((case.sequences, case.tokens + 1), _vocabulary(shapes))
     started = time.perf_counter()
@@ -171,7 +171,7 @@ def measure(write: records.Write, case: Case, deadline: float) -> None:
 
 def _model(case: Case) -> tuple[Any, Callable[[Any, jax.Array], jax.Array]]:
     """Returns the parameters' shapes and the mean loss of the next token."""
-    # Here and nowhere else, so that the other stages do without the model.
+    # Imported here, so that the other stages do not need the model.
     from experiments.model.llama import apply, init_params
     from experiments.model.shape import preset
 
@@ -198,7 +198,7 @@ def _vocabulary(shapes: Any) -> int:
 
 
 def _partitioned(case: Case) -> optax.GradientTransformation:
-    """Returns the optimizer of the block matrices, and AdamW for all else."""
+    """Returns the optimizer of the block matrices, and AdamW for the rest."""
     rest = optax.adamw(RATE)
     if case.byte_limit is not None:
         rest = lowrank_optax.low_bit(rest)
@@ -231,5 +231,5 @@ def _step(case: Case, tx: optax.GradientTransformation, loss: Callable) -> Calla
 
 
 def _device_bytes(name: str) -> int | None:
-    """Returns one of the device's own statistics; None where it keeps none."""
+    """Returns a statistic of the device itself, or None."""
     return (jax.local_devices()[0].memory_stats() or {}).get(name)

@@ -1,4 +1,4 @@
-"""What is measured, the most telling first."""
+"""The units of measurement, the most important first."""
 
 import dataclasses
 import functools
@@ -24,12 +24,12 @@ class Unit:
 
     Attributes:
         stage: "a", "b", "c" or "d".
-        name: Inside its stage.
-        process: Units in a row with the same one share a process.
-        least: Seconds without which it is not begun.
-        most: Seconds after which it is ended.
-        measure: Called with ``write`` and the deadline.
-        byte_limit: What the device's allocator is held to; None: all there is.
+        name: Name inside the stage.
+        process: Name of the process. Successive units with the same name share it.
+        least: Seconds that must be left at the start of the unit.
+        most: Seconds after which the unit is stopped.
+        measure: Function of ``write`` and the deadline.
+        byte_limit: Limit on the device's allocator in bytes; None: no limit.
     """
 
     stage: str
@@ -42,7 +42,7 @@ class Unit:
 
 
 def catalogue(is_smoke: bool) -> list[Unit]:
-    """Returns the units in their order; toys of all of them for a smoke test."""
+    """Returns the units in their order; for a smoke test, toys of all units."""
     return _toys() if is_smoke else _all()
 
 
@@ -103,7 +103,7 @@ def _toys() -> list[Unit]:
         *_update_units("toy", False, ("contrib.galore",), **_TOY_UPDATE),
         _refresh_unit("toy", **_TOY_UPDATE),
     ]
-    # There is no peak to measure on a CPU, and starting a process takes seconds.
+    # A CPU has no peak to measure, and starting a process takes seconds.
     return [dataclasses.replace(unit, process=unit.stage) for unit in units]
 
 
@@ -121,7 +121,7 @@ def _measure_step(case: steps.Case, write: records.Write, deadline: float) -> No
 def _update_units(
     size: str, is_stacked: bool, apart: tuple[str, ...] = (), **options
 ) -> list[Unit]:
-    """Returns an update outside a renewal, and one with it."""
+    """Returns a unit for an update without renewal, and one with renewal."""
     layout = "stacked" if is_stacked else "not stacked"
     theirs = ("adamw", "contrib.galore", "contrib.muon")
 
@@ -138,7 +138,7 @@ def _update_units(
 
 
 def _refresh_unit(size: str, **options) -> Unit:
-    # At rank 512 a layer of 1b takes an exact SVD seconds: the slow ones stand apart.
+    # At rank 512 an exact SVD of a layer of 1b takes seconds: slow units come apart.
     case = updates.Case(size, is_stacked=True, renews=True, **options)
     apart = ("contrib.galore", "exact_svd")
     measure = functools.partial(_measure_update, case, _BASES, apart)

@@ -1,4 +1,4 @@
-"""Stages a and c: an update of a LLaMA's block matrices, and nothing around it."""
+"""Stages a and c: an update of a LLaMA's block matrices alone."""
 
 import dataclasses
 import functools
@@ -28,14 +28,14 @@ DTYPES = {"1b": jnp.bfloat16}
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What the alternatives are to update.
+    """The task of the alternatives: matrices to update.
 
     Attributes:
         size: Key of :data:`SIZES`.
         is_stacked: Whether the layers of a kernel are one leaf.
-        renews: Whether every update computes all bases anew; none does otherwise.
+        renews: Whether every update renews all bases. If not, no update renews a basis.
         kernels: The matrices of a layer.
-        seconds: To spend on the rounds.
+        seconds: Time for the rounds.
     """
 
     size: str
@@ -56,7 +56,7 @@ class Case:
 
     @property
     def refresh(self) -> Any:
-        """The same as a rule."""
+        """The refresh rule with this gap."""
         return lowrank_optax.every(self.gap, stagger=False)
 
 
@@ -109,14 +109,14 @@ def measure(
     apart: tuple[str, ...],
     deadline: float,
 ) -> None:
-    """Times the alternatives and writes what was found, after each step of it.
+    """Times the alternatives, and writes the results after each part.
 
     Args:
-        write: Takes the results so far.
-        case: What is updated.
+        write: Function of the results so far.
+        case: The task.
         together: Alternatives that are compiled first and then timed in turns.
-        apart: Slow ones, timed one by one after that.
-        deadline: Of ``time.monotonic``; what is not begun by then is left out.
+        apart: Slow alternatives, timed one by one after the others.
+        deadline: Time of ``time.monotonic``. No alternative starts after it.
     """
     start = time.monotonic()
     found: dict[str, Any] = {**dataclasses.asdict(case), "rank": case.rank}
@@ -182,9 +182,9 @@ def _arrays(case: Case) -> tuple[Any, Any]:
 def _prepared(
     name: str, case: Case, params: Any, gradients: Any
 ) -> tuple[rounds.Step, dict[str, Any]]:
-    """Returns the compiled update after two calls, and what they and compiling took."""
+    """Returns the compiled update after two calls, with the times of all three."""
     tx = {**OURS, **THEIRS}[name](case)
-    # Without a renewal in the program there is nothing that could be due.
+    # Without a renewal in the program no basis can be due.
     options = {"refresh": False} if name in OURS and not case.renews else {}
 
     def update(gradients, state, params):

@@ -1,4 +1,4 @@
-"""Processes that measure: each starts JAX, measures some units, writes and ends."""
+"""Worker processes: each starts JAX, measures some units, writes results and ends."""
 
 import os
 import subprocess
@@ -20,15 +20,15 @@ GRACE = 10  # seconds that a worker gets beyond those it knows of
 def run(
     units: Sequence[Unit], out: Path, seconds: float, cache: Path, is_smoke: bool
 ) -> None:
-    """Measures units of one stage in a process of their own, and waits for it.
+    """Measures units of one stage in a process of their own, and waits for the process.
 
-    Whatever becomes of the process, each unit has a result, an error or a reason why
-    it was skipped afterwards.
+    Afterwards each unit has a result, an error, or a reason why it was skipped, even if
+    the process has crashed.
 
     Args:
-        units: Of one stage.
+        units: Units of one stage.
         out: Directory of the files.
-        seconds: What they are to end within.
+        seconds: Time limit for all units.
         cache: Directory of tuned kernels, which stages b and d share.
         is_smoke: Whether the units are toys.
     """
@@ -64,7 +64,7 @@ def measure(units: Sequence[Unit], out: Path, seconds: float, is_smoke: bool) ->
     """Measures units of one stage in this process.
 
     Raises:
-        RuntimeError: If JAX has a CPU only, and units are no toys.
+        RuntimeError: If JAX has only a CPU, and the units are not toys.
     """
     end = time.monotonic() + seconds
     device = jax.devices()[0]
@@ -90,7 +90,7 @@ def measure(units: Sequence[Unit], out: Path, seconds: float, is_smoke: bool) ->
 
 
 def _environment(unit: Unit, cache: Path, is_smoke: bool) -> Mapping[str, str]:
-    """Returns the variables of a worker: JAX reads them once, when it starts."""
+    """Returns the environment variables of a worker, which JAX reads at its start."""
     variables = dict(os.environ, PYTHONUNBUFFERED="1")
     if is_smoke:
         # They wait for little but compilation.
@@ -100,7 +100,7 @@ def _environment(unit: Unit, cache: Path, is_smoke: bool) -> Mapping[str, str]:
     if unit.byte_limit is None:
         variables["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     else:
-        # In one piece from the start, as on a card of that size.
+        # Allocated in one piece at the start, as on a card of this size.
         fraction = unit.byte_limit / _bytes_of_device()
         variables["XLA_PYTHON_CLIENT_PREALLOCATE"] = "true"
         variables["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{min(fraction, 0.9):.4f}"
@@ -108,7 +108,7 @@ def _environment(unit: Unit, cache: Path, is_smoke: bool) -> Mapping[str, str]:
 
 
 def _bytes_of_device() -> int:
-    """Returns the memory of the first NVIDIA device; that of an H100 without one."""
+    """Returns the memory of the first NVIDIA device, or of an H100 if none is found."""
     query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, check=True)
