@@ -21,11 +21,9 @@ if __name__ == "__main__":
 
 from rich.console import Console
 
-from experiments.arguments import flag
 from experiments.errors import UserError
 from experiments.model.adapters import merged
 from experiments.model.hugging_face import save_llama
-from experiments.optim.methods import OPTIMIZERS, OWN_OPTIONS
 from experiments.run.assemble import Parts, assemble
 from experiments.run.config import PROGRAM, parse
 from experiments.run.failures import told_in_a_line
@@ -50,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = parse(sys.argv[1:] if argv is None else argv)
         say = functools.partial(console.print, soft_wrap=True, highlight=False)
         parts = assemble(config, say)
-        _describe(parts, console)
+        say(parts.data.description)
         with told_in_a_line(parts), Lock(parts.directory) as lock:
             trained = train(parts, lock, console)
             lock.check()
@@ -87,19 +85,6 @@ def finish(parts: Parts, trained: Trained, console: Console) -> dict[str, Any]:
         console.print("a sample; the text up to | is the prompt:", highlight=False)
         console.print(f"{prompt}|{text}", markup=False, highlight=False, soft_wrap=True)
     return summary
-
-
-def _describe(parts, console):
-    config = parts.config
-    method = OPTIMIZERS[config.optimizer]
-    ignored = [
-        flag(name)
-        for name in sorted(OWN_OPTIONS - method.own.keys())
-        if getattr(config, name) is not None
-    ]
-    console.print(parts.data.description, highlight=False, soft_wrap=True)
-    if ignored:
-        console.print(f"{config.optimizer} does not use {', '.join(ignored)}")
 
 
 def _say_how_to_resume(parts, trained, console):

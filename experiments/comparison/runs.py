@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from experiments.arguments import words_of
-from experiments.comparison.flags import resolved
+from experiments.comparison.flags import fields_of, resolved
 from experiments.comparison.ledger import RUNS, Ledger, best_rates, rates_of
 from experiments.comparison.options import Options, chosen_names
 from experiments.comparison.outcome import loss_of, outcome
@@ -216,8 +216,7 @@ class Comparison:
     def _flags(self, contender, rates, seed: int, directory: Path) -> list[str]:
         options = self._options
         fields: dict[str, Any] = {
-            **self.suite.flags,
-            **contender.flags,
+            **fields_of(contender, self.suite),
             "data": options.data,
             "tokenizer": options.tokenizer,
             "learning_rate": rates[0],

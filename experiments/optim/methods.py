@@ -28,6 +28,9 @@ class Method:
             where they are None.
         takes_subspace_gradients: Whether projected gradients are enough on steps that
             renew no basis.
+        codes: What of its state --moment-bits and --basis-bits can store.
+        takes_vocabulary: Whether it can train embedding and head too, as
+            --vocabulary-optimizer projected asks.
         rank_share: Default of --rank, as a share of the hidden size.
         adapters: Parameterisation of the block matrices
             (:mod:`experiments.model.adapters`) with trained factors. None: the method
@@ -39,10 +42,13 @@ class Method:
     block_scale: float
     own: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     takes_subspace_gradients: bool = False
+    codes: frozenset[str] = frozenset({"moments"})
+    takes_vocabulary: bool = True
     rank_share: float = 0.25
     adapters: Literal["lora", "relora", "low_rank"] | None = None
 
 
+_BASES_TOO = frozenset({"moments", "bases"})
 _ORTHOGONALIZED = {
     "rank": None,
     "update_proj_gap": 200,
@@ -70,6 +76,7 @@ OPTIMIZERS: dict[str, Method] = {
             "rebase": "square",
             "side": "short",
         },
+        codes=_BASES_TOO,
     ),
     "galore": Method(
         "Adam in a subspace of fixed rank, renewed every --update-proj-gap steps.",
@@ -77,6 +84,7 @@ OPTIMIZERS: dict[str, Method] = {
         0.5,
         {"rank": None, "update_proj_gap": 200, "side": "short"},
         True,
+        codes=_BASES_TOO,
     ),
     "vlorp": Method(
         "Adam on randomly projected pieces of rows (--granularity).",
@@ -98,24 +106,28 @@ OPTIMIZERS: dict[str, Method] = {
         1.0,
         _ORTHOGONALIZED,
         True,
+        codes=_BASES_TOO,
     ),
     "low_rank_muon": Method(
         "Orthogonalized momentum from a subspace, with the gradient outside it.",
         constructors.orthogonalized(lowrank_optax.low_rank_muon),
         0.5,
         {**_ORTHOGONALIZED, "residual": 4.0},
+        codes=_BASES_TOO,
     ),
     "ldadam": Method(
         "Adam in a subspace that moves at each step (without error feedback).",
         constructors.ldadam,
         0.5,
         {"rank": None},
+        codes=_BASES_TOO,
     ),
     "fira": Method(
         "galore, and what lies outside its subspace, scaled as what lies inside.",
         constructors.fira,
         0.5,
         {"rank": None, "update_proj_gap": 200},
+        codes=_BASES_TOO,
     ),
     "apollo": Method(
         "The gradient, each channel scaled as Adam scales its random projection.",
@@ -136,7 +148,10 @@ OPTIMIZERS: dict[str, Method] = {
         {"momentum": 0.95},
     ),
     "adafactor": Method(
-        "A factored second moment and no first one.", constructors.adafactor, 0.125
+        "A factored second moment and no first one.",
+        constructors.adafactor,
+        0.125,
+        codes=frozenset(),
     ),
     "lora": Method(
         "The matrices stay frozen, and AdamW trains low-rank adapters beside them.",
@@ -144,6 +159,7 @@ OPTIMIZERS: dict[str, Method] = {
         0.25,
         {"rank": None},
         adapters="lora",
+        takes_vocabulary=False,
     ),
     "relora": Method(
         "lora, its adapters merged and begun anew every --update-proj-gap steps.",
@@ -151,6 +167,7 @@ OPTIMIZERS: dict[str, Method] = {
         0.25,
         {"rank": None, "update_proj_gap": 200},
         adapters="relora",
+        takes_vocabulary=False,
     ),
     "low_rank": Method(
         "Each matrix is a product of two thin ones, which AdamW trains.",
@@ -158,12 +175,15 @@ OPTIMIZERS: dict[str, Method] = {
         0.25,
         {"rank": None},
         adapters="low_rank",
+        takes_vocabulary=False,
     ),
     "optax_galore": Method(
         "optax.contrib.galore, Optax's own, to compare with.",
         constructors.optax_galore,
         0.5,
         {"rank": None, "update_proj_gap": 200},
+        codes=frozenset(),
+        takes_vocabulary=False,
     ),
 }
 # The own options of all methods.

@@ -188,4 +188,7 @@ def with_defaults(
         defaults["max_refresh_interval"] = most
     if "min_rank" in method.own:
         defaults["min_rank"] = max(1, 7 * rank // 8)
+    if options.block_state_bytes is not None:
+        # They take the place of the ranks.
+        defaults |= {"rank": None, "min_rank": None}
     return {k: v for k, v in defaults.items() if getattr(options, k) is None}

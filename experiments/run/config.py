@@ -1,4 +1,4 @@
-"""The configuration of a run: its flags, its file, and what its values may be."""
+"""The configuration of a run: what its flags and its file may say."""
 
 import dataclasses
 import json
@@ -20,43 +20,14 @@ from experiments.arguments import (
 from experiments.errors import UserError
 from experiments.model.shape import MODELS
 from experiments.optim.methods import OPTIMIZERS, OWN_OPTIONS
-from experiments.optim.options import OptimizerOptions, with_defaults
+from experiments.optim.options import with_defaults
 from experiments.run.files import CONFIG_FILE
-from experiments.run.flags import (
-    CheckpointFlags,
-    DataFlags,
-    LoggingFlags,
-    ModelFlags,
-    OutputFlags,
-    RunFlags,
-)
+from experiments.run.flags import Config
 from experiments.run.profile import profiled_steps
+from experiments.run.unused import check_unused
 from experiments.run.wandb_run import import_wandb
 
 PROGRAM = "experiments.pretrain_llama"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(
-    OutputFlags,
-    CheckpointFlags,
-    LoggingFlags,
-    RunFlags,
-    OptimizerOptions,
-    DataFlags,
-    ModelFlags,
-):
-    """Pre-trains a LLaMA on text with a low-rank optimizer.
-
-    Without flags: the tiny model, AdaRankGrad, the sources of Python's own standard
-    library, a few minutes on two cores. Results go to --out: summary.json,
-    metrics.jsonl, figures, TensorBoard events and checkpoints.
-    """
-
-    @property
-    def model_name(self) -> str:
-        """Of the preset, or of the directory of the initial weights."""
-        return self.initial_weights.name if self.initial_weights else self.model
 
 
 # What a configuration file says of the run that wrote it, and of no other.
@@ -79,7 +50,7 @@ def parse(argv: Sequence[str]) -> Config:
         files.append(config.config)
     words = [word for path in files for word in _words_of_file(path, config, argv)]
     config = dataclasses.replace(_parse([*words, *argv]), config=None)
-    check(config)
+    check(config, given_flags(argv))
     return config
 
 
@@ -91,7 +62,7 @@ def _words_of_file(path: Path, config: Config, argv: Sequence[str]) -> list[str]
         of_file = _parse(words_of(saved))
         check(of_file)
     except UserError as error:
-        raise UserError(f"--config {path}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
     if "optimizer" in given_flags(argv) and config.optimizer != of_file.optimizer:
         saved = {k: v for k, v in saved.items() if k not in _OF_ONE_METHOD}
     return words_of({k: v for k, v in saved.items() if k not in _OF_ONE_RUN})
@@ -110,24 +81,22 @@ def read_config(path: Path) -> dict[str, Any]:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
-            f"--config {path}: {error.strerror}; give the config.json of a run"
+            f"{path}: {error.strerror}; give the config.json of a run"
         ) from error
     except ValueError as error:
         raise UserError(
-            f"--config {path} is not JSON ({error}); give the config.json of a run"
+            f"{path} is not JSON ({error}); give the config.json of a run"
         ) from error
     if not isinstance(fields, dict):
         raise UserError(
-            f"--config {path} holds no settings by name; give the config.json of a run"
+            f"{path} holds no settings by name; give the config.json of a run"
         )
     # What a run that was resumed tells of its past.
     fields.pop("changes", None)
     names = field_names(Config)
     for name in fields:
         if name not in names:
-            raise UserError(
-                f"--config {path}: {name} is not a setting{nearest(name, names)}"
-            )
+            raise UserError(f"{path}: {name} is not a setting{nearest(name, names)}")
     return fields
 
 
@@ -135,11 +104,16 @@ def _parse(argv: Sequence[str]) -> Config:
     return parse_arguments(Config, f"python -m {PROGRAM}", argv)
 
 
-def check(config: Config) -> None:
-    """Checks each value by itself.
+def check(config: Config, given: frozenset[str] = frozenset()) -> None:
+    """Checks the values, before any default is filled in.
+
+    Args:
+        config: To be checked.
+        given: Fields whose flags are on the command line.
 
     Raises:
-        UserError: If one is out of its range or unknown.
+        UserError: If a value is out of its range or unknown, or a flag that is given
+            has no effect.
     """
     check_choice("--model", config.model, MODELS)
     check_choice("--optimizer", config.optimizer, OPTIMIZERS)
@@ -154,8 +128,7 @@ def check(config: Config) -> None:
         import_wandb()
     if config.block_state_bytes is not None:
         _check_budget(config)
-    if config.basis_bits and "rank" not in OPTIMIZERS[config.optimizer].own:
-        raise UserError(f"{config.optimizer} has no projections for --basis-bits")
+    check_unused(config, given)
     if config.batch_size % config.accumulate:
         raise UserError(
             f"--accumulate {config.accumulate} does not divide --batch-size "

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from experiments.model.shape import MODELS
+from experiments.optim.options import OptimizerOptions
 from experiments.ranges import AtLeastOne, Count, NotNegative, Positive, Seed
 
 
@@ -130,3 +131,26 @@ class OutputFlags:
     sample_tokens: Count = 96
     #: Temperature of the sample; 0 is greedy.
     sample_temperature: NotNegative = 0.8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(
+    OutputFlags,
+    CheckpointFlags,
+    LoggingFlags,
+    RunFlags,
+    OptimizerOptions,
+    DataFlags,
+    ModelFlags,
+):
+    """Pre-trains a LLaMA on text with a low-rank optimizer.
+
+    Without flags: the tiny model, AdaRankGrad, the sources of Python's own standard
+    library, a few minutes on two cores. Results go to --out: summary.json,
+    metrics.jsonl, figures, TensorBoard events and checkpoints.
+    """
+
+    @property
+    def model_name(self) -> str:
+        """Of the preset, or of the directory of the initial weights."""
+        return self.initial_weights.name if self.initial_weights else self.model

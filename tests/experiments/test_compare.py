@@ -21,6 +21,7 @@ except ImportError:
 from experiments import compare
 from experiments.arguments import words_of
 from experiments.comparison import suites
+from experiments.comparison.flags import fields_of
 from experiments.comparison.processes import Processes
 from experiments.comparison.report import table
 from experiments.comparison.rows import front, rows_of
@@ -410,9 +411,10 @@ def test_a_terminated_comparison_ends_its_runs_each_with_a_checkpoint(tmp_path):
 import sys
 from experiments import compare
 from experiments.comparison import suites
+from experiments.comparison.flags import fields_of
 flags = {{"initial_weights": {flags["--initial-weights"]!r}, "steps": 5_000}}
 adamw = suites.Contender("adamw", {{"optimizer": "adamw"}}, 0.125)
-suite = suites.Suite("one", {{**flags, "model": "tiny"}}, (adamw,))
+suite = suites.Suite("one", flags, (adamw,))
 suites.SUITES["cpu-small"] = suite
 out, data = {str(tmp_path / "out")!r}, {flags["--data"]!r}
 sys.exit(compare.main(["cpu-small", "--out", out, "--data", data]))
@@ -489,8 +491,7 @@ def test_suites_name_methods_and_flags_that_exist():
         names = [contender.name for contender in suite.contenders]
         assert len(set(names)) == len(names), name
         for contender in suite.contenders:
-            flags = {**suite.flags, **contender.flags}
-            words = words_of({**flags, "out": "x"})
+            words = words_of({**fields_of(contender, suite), "out": "x"})
             config = parse(words)
             assert config.optimizer == contender.flags["optimizer"]
 

@@ -47,7 +47,6 @@ MISTAKES = [
     ("--moment-bits 4", "--moment-bits"),
     ("--basis-bits 3", "--basis-bits"),
     ("--vocabulary-optimizer none", "--vocabulary-optimizer"),
-    ("--optimizer adamw --basis-bits 4", "adamw has no projections for --basis-bits"),
     ("--block-state-bytes 12XB", "'12XB' is not a number of bytes"),
     (
         "--optimizer vlorp --block-state-bytes 1MB",
@@ -80,6 +79,64 @@ def test_a_mistake_is_told_in_one_line_that_names_the_flag(arguments, message):
 def test_contradictions_are_refused(arguments, message):
     with pytest.raises(UserError, match=message):
         complete(parse(arguments.split()), hidden_size=128)
+
+
+UNUSED = {
+    "--initial-weights x --model 60m": "--initial-weights x say the shape",
+    # The default too, where it is given.
+    "--initial-weights x --model tiny": "--initial-weights x say the shape",
+    "--initial-weights x --kv-heads 2": "--initial-weights x say the shape",
+    "--initial-weights x --tied-embeddings": "--initial-weights x say the shape",
+    "--block-state-bytes 1MB --rank 4": "1MB decides about ranks",
+    "--block-state-bytes 1MB --min-rank 4": "1MB decides about ranks",
+    "--optimizer galore --threshold 0.1": "galore has no such option",
+    "--optimizer adamw --rank 4": "adamw has no such option",
+    "--optimizer adamw --gradients subspace": "adamw has full gradients",
+    "--gradients full --refresh apart": "gradients are full",
+    "--optimizer fira --refresh together": "gradients are full",
+    "--optimizer vlorp --refresh apart": "vlorp draws its bases",
+    "--optimizer adamw --basis-bits 4": "adamw stores no bases",
+    "--optimizer vlorp --basis-bits 4": "vlorp stores no bases",
+    "--optimizer optax_galore --moment-bits 8": "optax_galore has no moments",
+    "--optimizer lora --vocabulary-optimizer projected": "trains block matrices only",
+    "--rounding nearest": "parameters are float32 without --param-dtype bfloat16",
+    "--optimizer galore --compact": "galore uses all columns of its rank",
+    "--allow-changes": "there is no --resume",
+    "--compact-every 9": "there is no --compact",
+    "--sample-tokens 0 --sample-temperature 1": "no sample with --sample-tokens 0",
+}
+
+
+@pytest.mark.parametrize("arguments", UNUSED)
+def test_a_flag_without_effect_is_refused(arguments):
+    words = arguments.split()
+    (name,) = (word for word in words[-2:] if word.startswith("--"))
+    with pytest.raises(UserError, match=f"{name} has no effect: .*{UNUSED[arguments]}"):
+        parse(words)
+    # What is beside it is fine alone.
+    parse(words[: words.index(name)])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--optimizer galore --block-state-bytes 1MB --compact",
+        "--param-dtype bfloat16 --rounding nearest",
+        "--initial-weights x --rounding nearest",
+        "--optimizer low_rank_muon --gradients full --basis-bits 4",
+        "--optimizer muon --vocabulary-optimizer projected",
+    ],
+)
+def test_flags_with_an_effect_are_not_refused(arguments):
+    parse(arguments.split())
+
+
+def test_a_filled_in_configuration_is_one_that_can_be_given(tmp_path):
+    for words in ("--block-state-bytes 1MB", *(f"--optimizer {x}" for x in OPTIMIZERS)):
+        written = complete(parse(words.split()), hidden_size=64)
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(to_json(written)))
+        assert parse(["--config", str(path)]) == written
 
 
 @pytest.fixture
@@ -202,8 +259,9 @@ def test_what_the_user_sets_is_kept():
         # One bound moves the other, where that stands at its default.
         ("--min-refresh-interval 400", "max_refresh_interval", 400),
         ("--max-refresh-interval 20", "min_refresh_interval", 20),
-        # A flag that the method does not have changes nothing in it.
-        ("--optimizer galore --granularity 4", "rank", 16),
+        # Bytes take the place of ranks.
+        ("--block-state-bytes 1MB", "rank", None),
+        ("--block-state-bytes 1MB", "min_rank", None),
     ],
 )
 def test_defaults_fit_what_the_user_sets(arguments, name, value):

@@ -179,3 +179,22 @@ def test_adamw_keeps_two_numbers_per_parameter():
     assert sum(leaf.size for leaf in block_leaves(params)) == LAYERS * ROWS * (
         ROWS + COLUMNS
     )
+
+
+def _state_bytes(params, **flags):
+    options = OptimizerOptions(**flags)
+    filled = with_defaults(options, steps=10, hidden_size=512)
+    tx = build_optimizer(dataclasses.replace(options, **filled), lambda _: 0.1)
+    return optimizer_state_bytes(jax.eval_shape(tx.init, params))
+
+
+@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
+def test_the_table_says_what_bits_store(optimizer):
+    def leaf(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    params = {"blocks": {"up": leaf(16, 512, 1024)}, "norm": leaf(512)}
+    plain = _state_bytes(params, optimizer=optimizer)
+    for flag, what in (("moment_bits", "moments"), ("basis_bits", "bases")):
+        stored = _state_bytes(params, optimizer=optimizer, **{flag: 8})
+        assert (stored < plain) == (what in OPTIMIZERS[optimizer].codes), flag

@@ -1,0 +1,116 @@
+"""Flags that another flag leaves without effect: they are refused where given."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+from experiments.arguments import flag
+from experiments.errors import UserError
+from experiments.optim.methods import OPTIMIZERS, OWN_OPTIONS, Method
+from experiments.run.flags import Config
+
+
+class _Rule(NamedTuple):
+    """Flags, when they have no effect, and why.
+
+    Attributes:
+        names: Fields of the configuration.
+        applies: Called with the configuration and its method.
+        why: The reason; ``{c.field}`` is a value of the configuration.
+    """
+
+    names: tuple[str, ...]
+    applies: Callable[[Config, Method], bool]
+    why: str
+
+
+_RULES = (
+    _Rule(
+        ("model", "kv_heads", "tied_embeddings"),
+        lambda c, m: c.initial_weights is not None,
+        "--initial-weights {c.initial_weights} say the shape",
+    ),
+    _Rule(
+        ("rank", "min_rank"),
+        lambda c, m: c.block_state_bytes is not None,
+        "--block-state-bytes {c.block_state_bytes} decides about ranks",
+    ),
+    _Rule(
+        ("gradients",),
+        lambda c, m: c.gradients == "subspace" and not m.takes_subspace_gradients,
+        "{c.optimizer} has full gradients",
+    ),
+    _Rule(
+        ("refresh",),
+        lambda c, m: not m.takes_subspace_gradients or c.gradients == "full",
+        "gradients are full with --optimizer {c.optimizer} --gradients {c.gradients}",
+    ),
+    _Rule(
+        ("refresh",),
+        lambda c, m: "bases" not in m.codes,
+        "{c.optimizer} draws its bases, and needs no full gradients for them",
+    ),
+    _Rule(
+        ("moment_bits",),
+        lambda c, m: c.moment_bits is not None and "moments" not in m.codes,
+        "{c.optimizer} has no moments that can be stored in bits",
+    ),
+    _Rule(
+        ("basis_bits",),
+        lambda c, m: c.basis_bits is not None and "bases" not in m.codes,
+        "{c.optimizer} stores no bases",
+    ),
+    _Rule(
+        ("vocabulary_optimizer",),
+        lambda c, m: c.vocabulary_optimizer == "projected" and not m.takes_vocabulary,
+        "{c.optimizer} trains block matrices only",
+    ),
+    _Rule(
+        ("rounding",),
+        lambda c, m: (
+            c.param_dtype == "float32" or not (c.param_dtype or c.initial_weights)
+        ),
+        "parameters are float32 without --param-dtype bfloat16",
+    ),
+    _Rule(
+        ("compact",),
+        lambda c, m: c.compact and not c.block_state_bytes and "threshold" not in m.own,
+        "{c.optimizer} uses all columns of its rank",
+    ),
+    _Rule(
+        ("compact_every",),
+        lambda c, m: not c.compact,
+        "there is no --compact",
+    ),
+    _Rule(
+        ("allow_changes",),
+        lambda c, m: not c.resume,
+        "there is no --resume",
+    ),
+    _Rule(
+        ("sample_temperature",),
+        lambda c, m: not c.sample_tokens,
+        "there is no sample with --sample-tokens 0",
+    ),
+)
+
+
+def check_unused(config: Config, given: frozenset[str]) -> None:
+    """Raises UserError if a flag is given that has no effect.
+
+    Args:
+        config: Each value of which is allowed.
+        given: Fields whose flags are on the command line. Those that differ from their
+            defaults count as given in any case.
+    """
+    fields = dataclasses.fields(config)
+    given |= {x.name for x in fields if getattr(config, x.name) != x.default}
+    method = OPTIMIZERS[config.optimizer]
+    others = sorted(OWN_OPTIONS - method.own.keys())
+    reasons = dict.fromkeys(others, f"{config.optimizer} has no such option")
+    for names, applies, why in _RULES:
+        if applies(config, method):
+            reasons |= dict.fromkeys(names, why.format(c=config))
+    for name, reason in reasons.items():
+        if name in given:
+            raise UserError(f"{flag(name)} has no effect: {reason}; leave it out")
