@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "compatibility.json"
 PACKAGES = ("jax", "optax", "flax", "chex", "orbax-checkpoint", "numpy")
 
-# The library's own: the experiments and the clients have floors of their own, the
-# notebooks and the accelerator's units are run by make test-slow.
+# Only the library's own tests run. Experiments and clients need newer packages, and
+# make test-slow runs the notebooks and the accelerator's units.
 LEFT_OUT = (
     "tests/experiments",
     "tests/clients",
@@ -31,7 +31,8 @@ LEFT_OUT = (
     "tests/test_code_blocks.py",
     "tests/test_accelerator.py",
 )
-# What rests on how jax traces, shards and saves; it fails first on a new jax.
+# Tests of code that depends on jax's tracing, sharding and saving. A new jax breaks
+# these first.
 QUICK = (
     "tests/test_value_and_grad.py",
     "tests/test_uses.py",

@@ -14,7 +14,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
 PAGE = ROOT / "docs/memory_and_speed.md"
-# Of each card, the directories that hold its measurements.
+# Card -> directories of its measurements.
 CARDS = {
     "H200": ("accelerator-h200", "accelerator-h200-second"),
     "H100": ("accelerator-h100",),
@@ -31,9 +31,9 @@ def measurements(name: str) -> dict[str, Any]:
 
 
 def on_card(card: str, stage: str) -> dict[str, tuple[Any, dict[str, Any]]]:
-    """Returns by name what was measured on a card, each with all of its run.
+    """Returns name -> (result, run): the results on a card, each with its whole run.
 
-    Of two runs the fuller one speaks.
+    If two runs have a result, the run with more timings counts.
     """
     found: dict[str, tuple[Any, dict[str, Any]]] = {}
     for directory in CARDS[card]:
@@ -45,7 +45,7 @@ def on_card(card: str, stage: str) -> dict[str, tuple[Any, dict[str, Any]]]:
 
 
 def _count(result: dict[str, Any]) -> int:
-    """Returns how many times a result holds."""
+    """Returns the number of timings in a result."""
     parts = [result, *result.get("alternatives", {}).values()]
     return sum("milliseconds" in part for part in parts)
 
@@ -161,7 +161,7 @@ def step_accelerator() -> Rows:
     found = {card: on_card(card, "b-step") for card in CARDS}
     for name in next(iter(found.values())):
         of_card = {card: results[name] for card, results in found.items()}
-        # What no card has measured is said in the page's own words.
+        # The page itself explains rows without a measurement.
         if not any(_count(result) for result, _ in of_card.values()):
             continue
         for card, (result, run) in of_card.items():

@@ -1,7 +1,7 @@
 """Norms of Adam's updates across a refresh, for every re-basing rule.
 
-The gradients are noise, where a new subspace shares little with the old one, or those
-of the tiny LLaMA in training.
+The gradients are noise, or those of the tiny LLaMA in training. With noise a new
+subspace shares little with the old subspace.
 """
 
 import argparse

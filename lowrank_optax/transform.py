@@ -95,9 +95,9 @@ def scale_by_low_rank(
     Args:
         inner: Transformation of gradients that needs no parameters, such as
             ``optax.scale_by_adam()``, ``optax.trace(0.9)``, ``optax.scale_by_lion()``,
-            ``optax.scale_by_rms()``. If the transformation depends on the axes of its
-            matrices, as Muon does, give a function from {key path: dimension numbers,
-            None for a vector} to it. Inside a subspace the numbers are (-2, -1).
+            ``optax.scale_by_rms()``. A transformation that depends on the axes of its
+            matrices, as Muon does, needs a function that makes it. The argument is {key
+            path: dimension numbers, None for a vector}; (-2, -1) inside a subspace.
         rank: Columns r of the bases, >= 1, or a rule such as
             :func:`lowrank_optax.energy_rank`, or a :func:`lowrank_optax.budget`.
         basis: A computed basis, which is stored: :func:`lowrank_optax.range_finder`
@@ -132,7 +132,7 @@ def scale_by_low_rank(
         A transformation. Its updates have the gradients' shapes and, for projected
         leaves, their dtypes. ``update`` takes full gradients, or
         :class:`lowrank_optax.Projected` for any projected leaf. For such a leaf
-        ``update`` does not renew the basis, and needs ``params`` for the shape;
+        ``update`` renews no computed basis, and needs ``params`` for the full shape;
         otherwise it ignores ``params``.
 
         ``update(..., refresh=False)``, a Python bool, leaves the renewal of bases out
@@ -158,8 +158,8 @@ def scale_by_low_rank(
 
     References:
         GaLore (https://arxiv.org/abs/2403.03507), AdaRankGrad
-        (https://arxiv.org/abs/2410.17881). :func:`lowrank_optax.galore` and
-        :func:`lowrank_optax.adarankgrad` say where they differ.
+        (https://arxiv.org/abs/2410.17881). :func:`lowrank_optax.scale_by_galore` and
+        :func:`lowrank_optax.scale_by_adarankgrad` list the differences.
     """
     parts = make_parts(
         rank=rank,

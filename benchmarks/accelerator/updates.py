@@ -17,7 +17,7 @@ from benchmarks.accelerator.stacks import muon_of_stacks, over_layers
 
 RATE = 1e-3
 NEVER = 10**6  # updates between two renewals
-_SLOW = 2.0  # seconds of a call from which on it is timed once
+_SLOW = 2.0  # seconds; a longer call is timed once
 
 SIZES = {**llama.SIZES, "1b": (2048, 5461, 24), "toy": (32, 88, 1)}
 RANKS = {"60m": 128, "1b": 512, "1b-one-layer": 512, "toy": 8}

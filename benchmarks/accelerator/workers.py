@@ -14,7 +14,7 @@ from benchmarks.accelerator import records
 from benchmarks.accelerator.units import Unit
 
 ROOT = Path(__file__).parents[2]
-GRACE = 10  # seconds that a worker gets beyond those it knows of
+GRACE = 10  # seconds for a worker after its own deadline
 
 
 def run(
@@ -93,7 +93,7 @@ def _environment(unit: Unit, cache: Path, is_smoke: bool) -> Mapping[str, str]:
     """Returns the environment variables of a worker, which JAX reads at its start."""
     variables = dict(os.environ, PYTHONUNBUFFERED="1")
     if is_smoke:
-        # They wait for little but compilation.
+        # Toys spend their time on compilation.
         variables |= {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     elif unit.stage in "bd":
         variables["JAX_COMPILATION_CACHE_DIR"] = str(cache)

@@ -30,8 +30,8 @@ class Ledger:
         definition: The settings that all results must share, by name.
 
     Raises:
-        UserError: If the directory cannot be made, if it holds another comparison or
-            other files, or if another process works in it.
+        UserError: If the directory cannot be made, holds another comparison or other
+            files, or is in use by another process.
 
     Attributes:
         directory: Directory of the comparison.

@@ -6,7 +6,7 @@ from typing import Any
 import lowrank_optax
 
 BUCKET = 8  # columns
-# Looks at the state between two decisions. A demand must stay low for all of them.
+# Looks at the state between two decisions. A demand must be low at every look.
 LOOKS = 4
 # Least share of the state's bytes to free, for which a recompilation pays.
 MIN_SAVING = 0.02
