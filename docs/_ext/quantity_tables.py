@@ -1,0 +1,26 @@
+"""``quantities NAME``: a table of what a run writes, from the place that lists it."""
+
+import re
+
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
+from experiments.run import quantities
+
+
+class Quantities(SphinxDirective):
+    """Shows ``LINE`` or ``SUMMARY`` of :mod:`experiments.run.quantities`."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """Returns the table."""
+        table = quantities.markdown_table(getattr(quantities, self.arguments[0]))
+        return self.parse_text_to_nodes(re.sub(r"(--[a-z][\w-]*)", r"`\1`", table))
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Adds the directive."""
+    app.add_directive("quantities", Quantities)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
