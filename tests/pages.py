@@ -28,6 +28,8 @@ _FENCE = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 _SOURCE = re.compile(r"From `(\S+)`:\n\n\Z")
+# A block of text right after one of code.
+_OUTPUT = re.compile(r"\n\n```text\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Four spaces after an empty line, outside of a list.
 _INDENTED = re.compile(r"(?<=\n\n)((?: {4} *\S.*\n)+)")
 
@@ -44,19 +46,26 @@ def languages(text: str) -> set[str]:
 
 def excerpts(text: str) -> list[tuple[str, str]]:
     """Returns (path of a file, code) of the Python that a page takes from a file."""
-    return [(path, code) for path, code in _python(text) if path]
+    return [(path, code) for path, code, _ in _python(text) if path]
 
 
 def programs(text: str) -> list[str]:
     """Returns the Python of a page that is to run, block by block."""
-    return [code for path, code in _python(text) if not path]
+    return [code for path, code, _ in _python(text) if not path]
 
 
-def _python(text: str) -> Iterator[tuple[str, str]]:
+def outputs(text: str) -> list[str]:
+    """Returns what the page says that each of these blocks prints, at least first."""
+    return [output for path, _, output in _python(text) if not path]
+
+
+def _python(text: str) -> Iterator[tuple[str, str, str]]:
     for found in _FENCE.finditer(text):
         if found["language"].strip() == "python":
             source = _SOURCE.search(text[: found.start()])
-            yield source[1] if source else "", textwrap.dedent(found["code"])
+            output = _OUTPUT.match(text, found.end())
+            code = textwrap.dedent(found["code"])
+            yield source[1] if source else "", code, output[1] if output else ""
 
 
 def missing_packages(blocks: list[str]) -> set[str]:

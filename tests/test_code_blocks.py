@@ -1,6 +1,8 @@
 """The code of README and site runs; the commands that they show exist."""
 
+import contextlib
 import importlib
+import io
 import re
 import textwrap
 
@@ -17,6 +19,7 @@ from tests.pages import (
     languages,
     missing_packages,
     name_of,
+    outputs,
     programs,
 )
 
@@ -31,6 +34,7 @@ COMMANDS = [
     for page, text in TEXTS.items()
     for words in commands(text)
 ]
+_NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 # Other people's trainers, which `make clients` installs.
 CLIENTS = {"haliax", "keras", "levanter", "qwix", "tunix"}
 
@@ -45,8 +49,29 @@ def test_the_python_of_a_page_runs_block_after_block(page, tmp_path, monkeypatch
         pytest.skip(f"needs {', '.join(sorted(missing))}: make clients")
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": page}
-    for number, block in enumerate(blocks, 1):
-        exec(compile(block, f"{page}, block {number}", "exec"), namespace)
+    said = outputs(TEXTS[page])
+    for number, (block, output) in enumerate(zip(blocks, said, strict=True), 1):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(compile(block, f"{page}, block {number}", "exec"), namespace)
+        _check_printed(output, printed.getvalue())
+
+
+def _check_printed(said: str, printed: str) -> None:
+    """Asserts that the first lines printed are those of the page."""
+    for expected, line in zip(said.splitlines(), printed.splitlines(), strict=False):
+        assert _NUMBER.sub("#", line) == _NUMBER.sub("#", expected)
+        # Losses of another machine, after up to a hundred steps.
+        numbers = [float(x) for x in _NUMBER.findall(expected)]
+        found = [float(x) for x in _NUMBER.findall(line)]
+        assert found == pytest.approx(numbers, rel=0.05)
+    assert len(printed.splitlines()) >= len(said.splitlines()), printed
+
+
+def test_what_a_page_says_is_compared_with_what_its_code_prints():
+    _check_printed("loss 2.00\n", "loss 2.01\nmore\n")
+    for other in ("loss 3.00\n", "cost 2.00\n", ""):
+        with pytest.raises(AssertionError):
+            _check_printed("loss 2.00\n", other)
 
 
 @pytest.mark.parametrize(("path", "code"), EXCERPTS)
