@@ -101,7 +101,7 @@ def full_size(gradients: Any, params: Any) -> Any:
             if is_projected(gradient):
                 raise ValueError(
                     f"{jax.tree_util.keystr(path)}: a projected gradient lacks the "
-                    "full shape, so update needs params too: "
+                    "full shape, so update needs params too; call "
                     "optimizer.update(gradients, state, params)."
                 )
         return gradients

@@ -221,7 +221,7 @@ def test_scan_axis_as_a_number_is_that_of_what_is_named_after_layers():
         (
             {"layers/up": (D, L, F), "blocks/up": (D, 5, F)},
             1,
-            r"\['blocks'\]\['up'\] has 5 layers there and \['layers'\]\['up'\] 3; give",
+            r"\['blocks'\]\['up'\] has 5 layers there, \['layers'\]\['up'\] has 3;",
         ),
         ({"up": (D, L, F)}, 1, "no leaf's key path has a word like layers or blocks"),
         ({"up": (D, L, F)}, {"down": 1}, "no leaf's key path has 'down'"),

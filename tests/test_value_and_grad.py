@@ -592,7 +592,7 @@ def test_a_leaf_may_be_left_out():
     )
     optimizer.update(grads, state, params)
     wrong = subspace_value_and_grad(function, optimizer, full_gradients=("['u']",))
-    with pytest.raises(ValueError, match=r"full_gradients has no leaf .* \['u'\]"):
+    with pytest.raises(ValueError, match=r"full_gradients names \['u'\], which"):
         wrong(params, state, x)
 
 

@@ -38,7 +38,10 @@ def evaluate(jaxpr: core.ClosedJaxpr, arguments: Sequence[Any]) -> list[Any]:
     """
     first, *others = _evaluate(jaxpr.jaxpr, jaxpr.consts, arguments)
     if isinstance(first, Followed) and not first.is_free:
-        raise UnsupportedError(f"{first.names[0]} is the result of the function.")
+        raise UnsupportedError(
+            f"{first.names[0]} itself is the result of the function, not a loss made "
+            "from it."
+        )
     return [plain(first), *map(value_of, others)]
 
 

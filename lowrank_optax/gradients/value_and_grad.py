@@ -43,7 +43,7 @@ class SubspaceValueAndGrad:
         }
         if missing:
             raise ValueError(
-                f"full_gradients has no leaf of the parameters: {', '.join(missing)}."
+                f"full_gradients names {', '.join(missing)}, which the parameters lack."
             )
         program, aux_of = traced(self._function, self._has_aux, params, args, kwargs)
 

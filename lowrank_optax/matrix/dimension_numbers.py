@@ -48,7 +48,7 @@ def numbers_by_path(
     Raises:
         ValueError: If a leaf of the tree is neither dimension numbers nor None.
     """
-    # An Equinox module of numbers is a tree, and callable all the same: not called.
+    # An Equinox module of numbers is a tree, even if it is callable: do not call it.
     leaves = jax.tree.leaves(dimension_numbers, is_leaf=is_numbers)
     if callable(dimension_numbers) and leaves and not any(map(is_numbers, leaves)):
         dimension_numbers = dimension_numbers(params)

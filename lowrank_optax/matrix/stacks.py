@@ -169,7 +169,7 @@ def _said(leaves: Iterable[Leaf], scan_axis: ScanAxis | None) -> dict[tuple, int
         if len(of_pattern) > 1:
             (length, name), (other, second) = list(of_pattern.items())[:2]
             raise ValueError(
-                f"scan_axis {axis}: {name} has {length} layers there and {second} "
+                f"scan_axis {axis}: {name} has {length} layers there, {second} has "
                 f"{other}; give scan_axis by key path, {{regular expression: axis}}."
             )
         if not of_pattern:

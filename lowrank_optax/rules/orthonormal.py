@@ -13,8 +13,8 @@ from lowrank_optax.rules.lapack import one_by_one
 # For products that decide orthonormality: GPUs and TPUs would round float32 operands.
 HIGHEST = jax.lax.Precision.HIGHEST
 TOLERANCE = 1e-5  # largest entry of Q Q^T - I that counts as orthonormal
-# After so many passes float32 has no more of a row beside the rows before it. A row
-# that is still lost is rounding, and a new direction takes its place.
+# After so many passes float32 holds nothing more of a row beside the rows before it. A
+# row that is still lost is rounding, and a new direction takes its place.
 PASSES_OF_ROUNDING = 3
 MAX_PASSES = 8
 # A unit row is lost if its distance from the span of the rows before it is below this.

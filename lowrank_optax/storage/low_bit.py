@@ -213,7 +213,7 @@ class _Rule:
             if found == (kind if like or found else None):
                 continue
             raise ValueError(
-                f"state{jax.tree_util.keystr(path)} is {found or 'float32'}, where "
+                f"state{jax.tree_util.keystr(path)} is {found or 'float32'}, but "
                 f"low_bit with bits={self.bits}, basis_bits={self.basis_bits}, "
                 f"min_size={self.min_size} has {kind or 'float32'}; give low_bit the "
                 "arguments with which the state was made."
