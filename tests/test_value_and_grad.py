@@ -331,7 +331,7 @@ def test_bases_are_renewed_one_leaf_at_a_time():
         # What has no basis yet does not move, and that is all.
         assert bool(jnp.any(updates[other] != 0)) == (waiting == 1)
     assert not any(map(bool, gradient.due(params, state).values()))
-    with pytest.raises(ValueError, match="no leaf of the parameters: nothing"):
+    with pytest.raises(ValueError, match="full_gradients names nothing, which"):
         gradient.renewing("nothing")(params, state, x)
 
 
