@@ -2,6 +2,7 @@
 
 import bz2
 import codecs
+import functools
 import glob
 import gzip
 import lzma
@@ -19,13 +20,16 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
+# What `zstd --long=31` writes, too.
+_ANY_WINDOW = {zstd.DecompressionParameter.window_log_max: 31}
+
 KINDS = (".jsonl", ".json", ".txt", ".parquet")
 _OPENERS = {
     "": open,
     ".gz": gzip.open,
     ".xz": lzma.open,
     ".bz2": bz2.open,
-    ".zst": zstd.open,
+    ".zst": functools.partial(zstd.ZstdFile, options=_ANY_WINDOW),
 }
 _KNOWN = (
     ".jsonl, .json or .txt, also with .gz, .xz, .bz2 or .zst behind it, or .parquet"

@@ -241,3 +241,13 @@ def test_an_enormous_line_is_not_held_in_memory(tmp_path, monkeypatch):
     line = json.dumps({"text": "a" * (1 << 20)}).encode()
     path = write(tmp_path / "a.jsonl", b'{"text": "a"}\n' + line)
     assert "line 2: longer than 1 MiB; write one JSON object per" in error_of(path)
+
+
+def test_a_zstd_file_with_a_long_window_is_read(tmp_path):
+    path = tmp_path / "a.txt.zst"
+    options = {zstd.CompressionParameter.window_log: 31}
+    with zstd.open(path, "wb", options=options) as file:
+        file.write(b"text")
+    with pytest.raises(zstd.ZstdError), zstd.open(path) as file:
+        file.read()
+    assert list(read_documents(path)) == ["text"]
