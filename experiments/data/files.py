@@ -2,7 +2,6 @@
 
 import bz2
 import codecs
-import functools
 import glob
 import gzip
 import lzma
@@ -20,8 +19,13 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
-# What `zstd --long=31` writes, too.
-_ANY_WINDOW = {zstd.DecompressionParameter.window_log_max: 31}
+
+def _open_zstd(path, mode):
+    # What `zstd --long=31` writes, too.
+    return zstd.open(
+        path, mode, options={zstd.DecompressionParameter.window_log_max: 31}
+    )
+
 
 KINDS = (".jsonl", ".json", ".txt", ".parquet")
 _OPENERS = {
@@ -29,7 +33,7 @@ _OPENERS = {
     ".gz": gzip.open,
     ".xz": lzma.open,
     ".bz2": bz2.open,
-    ".zst": functools.partial(zstd.ZstdFile, options=_ANY_WINDOW),
+    ".zst": _open_zstd,
 }
 _KNOWN = (
     ".jsonl, .json or .txt, also with .gz, .xz, .bz2 or .zst behind it, or .parquet"
