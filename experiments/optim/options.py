@@ -17,6 +17,10 @@ from experiments.ranges import (
     Positive,
 )
 
+# A warm-up of 4 steps, the tenth of a short run, overshoots at the default rates.
+_LEAST_WARMUP = 20
+_WSD_DECAY = 0.2
+
 Rebase = Literal["abs", "clamp", "filled", "first", "keep", "ldadam", "square", "zero"]
 
 _METHODS_HELP = "\n".join(
@@ -63,9 +67,17 @@ class ScheduleFlags:
     #: None: adamw and adafactor 0.125, adapters 0.25, sumo 1, the others 0.5. It takes
     #: the place of GaLore's scale.
     block_scale: Positive | None = None
-    #: Steps of linear warm-up from zero, below --steps. None: a tenth of --steps.
+    #: Curve behind the warm-up: cosine; wsd (warm-up, stable, decay: the peak, then a
+    #: line down over --decay-fraction); linear (a line down); constant.
+    schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    #: Steps of linear warm-up from zero, below --steps. None: a tenth of --steps; at
+    #: least 20, but at most half of --steps.
     warmup_steps: Count | None = None
-    #: The cosine ends at this fraction of the peak; 0 to 1.
+    #: Share of --steps that the decay of wsd takes, all that is behind the warm-up at
+    #: most; in (0, 1). None: 0.2 of wsd, the
+    #: only one that has it.
+    decay_fraction: Inside | None = None
+    #: The schedule ends at this fraction of the peak; 0 to 1. constant does not use it.
     final_learning_rate_fraction: Fraction = 0.1
 
 
@@ -159,6 +171,16 @@ class OptimizerOptions(MemoryFlags, OneMethodFlags, ScheduleFlags, OptimizerFlag
     """The flags of the optimizer; where None, the chosen optimizer has its own."""
 
 
+def default_warmup(steps: int) -> int:
+    """Returns a tenth of the steps; at least 20, but at most half of them.
+
+    Example:
+        >>> [default_warmup(steps) for steps in (800, 200, 100, 40, 5)]
+        [80, 20, 20, 20, 2]
+    """
+    return max(steps // 10, min(_LEAST_WARMUP, steps // 2))
+
+
 def with_defaults(
     options: OptimizerOptions, *, steps: int, hidden_size: int
 ) -> dict[str, Any]:
@@ -174,10 +196,12 @@ def with_defaults(
     granularity = granularity or method.own.get("granularity", 1)
     rank = options.rank or max(1, int(method.rank_share * hidden_size) // granularity)
     defaults = {
-        "warmup_steps": steps // 10,
+        "warmup_steps": default_warmup(steps),
         "block_scale": method.block_scale,
         **method.own,
     }
+    if options.schedule == "wsd":
+        defaults["decay_fraction"] = _WSD_DECAY
     if "rank" in method.own:
         defaults["rank"] = rank
     if "min_refresh_interval" in method.own and options.max_refresh_interval:

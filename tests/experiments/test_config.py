@@ -45,6 +45,13 @@ MISTAKES = [
     ("--resume", "--resume needs --out"),
     ("--compact-every 0", "--compact-every must be at least 1"),
     ("--moment-bits 4", "--moment-bits"),
+    ("--schedule step", "--schedule.*cosine.*wsd"),
+    ("--decay-fraction 0.1", "--decay-fraction 0.1 is for --schedule wsd, not cosine"),
+    ("--schedule wsd --decay-fraction 1", "--decay-fraction must be above 0 and below"),
+    ("--profile 10", "--profile must be START:STOP.*not '10'.*--profile 10:12"),
+    ("--profile 0:3", "--profile must be START:STOP"),
+    ("--profile 7:6", "--profile must be START:STOP"),
+    ("--steps 5 --profile 6:7", "--profile 6:7 begins after --steps 5"),
     ("--basis-bits 3", "--basis-bits"),
     ("--vocabulary-optimizer none", "--vocabulary-optimizer"),
     ("--block-state-bytes 12XB", "'12XB' is not a number of bytes"),
@@ -240,12 +247,29 @@ def test_the_options_of_the_chosen_optimizer_are_filled_in_and_no_others(optimiz
     config = complete(parse(["--optimizer", optimizer]), hidden_size=64)
     own = OPTIMIZERS[optimizer].own
     assert config.warmup_steps == config.steps // 10
+    assert config.decay_fraction is None
     assert config.block_scale == OPTIMIZERS[optimizer].block_scale
     budget = (24 if optimizer == "adarankgrad" else 16) // own.get("granularity", 1)
     assert config.rank == (budget if "rank" in own else None)
     assert config.granularity == own.get("granularity")
     for name in ("threshold", "min_rank", "update_proj_gap"):
         assert (getattr(config, name) is None) == (name not in own)
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup"),
+    [(800, 80), (600, 60), (300, 30), (100, 20), (40, 20), (5, 2), (1, 0)],
+)
+def test_a_warm_up_is_a_tenth_of_the_run_but_not_of_a_short_one(steps, warmup):
+    config = complete(parse(["--steps", str(steps)]), hidden_size=64)
+    assert config.warmup_steps == warmup
+
+
+def test_only_wsd_has_a_decay_of_its_own():
+    words = ["--schedule", "wsd"]
+    assert complete(parse(words), hidden_size=64).decay_fraction == 0.2
+    words += ["--decay-fraction", "0.5"]
+    assert complete(parse(words), hidden_size=64).decay_fraction == 0.5
 
 
 def test_what_the_user_sets_is_kept():

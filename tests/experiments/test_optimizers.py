@@ -11,7 +11,7 @@ import pytest
 from experiments.model.groups import parameter_groups
 from experiments.optim.build import build_optimizer
 from experiments.optim.methods import OPTIMIZERS
-from experiments.optim.options import OptimizerOptions, with_defaults
+from experiments.optim.options import OptimizerOptions, default_warmup, with_defaults
 from experiments.optim.schedule import make_schedule
 from experiments.optim.unstacked import unstacked
 from experiments.run.memory import (
@@ -150,6 +150,42 @@ def test_the_schedule_warms_up_from_above_zero_and_ends_at_its_fraction():
     np.testing.assert_allclose(rates[:4], [0.1, 0.2, 0.3, 0.4], rtol=1e-6)
     assert rates[-1] == pytest.approx(0.1)
     assert rates[3:] == sorted(rates[3:], reverse=True)
+
+
+CURVES = {
+    # 4 steps up, then down from 1 to 0.25 at the last of 20.
+    "linear": lambda count: 1 - 0.75 * (count - 3) / 16,
+    # The peak, but for the last 5.
+    "wsd": lambda count: 1 - 0.75 * max(0, count - 14) / 5,
+    "constant": lambda count: 1,
+    "cosine": lambda count: 0.625 + 0.375 * np.cos(np.pi * (count - 3) / 16),
+}
+
+
+@pytest.mark.parametrize("name", list(CURVES))
+def test_each_schedule_has_its_curve_behind_the_warm_up(name):
+    options = OptimizerOptions(
+        learning_rate=0.4,
+        schedule=name,
+        warmup_steps=4,
+        decay_fraction=0.25,
+        final_learning_rate_fraction=0.25,
+    )
+    schedule = make_schedule(options, steps=20)
+    rates = [float(schedule(count)) / 0.4 for count in range(20)]
+    expected = [0.25, 0.5, 0.75, *map(CURVES[name], range(3, 20))]
+    np.testing.assert_allclose(rates, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", list(CURVES))
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_the_shortest_runs_have_rates_above_zero(name, steps):
+    options = OptimizerOptions(
+        schedule=name, warmup_steps=default_warmup(steps), decay_fraction=0.2
+    )
+    schedule = make_schedule(options, steps)
+    for count in range(steps):
+        assert 0 < schedule(count) <= 1.01 * options.learning_rate
 
 
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))

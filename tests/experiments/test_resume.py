@@ -125,9 +125,9 @@ def test_a_finished_run_is_extended_and_what_follows_is_resumed_bit_for_bit(
     for out in (whole, halves):
         assert read(out)["changes"] == read(out, "config.json")["changes"] == [change]
         assert read(out)["steps"] == 8
-    # The rates behind step 4 are those of a run of 8 steps, which has no warm-up then.
+    # The rates behind step 4 are those of a run of 8 steps with the warm-up of 4.
     new = tmp_path / "new"
-    assert run(*flags, "--steps", 8, "--warmup-steps", 0, "--out", new) == 0
+    assert run(*flags, "--steps", 8, "--warmup-steps", 2, "--out", new) == 0
     # Line 0 is the validation before the first step.
     rates = [[r["learning_rate"] for r in read_lines(x)[1:]] for x in (whole, new)]
     assert rates[0][4:] == rates[1][4:]
@@ -158,7 +158,10 @@ def test_other_settings_are_refused_by_name_or_allowed_by_a_flag_and_recorded(
     [
         (["--seed", 1], "--seed was 0, is 1; its checkpoint fits no other"),
         (["--batch-size", 16], "--batch-size was 8, is 16; its checkpoint fits"),
-        (["--steps", 1], "--steps 1: the run in .* has done 2 already"),
+        (
+            ["--steps", 1, "--warmup-steps", 0],
+            "--steps 1: the run in .* has done 2 already",
+        ),
         (["--clip-norm", "None"], "does not fit this run"),
     ],
 )
