@@ -52,6 +52,12 @@ MODELS = {
         "layers/0/moe/router/kernel": ((D, 4), "hidden"),
         "layers/0/moe/experts/up": ((4, D, F), "hidden"),
     },
+    "a_head_with_a_name_is_the_only_one": {
+        "embed": ((F, 4), "vocabulary"),
+        "up": ((4, F), "hidden"),
+        "down": ((F, D), "hidden"),
+        "head": ((D, F), "vocabulary"),
+    },
     "two_of_the_lengths_leave_doubt": {
         "embed": ((F, D), "vocabulary"),
         "up": ((D, F), "hidden"),

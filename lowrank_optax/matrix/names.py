@@ -131,13 +131,17 @@ def is_of_vocabulary(leaf: Leaf) -> bool:
     a name without other words: ``MultiHeadAttention`` is not a head. A box says so by
     the name ``vocab`` of an axis.
     """
+    is_embedding = any(_words(key) & _EMBEDDINGS for key in leaf.keys)
+    return "vocab" in leaf.axes or is_embedding or is_head(leaf)
 
-    def named(key):
-        words = set(_tokens(key)) - _FILLERS - {"0"}
-        is_head = bool(words) and words <= _HEADS
-        return is_head or bool(words & _EMBEDDINGS)
 
-    return "vocab" in leaf.axes or any(map(named, leaf.keys))
+def is_head(leaf: Leaf) -> bool:
+    """Returns whether a leaf is the head by the name of a module."""
+    return any(_words(key) and _words(key) <= _HEADS for key in leaf.keys)
+
+
+def _words(key: str) -> set[str]:
+    return set(_tokens(key)) - _FILLERS - {"0"}
 
 
 def is_unnamed(leaf: Leaf) -> bool:

@@ -11,6 +11,7 @@ from lowrank_optax.matrix.boxes import is_box, leaves_by_path
 from lowrank_optax.matrix.inference import Inferred, inferred
 from lowrank_optax.matrix.names import (
     Leaf,
+    is_head,
     is_of_layers,
     is_of_vocabulary,
     is_unnamed,
@@ -116,9 +117,12 @@ def _heads(leaves: list[Leaf], numbers: Mapping[tuple, Inferred]) -> dict[tuple,
     """Returns the path of a head without a telling name, and its embedding's name.
 
     An embedding is vocabulary x width, and so is the head or its transpose. If several
-    matrices have these two lengths, no matrix counts as a head.
+    matrices have these two lengths, no matrix counts as a head. Where a head has a
+    telling name, there is no other.
     """
     matrices = [leaf for leaf in leaves if numbers[leaf.path].numbers is not None]
+    if any(map(is_head, matrices)):
+        return {}
     found: dict[tuple, str] = {}
     for embedding in filter(is_of_vocabulary, matrices):
         alike = [
