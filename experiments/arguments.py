@@ -6,7 +6,9 @@ import difflib
 import inspect
 import io
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import signal
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import tyro
@@ -66,6 +68,21 @@ def parse_arguments(
         name: getattr(part, name) for part in parts for name in field_names(type(part))
     }
     return options(**values)
+
+
+def run_command(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
+    """Runs a command; returns its exit status.
+
+    0: done; 2: a mistake of the user's, told in one line on stderr; 130: interrupted.
+    """
+    try:
+        command(argv)
+    except (UserError, OSError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    return 0
 
 
 def given_flags(argv: Sequence[str]) -> frozenset[str]:

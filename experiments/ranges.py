@@ -25,6 +25,7 @@ Count = Annotated[int, _NOT_NEGATIVE]
 Positive = Annotated[float, Range(lambda x: 0 < x < math.inf, "above 0 and finite")]
 NotNegative = Annotated[float, _NOT_NEGATIVE]
 Fraction = Annotated[float, Range(lambda x: 0 <= x <= 1, "from 0 to 1")]
+Share = Annotated[float, Range(lambda x: 0 < x <= 1, "above 0 and at most 1")]
 Inside = Annotated[float, Range(lambda x: 0 < x < 1, "above 0 and below 1")]
 Decay = Annotated[float, Range(lambda x: 0 <= x < 1, "0 or more and below 1")]
 Halves = Annotated[

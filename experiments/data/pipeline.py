@@ -10,8 +10,13 @@ import grain
 import numpy as np
 
 from experiments.data.overlap import Overlap
-from experiments.data.packing import Windows, join_documents, padded_batches
-from experiments.data.sources import open_source
+from experiments.data.packing import (
+    JoinedDocuments,
+    Windows,
+    join_documents,
+    padded_batches,
+)
+from experiments.data.sources import open_source, open_text
 from experiments.data.streaming import Stream, packed_batches
 from experiments.data.tokenizers import Tokenizer
 from experiments.errors import UserError
@@ -162,6 +167,36 @@ def make_data(
         validation_windows=Windows(validation, sequence_length),
         batch_size=batch_size,
     )
+
+
+def read_text(
+    spec: str,
+    tokenizer: Tokenizer,
+    text_column: str,
+    max_tokens: int | None,
+    report: Callable[[str], None] | None = None,
+) -> tuple[str, JoinedDocuments]:
+    """Reads and tokenizes one text that is not trained on.
+
+    Args:
+        spec: What ``validation_spec`` of :func:`make_data` may be, or ``embedded``: its
+            validation part.
+        tokenizer: Encodes the documents.
+        text_column: As in :func:`make_data`.
+        max_tokens: Targets, at most; None: all of the text.
+        report: Called with a line of progress every few seconds.
+
+    Returns:
+        The text in words, and its tokens: one more than targets.
+
+    Raises:
+        UserError: If it cannot be read, is empty, or has one token alone.
+    """
+    name, documents = open_text(spec, text_column)
+    most = None if max_tokens is None else max_tokens + 1
+    text = _join(documents, name, tokenizer=tokenizer, max_tokens=most, report=report)
+    _check_enough(text.tokens, 1, name)
+    return name, text
 
 
 def _join(documents, name, **options):

@@ -16,6 +16,7 @@ from experiments.errors import UserError
 
 _STREAMED_VALIDATION_TOKENS = 500_000
 _DEFAULT_COLUMN = "text"
+_EMBEDDED_VALIDATION = "1 in 20 of its files, by a hash of the path"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +93,28 @@ def open_source(
     return source
 
 
+def open_text(spec: str, column: str = _DEFAULT_COLUMN) -> tuple[str, Iterable[str]]:
+    """Finds one text that is not trained on; returns its name and its documents.
+
+    Args:
+        spec: What ``validation_spec`` of :func:`open_source` may be, or ``embedded``:
+            the validation part.
+        column: As there.
+
+    Raises:
+        UserError: If no file matches, the hub cannot be read, or the column is asked of
+            text without columns.
+    """
+    if spec == "embedded":
+        name, documents, has_columns = _EMBEDDED_VALIDATION, None, False
+        documents = standard_library().validation
+    else:
+        name, documents, _, has_columns = _validation(spec, column)
+    if column != _DEFAULT_COLUMN and not has_columns:
+        raise UserError(f"--text-column {column}: {name} has no columns; leave it out")
+    return name, documents
+
+
 def _embedded():
     text = standard_library()
     name = f"standard library of Python {platform.python_version()}"
@@ -100,7 +123,7 @@ def _embedded():
     return Source(
         name=name,
         train=text.train,
-        validation_name="1 in 20 of its files, by a hash of the path",
+        validation_name=_EMBEDDED_VALIDATION,
         validation=text.validation,
     )
 

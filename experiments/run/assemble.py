@@ -16,10 +16,9 @@ import lowrank_optax
 from experiments.data.pipeline import Data, make_data
 from experiments.data.tokenizers import find_tokenizer, load_tokenizer
 from experiments.errors import UserError
-from experiments.model.adapters import with_adapters
 from experiments.model.hugging_face import load_llama
 from experiments.model.llama import Params, init_params
-from experiments.model.shape import LlamaConfig, preset
+from experiments.model.shape import LlamaConfig
 from experiments.optim.build import build_optimizer
 from experiments.optim.methods import OPTIMIZERS
 from experiments.optim.schedule import make_schedule
@@ -27,6 +26,7 @@ from experiments.run.changes import Changes, changes, check_changes, told
 from experiments.run.checkpoint import RunRecord, read_record
 from experiments.run.config import Config, complete
 from experiments.run.files import check_is_free
+from experiments.run.model_shape import model_of, parameterised
 from experiments.run.step import data_mesh, replicate
 
 
@@ -92,7 +92,7 @@ def assemble(config: Config, report: Callable[[str], None]) -> Parts:
     weights = config.initial_weights and load_llama(config.initial_weights)
     config = _with_tokenizer(config, report)
     tokenizer = load_tokenizer(config.tokenizer or "bytes")
-    model = _model(config, tokenizer, weights)
+    model = model_of(config, tokenizer, weights[0] if weights else None)
     config = complete(config, model.hidden_size)
     resumed, changed = _read_checkpoint(config, directory)
     data = make_data(
@@ -173,51 +173,16 @@ def _with_tokenizer(config, report):
     return dataclasses.replace(config, tokenizer=str(found or "bytes"))
 
 
-def _model(config, tokenizer, weights):
-    numerics = {
-        "compute_dtype": config.compute_dtype,
-        "remat": config.remat,
-        "max_positions": config.sequence_length,
-    }
-    if config.param_dtype is not None:
-        numerics["param_dtype"] = config.param_dtype
-    if not weights:
-        if config.kv_heads is not None:
-            numerics["num_kv_heads"] = config.kv_heads
-        return preset(
-            config.model,
-            tokenizer.vocab_size,
-            tie_embeddings=config.tied_embeddings,
-            **numerics,
-        )
-    numerics["max_positions"] = max(weights[0].max_positions, config.sequence_length)
-    model = dataclasses.replace(weights[0], **numerics)
-    if tokenizer.vocab_size > model.vocab_size:
-        raise UserError(
-            f"--tokenizer {config.tokenizer} has {tokenizer.vocab_size} tokens, the "
-            f"model in {config.initial_weights} only {model.vocab_size}; give the "
-            "tokenizer that it was trained with"
-        )
-    return model
-
-
 def _initial_params(model, config, weights, mesh):
     key = jax.random.key(config.seed)
-    kind = OPTIMIZERS[config.optimizer].adapters
-
-    def parameterised(params):
-        if kind is None:
-            return params
-        return with_adapters(params, kind, config.rank, jax.random.fold_in(key, 1))
-
     if weights:
         dtype = jnp.dtype(model.param_dtype)
         params = jax.tree.map(lambda x: jnp.asarray(x, dtype), weights[1])
-        return replicate(parameterised(params), mesh)
+        return replicate(parameterised(params, config, key), mesh)
     whole = NamedSharding(mesh, PartitionSpec())
 
     def draw(key):
-        return parameterised(init_params(model, key))
+        return parameterised(init_params(model, key), config, key)
 
     return jax.jit(draw, out_shardings=whole)(key)
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def _words_of_file(path: Path, config: Config, argv: Sequence[str]) -> list[str]
     saved = read_config(path)
     # Once without flags: what is wrong then is wrong in the file.
     try:
-        of_file = _parse(words_of(saved))
+        of_file = from_json(saved)
         check(of_file)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -98,6 +98,15 @@ def read_config(path: Path) -> dict[str, Any]:
         if name not in names:
             raise UserError(f"{path}: {name} is not a setting{nearest(name, names)}")
     return fields
+
+
+def from_json(fields: Mapping[str, Any]) -> Config:
+    """Returns the configuration that :func:`to_json` has made into fields.
+
+    Raises:
+        UserError: If a field is unknown or its value not of its type.
+    """
+    return _parse(words_of(fields))
 
 
 def _parse(argv: Sequence[str]) -> Config:

@@ -14,6 +14,17 @@ from experiments.run.memory_use import memory_use
 from experiments.run.peaks import peak_flops
 
 
+def perplexity(loss: float) -> float:
+    """Returns the perplexity of a loss in nats per token."""
+    # Beyond a float's range it says no more than the loss.
+    return math.exp(min(loss, 700.0))
+
+
+def bits_per_byte(loss: float, bytes_per_token: float) -> float | None:
+    """Returns a loss in nats per token as bits per byte; None: text without bytes."""
+    return loss / math.log(2) / bytes_per_token if bytes_per_token else None
+
+
 class Measures:
     """What a run's numbers come to; :mod:`experiments.run.quantities` explains each.
 
@@ -57,9 +68,8 @@ class Measures:
         ratio = self._parts.data.bytes_per_token
         return {
             "validation_loss": loss,
-            # Beyond a float's range the perplexity says no more than the loss.
-            "validation_perplexity": math.exp(min(loss, 700.0)),
-            "validation_bits_per_byte": loss / math.log(2) / ratio if ratio else None,
+            "validation_perplexity": perplexity(loss),
+            "validation_bits_per_byte": bits_per_byte(loss, ratio),
         }
 
     def step(

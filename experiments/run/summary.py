@@ -23,6 +23,7 @@ from experiments.run.memory import (
     optimizer_state_bytes,
 )
 from experiments.run.memory_use import memory_use
+from experiments.run.printable import continuation, printable
 from experiments.run.train import Trained
 
 _PACKAGES = ("jax", "jaxlib", "optax", "flax", "orbax-checkpoint", "lowrank_optax")
@@ -113,10 +114,8 @@ def sample_text(parts: Parts, params: Any) -> tuple[str, str]:
         temperature=config.sample_temperature,
         key=jax.random.key(config.seed),
     )
-    # A model may have more tokens than its tokenizer, to fill up its last shard.
-    known = [token for token in tokens if token < tokenizer.vocab_size]
-    continuation = tokenizer.decode(known[len(prompt) :])
-    return _printable(tokenizer.decode(prompt)), _printable(continuation)
+    text = continuation(tokenizer, tokens, len(prompt))
+    return printable(tokenizer.decode(prompt)), text
 
 
 def print_summary(console: Console, summary: dict[str, Any]) -> None:
@@ -125,11 +124,6 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
     for name, text in _rows(summary).items():
         table.add_row(name, text)
     console.print(table)
-
-
-def _printable(text):
-    """Keeps what a model makes up from steering the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 def _perplexity(summary):

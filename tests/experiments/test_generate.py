@@ -130,3 +130,20 @@ def test_a_prompt_outside_the_vocabulary_is_an_error(params, prompt):
 def test_impossible_requests_are_errors(params, length, temperature, message):
     with pytest.raises(UserError, match=message):
         generate(CONFIG, params, [1], length, temperature=temperature)
+
+
+def test_top_p_leaves_the_fewest_tokens_that_reach_it(params):
+    logits = llama_reference.forward(CONFIG, params, [3, 5])[-1]
+    probabilities = np.exp(logits) / np.exp(logits).sum()
+    order = np.argsort(-probabilities)
+    needed = 1 + int(np.searchsorted(np.cumsum(probabilities[order]), 0.4))
+    keys = jax.random.split(jax.random.key(0), 200)
+    drawn = {
+        int(generate(CONFIG, params, [3, 5], 1, temperature=1, top_p=0.4, key=key)[-1])
+        for key in keys
+    }
+
+    # The least likely of them is missed by 200 draws once in ten thousand runs.
+    assert drawn == set(order[:needed].tolist())
+    with pytest.raises(UserError, match="top_p is 0"):
+        generate(CONFIG, params, [1], 1, temperature=1, top_p=0, key=keys[0])

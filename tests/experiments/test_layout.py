@@ -24,6 +24,9 @@ BELOW = {
     "comparison": {"errors", "arguments", "model", "optim", "run"},
     # The commands, none of which imports another.
     "pretrain_llama": {"errors", "arguments", "data", "model", "optim", "run"},
+    "generate": {"errors", "ranges", "arguments", "model", "run"},
+    "evaluate": {"errors", "ranges", "arguments", "data", "model", "run"},
+    "export": {"arguments", "model", "run"},
     "plan_memory": {"errors", "arguments", "model", "optim"},
     "compare": {"errors", "arguments", "comparison"},
 }

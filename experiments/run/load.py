@@ -1,0 +1,177 @@
+"""Trained models from disk: any checkpoint of a run, or a Hugging Face directory."""
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+import tyro
+
+from experiments.arguments import check_ranges
+from experiments.data.tokenizers import Tokenizer, find_tokenizer, load_tokenizer
+from experiments.errors import UserError
+from experiments.model.adapters import merged
+from experiments.model.config_file import read_config
+from experiments.model.hugging_face import load_llama
+from experiments.model.llama import Params, init_params
+from experiments.model.shape import LlamaConfig
+from experiments.run.checkpoint import RunRecord
+from experiments.run.checksums import first_damage
+from experiments.run.config import complete, from_json
+from experiments.run.files import CHECKPOINTS, checkpoint_steps
+from experiments.run.flags import Config
+from experiments.run.model_shape import model_of, parameterised
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceFlags:
+    """The model."""
+
+    #: Directory of a run, or of a LLaMA in Hugging Face's layout.
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIRECTORY")]
+    #: Checkpoint of a run: newest, best (of a run with --keep-best) or a step.
+    checkpoint: str = "newest"
+    #: bytes, or the path of a tokenizer. None: that of the run, or the file beside the
+    #: weights, else bytes.
+    tokenizer: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A trained model.
+
+    Attributes:
+        name: Where it comes from, in words.
+        model: Shape.
+        params: The LLaMA's parameters, any adapters merged, on the first device.
+        tokenizer: Of the model.
+        config: Settings of the run; None: the model comes from a Hugging Face
+            directory.
+    """
+
+    name: str
+    model: LlamaConfig
+    params: Params
+    tokenizer: Tokenizer
+    config: Config | None
+
+
+def load(flags: SourceFlags) -> Loaded:
+    """Reads a trained model.
+
+    Raises:
+        UserError: If the directory has no model, the checkpoint is none of the run's or
+            damaged, or the tokenizer does not fit the model.
+    """
+    check_ranges(flags)
+    steps = checkpoint_steps(flags.source)
+    loaded = _of_run(flags, steps) if steps else _of_directory(flags)
+    if loaded.tokenizer.vocab_size > loaded.model.vocab_size:
+        raise UserError(
+            f"the tokenizer {loaded.tokenizer.name} has {loaded.tokenizer.vocab_size} "
+            f"tokens, the model in {flags.source} only {loaded.model.vocab_size}; give "
+            "--tokenizer PATH, the one that it was trained with"
+        )
+    return loaded
+
+
+def _of_directory(flags: SourceFlags) -> Loaded:
+    directory = flags.source
+    if not directory.is_dir():
+        raise UserError(
+            f"{directory} is not a directory; give that of a run or a model"
+        )
+    if (directory / CHECKPOINTS).is_dir():
+        raise UserError(f"{directory} has no complete checkpoint; let the run save one")
+    if flags.checkpoint != "newest":
+        raise UserError(
+            f"--checkpoint {flags.checkpoint}: {directory} has no checkpoints; leave "
+            "the flag out, or give the directory of a run"
+        )
+    model, params = load_llama(directory)
+    spec = flags.tokenizer or str(find_tokenizer(directory) or "bytes")
+    return Loaded(str(directory), model, params, load_tokenizer(spec), None)
+
+
+def _of_run(flags: SourceFlags, steps: list[int]) -> Loaded:
+    step = _chosen_step(flags, steps)
+    path = flags.source / CHECKPOINTS / str(step)
+    damage = first_damage(path)
+    if damage is not None:
+        raise UserError(
+            f"the checkpoint {path} is damaged: {damage}; choose another one of "
+            f"--checkpoint {', '.join(map(str, steps))}"
+        )
+    config = from_json(_record(path).config)
+    if flags.tokenizer is not None:
+        config = dataclasses.replace(config, tokenizer=flags.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer or "bytes")
+    weights = config.initial_weights
+    shape = read_config(weights / "config.json") if weights else None
+    model, params = _restored(
+        path / "state", config, model_of(config, tokenizer, shape)
+    )
+    name = f"{flags.source}, step {step}"
+    return Loaded(name, model, merged(params), tokenizer, config)
+
+
+def _chosen_step(flags: SourceFlags, steps: list[int]) -> int:
+    if flags.checkpoint == "newest":
+        return steps[-1]
+    found = flags.checkpoint
+    if found == "best":
+        newest = flags.source / CHECKPOINTS / str(steps[-1])
+        best = _record(newest).progress.get("best")
+        if best is None:
+            raise UserError(
+                f"--checkpoint best: the run in {flags.source} has not noted one; "
+                "train with --keep-best"
+            )
+        found = str(best["step"])
+    if not found.isdigit() or int(found) not in steps:
+        raise UserError(
+            f"--checkpoint {flags.checkpoint} is none of {flags.source}: choose "
+            f"newest, best or one of {', '.join(map(str, steps))}"
+        )
+    return int(found)
+
+
+def _record(path: Path) -> RunRecord:
+    # Where Orbax puts what JsonSave is given.
+    return RunRecord(**json.loads((path / "run" / "metadata").read_text()))
+
+
+def _restored(
+    path: Path, config: Config, model: LlamaConfig
+) -> tuple[LlamaConfig, Any]:
+    """Returns the parameters of a checkpoint alone; the optimizer's state stays."""
+    # What Orbax logs, in pages of traceback, an error line says too.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    config = complete(config, model.hidden_size)
+    path = path.absolute()
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        saved = checkpointer.metadata(path).item_metadata.tree["params"]
+        dtype = jax.tree.leaves(saved)[0].dtype
+        model = dataclasses.replace(model, param_dtype=jnp.dtype(dtype).name)
+        abstract = jax.eval_shape(
+            lambda key: parameterised(init_params(model, key), config, key),
+            jax.random.key(0),
+        )
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        item = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            {"params": abstract},
+        )
+        restored = checkpointer.restore(
+            path,
+            args=ocp.args.PyTreeRestore(
+                item=item,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+                partial_restore=True,
+            ),
+        )
+    return model, restored["params"]
