@@ -2,8 +2,10 @@
 
 import ast
 import contextlib
+import functools
 import importlib
 import importlib.util
+import io
 import re
 import shlex
 import textwrap
@@ -21,7 +23,13 @@ PAGES = [
     *(DOCS / path for path in _IN_DOCS if path.parts[0] not in _BUILT),
 ]
 SHELLS = ("sh", "bash")
-FLAG = re.compile(r"(?<!\S)--[a-z][\w-]*")
+FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
+# Modules of `experiments` that are commands.
+COMMANDS = [
+    path.stem
+    for path in sorted((ROOT / "experiments").glob("*.py"))
+    if "def main(" in path.read_text(encoding="utf-8")
+]
 
 _FENCE = re.compile(
     r"^ *```(?P<language>[^\n`]*)\n(?P<code>.*?)^ *```$",
@@ -90,16 +98,16 @@ def commands(text: str) -> list[list[str]]:
     return [words for words in split if words]
 
 
-def flags_of(module: str, capsys) -> set[str]:
+@functools.cache
+def flags_of(module: str) -> set[str]:
     """Returns the flags that the help of a command lists.
 
     Args:
         module: With a function ``main``, like ``experiments.compare``.
-        capsys: pytest's.
     """
-    capsys.readouterr()
-    with contextlib.suppress(SystemExit):
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
         importlib.import_module(module).main(["--help"])
     # tyro draws a frame around them.
-    lines = re.findall(r"^[^\w\n]*-.*$", capsys.readouterr().out, re.MULTILINE)
+    lines = re.findall(r"^[^\w\n]*-.*$", output.getvalue(), re.MULTILINE)
     return {name for line in lines for name in FLAG.findall(line)}

@@ -9,6 +9,7 @@ import textwrap
 import pytest
 
 from tests.pages import (
+    COMMANDS,
     FLAG,
     PAGES,
     ROOT,
@@ -29,7 +30,7 @@ EXCERPTS = [
     for page, text in TEXTS.items()
     for path, code in excerpts(text)
 ]
-COMMANDS = [
+SHOWN = [
     pytest.param(words, id=f"{page}-{' '.join(words)}")
     for page, text in TEXTS.items()
     for words in commands(text)
@@ -83,7 +84,7 @@ def test_an_excerpt_is_what_the_file_says(path, code):
 
 def test_there_are_excerpts_and_commands():
     assert EXCERPTS
-    assert COMMANDS
+    assert SHOWN
 
 
 @pytest.mark.parametrize("page", TEXTS)
@@ -98,8 +99,8 @@ def _targets() -> set[str]:
     return set(re.findall(r"^([\w-]+):", makefile, re.MULTILINE))
 
 
-@pytest.mark.parametrize("words", COMMANDS)
-def test_a_command_exists(words, capsys):
+@pytest.mark.parametrize("words", SHOWN)
+def test_a_command_exists(words):
     # Settings of the environment before a command.
     while "=" in words[0]:
         words = words[1:]
@@ -108,15 +109,30 @@ def test_a_command_exists(words, capsys):
         assert set(targets) <= _targets()
         given = dict(word.split("=", 1) for word in words if "=" in word)
         if targets == ["pretrain"]:
-            _check_flags("experiments.pretrain_llama", given.get("ARGS", ""), capsys)
+            _check_flags("experiments.pretrain_llama", given.get("ARGS", ""))
     elif words[0].endswith("python") and words[1:2] == ["-m"]:
         assert importlib.util.find_spec(words[2])
         if words[2].startswith("experiments."):
-            _check_flags(words[2], " ".join(words[3:]), capsys)
+            _check_flags(words[2], " ".join(words[3:]))
     else:
         assert words[0] in {"cd", "git", "pip", "tensorboard"}, words
 
 
-def _check_flags(module: str, arguments: str, capsys) -> None:
+def _check_flags(module: str, arguments: str) -> None:
     """Asserts that the help of a command lists the flags among its arguments."""
-    assert set(FLAG.findall(arguments)) <= flags_of(module, capsys)
+    assert set(FLAG.findall(arguments)) <= flags_of(module)
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_each_flag_that_a_page_names_is_one_of_a_command(page, flags):
+    found = {name for name in FLAG.findall(TEXTS[page]) if name[:6] != "--xla_"}
+    assert found <= flags
+
+
+@pytest.fixture(scope="module")
+def flags() -> set[str]:
+    """Those of the experiment, of the benchmarks and of TensorBoard."""
+    known = {"--logdir"}
+    for path in (ROOT / "benchmarks").rglob("*.py"):
+        known.update(re.findall(r'"(--[a-z][\w-]*)"', path.read_text("utf-8")))
+    return known.union(*(flags_of(f"experiments.{name}") for name in COMMANDS))

@@ -8,14 +8,9 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 import lowrank_optax
-from tests.pages import ROOT, flags_of
+from tests.pages import COMMANDS, ROOT, flags_of
 from tests.site import Page, built_site
 
-COMMANDS = [
-    path.stem
-    for path in (ROOT / "experiments").glob("*.py")
-    if "def main(" in path.read_text(encoding="utf-8")
-]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 WITHOUT_TITLE = {"genindex.html", "search.html"}
 
@@ -40,10 +35,8 @@ def test_every_public_name_is_in_the_reference(site):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_flag_of_a_command_is_on_the_page_of_the_experiment(
-    command, site, pages, capsys
-):
-    flags = flags_of(f"experiments.{command}", capsys)
+def test_every_flag_of_a_command_is_on_the_page_of_the_experiment(command, site, pages):
+    flags = flags_of(f"experiments.{command}")
     assert "--help" in flags
     anchors = pages[site / "experiments.html"].anchors
     assert {f"cmdoption-{command}-{flag[2:]}" for flag in flags - {"--help"}} <= anchors

@@ -12,7 +12,8 @@ from sphinx.util import logging
 logger = logging.getLogger(__name__)
 
 
-def _mathml(node: nodes.Element, *, as_block: bool) -> str:
+def as_mathml(node: nodes.Element, *, as_block: bool = False) -> str:
+    """Returns the MathML of a formula, its text where it is none."""
     text = re.sub(r"\\dots\b", r"\\ldots", node.astext())
     try:
         found = tex2mathml(text, as_block=as_block)
@@ -20,18 +21,18 @@ def _mathml(node: nodes.Element, *, as_block: bool) -> str:
         logger.warning("%s in the formula %s", error, text, location=node)
         return html.escape(text)
     if not re.search(r"\\(left|begin)\b", text):
-        # Browsers stretch them, with a superscript to an odd height.
-        found = re.sub(r"<mo(?=[^<]*>[‖|()\[\]⌈⌉⌊⌋⟨⟩]<)", '<mo stretchy="false"', found)
+        # Browsers stretch the bars of a norm, with a superscript to an odd height.
+        found = re.sub(r"<mo(?=[^<]*>[‖|]<)", '<mo stretchy="false"', found)
     return found
 
 
 def _inline(translator, node: nodes.math) -> None:
-    translator.body.append(_mathml(node, as_block=False))
+    translator.body.append(as_mathml(node))
     raise nodes.SkipNode
 
 
 def _display(translator, node: nodes.math_block) -> None:
-    formula = _mathml(node, as_block=True)
+    formula = as_mathml(node, as_block=True)
     translator.body.append(f'<div class="math">{formula}</div>')
     raise nodes.SkipNode
 
