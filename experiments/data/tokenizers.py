@@ -195,11 +195,12 @@ class HuggingFaceTokenizer:
         self._model.no_padding()
         self._model.encode_special_tokens = True
         vocabulary = self._model.get_vocab()
-        ends = [vocabulary[name] for name in _END_OF_DOCUMENT if name in vocabulary]
+        names = [*_END_OF_DOCUMENT, *_end_of_sequence(path)]
+        ends = [vocabulary[name] for name in names if name in vocabulary]
         if not ends:
             raise UserError(
-                f"tokenizer: {path} has no token that ends a document; "
-                f"add one of {' '.join(_END_OF_DOCUMENT)}"
+                f"tokenizer: {path} has no token that ends a document; add one of "
+                f"{' '.join(_END_OF_DOCUMENT)}, or eos_token in tokenizer_config.json"
             )
         self.name = path.name
         # Ids may have gaps, so the count of the tokens would be too small.
@@ -225,6 +226,21 @@ class HuggingFaceTokenizer:
         ends = (self.beginning, self.end_of_document)
         words = (self._model.id_to_token(i) or "" for i in ends)
         _write_settings(directory, *words)
+
+
+def _end_of_sequence(path):
+    """Yields what ``tokenizer_config.json`` beside a tokenizer names as its end."""
+    settings = path.with_name("tokenizer_config.json")
+    try:
+        token = json.loads(settings.read_text(encoding="utf-8")).get("eos_token")
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"tokenizer: {settings} cannot be read ({error}); download it again"
+        ) from error
+    # An older form is an object with the token and its properties.
+    yield token.get("content") if isinstance(token, dict) else token
 
 
 def _byte_letters():

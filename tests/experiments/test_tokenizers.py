@@ -168,6 +168,19 @@ def test_a_model_without_an_end_of_document_is_an_error(tmp_path):
         load_tokenizer(path)
 
 
+@pytest.mark.parametrize(
+    "eos", ["<unusual>", {"content": "<unusual>", "lstrip": False}]
+)
+def test_the_settings_beside_a_tokenizer_name_its_end(tmp_path, eos):
+    path = write_tokenizer_json(tmp_path / "tokenizer.json", special="<unusual>")
+    settings = tmp_path / "tokenizer_config.json"
+    settings.write_text(json.dumps({"eos_token": eos}))
+    assert load_tokenizer(path).end_of_document == 0
+    settings.write_text("[")
+    with pytest.raises(UserError, match=r"tokenizer_config.json cannot be read"):
+        load_tokenizer(path)
+
+
 def every_byte_of_utf8():
     codes = [*range(0x800), *range(0x800, 0xD800, 64), *range(0xE000, 0x110000, 4096)]
     text = "".join(map(chr, codes))
