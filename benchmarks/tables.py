@@ -1,7 +1,7 @@
-"""The tables of ``docs/memory_and_speed.md``, from ``benchmarks/results/``.
+"""The tables of pages about memory and speed, from ``benchmarks/results/``.
 
 ``python -m benchmarks.tables`` writes each table anew between its two comments. A test
-compares the page with the files.
+compares the pages with the files.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
-PAGE = ROOT / "docs/memory_and_speed.md"
+PAGES = (ROOT / "docs/memory_and_speed.md", ROOT / "docs/recipes/memory_24gb.md")
 # Card -> directories of its measurements.
 CARDS = {
     "H200": ("accelerator-h200", "accelerator-h200-second"),
@@ -269,4 +269,6 @@ def filled(page: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for path in PAGES:
+        text = path.read_text(encoding="utf-8")
+        path.write_text(filled(text), encoding="utf-8")
