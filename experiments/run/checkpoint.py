@@ -37,11 +37,12 @@ class RunRecord:
     progress: dict[str, Any]
 
 
-def read_record(directory: Path) -> RunRecord | None:
-    """Returns the record of a run's newest checkpoint, all of whose files it checks.
+def read_record(directory: Path, step: int | None = None) -> RunRecord | None:
+    """Returns the record of a run's checkpoint, all of whose files it checks.
 
     Args:
         directory: Of the run; nothing is written.
+        step: Of the checkpoint, one that there is. None: the newest.
 
     Returns:
         None: There is no complete checkpoint.
@@ -52,23 +53,53 @@ def read_record(directory: Path) -> RunRecord | None:
     steps = checkpoint_steps(directory)
     if not steps:
         return None
-    *older, newest = steps
-    path = directory / CHECKPOINTS / str(newest)
+    step = steps[-1] if step is None else step
+    path = _path(directory, step)
     damage = first_damage(path)
     if damage is not None:
-        whole = [x for x in older if first_damage(path.with_name(str(x))) is None]
-        if whole:
-            good = path.with_name(str(whole[-1]))
-            mend = f"delete what is newer than {good}, which is whole, and resume there"
-        else:
+        older = (_path(directory, x) for x in reversed(steps) if x < step)
+        good = next((x for x in older if first_damage(x) is None), None)
+        if good is None:
             mend = "no older one is whole, so start again with another --out"
+        else:
+            mend = f"delete what is newer than {good}, which is whole, and resume there"
         raise UserError(f"the checkpoint {path} is damaged: {damage}; {mend}")
     # Where Orbax puts what JsonSave is given.
     return RunRecord(**json.loads((path / "run" / "metadata").read_text()))
 
 
+def restore_state(
+    directory: Path, step: int, params: Any, opt_state: Any
+) -> tuple[Any, Any]:
+    """Returns parameters and optimizer state of a checkpoint.
+
+    Args:
+        directory: Of the run; nothing is written.
+        step: Of a checkpoint whose record :func:`read_record` has read.
+        params: Arrays, or shapes with shardings, like the saved ones.
+        opt_state: The same for the optimizer.
+
+    Raises:
+        UserError: If it is of another structure.
+    """
+    path = _path(directory, step).absolute()
+    like = {"params": params, "opt_state": opt_state}
+    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    with ocp.StandardCheckpointer() as checkpointer:
+        saved = checkpointer.metadata(path / "state").item_metadata.tree
+        try:
+            # A compacted state is smaller than the optimizer's first one.
+            target = lowrank_optax.like_saved(target, saved)
+        except ValueError as error:
+            raise UserError(
+                f"the checkpoint {path} does not fit this run: {error}"
+            ) from error
+        restored = checkpointer.restore(path / "state", target)
+    return restored["params"], restored["opt_state"]
+
+
 class Checkpoints:
-    """Saves in the background, and restores, the states of one run.
+    """Saves the states of one run in the background.
 
     A checkpoint appears under its final name only when it is complete, with the
     checksums of its files. As a context manager it waits, at the end, for the save
@@ -145,36 +176,6 @@ class Checkpoints:
                 ),
             )
 
-    def restore_state(self, params: Any, opt_state: Any) -> tuple[Any, Any]:
-        """Returns parameters and optimizer state of the newest checkpoint.
-
-        Its files are those that :func:`read_record` has checked.
-
-        Args:
-            params: Arrays, or shapes with shardings, like the saved ones.
-            opt_state: The same for the optimizer.
-
-        Raises:
-            UserError: If it is of another structure.
-        """
-        path = self.directory / str(self.latest_step)
-        like = {"params": params, "opt_state": opt_state}
-        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        with ocp.StandardCheckpointer() as checkpointer:
-            saved = checkpointer.metadata(path / "state").item_metadata.tree
-        try:
-            # A compacted state is smaller than the optimizer's first one.
-            target = lowrank_optax.like_saved(target, saved)
-        except ValueError as error:
-            raise UserError(
-                f"the checkpoint {path} does not fit this run: {error}"
-            ) from error
-        restored = self._manager.restore(
-            self.latest_step,
-            args=ocp.args.Composite(state=ocp.args.StandardRestore(target)),
-        )["state"]
-        return restored["params"], restored["opt_state"]
-
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         """Says which checkpoints are kept: a preservation policy of Orbax."""
         del context
@@ -214,6 +215,10 @@ class Checkpoints:
                 f"({_first_line(error)}); make room there, then continue from the last "
                 "complete one with --resume"
             ) from error
+
+
+def _path(directory: Path, step: int) -> Path:
+    return directory / CHECKPOINTS / str(step)
 
 
 def _first_line(error: BaseException) -> str:

@@ -13,7 +13,7 @@ from rich.console import Console
 from experiments.errors import UserError
 from experiments.optim.methods import OPTIMIZERS
 from experiments.run.assemble import Parts
-from experiments.run.checkpoint import Checkpoints
+from experiments.run.checkpoint import Checkpoints, restore_state
 from experiments.run.clock import Clock
 from experiments.run.columns import capacities_line
 from experiments.run.compiled import Programs
@@ -138,8 +138,8 @@ class _Loop:
             if parts.changed:
                 entry = {"step": self.progress.step, "settings": parts.changed}
                 self.progress.changes.append(entry)
-            self.params, self.opt_state = checkpoints.restore_state(
-                *parts.abstract_state()
+            self.params, self.opt_state = restore_state(
+                parts.directory, self.progress.step, *parts.abstract_state()
             )
             self.batches.set_state(parts.resumed.data_state)
         self.clock = Clock(self.progress.seconds)
