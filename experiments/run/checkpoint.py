@@ -37,12 +37,17 @@ class RunRecord:
     progress: dict[str, Any]
 
 
-def read_record(directory: Path, step: int | None = None) -> RunRecord | None:
-    """Returns the record of a run's checkpoint, all of whose files it checks.
+def record_of(checkpoint: Path) -> RunRecord:
+    """Returns the record in the directory of a checkpoint."""
+    # Where Orbax puts what JsonSave is given.
+    return RunRecord(**json.loads((checkpoint / "run" / "metadata").read_text()))
+
+
+def read_record(directory: Path) -> RunRecord | None:
+    """Returns the record of a run's newest checkpoint, all of whose files it checks.
 
     Args:
         directory: Of the run; nothing is written.
-        step: Of the checkpoint, one that there is. None: the newest.
 
     Returns:
         None: There is no complete checkpoint.
@@ -53,19 +58,18 @@ def read_record(directory: Path, step: int | None = None) -> RunRecord | None:
     steps = checkpoint_steps(directory)
     if not steps:
         return None
-    step = steps[-1] if step is None else step
-    path = _path(directory, step)
+    *older, newest = steps
+    path = _path(directory, newest)
     damage = first_damage(path)
     if damage is not None:
-        older = (_path(directory, x) for x in reversed(steps) if x < step)
-        good = next((x for x in older if first_damage(x) is None), None)
+        paths = (_path(directory, step) for step in reversed(older))
+        good = next((x for x in paths if first_damage(x) is None), None)
         if good is None:
             mend = "no older one is whole, so start again with another --out"
         else:
             mend = f"delete what is newer than {good}, which is whole, and resume there"
         raise UserError(f"the checkpoint {path} is damaged: {damage}; {mend}")
-    # Where Orbax puts what JsonSave is given.
-    return RunRecord(**json.loads((path / "run" / "metadata").read_text()))
+    return record_of(path)
 
 
 def restore_state(

@@ -1,7 +1,6 @@
 """Trained models from disk: any checkpoint of a run, or a Hugging Face directory."""
 
 import dataclasses
-import json
 import logging
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +18,7 @@ from experiments.model.config_file import read_config
 from experiments.model.hugging_face import load_llama
 from experiments.model.llama import Params, init_params
 from experiments.model.shape import LlamaConfig
-from experiments.run.checkpoint import RunRecord
+from experiments.run.checkpoint import record_of
 from experiments.run.checksums import first_damage
 from experiments.run.config import complete, from_json
 from experiments.run.files import CHECKPOINTS, checkpoint_steps
@@ -106,7 +105,7 @@ def _of_run(flags: SourceFlags, steps: list[int]) -> Loaded:
             f"the checkpoint {path} is damaged: {damage}; choose another one of "
             f"--checkpoint {', '.join(map(str, steps))}"
         )
-    config = from_json(_record(path).config)
+    config = from_json(record_of(path).config)
     if flags.tokenizer is not None:
         config = dataclasses.replace(config, tokenizer=flags.tokenizer)
     tokenizer = load_tokenizer(config.tokenizer or "bytes")
@@ -125,7 +124,7 @@ def _chosen_step(flags: SourceFlags, steps: list[int]) -> int:
     found = flags.checkpoint
     if found == "best":
         newest = flags.source / CHECKPOINTS / str(steps[-1])
-        best = _record(newest).progress.get("best")
+        best = record_of(newest).progress.get("best")
         if best is None:
             raise UserError(
                 f"--checkpoint best: the run in {flags.source} has not noted one; "
@@ -138,11 +137,6 @@ def _chosen_step(flags: SourceFlags, steps: list[int]) -> int:
             f"newest, best or one of {', '.join(map(str, steps))}"
         )
     return int(found)
-
-
-def _record(path: Path) -> RunRecord:
-    # Where Orbax puts what JsonSave is given.
-    return RunRecord(**json.loads((path / "run" / "metadata").read_text()))
 
 
 def _restored(

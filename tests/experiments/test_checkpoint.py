@@ -150,12 +150,6 @@ def test_without_the_damaged_checkpoints_the_whole_one_is_restored(saved, tmp_pa
     np.testing.assert_array_equal(params["b"], 1)
 
 
-def test_an_older_checkpoint_may_be_read_whatever_the_newest_is(saved, tmp_path):
-    shutil.copytree(saved, tmp_path / "run")
-    DAMAGES["no record"](tmp_path / "run/checkpoints/3")
-    assert read_record(tmp_path / "run", 2) == RECORD
-
-
 def test_checksums_are_there_before_a_checkpoint_has_its_name(tmp_path, monkeypatch):
     def no_checksums(directory):
         raise OSError("no room")
