@@ -30,7 +30,7 @@ def low_rank_record(node: Any) -> ScaleByLowRankState:
     if not is_low_rank(node):
         raise TypeError(
             f"the state is a {type(node).__name__}, not that of a low-rank "
-            "transformation; was it made by another optimizer?"
+            "transformation; was the state made by another optimizer?"
         )
     if not isinstance(node, ScaleByLowRankState):
         node = ScaleByLowRankState(**node)

@@ -152,9 +152,9 @@ def largest_fitting(
             return found
     least = min(sizes, key=lambda rank: sizes[rank].bytes)
     raise ValueError(
-        f"a budget of {limit:,} bytes is below the least that this state can take, "
-        f"{sizes[least].bytes:,} bytes at rank {least}; give at least that, project "
-        "more leaves, or store them in fewer bits with low_bit."
+        f"a budget of {limit:,} bytes is too small: the least state takes "
+        f"{sizes[least].bytes:,} bytes at rank {least}. Give so many bytes, project "
+        "more leaves, or store arrays in fewer bits with low_bit."
     )
 
 
