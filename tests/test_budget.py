@@ -77,7 +77,7 @@ def test_low_bits_buy_columns():
 
 def test_a_budget_below_the_least_names_the_least():
     least = bytes_of(METHODS["galore"](1).init(PARAMS))
-    with pytest.raises(ValueError, match=f"least state takes {least:,} bytes at rank 1"):
+    with pytest.raises(ValueError, match=f"least state takes {least:,} bytes at"):
         METHODS["galore"](budget(least - 1)).init(PARAMS)
     state = METHODS["galore"](budget(least)).init(PARAMS)
     assert set(capacities(state).values()) == {1}
