@@ -1,9 +1,12 @@
 """Fixtures for the tests that run the whole command."""
 
+import signal
+
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from experiments.run.terminal import TrainingProgress
 from tests.experiments.small_runs import write_inputs
 
 
@@ -30,3 +33,17 @@ def one_device(monkeypatch):
     """Shows the command one of the simulated devices."""
     device = jax.local_devices()[:1]
     monkeypatch.setattr(jax, "local_devices", lambda: device)
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """Sends this process a signal when it has started a step."""
+
+    def arrange(step, number=signal.SIGTERM):
+        def advance(self, now):
+            if now == step:
+                signal.raise_signal(number)
+
+        monkeypatch.setattr(TrainingProgress, "advance", advance)
+
+    return arrange

@@ -11,7 +11,6 @@ import pytest
 from experiments.optim import compaction
 from experiments.run.files import checkpoint_steps
 from experiments.run.renewals import AHEAD, Renewals
-from experiments.run.terminal import TrainingProgress
 from tests.experiments.small_runs import (
     assert_same_run,
     read_lines,
@@ -32,20 +31,6 @@ REFRESH = {
         *("--accumulate", 2, "--gradients", "subspace"),
     ],
 }
-
-
-@pytest.fixture
-def stop_at(monkeypatch):
-    """Sends this process a signal when it has started a step."""
-
-    def arrange(step, number=signal.SIGTERM):
-        def advance(self, now):
-            if now == step:
-                signal.raise_signal(number)
-
-        monkeypatch.setattr(TrainingProgress, "advance", advance)
-
-    return arrange
 
 
 @pytest.mark.usefixtures("one_device")
