@@ -1,8 +1,7 @@
 """LLaMA pre-training with low-rank optimizers: its commands, every part importable.
 
-``pretrain_llama``, ``compare`` and ``plan_memory`` are commands. Below them, a room
-imports only those that come before it: ``data``, ``model``, ``optim``, ``run`` and
-``comparison``.
+``python -m experiments`` lists the commands. Below them, a room imports only those that
+come before it: ``data``, ``model``, ``optim``, ``run`` and ``comparison``.
 """
 
 import os

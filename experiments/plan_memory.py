@@ -1,184 +1,136 @@
-"""What a LLaMA takes with each optimizer: ``python -m experiments.plan_memory``.
+"""What a run takes with each optimizer: ``python -m experiments.plan_memory``.
 
 From shapes alone: it answers for 7b on a laptop, in seconds.
 """
 
 import dataclasses
-import functools
 import json
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import jax
-import optax
-import tyro
 from rich.console import Console
 from rich.table import Table
 
 import lowrank_optax
-from experiments.arguments import check_choice, flag, parse_arguments
+from experiments.arguments import check_choice, check_ranges, given_flags, run_command
+from experiments.data.tokenizers import load_tokenizer
 from experiments.errors import UserError
-from experiments.model.llama import init_params
-from experiments.model.shape import MODELS, preset
-from experiments.optim.build import build_optimizer
-from experiments.optim.options import OptimizerOptions, with_defaults
+from experiments.ranges import AtLeastOne
+from experiments.run.config import check, read
+from experiments.run.flags import Config
+from experiments.run.plans import adamw_of, every_optimizer, plan_of
 
-# Ranks of the published runs.
-_RANKS = {"60m": 128, "130m": 256, "350m": 256, "1b": 512, "7b": 1024}
+_BESIDE = (
+    "Beside the plan a process takes: activations, which grow with --batch-size over "
+    "--accumulate and --sequence-length, and shrink with --remat; the compiler's "
+    "temporaries; on a GPU the driver's context and the compiled programs; on a CPU "
+    "Python, JAX and the tokenized text. On a GPU JAX takes three quarters of the "
+    "memory when it starts, whatever the plan: XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 "
+    "gives it more, XLA_PYTHON_CLIENT_PREALLOCATE=false lets it take what it needs."
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """Lists the bytes of parameters, gradients and optimizer state by optimizer.
+class PlanFlags:
+    """The plan."""
 
-    Activations come on top: what is left of the memory is for them.
-    """
-
-    #: Size of the LLaMA.
-    model: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(MODELS) + "}")] = "7b"
-    #: Tokens of the vocabulary.
-    vocabulary_size: int = 32_000
-    #: Type of parameters and gradients.
-    param_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    #: Rank of the projections, in columns. None: that of the published runs, or a
-    #: quarter of the hidden size.
-    rank: int | None = None
-    #: Memory of the device, like 24GB.
+    #: Memory of the device with its unit, like 24GB.
     memory: str = "24GB"
-    #: Print the plan of one optimizer leaf by leaf: a name from the first column.
+    #: Tokens of the vocabulary; at least 1. None: of --initial-weights or --tokenizer,
+    #: else 257 for tiny, which reads bytes, and 32,000 for other models.
+    vocabulary_size: AtLeastOne | None = None
+    #: Print the plan of one row alone, leaf by leaf: a name from the first column.
     leaves_of: str | None = None
     #: Write the plans to this JSON file too.
     json: Path | None = None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(PlanFlags, Config):
+    """Plans the bytes of parameters, gradients and optimizer state of a run.
+
+    It takes the flags of pretrain_llama, and --config. Without --optimizer and --config
+    it lists every optimizer, each with those of the flags that it has.
+    """
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status, 2 for a mistake of the user's."""
-    try:
-        options = _parse(sys.argv[1:] if argv is None else argv)
-        plans = plans_by_name(options)
-        if options.leaves_of is None:
-            _print_table(plans, options)
-        else:
-            print(_chosen(plans, options.leaves_of))
-        if options.json is not None:
-            found = {name: plan.to_dict() for name, plan in plans.items()}
-            options.json.write_text(json.dumps(found, indent=2) + "\n")
-    except (UserError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    return 0
+    return run_command(_run, sys.argv[1:] if argv is None else argv)
 
 
-def plans_by_name(options: Options) -> dict[str, Any]:
-    """Returns the plan of each row of the table."""
-    model = preset(
-        options.model, options.vocabulary_size, param_dtype=options.param_dtype
+def _run(argv: Sequence[str]) -> None:
+    options, given = read(argv, Options, "experiments.plan_memory"), given_flags(argv)
+    check_ranges(options)
+    _check_memory(options.memory)
+    config = Config(
+        **{x.name: getattr(options, x.name) for x in dataclasses.fields(Config)}
     )
-    params = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
-    rank = options.rank or _RANKS.get(options.model, model.hidden_size // 4)
-    return {
-        name: lowrank_optax.memory_plan(
-            optimizer(model.hidden_size, **{"rank": rank, **chosen}), params
-        )
-        for name, chosen in rows(rank).items()
-    }
+    if given & {"optimizer", "config", "resume"}:
+        check(config, given)
+        runs = {"adamw": adamw_of(config), "this run": config}
+    else:
+        runs = every_optimizer(config)
+        for run in runs.values():
+            check(run)
+    if options.leaves_of is not None:
+        check_choice("--leaves-of", options.leaves_of, runs)
+        runs = {options.leaves_of: runs[options.leaves_of]}
+    vocab_size = _vocab_size(options)
+    plans = {name: plan_of(run, vocab_size) for name, run in runs.items()}
+    if options.leaves_of is None:
+        _print_table(plans, plan_of(adamw_of(config), vocab_size), options)
+    else:
+        print(plans[options.leaves_of])
+    if options.json is not None:
+        found = {name: plan.to_dict() for name, plan in plans.items()}
+        options.json.write_text(json.dumps(found, indent=2) + "\n")
 
 
-def rows(rank: int) -> dict[str, dict[str, Any]]:
-    """Returns the options of each row of the table."""
-    fine = {"rank": max(1, rank // 16), "granularity": 16}
-    low_bit = {"moment_bits": 8, "vocabulary_optimizer": "low_bit"}
-    return {
-        "adamw": {"optimizer": "adamw"},
-        "adamw, 8 bits": {"optimizer": "adamw", **low_bit},
-        "galore": {"optimizer": "galore"},
-        "galore, 8 bits": {"optimizer": "galore", **low_bit},
-        "galore, 8 bits, basis 4": {"optimizer": "galore", "basis_bits": 4, **low_bit},
-        "adarankgrad": {"optimizer": "adarankgrad"},
-        "adarankgrad, 8 bits": {"optimizer": "adarankgrad", **low_bit},
-        "sumo, 8 bits, basis 8": {"optimizer": "sumo", "basis_bits": 8, **low_bit},
-        "low_rank_muon, 8 bits, basis 8": {
-            "optimizer": "low_rank_muon",
-            "basis_bits": 8,
-            **low_bit,
-        },
-        "vlorp": {"optimizer": "vlorp", **fine},
-        "projfactor": {"optimizer": "projfactor", **fine},
-        "projfactor, 8 bits": {"optimizer": "projfactor", **fine, **low_bit},
-        "galore everywhere, 8 bits, basis 4": {
-            "optimizer": "galore",
-            "moment_bits": 8,
-            "basis_bits": 4,
-            "vocabulary_optimizer": "projected",
-        },
-        "galore, 8 bits, basis 4, vocabulary factored": {
-            "optimizer": "galore",
-            "moment_bits": 8,
-            "basis_bits": 4,
-            "vocabulary_optimizer": "factored",
-        },
-    }
-
-
-def optimizer(hidden_size: int, **chosen: Any) -> optax.GradientTransformation:
-    """Returns an optimizer of the experiments."""
-    options = OptimizerOptions(**chosen)
-    defaults = with_defaults(options, steps=100, hidden_size=hidden_size)
-    options = dataclasses.replace(options, **defaults)
-    return build_optimizer(options, optax.constant_schedule(1e-3))
-
-
-def _parse(argv: Sequence[str]) -> Options:
-    options = parse_arguments(Options, "python -m experiments.plan_memory", argv)
-    check_choice("--model", options.model, MODELS)
+def _check_memory(text: str) -> None:
     try:
-        lowrank_optax.budget(options.memory)
+        lowrank_optax.budget(text)
     except ValueError as error:
         raise UserError(f"--memory: {error}") from error
-    for name in ("vocabulary_size", "rank"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"{flag(name)} must be at least 1")
-    return options
+    if re.fullmatch(r"[\d._ ]+", text):
+        raise UserError(f"--memory {text} has no unit; give one, like {text.strip()}GB")
 
 
-def _chosen(plans, name: str) -> Any:
-    if name not in plans:
-        raise UserError(f"--leaves-of {name!r} is none of: {'; '.join(plans)}")
-    return plans[name]
+def _vocab_size(options: Options) -> int:
+    if options.vocabulary_size is not None:
+        return options.vocabulary_size
+    if options.tokenizer is not None or options.initial_weights is not None:
+        # Initial weights know their own, which is at least as large.
+        return load_tokenizer(options.tokenizer or "bytes").vocab_size
+    return 257 if options.model == "tiny" else 32_000
 
 
-def _print_table(plans, options: Options) -> None:
+def _print_table(plans: Mapping[str, Any], plain: Any, options: Options) -> None:
     memory = lowrank_optax.budget(options.memory).limit
-    first = next(iter(plans.values()))
-    table = Table(title=f"LLaMA {options.model}, {options.param_dtype}, in GB (10^9)")
+    dtype = next(iter(plain.leaves)).dtype
+    table = Table(title=f"LLaMA {options.model_name}, {dtype}, in GB (10^9)")
     table.add_column("optimizer")
     columns = ("parameters", "gradients", "state", "of AdamW's", "left", "left *")
     for name in columns:
         table.add_column(name, justify="right")
     for name, plan in plans.items():
         lasting = plan.parameter_bytes + plan.optimizer_bytes
+        sizes = (plan.parameter_bytes, plan.gradient_bytes, plan.optimizer_bytes)
         table.add_row(
             name,
-            *(
-                f"{size / 1e9:,.2f}"
-                for size in (
-                    plan.parameter_bytes,
-                    plan.gradient_bytes,
-                    plan.optimizer_bytes,
-                )
-            ),
-            f"{plan.optimizer_bytes / first.optimizer_bytes:.3f}",
+            *(f"{size / 1e9:,.2f}" for size in sizes),
+            f"{plan.optimizer_bytes / plain.optimizer_bytes:.3f}",
             _left(memory - lasting - plan.gradient_bytes),
             _left(memory - lasting),
         )
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
     console.print(
-        f"left: of {options.memory}, for activations and the compiler's temporaries. "
-        "left *: for gradients too, in a step that never holds them all at once.",
+        f"left: of {options.memory}. left *: in a step that never holds all gradients "
+        f"at once. of AdamW's: of the state of AdamW without bits.\n{_BESIDE}",
         highlight=False,
     )
 

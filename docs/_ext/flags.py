@@ -69,7 +69,7 @@ def _option(group: type, field: dataclasses.Field, parts: list[Any]) -> Iterator
         for choice in typing.get_args(part)
     ]
     given = next((x for x in parts if hasattr(x, "metavar")), None)
-    if given is not None and given.metavar:
+    if given is not None and (given.metavar or "").startswith("{"):
         choices = given.metavar.strip("{}").split(",")
     if bool in parts:
         names = f"{flag(field.name)}, {flag('no_' + field.name)}"

@@ -66,23 +66,26 @@ def load_llama(directory: str | Path) -> tuple[LlamaConfig, Params]:
             the model does not compute, or a tensor is missing, unexpected, or of
             another shape or dtype.
     """
-    directory = Path(directory)
-    config = read_config(directory / "config.json")
-    tensors = _open_tensors(directory)
-    _check_tensors(directory, config, tensors)
-    dtypes = {tensors[name].get_slice(name).get_dtype() for name in tensors}
-    param_dtype = "bfloat16" if dtypes == {"BF16"} else "float32"
+    config, tensors = _opened(Path(directory))
 
     def read(path, name):
         tensor = _flip(path, tensors[name].get_tensor(name))
-        return tensor.astype(jnp.dtype(param_dtype))
+        return tensor.astype(jnp.dtype(config.param_dtype))
 
     params = {}
     for path, names in _names(config).items():
         leaf = [read(path, name) for name in names]
         params[path] = jnp.asarray(np.stack(leaf) if _is_stacked(path) else leaf[0])
-    config = dataclasses.replace(config, param_dtype=param_dtype)
     return config, traverse_util.unflatten_dict(params)
+
+
+def read_shape(directory: str | Path) -> LlamaConfig:
+    """Returns the configuration that :func:`load_llama` does, without the weights.
+
+    Raises:
+        UserError: As there.
+    """
+    return _opened(Path(directory))[0]
 
 
 def save_llama(
@@ -132,6 +135,16 @@ def _write_tensors(path, config, params):
             tensors[name] = np.ascontiguousarray(_flip(place, matrix))
     # Hugging Face's loader refuses a file that does not name a format.
     save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _opened(directory):
+    """Returns the configuration and, for each tensor's name, its open file."""
+    config = read_config(directory / "config.json")
+    tensors = _open_tensors(directory)
+    _check_tensors(directory, config, tensors)
+    dtypes = {tensors[name].get_slice(name).get_dtype() for name in tensors}
+    param_dtype = "bfloat16" if dtypes == {"BF16"} else "float32"
+    return dataclasses.replace(config, param_dtype=param_dtype), tensors
 
 
 def _open_tensors(directory):

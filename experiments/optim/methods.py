@@ -186,5 +186,7 @@ OPTIMIZERS: dict[str, Method] = {
         takes_vocabulary=False,
     ),
 }
+# Methods whose rank may follow from --block-state-bytes.
+BUDGETED = ("galore", "adarankgrad")
 # The own options of all methods.
 OWN_OPTIONS = frozenset(name for method in OPTIMIZERS.values() for name in method.own)

@@ -92,7 +92,7 @@ def assemble(config: Config, report: Callable[[str], None]) -> Parts:
     weights = config.initial_weights and load_llama(config.initial_weights)
     config = _with_tokenizer(config, report)
     tokenizer = load_tokenizer(config.tokenizer or "bytes")
-    model = model_of(config, tokenizer, weights[0] if weights else None)
+    model = model_of(config, tokenizer.vocab_size, weights[0] if weights else None)
     config = complete(config, model.hidden_size)
     resumed, changed = _read_checkpoint(config, directory)
     data = make_data(

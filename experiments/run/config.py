@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lowrank_optax
 from experiments.arguments import (
@@ -19,7 +19,7 @@ from experiments.arguments import (
 )
 from experiments.errors import UserError
 from experiments.model.shape import MODELS
-from experiments.optim.methods import OPTIMIZERS, OWN_OPTIONS
+from experiments.optim.methods import BUDGETED, OPTIMIZERS, OWN_OPTIONS
 from experiments.optim.options import with_defaults
 from experiments.run.files import CONFIG_FILE
 from experiments.run.flags import Config
@@ -28,6 +28,7 @@ from experiments.run.unused import check_unused
 from experiments.run.wandb_run import import_wandb
 
 PROGRAM = "experiments.pretrain_llama"
+Flags = TypeVar("Flags", bound=Config)
 
 
 # What a configuration file says of the run that wrote it, and of no other.
@@ -42,16 +43,33 @@ def parse(argv: Sequence[str]) -> Config:
         UserError: If a flag or a value is not one of ours.
         SystemExit: With status 0, after ``--help``.
     """
-    config = _parse(argv)
+    config = read(argv, Config, PROGRAM)
+    check(config, given_flags(argv))
+    return config
+
+
+def read(argv: Sequence[str], options: type[Flags], program: str) -> Flags:
+    """Returns what arguments and files spell, nothing checked but the files.
+
+    Args:
+        argv: Arguments, without the name.
+        options: The configuration, or a class with further flags.
+        program: Module of the command.
+
+    Raises:
+        UserError: If a flag, or a setting in a file, is not one of ours.
+        SystemExit: With status 0, after ``--help``.
+    """
+    program = f"python -m {program}"
+    config = parse_arguments(options, program, argv)
     files = []
     if config.resume and config.out and (config.out / CONFIG_FILE).is_file():
         files.append(config.out / CONFIG_FILE)
     if config.config is not None:
         files.append(config.config)
     words = [word for path in files for word in _words_of_file(path, config, argv)]
-    config = dataclasses.replace(_parse([*words, *argv]), config=None)
-    check(config, given_flags(argv))
-    return config
+    config = parse_arguments(options, program, [*words, *argv])
+    return dataclasses.replace(config, config=None)
 
 
 def _words_of_file(path: Path, config: Config, argv: Sequence[str]) -> list[str]:
@@ -106,11 +124,7 @@ def from_json(fields: Mapping[str, Any]) -> Config:
     Raises:
         UserError: If a field is unknown or its value not of its type.
     """
-    return _parse(words_of(fields))
-
-
-def _parse(argv: Sequence[str]) -> Config:
-    return parse_arguments(Config, f"python -m {PROGRAM}", argv)
+    return parse_arguments(Config, PROGRAM, words_of(fields))
 
 
 def check(config: Config, given: frozenset[str] = frozenset()) -> None:
@@ -153,10 +167,10 @@ def check(config: Config, given: frozenset[str] = frozenset()) -> None:
 
 
 def _check_budget(config: Config) -> None:
-    if config.optimizer not in ("galore", "adarankgrad"):
+    if config.optimizer not in BUDGETED:
         raise UserError(
-            f"--block-state-bytes does not work with {config.optimizer}; choose galore "
-            "or adarankgrad, or give --rank"
+            f"--block-state-bytes does not work with {config.optimizer}; choose "
+            f"{' or '.join(BUDGETED)}, or give --rank"
         )
     try:
         lowrank_optax.budget(config.block_state_bytes or "")

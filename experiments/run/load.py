@@ -112,7 +112,7 @@ def _of_run(flags: SourceFlags, steps: list[int]) -> Loaded:
     weights = config.initial_weights
     shape = read_config(weights / "config.json") if weights else None
     model, params = _restored(
-        path / "state", config, model_of(config, tokenizer, shape)
+        path / "state", config, model_of(config, tokenizer.vocab_size, shape)
     )
     name = f"{flags.source}, step {step}"
     return Loaded(name, model, merged(params), tokenizer, config)

@@ -4,7 +4,6 @@ import dataclasses
 
 import jax
 
-from experiments.data.tokenizers import Tokenizer
 from experiments.errors import UserError
 from experiments.model.adapters import with_adapters
 from experiments.model.llama import Params
@@ -14,13 +13,13 @@ from experiments.run.flags import Config
 
 
 def model_of(
-    config: Config, tokenizer: Tokenizer, of_weights: LlamaConfig | None
+    config: Config, vocab_size: int, of_weights: LlamaConfig | None
 ) -> LlamaConfig:
     """Returns the shape of a run's model.
 
     Args:
         config: Of the run.
-        tokenizer: Of the run.
+        vocab_size: Tokens of the run's tokenizer.
         of_weights: Shape of ``--initial-weights``; None: there are none.
 
     Raises:
@@ -39,14 +38,14 @@ def model_of(
             numerics["num_kv_heads"] = config.kv_heads
         return preset(
             config.model,
-            tokenizer.vocab_size,
+            vocab_size,
             tie_embeddings=config.tied_embeddings,
             **numerics,
         )
     numerics["max_positions"] = max(of_weights.max_positions, config.sequence_length)
-    if tokenizer.vocab_size > of_weights.vocab_size:
+    if vocab_size > of_weights.vocab_size:
         raise UserError(
-            f"--tokenizer {config.tokenizer} has {tokenizer.vocab_size} tokens, the "
+            f"--tokenizer {config.tokenizer} has {vocab_size} tokens, the "
             f"model in {config.initial_weights} only {of_weights.vocab_size}; give the "
             "tokenizer that it was trained with"
         )

@@ -95,6 +95,17 @@ _RULES = (
 )
 
 
+def unused(config: Config) -> dict[str, str]:
+    """Returns the fields that have no effect, and why."""
+    method = OPTIMIZERS[config.optimizer]
+    others = sorted(OWN_OPTIONS - method.own.keys())
+    reasons = dict.fromkeys(others, f"{config.optimizer} has no such option")
+    for names, applies, why in _RULES:
+        if applies(config, method):
+            reasons |= dict.fromkeys(names, why.format(c=config))
+    return reasons
+
+
 def check_unused(config: Config, given: frozenset[str]) -> None:
     """Raises UserError if a flag is given that has no effect.
 
@@ -105,12 +116,6 @@ def check_unused(config: Config, given: frozenset[str]) -> None:
     """
     fields = dataclasses.fields(config)
     given |= {x.name for x in fields if getattr(config, x.name) != x.default}
-    method = OPTIMIZERS[config.optimizer]
-    others = sorted(OWN_OPTIONS - method.own.keys())
-    reasons = dict.fromkeys(others, f"{config.optimizer} has no such option")
-    for names, applies, why in _RULES:
-        if applies(config, method):
-            reasons |= dict.fromkeys(names, why.format(c=config))
-    for name, reason in reasons.items():
+    for name, reason in unused(config).items():
         if name in given:
             raise UserError(f"{flag(name)} has no effect: {reason}; leave it out")

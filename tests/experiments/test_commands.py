@@ -2,11 +2,14 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from experiments import evaluate, export, generate
+from experiments.__main__ import COMMANDS
+from experiments.__main__ import main as overview
 from experiments.model.hugging_face import load_llama
 from tests.experiments.small_runs import one_error_line, run
 
@@ -134,3 +137,13 @@ def test_a_damaged_checkpoint_is_not_exported(trained, tmp_path, capsys):
     assert "checkpoints/4 is damaged" in one_error_line(capsys)
     assert not (tmp_path / "out").exists()
     assert call(export, copy, "--out", tmp_path / "out", "--checkpoint", "2") == 0
+
+
+def test_the_overview_lists_every_command(capsys):
+    overview()
+    lines = capsys.readouterr().out.splitlines()[1:]
+    listed = [line.split()[2].removeprefix("experiments.") for line in lines]
+    assert listed == list(COMMANDS)
+    files = Path(evaluate.__file__).parent.glob("*.py")
+    found = {path.stem for path in files if "sys.exit(main())" in path.read_text()}
+    assert set(COMMANDS) == found

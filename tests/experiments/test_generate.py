@@ -143,7 +143,7 @@ def test_top_p_leaves_the_fewest_tokens_that_reach_it(params):
         for key in keys
     }
 
-    # The least likely of them is missed by 200 draws once in ten thousand runs.
+    # 200 draws, the same ones each time, meet the least likely of them too.
     assert drawn == set(order[:needed].tolist())
     with pytest.raises(UserError, match="top_p is 0"):
         generate(CONFIG, params, [1], 1, temperature=1, top_p=0, key=keys[0])

@@ -2,28 +2,84 @@
 
 import json
 
+import jax
 import pytest
 
 from experiments.plan_memory import main
-from tests.experiments.small_runs import one_error_line
+from experiments.run.assemble import assemble
+from experiments.run.config import check, parse, to_json
+from experiments.run.plans import every_optimizer
+from tests.experiments.small_runs import one_error_line, write_inputs
 
 
 def run(*flags):
     return main([str(flag) for flag in flags])
 
 
+def rows(said):
+    lines = (line.split("│") for line in said.splitlines() if "│" in line)
+    return {name.strip(): [x.strip() for x in cells] for _, name, *cells, _ in lines}
+
+
 def test_it_lists_every_optimizer_and_what_is_left(capsys):
-    assert run("--model", "7b", "--memory", "24GB") == 0
+    flags = ("--model", "7b", "--param-dtype", "bfloat16", "--memory", "24GB")
+    assert run(*flags) == 0
     said = capsys.readouterr().out
-    lines = {
-        line.split("│")[1].strip(): line for line in said.splitlines() if "│" in line
-    }
-    assert "does not fit" in lines["adamw"]
+    found = rows(said)
     # 26.95 GB of two bfloat16 moments; 13.48 of parameters.
-    assert "26.95" in lines["adamw"]
-    assert "13.48" in lines["adamw"]
-    assert "does not fit" not in lines["projfactor, 8 bits"].split("│")[-2]
-    assert len(lines) >= 10
+    assert found["adamw"][:3] == ["13.48", "13.48", "26.95"]
+    assert found["adamw"][4:] == ["does not fit"] * 2
+    assert found["projfactor, 8 bits"][5] != "does not fit"
+    assert {"low_rank_muon", "low_rank_muon, 8 bits", "lora"} <= found.keys()
+    # The default rank of adarankgrad is larger than that of galore.
+    assert float(found["adarankgrad"][2]) > float(found["galore"][2])
+    assert "XLA_PYTHON_CLIENT_PREALLOCATE" in said
+
+
+def test_flags_count_in_each_row_that_has_them():
+    found = every_optimizer(parse(["--rank", "8", "--weight-decay", "0.1"]))
+    for name in ("galore", "vlorp", "lora, 8 bits", "optax_galore"):
+        assert (found[name].rank, found[name].weight_decay) == (8, 0.1)
+    assert (found["muon"].rank, found["muon"].weight_decay) == (None, 0.1)
+    assert found["sumo, 8 bits"].basis_bits == 8
+    assert found["vlorp, 8 bits"].basis_bits is None
+    assert "optax_galore, 8 bits" not in found
+    for row in found.values():
+        check(row)
+    bits = every_optimizer(parse(["--moment-bits", "8"]))
+    assert (bits["galore"].moment_bits, bits["adafactor"].moment_bits) == (8, None)
+    assert "galore, 8 bits" not in bits
+    budgeted = every_optimizer(parse(["--block-state-bytes", "1GB"]))
+    assert {row.optimizer for row in budgeted.values()} == {"galore", "adarankgrad"}
+
+
+RUNS = {
+    "defaults": [],
+    "low_rank_muon": [
+        *("--optimizer", "low_rank_muon", "--basis-bits", 4, "--moment-bits", 8),
+        *("--vocabulary-optimizer", "low_bit"),
+    ],
+    "accumulated": ["--optimizer", "galore", "--rank", 3, "--accumulate", 2],
+    "bytes": ["--block-state-bytes", "12kB"],
+    "lora": ["--optimizer", "lora", "--rank", 2],
+}
+
+
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize("name", RUNS)
+def test_the_plan_is_what_the_run_keeps(name, tmp_path, capsys):
+    words = [*write_inputs(tmp_path), *map(str, RUNS[name])]
+    parts = assemble(parse(words), lambda text: None)
+    params, state = (
+        sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+        for tree in parts.abstract_state()
+    )
+    (tmp_path / "config.json").write_text(json.dumps(to_json(parts.config)))
+    json_file = tmp_path / "plans.json"
+    assert run("--config", tmp_path / "config.json", "--json", json_file) == 0
+    assert list(rows(capsys.readouterr().out)) == ["adamw", "this run"]
+    plan = json.loads(json_file.read_text())["this run"]
+    assert (plan["parameter_bytes"], plan["optimizer_bytes"]) == (params, state)
 
 
 def test_one_optimizer_leaf_by_leaf_and_as_json(capsys, tmp_path):
@@ -33,9 +89,8 @@ def test_one_optimizer_leaf_by_leaf_and_as_json(capsys, tmp_path):
     said = capsys.readouterr().out
     assert "['blocks']['mlp']['up']" in said
     assert "512 -> 128" in said
-    plans = json.loads(path.read_text())
-    total = plans["galore"]["optimizer_bytes"]
-    assert total == sum(plans["galore"]["state_bytes"].values())
+    (plan,) = json.loads(path.read_text()).values()
+    assert plan["optimizer_bytes"] == sum(plan["state_bytes"].values())
 
 
 @pytest.mark.parametrize(
@@ -43,13 +98,20 @@ def test_one_optimizer_leaf_by_leaf_and_as_json(capsys, tmp_path):
     [
         (["--model", "8b"], "--model '8b' is not known; choose one of tiny"),
         (["--memory", "much"], "--memory: 'much' is not a number of bytes"),
-        (["--leaves-of", "sgd"], "--leaves-of 'sgd' is none of: adamw"),
+        (["--memory", "24"], "--memory 24 has no unit; give one, like 24GB"),
+        (["--leaves-of", "sgd"], "--leaves-of 'sgd' is not known; choose one of adamw"),
         (["--rank", "0"], "--rank must be at least 1"),
+        (["--vocabulary-size", "0"], "--vocabulary-size must be at least 1"),
+        (["--optimizer", "muon", "--rank", "4"], "--rank has no effect: muon has no"),
+        (["--block-state-bytes", "10"], "adarankgrad: "),
         (
             ["--ranks", "3"],
             "--ranks is not a flag of this command; did you",
         ),
-        (["--model", "60m", "--json", "/nowhere/plans.json"], "/nowhere/plans.json"),
+        (
+            ["--optimizer", "adamw", "--json", "/nowhere/plans.json"],
+            "/nowhere/plans.json",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(flags, message, capsys):
