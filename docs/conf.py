@@ -48,6 +48,7 @@ copy_notebooks(ROOT / "notebooks", HERE / "notebooks")
 # Kernels import this repository, wherever it is installed from.
 os.environ["PYTHONPATH"] = str(ROOT)
 
+nitpicky = True
 add_module_names = False
 # The sections on arguments say types in words.
 autodoc_typehints = "none"
@@ -55,12 +56,5 @@ autodoc_member_order = "bysource"
 python_maximum_signature_line_length = 88
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
-
-# The site is built without a network, so that other people's names have no links.
-nitpicky = True
-nitpick_ignore_regex = [
-    (r"py:.*", r"(collections|jax|jaxlib|numpy|np|optax|typing)\..*"),
-    (r"py:class", "ArrayTree"),
-    # Types that signatures name and a reader does not need.
-    (r"py:class", r"lowrank_optax\.(matrix|rules|storage)\..*"),
-]
+napoleon_use_ivar = True
+napoleon_attr_annotations = False

@@ -66,6 +66,13 @@ def test_links_inside_the_site_lead_somewhere(pages):
     assert not problems
 
 
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_of_the_repository_lead_to_files(name):
+    links = re.findall(r"\]\(([^)#\s]+)", (ROOT / name).read_text(encoding="utf-8"))
+    inside = [link for link in links if not urlsplit(link).scheme]
+    assert not [link for link in inside if not (ROOT / link).exists()]
+
+
 def test_a_broken_link_is_found(tmp_path):
     path = (tmp_path / "a.html").resolve()
     path.write_text('<p id="there"><a href="#there"></a><a href="b.html#x"></a>')

@@ -59,7 +59,9 @@ def _as_markup(app, what, name, obj, options, lines: list[str]) -> None:
         # The star of a shape, (*stack, a, b), would begin an emphasis.
         line = re.sub(r"\(\*(?=\w)", r"(\\*", line)
         # With a dot Sphinx looks for the name in every module.
-        lines[number] = re.sub(r":(class|func|meth):`(~?)(?=\w)", r":\1:`\2.", line)
+        lines[number] = re.sub(
+            r":(class|func|meth):`(~?)(?=[\w.]+`)", r":\1:`\2.", line
+        )
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
