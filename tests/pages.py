@@ -24,12 +24,6 @@ PAGES = [
 ]
 SHELLS = ("sh", "bash")
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
-# Modules of `experiments` that are commands.
-COMMANDS = [
-    path.stem
-    for path in sorted((ROOT / "experiments").glob("*.py"))
-    if "def main(" in path.read_text(encoding="utf-8")
-]
 
 _FENCE = re.compile(
     r"^ *```(?P<language>[^\n`]*)\n(?P<code>.*?)^ *```$",
@@ -108,6 +102,6 @@ def flags_of(module: str) -> set[str]:
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
         importlib.import_module(module).main(["--help"])
-    # tyro draws a frame around them.
-    lines = re.findall(r"^[^\w\n]*-.*$", output.getvalue(), re.MULTILINE)
-    return {name for line in lines for name in FLAG.findall(line)}
+    # tyro draws a frame around them. Some have another form: --remat, --no-remat.
+    found = re.findall(r"^.{,2}((?:--?[\w-]+, )*--[\w-]+)", output.getvalue(), re.M)
+    return {name for names in found for name in FLAG.findall(names)}

@@ -8,8 +8,8 @@ import textwrap
 
 import pytest
 
+from experiments.__main__ import COMMANDS
 from tests.pages import (
-    COMMANDS,
     FLAG,
     PAGES,
     ROOT,
