@@ -17,8 +17,9 @@ from experiments.ranges import (
     Positive,
 )
 
-# A warm-up of 4 steps, the tenth of a short run, overshoots at the default rates.
-_LEAST_WARMUP = 20
+# At the default rates 40 steps, on bytes of C4, jump from a loss of 3.3 to 5.3 behind a
+# warm-up of a tenth, 4 steps, and to 4.3 behind one of 20; behind one of 25 they do not.
+_LEAST_WARMUP = 30
 _WSD_DECAY = 0.2
 
 Rebase = Literal["abs", "clamp", "filled", "first", "keep", "ldadam", "square", "zero"]
@@ -71,7 +72,7 @@ class ScheduleFlags:
     #: line down over --decay-fraction); linear (a line down); constant.
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
     #: Steps of linear warm-up from zero, below --steps. None: a tenth of --steps; at
-    #: least 20, but at most half of --steps.
+    #: least 30, but at most two thirds of --steps.
     warmup_steps: Count | None = None
     #: Share of --steps that the decay of wsd takes, all that is behind the warm-up at
     #: most; in (0, 1). None: 0.2 of wsd, the
@@ -172,13 +173,13 @@ class OptimizerOptions(MemoryFlags, OneMethodFlags, ScheduleFlags, OptimizerFlag
 
 
 def default_warmup(steps: int) -> int:
-    """Returns a tenth of the steps; at least 20, but at most half of them.
+    """Returns a tenth of the steps; at least 30, but at most two thirds of them.
 
     Example:
-        >>> [default_warmup(steps) for steps in (800, 200, 100, 40, 5)]
-        [80, 20, 20, 20, 2]
+        >>> [default_warmup(steps) for steps in (800, 300, 100, 40, 5)]
+        [80, 30, 30, 26, 3]
     """
-    return max(steps // 10, min(_LEAST_WARMUP, steps // 2))
+    return max(steps // 10, min(_LEAST_WARMUP, 2 * steps // 3))
 
 
 def with_defaults(

@@ -14,7 +14,7 @@ _COLUMNS = 4
 def draw_figures(
     directory: Path, records: list[dict[str, Any]], summary: dict[str, Any]
 ) -> list[Path]:
-    """Writes loss.png, memory.png and, where there are ranks, ranks.png.
+    """Writes loss.png, memory.png and, where ranks differ, ranks.png.
 
     Args:
         directory: Where to; made if missing.
@@ -29,8 +29,12 @@ def draw_figures(
         "loss.png": _loss(records, summary),
         "memory.png": _memory(summary),
     }
-    if any("ranks" in record for record in records):
-        figures["ranks.png"] = _ranks([r for r in records if "ranks" in r])
+    ranked = [record for record in records if "ranks" in record]
+    used = {
+        r for line in ranked for ranks in line["ranks"].values() for r in _flat(ranks)
+    }
+    if len(used) > 1:
+        figures["ranks.png"] = _ranks(ranked, min(used), max(used))
     for name, figure in figures.items():
         # Not pyplot, which would keep every figure and choose a display.
         FigureCanvasAgg(figure).print_png(directory / name)
@@ -59,7 +63,12 @@ def _curve(records, name):
     return np.array(found, float).T
 
 
-def _ranks(records):
+def _flat(ranks):
+    """Returns the ranks of one matrix, which may be a stack of layers, as a list."""
+    return np.ravel(ranks).tolist()
+
+
+def _ranks(records, least, most):
     names = sorted(records[0]["ranks"])
     rows = -(-len(names) // _COLUMNS)
     figure = Figure(figsize=(3 * _COLUMNS, 0.8 + 1.9 * rows), layout="constrained")
@@ -68,19 +77,16 @@ def _ranks(records):
     edges = [0, *(record["step"] for record in records)]
     # (layers, records); a matrix that is not stacked is one layer.
     ranks = {
-        name: np.array([np.ravel(record["ranks"][name]) for record in records]).T
+        name: np.array([_flat(record["ranks"][name]) for record in records]).T
         for name in names
     }
-    least = min(map(np.min, ranks.values()))
-    most = max(map(np.max, ranks.values()))
     for name, axes in zip(names, grid, strict=False):
         image = axes.pcolormesh(
             edges,
             np.arange(len(ranks[name]) + 1) - 0.5,
             ranks[name],
-            # Half a column beyond: ranks that are all equal have a scale too.
-            vmin=least - 0.5,
-            vmax=most + 0.5,
+            vmin=least,
+            vmax=most,
         )
         low, high = ranks[name].min(), ranks[name].max()
         span = f"{low}" if low == high else f"{low} to {high}"

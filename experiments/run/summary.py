@@ -135,9 +135,7 @@ def _perplexity(summary):
 
 def _step_time(summary):
     text = f"{1e3 * summary['step_seconds']:,.1f} ms"
-    if summary["mfu"] is None:
-        return f"{text}; the peak of this device is not known, so neither is the MFU"
-    return f"{text}, MFU {summary['mfu']:.1%}"
+    return text if summary["mfu"] is None else f"{text}, MFU {summary['mfu']:.1%}"
 
 
 def _peak_memory(summary):

@@ -258,7 +258,7 @@ def test_the_options_of_the_chosen_optimizer_are_filled_in_and_no_others(optimiz
 
 @pytest.mark.parametrize(
     ("steps", "warmup"),
-    [(800, 80), (600, 60), (300, 30), (100, 20), (40, 20), (5, 2), (1, 0)],
+    [(800, 80), (600, 60), (300, 30), (100, 30), (40, 26), (5, 3), (1, 0)],
 )
 def test_a_warm_up_is_a_tenth_of_the_run_but_not_of_a_short_one(steps, warmup):
     config = complete(parse(["--steps", str(steps)]), hidden_size=64)

@@ -42,11 +42,14 @@ def drawn(monkeypatch, tmp_path):
     return draw
 
 
-def test_files_are_images_and_ranks_are_drawn_only_if_there_are_any(drawn):
+def test_files_are_images_and_ranks_are_drawn_only_if_they_differ(drawn):
     files, _ = drawn(RECORDS)
     assert files.keys() == {"loss.png", "memory.png", "ranks.png"}
     for path in files.values():
         assert path.read_bytes().startswith(b"\x89PNG")
+    equal = {"step": 1, "loss": 5.0, "ranks": {"up": [4, 4], "head": 4}}
+    files, _ = drawn([RECORDS[0], equal])
+    assert files.keys() == {"loss.png", "memory.png"}
     files, _ = drawn([RECORDS[0], {"step": 1, "loss": 5.0, "validation_loss": 4.0}])
     assert files.keys() == {"loss.png", "memory.png"}
 
@@ -68,7 +71,7 @@ def test_ranks_are_coloured_by_layer_and_step_over_the_whole_figure(drawn):
     assert head.get_array().tolist() == [[4, 7, 7]]
     assert up.get_array().tolist() == [[2, 5, 5], [3, 6, 6]]
     # One scale, from the lowest rank to the highest.
-    assert head.get_clim() == up.get_clim() == (1.5, 7.5)
+    assert head.get_clim() == up.get_clim() == (2, 7)
     for axes in ranks.axes[:2]:
         assert axes.get_xlim() == (0, 10)
 
