@@ -17,8 +17,8 @@ from experiments.ranges import (
     Positive,
 )
 
-# At the default rates 40 steps, on bytes of C4, jump from a loss of 3.3 to 5.3 behind a
-# warm-up of a tenth, 4 steps, and to 4.3 behind one of 20; behind one of 25 they do not.
+# At the default rates a run of 40 steps on bytes of C4 jumps from a loss of 3.3 to 5.3
+# behind a warm-up of 4 steps, a tenth, and to 4.3 behind 20; behind 25 it does not.
 _LEAST_WARMUP = 30
 _WSD_DECAY = 0.2
 
