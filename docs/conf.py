@@ -1,6 +1,5 @@
 """How Sphinx builds the site; `make docs` calls it."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -45,8 +44,6 @@ nb_execution_raise_on_error = True
 nb_execution_timeout = 600
 nb_merge_streams = True
 copy_notebooks(ROOT / "notebooks", HERE / "notebooks")
-# Kernels import this repository, wherever it is installed from.
-os.environ["PYTHONPATH"] = str(ROOT)
 
 nitpicky = True
 add_module_names = False

@@ -45,6 +45,7 @@ class Page(HTMLParser):
     Attributes:
         links: href of every anchor.
         sources: What a browser loads by itself: scripts, style sheets, images.
+        undescribed: Images without a text for those who do not see them.
         anchors: Every id.
         titles: Number of its headings of the first level.
     """
@@ -53,6 +54,7 @@ class Page(HTMLParser):
         super().__init__()
         self.links: list[str] = []
         self.sources: list[str] = []
+        self.undescribed: list[str] = []
         self.anchors: set[str] = set()
         self.titles = 0
         self.feed(path.read_text(encoding="utf-8"))
@@ -67,5 +69,8 @@ class Page(HTMLParser):
             self.links.append(values["href"])
         if tag == "link" and "href" in values:
             self.sources.append(values["href"])
+        # Sphinx writes the name of the file where there is no text.
+        if tag == "img" and " " not in values.get("alt", ""):
+            self.undescribed.append(values["src"])
         if "src" in values:
             self.sources.append(values["src"])

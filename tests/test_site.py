@@ -27,6 +27,12 @@ def test_every_page_says_its_title(pages):
         assert page.titles == 1 or path.name in WITHOUT_TITLE, path
 
 
+def test_every_image_says_what_it_shows(pages):
+    assert not [
+        (path, page.undescribed) for path, page in pages.items() if page.undescribed
+    ]
+
+
 def test_every_public_name_is_in_the_reference(site):
     # Four lines in words, then compressed ones: name, domain:role, ...
     packed = (site / "objects.inv").read_bytes().split(b"\n", 4)[-1]
