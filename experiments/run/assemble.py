@@ -95,6 +95,8 @@ def assemble(config: Config, report: Callable[[str], None]) -> Parts:
     model = model_of(config, tokenizer.vocab_size, weights[0] if weights else None)
     config = complete(config, model.hidden_size)
     resumed, changed = _read_checkpoint(config, directory)
+    if config.resume and resumed is None:
+        report(f"{directory} has no checkpoint: the run starts")
     data = make_data(
         config.data,
         tokenizer,

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -216,7 +217,7 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             raise UserError(
                 f"cannot write a checkpoint to {self.directory} "
-                f"({_first_line(error)}); make room there, then continue from the last "
+                f"({_reason(error)}); make room there, then continue from the last "
                 "complete one with --resume"
             ) from error
 
@@ -225,6 +226,12 @@ def _path(directory: Path, step: int) -> Path:
     return directory / CHECKPOINTS / str(step)
 
 
-def _first_line(error: BaseException) -> str:
+def _reason(error: OSError | ValueError) -> str:
+    # tensorstore names files first, then what the system says.
+    found = re.search(r"([^:]+) \[os_error_code", str(error))
+    if found:
+        return found[1].strip()
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:120]

@@ -164,6 +164,36 @@ def test_checksums_are_there_before_a_checkpoint_has_its_name(tmp_path, monkeypa
     assert list((tmp_path / CHECKPOINTS).iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(28, "No space left on device"), r"\(No space left on device\)"),
+        (
+            # As tensorstore has it.
+            ValueError(
+                'RESOURCE_EXHAUSTED: Error writing local file "x/0": Failed writing: '
+                '"x/0.__lock": Failed to write 9 bytes to file 4: No space left on '
+                "device [os_error_code='28']"
+            ),
+            r"\(No space left on device\)",
+        ),
+        (ValueError("UNKNOWN: something\nelse"), r"\(UNKNOWN: something\)"),
+    ],
+)
+def test_what_the_system_says_of_a_failed_save_is_told(
+    error, told, tmp_path, monkeypatch
+):
+    def fail(directory):
+        raise error
+
+    monkeypatch.setattr(checkpoint, "write_checksums", fail)
+    with (
+        pytest.raises(UserError, match=told),
+        Checkpoints(tmp_path / CHECKPOINTS, keep=2) as checkpoints,
+    ):
+        checkpoints.save(1, *make_state(1), RECORD)
+
+
 def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
     with Checkpoints(tmp_path / CHECKPOINTS, keep=1) as checkpoints:
         for step in (1, 2, 3, 4):

@@ -83,6 +83,7 @@ def test_the_same_command_recovers_a_run_killed_before_its_first_checkpoint(
     assert run(*command[:-1]) == 2
     assert "holds another run; continue it with --resume" in one_error_line(capsys)
     assert run(*command) == 0
+    assert "no checkpoint: the run starts" in " ".join(capsys.readouterr().out.split())
     assert_same_run(finished, out, 4)
     assert len(list((out / "tensorboard").iterdir())) == 1
 
