@@ -24,6 +24,15 @@ def test_lines_behind_the_resumed_step_and_a_half_line_are_cut(tmp_path):
     assert list((tmp_path / "tensorboard").iterdir())
 
 
+def test_a_run_that_starts_has_its_own_lines_alone(tmp_path):
+    # Of one that was stopped before its first step.
+    with MetricsLog(tmp_path) as log:
+        log.write({"step": 0, "validation_loss": 5.0})
+    with MetricsLog(tmp_path) as log:
+        log.write({"step": 0, "validation_loss": 5.0})
+    assert len(read_metrics(tmp_path)) == 1
+
+
 def test_a_line_is_in_the_file_before_the_log_is_closed(tmp_path):
     with MetricsLog(tmp_path) as log:
         log.write({"step": 1, "loss": 2.5})
