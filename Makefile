@@ -81,4 +81,4 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@ $(VENV)/.experiments
 
 clean:
-	rm -rf $(VENV) $(VENV)-clients
+	rm -rf $(VENV) $(VENV)-clients docs/_build docs/notebooks
