@@ -9,17 +9,12 @@ from typing import Any
 
 from experiments.comparison.rows import rows_of
 from experiments.errors import UserError
-from experiments.run.files import CHECKPOINTS, make_directory, read_lines, write_json
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from experiments.run.files import CHECKPOINTS, read_lines, write_json
+from experiments.run.lock import Lock
 
 RESULTS_FILE = "results.jsonl"
 SUITE_FILE = "suite.json"
 RUNS = "runs"
-LOCK_FILE = ".lock"
 
 
 class Ledger:
@@ -41,17 +36,7 @@ class Ledger:
     def __init__(self, directory: Path, definition: Mapping[str, Any]):
         self.directory = directory
         _check(directory, definition)
-        make_directory(directory)
-        self._lock_file = (directory / LOCK_FILE).open("w")
-        if fcntl is not None:
-            try:
-                fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                self._lock_file.close()
-                raise UserError(
-                    f"a comparison, or a run that it left behind, is at work in "
-                    f"{directory}; wait for it, or stop it"
-                ) from error
+        self._directory_lock = Lock(directory)
         write_json(directory / SUITE_FILE, definition)
         self.records = read_lines(directory / RESULTS_FILE)
         # Drop a line that was cut off, or the next line would be written behind it.
@@ -63,11 +48,11 @@ class Ledger:
     @property
     def held(self) -> int:
         """Descriptor of the directory's lock, for child processes."""
-        return self._lock_file.fileno()
+        return self._directory_lock.fileno()
 
     def close(self) -> None:
         """Frees the directory for another process, once all runs have ended."""
-        self._lock_file.close()
+        self._directory_lock.close()
 
     def find(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
         """Returns the record with these entries, or None."""

@@ -1,4 +1,4 @@
-"""The lock of a run's directory: one process at a time, until it ends."""
+"""The lock of a directory of results: one process at a time, until it ends."""
 
 import os
 import socket
@@ -16,7 +16,9 @@ LOCK_FILE = ".lock"
 
 
 class Lock:
-    """Holds a directory for this process; the lock ends with the process.
+    """Holds a directory for this process and those that inherit the lock.
+
+    It ends with them.
 
     Args:
         directory: Made if missing.
@@ -38,8 +40,8 @@ class Lock:
                 holder = self._file.read().decode().strip() or "another process"
                 self._file.close()
                 raise UserError(
-                    f"--out {directory} is in use by {holder}; wait for its end, or "
-                    "give another --out"
+                    f"--out {directory} is in use by {holder}, or by one that it "
+                    "started; wait for its end, or give another --out"
                 ) from error
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
@@ -48,7 +50,15 @@ class Lock:
         return self
 
     def __exit__(self, *exception) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets another process have the directory."""
         self._file.close()
+
+    def fileno(self) -> int:
+        """The descriptor, for child processes to inherit."""
+        return self._file.fileno()
 
     def check(self) -> None:
         """Raises UserError if the directory is no longer the one that was locked."""

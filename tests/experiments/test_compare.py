@@ -376,7 +376,7 @@ def test_a_directory_at_work_is_refused(started, tmp_path, capsys):
     with (tmp_path / "out/.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert run(tmp_path) == 2
-    assert "is at work in" in one_error_line(capsys)
+    assert "is in use by another process" in one_error_line(capsys)
     assert run(tmp_path) == 0
 
 
