@@ -39,6 +39,13 @@ def test_a_line_is_in_the_file_before_the_log_is_closed(tmp_path):
         assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.5}]
 
 
+def test_tensorboard_has_the_numbers_in_groups(tmp_path):
+    write_lines(tmp_path, [1, 2, 3])
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    for name in (b"train/loss", b"rank/w", b"rank/v"):
+        assert events.read_bytes().count(name) == 3, name
+
+
 def test_numbers_that_are_not_finite_are_written_as_null(tmp_path):
     write_json(
         tmp_path / "a.json", {"x": [float("nan"), 1.0], "y": {"z": float("inf")}}
