@@ -76,9 +76,17 @@ def summarize(
         "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
         "versions": {
             "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in _PACKAGES},
+            **{name: _version(name) for name in _PACKAGES},
         },
     }
+
+
+def _version(package: str) -> str:
+    """Returns the version of a package, which may be imported and not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _peak(records, now):

@@ -8,7 +8,7 @@ import pytest
 
 from experiments.model.flops import training_flops_per_token
 from experiments.model.llama import init_params
-from experiments.run import measures, memory_use
+from experiments.run import measures, memory_use, summary
 from experiments.run.measures import Measures
 from experiments.run.metrics import events
 from experiments.run.peaks import peak_flops
@@ -168,3 +168,9 @@ def test_each_quantity_is_explained_once(quantities):
     for quantity in quantities:
         assert quantity.meaning.endswith("."), quantity.name
     assert markdown_table(quantities).count("\n") == len(names) + 2
+
+
+def test_a_package_that_is_not_installed_costs_no_summary():
+    # As in a checkout on PYTHONPATH.
+    assert summary._version("no-such-package") == "not installed"
+    assert summary._version("jax") == jax.__version__
