@@ -35,7 +35,8 @@ class TextFlags:
     #: Column of JSON lines, Parquet and data sets of the hub that holds the text. None:
     #: that of the run, else text.
     text_column: str | None = None
-    #: Most tokens to evaluate on; at least 1. None: all.
+    #: Most tokens to evaluate on; at least 1. None: as many as the run validates on, or
+    #: all of --data.
     tokens: AtLeastOne | None = None
     #: Tokens per sequence; at least 1. Each sequence is predicted without those before.
     #: None: that of the run, or as many as the model is made for, at most 1024.
@@ -96,7 +97,10 @@ def evaluate(
         length = config.sequence_length if config else longest
     mesh = data_mesh(options.batch_size)
     name, windows, ratio = _text(options, loaded, length, report)
-    tokens = min(options.tokens or windows.target_count, windows.target_count)
+    wanted = options.tokens
+    if wanted is None and config is not None and options.data is None:
+        wanted = config.eval_tokens
+    tokens = min(wanted or windows.target_count, windows.target_count)
     loss = validation_loss(
         make_eval_step(functools.partial(apply, loaded.model), mesh),
         replicate(loaded.params, mesh),

@@ -111,7 +111,13 @@ def _vocab_size(options: Options) -> int:
 def _print_table(plans: Mapping[str, Any], plain: Any, options: Options) -> None:
     memory = lowrank_optax.budget(options.memory).limit
     dtype = next(iter(plain.leaves)).dtype
-    table = Table(title=f"LLaMA {options.model_name}, {dtype}, in GB (10^9)")
+    is_large = plain.parameter_bytes >= 1e9
+    unit, size_of_unit = ("GB (10^9)", 1e9) if is_large else ("MB (10^6)", 1e6)
+
+    def in_units(size: int) -> str:
+        return f"{size / size_of_unit:,.2f}" if size >= 0 else "does not fit"
+
+    table = Table(title=f"LLaMA {options.model_name}, {dtype}, in {unit}")
     table.add_column("optimizer")
     columns = ("parameters", "gradients", "state", "of AdamW's", "left", "left *")
     for name in columns:
@@ -121,10 +127,10 @@ def _print_table(plans: Mapping[str, Any], plain: Any, options: Options) -> None
         sizes = (plan.parameter_bytes, plan.gradient_bytes, plan.optimizer_bytes)
         table.add_row(
             name,
-            *(f"{size / 1e9:,.2f}" for size in sizes),
+            *map(in_units, sizes),
             f"{plan.optimizer_bytes / plain.optimizer_bytes:.3f}",
-            _left(memory - lasting - plan.gradient_bytes),
-            _left(memory - lasting),
+            in_units(memory - lasting - plan.gradient_bytes),
+            in_units(memory - lasting),
         )
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
@@ -133,10 +139,6 @@ def _print_table(plans: Mapping[str, Any], plain: Any, options: Options) -> None
         f"at once. of AdamW's: of the state of AdamW without bits.\n{_BESIDE}",
         highlight=False,
     )
-
-
-def _left(size: int) -> str:
-    return f"{size / 1e9:,.2f}" if size >= 0 else "does not fit"
 
 
 if __name__ == "__main__":

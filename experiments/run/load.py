@@ -32,7 +32,8 @@ class SourceFlags:
 
     #: Directory of a run, or of a LLaMA in Hugging Face's layout.
     source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIRECTORY")]
-    #: Checkpoint of a run: newest, best (of a run with --keep-best) or a step.
+    #: Checkpoint of a run: newest; best, which pretrain_llama keeps if it is asked to;
+    #: or a step.
     checkpoint: str = "newest"
     #: bytes, or the path of a tokenizer. None: that of the run, or the file beside the
     #: weights, else bytes.
