@@ -155,7 +155,7 @@ def test_projections_lists_the_roles_and_where_they_come_from():
         "['model']['embed_tokens']['weight'] 50x16: vocabulary (by its name), "
         + elsewhere,
         "['model']['layers']['0']['input_layernorm']['weight'] 16: "
-        f"frozen (pattern 'layernorm'), {elsewhere}",
+        "frozen (pattern 'layernorm'), full size, not trained",
         "['model']['layers']['0']['mlp']['gate_proj']['weight'] 64x16: "
         "hidden (a matrix), (64 x 16), columns projected, 16 -> 4",
         "['model']['layers']['0']['self_attn']['q_proj']['weight'] 16x16: "

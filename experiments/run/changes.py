@@ -46,10 +46,12 @@ def changes(saved: Mapping[str, Any], config: Config) -> Changes:
         config: Completed.
     """
     now = to_json(config)
+    # A setting that was added since then had its default.
+    before = {**to_json(Config()), **saved}
     return {
-        name: [saved.get(name), now.get(name)]
-        for name in sorted((saved.keys() | now.keys()) - FREE_FIELDS - TEXT_FIELDS)
-        if saved.get(name) != now.get(name)
+        name: [before.get(name), now.get(name)]
+        for name in sorted((before.keys() | now.keys()) - FREE_FIELDS - TEXT_FIELDS)
+        if before.get(name) != now.get(name)
     }
 
 

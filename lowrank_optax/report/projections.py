@@ -48,11 +48,13 @@ def projections(
 
     def plan_of(path, leaf):
         name = jax.tree_util.keystr(path) or "(the whole tree)"
-        role = str(binding.roles.get(path, ""))
+        assigned = binding.roles.get(path)
         reason = "not given to a low-rank transformation"
-        reason = "with another optimizer" if role else reason
+        if assigned:
+            is_frozen = assigned.role == "frozen"
+            reason = "not trained" if is_frozen else "with another optimizer"
         plan = by_path.get(name, LeafPlan(name, tuple(leaf.shape), None, 0, reason))
-        return dataclasses.replace(plan, role=role)
+        return dataclasses.replace(plan, role=str(assigned or ""))
 
     found = (plan_of(*leaf) for leaf in leaves_by_path(params).items())
     return {plan.path: plan for plan in found}

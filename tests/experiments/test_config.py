@@ -305,6 +305,15 @@ def test_changes_are_what_is_computed_otherwise_and_nothing_else():
     assert changes(saved, other) == {"rank": [7, 8], "seed": [0, 1]}
 
 
+def test_a_setting_that_a_checkpoint_does_not_know_had_its_default():
+    config = parse([])
+    saved = to_json(config)
+    del saved["schedule"]
+    assert changes(saved, config) == {}
+    other = dataclasses.replace(config, schedule="linear")
+    assert changes(saved, other) == {"schedule": ["cosine", "linear"]}
+
+
 def test_the_kinds_of_fields_are_of_fields():
     fields = {field.name for field in dataclasses.fields(Config)}
     kinds = (FREE_FIELDS, TEXT_FIELDS, FIXED_FIELDS)
