@@ -141,11 +141,6 @@ def check(config: Config, given: frozenset[str] = frozenset()) -> None:
     check_choice("--model", config.model, MODELS)
     check_choice("--optimizer", config.optimizer, OPTIMIZERS)
     check_ranges(config)
-    if config.decay_fraction is not None and config.schedule != "wsd":
-        raise UserError(
-            f"--decay-fraction {config.decay_fraction} is for --schedule wsd, not "
-            f"{config.schedule}; leave one of them out"
-        )
     if config.profile is not None:
         start, _ = profiled_steps(config.profile)
         if start > config.steps:

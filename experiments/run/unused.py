@@ -51,6 +51,16 @@ _RULES = (
         "{c.optimizer} draws its bases, and needs no full gradients for them",
     ),
     _Rule(
+        ("decay_fraction",),
+        lambda c, m: c.schedule != "wsd",
+        "it is for --schedule wsd, not {c.schedule}",
+    ),
+    _Rule(
+        ("final_learning_rate_fraction",),
+        lambda c, m: c.schedule == "constant",
+        "--schedule constant ends at the peak",
+    ),
+    _Rule(
         ("moment_bits",),
         lambda c, m: c.moment_bits is not None and "moments" not in m.codes,
         "{c.optimizer} has no moments that can be stored in bits",

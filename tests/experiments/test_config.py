@@ -46,7 +46,6 @@ MISTAKES = [
     ("--compact-every 0", "--compact-every must be at least 1"),
     ("--moment-bits 4", "--moment-bits"),
     ("--schedule step", "--schedule.*cosine.*wsd"),
-    ("--decay-fraction 0.1", "--decay-fraction 0.1 is for --schedule wsd, not cosine"),
     ("--schedule wsd --decay-fraction 1", "--decay-fraction must be above 0 and below"),
     ("--profile 10", "--profile must be START:STOP.*not '10'.*--profile 10:12"),
     ("--profile 0:3", "--profile must be START:STOP"),
@@ -109,6 +108,8 @@ UNUSED = {
     "--rounding nearest": "parameters are float32 without --param-dtype bfloat16",
     "--optimizer galore --compact": "galore uses all columns of its rank",
     "--allow-changes": "there is no --resume",
+    "--schedule linear --decay-fraction 0.1": "for --schedule wsd, not linear",
+    "--schedule constant --final-learning-rate-fraction 0": "ends at the peak",
     "--compact-every 9": "there is no --compact",
     "--sample-tokens 0 --sample-temperature 1": "no sample with --sample-tokens 0",
 }
