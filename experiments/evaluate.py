@@ -8,6 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    # Before the imports below, which take seconds.
+    from experiments.run.interrupts import leave_at_interrupt
+
+    leave_at_interrupt()
+
 from rich.console import Console
 
 from experiments.arguments import check_ranges, parse_arguments, run_command

@@ -5,6 +5,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+if __name__ == "__main__":
+    # Before the imports below, which take seconds.
+    from experiments.run.interrupts import leave_at_interrupt
+
+    leave_at_interrupt()
+
 from experiments.arguments import parse_arguments, run_command
 from experiments.model.hugging_face import save_llama
 from experiments.run.load import SourceFlags, load

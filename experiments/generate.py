@@ -4,6 +4,12 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
+if __name__ == "__main__":
+    # Before the imports below, which take seconds.
+    from experiments.run.interrupts import leave_at_interrupt
+
+    leave_at_interrupt()
+
 import jax
 
 from experiments.arguments import check_ranges, parse_arguments, run_command

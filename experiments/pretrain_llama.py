@@ -3,7 +3,6 @@
 import functools
 import logging
 import shlex
-import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -77,7 +76,9 @@ def finish(parts: Parts, trained: Trained, console: Console) -> dict[str, Any]:
     write_json(directory / SUMMARY_FILE, summary)
     draw_figures(directory / "figures", records, summary)
     if parts.config.save_weights:
-        _save_weights(directory / "weights", parts, trained)
+        params, tokenizer = merged(trained.params), parts.tokenizer
+        # Those of a run that has been extended since are replaced.
+        save_llama(directory / "weights", parts.model, params, tokenizer, replace=True)
     console.print(f"results in {directory}", soft_wrap=True, highlight=False)
     print_summary(console, summary)
     if parts.config.sample_tokens:
@@ -105,16 +106,6 @@ def _command() -> list[str]:
     if python.is_relative_to(Path.cwd()):
         python = python.relative_to(Path.cwd())
     return [str(python), *(["-m", PROGRAM] if __package__ else [sys.argv[0]])]
-
-
-def _save_weights(directory, parts, trained):
-    """Writes the weights under their name only when they are whole."""
-    unfinished = directory.with_name("weights.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    save_llama(unfinished, parts.model, merged(trained.params), parts.tokenizer)
-    # Those of a run that has been extended since.
-    shutil.rmtree(directory, ignore_errors=True)
-    unfinished.rename(directory)
 
 
 if __name__ == "__main__":

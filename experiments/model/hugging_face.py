@@ -93,12 +93,14 @@ def save_llama(
     config: LlamaConfig,
     params: Params,
     tokenizer: SavedTokenizer | None = None,
+    replace: bool = False,
 ) -> None:
     """Writes a model, and its tokenizer, as a directory in Hugging Face's layout.
 
     ``config.json`` and ``model.safetensors``, whose tensors keep their bits and dtype;
     of the tokenizer, its file and ``tokenizer_config.json``. Everybody may read the
-    files whom the umask lets.
+    files whom the umask lets. The directory has its name when it is whole; before, it
+    is called ``.unfinished`` behind that.
 
     Args:
         directory: Created if absent; must be empty if not.
@@ -106,22 +108,29 @@ def save_llama(
         params: The tree of :func:`experiments.model.llama.init_params`.
         tokenizer: What the model was trained with. None: no tokenizer is written, and
             the ids of the special tokens are null.
+        replace: Whether the directory may hold something, which is deleted.
 
     Raises:
-        UserError: If the directory holds anything, or is a file.
+        UserError: If the directory is a file, or holds anything that is not to be
+            replaced.
     """
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory} is a file; give a directory to save the model in")
-    if directory.exists() and any(directory.iterdir()):
+    if directory.exists() and not replace and any(directory.iterdir()):
         raise UserError(f"{directory} is not empty; save the model in a new directory")
-    directory.mkdir(parents=True, exist_ok=True)
-    write_config(directory / "config.json", config, tokenizer)
-    _write_tensors(directory / "model.safetensors", config, params)
+    place = directory.absolute()
+    unfinished = place.with_name(f"{place.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    write_config(unfinished / "config.json", config, tokenizer)
+    _write_tensors(unfinished / "model.safetensors", config, params)
     # safetensors makes a file that its owner alone may read.
-    shutil.copymode(directory / "config.json", directory / "model.safetensors")
+    shutil.copymode(unfinished / "config.json", unfinished / "model.safetensors")
     if tokenizer is not None:
-        tokenizer.save(directory)
+        tokenizer.save(unfinished)
+    shutil.rmtree(directory, ignore_errors=True)
+    unfinished.rename(directory)
 
 
 def _write_tensors(path, config, params):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments.__main__ import COMMANDS
 from experiments.run import interrupts
 from experiments.run.checkpoint import read_record
 from experiments.run.files import checkpoint_steps
@@ -96,9 +97,9 @@ def test_a_signal_is_heard_while_the_main_thread_runs_no_python(left):
     assert [line[:6] for line in order] == ["SIGINT", "done"]
 
 
-def start(flags, **environment):
+def start(flags, command="pretrain_llama", **environment):
     return subprocess.Popen(
-        [sys.executable, "-m", "experiments.pretrain_llama", *map(str, flags)],
+        [sys.executable, "-m", f"experiments.{command}", *map(str, flags)],
         cwd=ROOT,
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,
@@ -114,13 +115,18 @@ def wait_for(path, process):
 
 
 @pytest.mark.slow
-def test_ctrl_c_while_importing_or_compiling_is_one_line(inputs, tmp_path):
-    process = start(inputs)
-    time.sleep(1)
+@pytest.mark.parametrize("command", sorted({*COMMANDS} - {"compare"}))
+def test_ctrl_c_while_importing_is_one_line(command):
+    process = start([], command)
+    # Python has begun, and the imports take longer.
+    time.sleep(1.5)
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=60) == ("", "stopped by SIGINT\n")
     assert process.returncode == 130
 
+
+@pytest.mark.slow
+def test_ctrl_c_while_compiling_is_one_line(inputs, tmp_path):
     process = start([*inputs, "--out", tmp_path / "out"])
     wait_for(tmp_path / "out/config.json", process)
     process.send_signal(signal.SIGINT)
