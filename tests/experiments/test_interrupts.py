@@ -119,7 +119,7 @@ def wait_for(path, process):
 def test_ctrl_c_while_importing_is_one_line(command):
     process = start([], command)
     # Python has begun, and the imports take longer.
-    time.sleep(1.5)
+    time.sleep(1)
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=60) == ("", "stopped by SIGINT\n")
     assert process.returncode == 130
