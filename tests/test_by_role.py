@@ -58,6 +58,12 @@ MODELS = {
         "down": ((F, D), "hidden"),
         "head": ((D, F), "vocabulary"),
     },
+    "an encoder that is called embedder": {
+        "text_embedder/embeddings/word_embeddings/embedding": ((V, D), "vocabulary"),
+        "text_embedder/encoder/layers/0/mlp/up/kernel": ((D, F), "hidden"),
+        "text_embedder/encoder/layers/0/norm/scale": ((D,), "vectors"),
+        "head/dense/kernel": ((D, 3), "vocabulary"),
+    },
     "two_of_the_lengths_leave_doubt": {
         "embed": ((F, D), "vocabulary"),
         "up": ((D, F), "hidden"),

@@ -128,16 +128,17 @@ def is_of_vocabulary(leaf: Leaf) -> bool:
     """Returns whether a leaf is an embedding or the head by the name of a module.
 
     A word like ``embedding`` says so in any name. A word like ``head`` says so only in
-    a name without other words: ``MultiHeadAttention`` is not a head. A box says so by
-    the name ``vocab`` of an axis.
+    a name without other words: ``MultiHeadAttention`` is not a head. Names farther out
+    say nothing: a whole encoder may be called ``embedder``. A box says so by the name
+    ``vocab`` of an axis.
     """
-    is_embedding = any(_words(key) & _EMBEDDINGS for key in leaf.keys)
+    is_embedding = any(_words(key) & _EMBEDDINGS for key in leaf.keys[-3:])
     return "vocab" in leaf.axes or is_embedding or is_head(leaf)
 
 
 def is_head(leaf: Leaf) -> bool:
     """Returns whether a leaf is the head by the name of a module."""
-    return any(_words(key) and _words(key) <= _HEADS for key in leaf.keys)
+    return any(_words(key) and _words(key) <= _HEADS for key in leaf.keys[-3:])
 
 
 def _words(key: str) -> set[str]:
