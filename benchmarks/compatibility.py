@@ -21,14 +21,15 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "compatibility.json"
 PACKAGES = ("jax", "optax", "flax", "chex", "orbax-checkpoint", "numpy")
 
-# Only the library's own tests run. Experiments and clients need newer packages, and
-# make test-slow runs the notebooks and the accelerator's units.
+# Only the library's own tests run. Experiments, clients and figures need more packages,
+# and make test-slow runs the notebooks and the accelerator's units.
 LEFT_OUT = (
     "tests/experiments",
     "tests/clients",
     "tests/test_site_in_browser.py",
     "tests/test_site.py",
     "tests/test_code_blocks.py",
+    "tests/test_docs_figures.py",
     "tests/test_accelerator.py",
 )
 # Tests of code that depends on jax's tracing, sharding and saving. A new jax breaks

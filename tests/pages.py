@@ -1,6 +1,5 @@
 """The pages that a user reads, and the code in them."""
 
-import ast
 import contextlib
 import functools
 import importlib
@@ -68,18 +67,6 @@ def _python(text: str) -> Iterator[tuple[str, str, str]]:
             output = _OUTPUT.match(text, found.end())
             code = textwrap.dedent(found["code"])
             yield source[1] if source else "", code, output[1] if output else ""
-
-
-def missing_packages(blocks: list[str]) -> set[str]:
-    """Returns the packages that blocks import and that are not installed."""
-    names = set()
-    for node in ast.walk(ast.parse("\n".join(blocks))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names.add(node.module or "")
-    packages = {name.partition(".")[0] for name in names}
-    return {name for name in packages if not importlib.util.find_spec(name)}
 
 
 def commands(text: str) -> list[list[str]]:

@@ -1,18 +1,11 @@
 """The figures of the documentation are what their scripts draw, and pages show them."""
 
-import importlib.util
 import json
 import re
 
-import pytest
-
-if not importlib.util.find_spec("matplotlib"):
-    pytest.skip(
-        "figures need the packages of the extra experiments", allow_module_level=True
-    )
-
 import matplotlib
 import numpy as np
+import pytest
 
 from docs.figures.__main__ import FIGURES
 from docs.figures.losses import rows, rows_of_suite
