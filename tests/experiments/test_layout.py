@@ -19,6 +19,7 @@ BELOW = {
     "arguments": {"errors", "ranges"},
     "data": {"errors"},
     "model": {"errors"},
+    "tasks": {"errors", "ranges", "data", "model"},
     "optim": {"errors", "ranges", "model"},
     "run": {"errors", "ranges", "arguments", "data", "model", "optim"},
     "comparison": {"errors", "arguments", "model", "optim", "run"},

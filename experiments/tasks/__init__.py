@@ -1,0 +1,1 @@
+"""What a model is fine-tuned on: tasks, rows, batches and metrics."""
