@@ -217,6 +217,34 @@ SUMMARY = (
     Quantity("versions", "", "Versions of Python and of the packages."),
 )
 
+# Of the summary of a run whose ranks were added up over all steps; see
+# :mod:`experiments.run.effective_rank`.
+EFFECTIVE_RANKS = (
+    Quantity(
+        "effective_rank",
+        "columns",
+        "R_adap of AdaRankGrad's Section 4: the rank in use, averaged over all steps "
+        "and over the matrices, by the sum of their sides; null without projections.",
+    ),
+    Quantity(
+        "effective_rank_share",
+        "share",
+        "R_adap as the paper prints it: numbers of a basis and of a moment with these "
+        "ranks, by numbers of the matrices.",
+    ),
+    Quantity(
+        "effective_rank_by_layer",
+        "columns",
+        "R_adap of each projected matrix: its rank, averaged over all steps.",
+    ),
+    Quantity(
+        "rank_reduction",
+        "numbers",
+        "M_red of Section 4: what the ranks saved of a basis and of a moment, on "
+        "average, against --rank for all steps; null with --block-state-bytes.",
+    ),
+)
+
 
 def markdown_table(quantities: Iterable[Quantity]) -> str:
     """Returns the rows of LINE or SUMMARY as a table of Markdown."""
