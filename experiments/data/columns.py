@@ -6,6 +6,7 @@ from typing import Any
 from experiments.errors import UserError
 
 _MOST_NAMES = 12
+_TEXT_FLAG = "name the one with the text by --text-column"
 
 
 def text_of(row: Mapping[str, Any], column: str, where: str) -> str:
@@ -26,8 +27,14 @@ def text_of(row: Mapping[str, Any], column: str, where: str) -> str:
         return ""
     if not isinstance(text, str):
         raise no_text(column, type(text).__name__, where)
+    check_characters(text, column, where)
+    return text
+
+
+def check_characters(text: str, column: str, where: str) -> None:
+    """Raises UserError if a text has what no tokenizer can encode."""
     try:
-        # JSON can spell half of a surrogate pair, which no tokenizer can encode.
+        # JSON can spell half of a surrogate pair.
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise UserError(
@@ -35,17 +42,18 @@ def text_of(row: Mapping[str, Any], column: str, where: str) -> str:
             f"\\u{ord(text[error.start]):04x} at character {error.start}, which is not "
             "UTF-8; repair that line"
         ) from error
-    return text
 
 
-def no_column(column: str, columns: Iterable[str], where: str) -> UserError:
-    """Returns the error that lists the columns there are."""
+def no_column(
+    column: str, columns: Iterable[str], where: str, mend: str = _TEXT_FLAG
+) -> UserError:
+    """Returns the error that lists the columns there are, and how to mend it."""
     names = list(columns)
     more = f" and {len(names) - _MOST_NAMES} more" * (len(names) > _MOST_NAMES)
     listed = ", ".join(map(str, names[:_MOST_NAMES])) + more
     return UserError(
         f"{where}: there is no column {column!r}, but {listed or 'no column at all'}; "
-        "name the one with the text by --text-column"
+        f"{mend}"
     )
 
 

@@ -1,4 +1,4 @@
-"""The files that ``--data`` names, and what their names and contents say they are."""
+"""The files that a flag names, and what their names and contents say they are."""
 
 import bz2
 import codecs
@@ -27,7 +27,9 @@ def _open_zstd(path, mode):
     )
 
 
+# Of text, and of tables, whose rows are examples.
 KINDS = (".jsonl", ".json", ".txt", ".parquet")
+TABLES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _OPENERS = {
     "": open,
     ".gz": gzip.open,
@@ -35,9 +37,6 @@ _OPENERS = {
     ".bz2": bz2.open,
     ".zst": _open_zstd,
 }
-_KNOWN = (
-    ".jsonl, .json or .txt, also with .gz, .xz, .bz2 or .zst behind it, or .parquet"
-)
 READ_ERRORS = (EOFError, OSError, zlib.error, lzma.LZMAError, zstd.ZstdError)
 
 # How a file begins that is none of ours, or needs its suffix.
@@ -58,7 +57,6 @@ _OTHERS = {
     codecs.BOM_UTF16_LE: "text in UTF-16",
     codecs.BOM_UTF16_BE: "text in UTF-16",
 }
-_TABLES = (".csv", ".tsv")
 _HEAD_BYTES = 4096
 
 
@@ -78,7 +76,7 @@ class Format(NamedTuple):
     """What the suffixes of a file say.
 
     Attributes:
-        kind: One of :data:`KINDS`.
+        kind: One of :data:`KINDS` or :data:`TABLES`.
         compression: The suffix behind it; may be empty.
     """
 
@@ -91,13 +89,14 @@ class Format(NamedTuple):
         return opener(path, "rb")
 
 
-def find_files(pattern: str) -> Files:
+def find_files(pattern: str, kinds: tuple[str, ...] = KINDS) -> Files:
     """Finds the files that a path, a folder or a glob names.
 
     Args:
         pattern: A file; a folder, whose files of a known suffix are taken, hidden ones
             and those of its subfolders left out; or a glob such as ``c4/*.json.gz``
             (``**`` crosses folders). ``~`` is the home directory.
+        kinds: Suffixes that can be read.
 
     Raises:
         UserError: If there is no file, or one that cannot be read by its name.
@@ -107,7 +106,7 @@ def find_files(pattern: str) -> Files:
     if os.path.isfile(expanded):
         matches = [expanded]
     elif os.path.isdir(expanded):
-        return _folder(pattern, Path(expanded))
+        return _folder(pattern, Path(expanded), kinds)
     else:
         matches = sorted(filter(os.path.isfile, glob.glob(expanded, recursive=True)))
     if not matches:
@@ -117,26 +116,28 @@ def find_files(pattern: str) -> Files:
         )
     paths = list(map(Path, matches))
     for path in paths:
-        format_of(path)
+        format_of(path, kinds)
     return Files(
         paths, pattern if len(paths) == 1 else f"{pattern} ({len(paths)} files)"
     )
 
 
-def format_of(path: Path) -> Format:
-    """Returns what the suffixes of a file say.
+def format_of(path: Path, kinds: tuple[str, ...] = KINDS) -> Format:
+    """Returns what the suffixes of a file say, its kind one of ``kinds``.
 
     Raises:
         UserError: If they are not known; it says what the file holds, and how it could
             be read.
     """
-    known = _known_format(path)
+    known = _known_format(path, kinds)
     if known is None:
-        raise _misnamed(path, "has no known suffix, but holds")
+        raise _misnamed(path, "has no known suffix, but holds", kinds)
     return known
 
 
-def not_as_named(path: Path, named: Format) -> UserError | None:
+def not_as_named(
+    path: Path, named: Format, kinds: tuple[str, ...] = KINDS
+) -> UserError | None:
     """Returns the error for a file that holds something else than its name says.
 
     None: what it holds is not known to be something else.
@@ -144,30 +145,31 @@ def not_as_named(path: Path, named: Format) -> UserError | None:
     is_compressed_so = _compression(_head(path)) == named.compression
     if is_compressed_so and _content_of(path)[0] not in _OTHERS.values():
         return None
-    return _misnamed(path, f"is named {''.join(named)}, but holds")
+    return _misnamed(path, f"is named {''.join(named)}, but holds", kinds)
 
 
-def _known_format(path):
+def _known_format(path, kinds):
     name = path.name.lower()
     for compression in _OPENERS:
-        for kind in KINDS:
+        for kind in kinds:
             is_possible = not compression or kind != ".parquet"
             if is_possible and name.endswith(kind + compression):
                 return Format(kind, compression)
     return None
 
 
-def _folder(pattern, folder):
+def _folder(pattern, folder, kinds):
     try:
         files = sorted(path for path in folder.iterdir() if path.is_file())
     except OSError as error:
         raise UserError(f"{pattern} cannot be listed ({error.strerror})") from error
     files = [path for path in files if not path.name.startswith(".")]
-    paths = [path for path in files if _known_format(path)]
+    paths = [path for path in files if _known_format(path, kinds)]
     if not paths:
         raise UserError(
-            f"the folder {pattern} has no file that can be read ({_KNOWN}); for those "
-            f"of its subfolders give a quoted glob, '{folder / '**' / '*.parquet'}'"
+            f"the folder {pattern} has no file that can be read ({_listed(kinds)}); "
+            "for those of its subfolders give a quoted glob, "
+            f"'{folder / '**' / '*.parquet'}'"
         )
     names = f"{len(paths)} files, {paths[0].name} to {paths[-1].name}"
     if len(paths) == 1:
@@ -177,15 +179,26 @@ def _folder(pattern, folder):
     return Files(paths, f"{pattern} ({names}{others})")
 
 
-def _misnamed(path, how):
+def _listed(kinds):
+    *others, last = [kind for kind in kinds if kind != ".parquet"]
+    return (
+        f"{', '.join(others)} or {last}, also with .gz, .xz, .bz2 or .zst behind it, "
+        "or .parquet"
+    )
+
+
+def _misnamed(path, how, kinds):
     words, suffix = _content_of(path)
-    if path.suffix.lower() in _TABLES:
+    if path.suffix.lower() in TABLES and path.suffix.lower() not in KINDS:
         words, suffix = "a table in text", None
+    if suffix is not None and not suffix.startswith(kinds):
+        suffix = None
     if suffix is None:
-        target = f"UTF-8 (iconv) or {_KNOWN}" if words.startswith("text") else _KNOWN
+        known = _listed(kinds)
+        target = f"UTF-8 (iconv) or {known}" if words.startswith("text") else known
         return UserError(f"{path} {how} {words}; convert it to {target}")
     bare = path.with_suffix("")
-    if bare.suffix.lower() in KINDS:
+    if bare.suffix.lower() in kinds:
         bare = bare.with_suffix("")
     return UserError(f"{path} {how} {words}; rename it to {bare.name}{suffix}")
 

@@ -1,8 +1,8 @@
-"""Documents of a Parquet file, the usual format of the Hugging Face hub."""
+"""What a Parquet file holds, the usual format of the Hugging Face hub."""
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,18 +25,30 @@ def parquet_texts(path: Path, file: BinaryIO, column: str) -> Iterator[str]:
         UserError: If the file is damaged or not Parquet, has no such column, or the
             column holds something else.
     """
+    for row in _rows(path, file, column):
+        yield row[column] or ""
+
+
+def parquet_rows(path: Path, file: BinaryIO) -> Iterator[dict[str, Any]]:
+    """Yields the rows, values by column; arguments and errors are those above."""
+    return _rows(path, file)
+
+
+def _rows(path, file, column=None):
     row = 0
     try:
         table = pq.ParquetFile(file)
-        _check_column(table.schema_arrow, column, path)
-        for block in table.iter_batches(_ROWS_AT_ONCE, columns=[column]):
-            for text in block.column(0).to_pylist():
-                yield text or ""
+        if column is not None:
+            _check_column(table.schema_arrow, column, path)
+        columns = None if column is None else [column]
+        for block in table.iter_batches(_ROWS_AT_ONCE, columns=columns):
+            yield from block.to_pylist()
             row += block.num_rows
     except UnicodeDecodeError as error:
+        what = "text" if column is None else f"column {column!r}"
         raise UserError(
-            f"{path}, row {row + 1} or one of the {_ROWS_AT_ONCE} behind it: column "
-            f"{column!r} is not UTF-8 ({error.reason}); write the file again"
+            f"{path}, row {row + 1} or one of the {_ROWS_AT_ONCE} behind it: {what} "
+            f"is not UTF-8 ({error.reason}); write the file again"
         ) from error
     except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())[:200]

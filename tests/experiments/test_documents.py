@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from experiments.data import documents as documents_module
+from experiments.data import lines
 from experiments.data.documents import read_documents
 from experiments.errors import UserError
 
@@ -237,7 +237,7 @@ def test_the_columns_are_listed_but_not_by_the_hundred(tmp_path):
 
 
 def test_an_enormous_line_is_not_held_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(documents_module, "_LONGEST_LINE", 1 << 20)
+    monkeypatch.setattr(lines, "_LONGEST_LINE", 1 << 20)
     line = json.dumps({"text": "a" * (1 << 20)}).encode()
     path = write(tmp_path / "a.jsonl", b'{"text": "a"}\n' + line)
     assert "line 2: longer than 1 MiB; write one JSON object per" in error_of(path)
