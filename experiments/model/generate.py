@@ -1,4 +1,4 @@
-"""Continuing a sequence of tokens with a trained model, for small samples."""
+"""Continuing sequences of tokens with a trained model."""
 
 import functools
 from collections.abc import Sequence
@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.errors import UserError
-from experiments.model.llama import Params, apply
+from experiments.model.decode import decode
+from experiments.model.llama import Params
 from experiments.model.shape import LlamaConfig
 
 
@@ -24,9 +25,8 @@ def generate(
 ) -> np.ndarray:
     """Appends ``length`` tokens to a prompt of P tokens.
 
-    There is no cache: every new token costs a forward pass over all P + length
-    positions, in one compiled function of fixed shape. The result is a function of the
-    arguments alone.
+    Programs are compiled for P and for ``length`` rounded up to powers of two, at least
+    16. The result is a function of the arguments alone.
 
     Args:
         config: The model.
@@ -46,12 +46,7 @@ def generate(
     Raises:
         UserError: If an argument is out of its range or the key is missing.
     """
-    prompt = np.asarray(prompt_tokens, np.int32)
-    if prompt.size == 0 or prompt.min() < 0 or prompt.max() >= config.vocab_size:
-        raise UserError(
-            f"generate: the prompt {prompt.tolist()} must hold at least one token, "
-            f"each from 0 to {config.vocab_size - 1}"
-        )
+    _check_prompt(config, prompt_tokens)
     if length < 1 or temperature < 0:
         raise UserError(
             f"generate: length is {length} and temperature {temperature}; "
@@ -61,28 +56,99 @@ def generate(
         raise UserError(f"generate: top_p is {top_p}; give one above 0 and at most 1")
     if temperature > 0 and key is None:
         raise UserError("generate: a temperature above 0 draws tokens; give a key")
-    window = np.pad(prompt, (0, length))
     draw = None if temperature == 0 else (temperature, top_p, key)
-    return np.asarray(_fill(config, params, window, prompt.size, draw))
+    (new,) = _continued(config, params, [prompt_tokens], length, (), draw)
+    return np.concatenate([np.asarray(prompt_tokens, np.int32), new])
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _fill(config, params, window, start, draw):
-    """Replaces tokens start.. of the window, (T,) int32, from left to right."""
+def generate_batch(
+    config: LlamaConfig,
+    params: Params,
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    *,
+    batch_size: int,
+) -> list[np.ndarray]:
+    """Continues many prompts with the likeliest tokens, each up to its end.
 
-    def fill_one(position, window):
-        logits = apply(config, params, window[None])[0, position - 1]
+    Prompts of similar length are decoded together, until all of them have ended. Each
+    continuation is that of the prompt alone, but where two tokens are equally likely to
+    rounding.
+
+    Args:
+        config: The model.
+        params: Its parameters.
+        prompts: Each at least one token, in [0, V).
+        max_new_tokens: New tokens of a prompt at most, >= 1.
+        stop_ids: Tokens that end a continuation.
+        batch_size: Prompts at a time, >= 1. The cache takes 2 L d K / H numbers for
+            each of their tokens.
+
+    Returns:
+        The continuation of each prompt, (n_i,) int32, with n_i <= max_new_tokens:
+        without the prompt, and without the token that ended it.
+
+    Raises:
+        UserError: If a prompt is empty or has an unknown token.
+    """
+    for prompt in prompts:
+        _check_prompt(config, prompt)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    found = {}
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        # The last batch is filled up, so that it has the shape of the others.
+        filled = chosen + chosen[:1] * (batch_size - len(chosen))
+        rows = [prompts[i] for i in filled]
+        new = _continued(config, params, rows, max_new_tokens, stop_ids, None)
+        found |= dict(zip(chosen, new, strict=False))
+    return [found[i] for i in range(len(prompts))]
+
+
+def _check_prompt(config, tokens):
+    prompt = np.asarray(tokens, np.int32)
+    if prompt.size == 0 or prompt.min() < 0 or prompt.max() >= config.vocab_size:
+        raise UserError(
+            f"generate: the prompt {prompt.tolist()} must hold at least one token, "
+            f"each from 0 to {config.vocab_size - 1}"
+        )
+
+
+def _continued(config, params, prompts, limit, stop_ids, draw):
+    """Yields the new tokens of each prompt, (n_i,) int32, its end left out."""
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    width = _bucket(lengths.max())
+    padded = np.zeros((len(prompts), width), np.int32)
+    for row, prompt in zip(padded, prompts, strict=True):
+        row[width - len(prompt) :] = prompt
+    stops = np.array(stop_ids, np.int32)
+    begin, most = width - lengths, _bucket(limit)
+    tokens = _decode(config, most, params, padded, begin, np.int32(limit), stops, draw)
+    for row in np.asarray(tokens)[:, :limit]:
+        ends = np.flatnonzero(np.isin(row, stops))
+        yield row[: ends[0]] if ends.size else row
+
+
+def _bucket(length):
+    """Returns the power of two, at least 16, that a program is compiled for."""
+    return max(16, 1 << (int(length) - 1).bit_length())
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _decode(config, most, params, prompts, begin, limit, stop_ids, draw):
+    """Calls :func:`decode` with the likeliest tokens, or with draws."""
+
+    def choose(logits, written):
         if draw is None:
-            token = jnp.argmax(logits)
-        else:
-            temperature, top_p, key = draw
-            drawn_with = jax.random.fold_in(key, position)
-            token = jax.random.categorical(
-                drawn_with, _likeliest(logits / temperature, top_p)
-            )
-        return window.at[position].set(token.astype(window.dtype))
+            return jnp.argmax(logits, axis=-1)
+        temperature, top_p, key = draw
+        # A draw's key is its place in the one sequence.
+        drawn_with = jax.random.fold_in(key, prompts.shape[1] - begin[0] + written)
+        likeliest = _likeliest(logits[0] / temperature, top_p)
+        return jax.random.categorical(drawn_with, likeliest)[None]
 
-    return jax.lax.fori_loop(start, window.size, fill_one, jnp.asarray(window))
+    return decode(config, params, prompts, begin, choose, limit, stop_ids, most)
 
 
 def _likeliest(logits, top_p):

@@ -14,6 +14,7 @@ V is the vocabulary, d the hidden size, f the intermediate size, L the layers, H
 the query and key/value heads, h = d / H. Kernels come input first, y = x @ W.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,6 +25,11 @@ from flax import nnx
 from experiments.model.shape import LlamaConfig
 
 Params = dict[str, Any]
+# cos and sin.
+Rotation = tuple[jax.Array, jax.Array]
+# Of rotated queries (B, T, H, h), rotated keys and values (B, T, K, h): what the values
+# mix to, (B, T, H, h), and anything that the caller wants to keep.
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
 def init_params(config: LlamaConfig, key: jax.Array) -> Params:
@@ -57,8 +63,21 @@ def apply(
     Returns:
         (B, T, V) float32 logits; position t depends on tokens 0..t only.
     """
+    return module_of(config, params)(jnp.asarray(tokens))
+
+
+def module_of(config: LlamaConfig, params: Params) -> "Llama":
+    """Returns the module that holds the parameters."""
     abstract = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
-    return nnx.merge(nnx.graphdef(abstract), params)(jnp.asarray(tokens))
+    return nnx.merge(nnx.graphdef(abstract), params)
+
+
+def rotation_of(config: LlamaConfig, positions: jax.Array) -> Rotation:
+    """Returns cos and sin, (..., T, 1, h / 2), of positions (..., T) by frequency."""
+    half = config.head_dim // 2
+    frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions.astype(jnp.float32)[..., None, None] * frequency
+    return jnp.cos(angle), jnp.sin(angle)
 
 
 class Llama(nnx.Module):
@@ -91,14 +110,26 @@ class Llama(nnx.Module):
         # The loop keeps XLA from merging the recomputation into the forward pass.
         @nnx.remat(policy=policy, prevent_cse=False)
         def run_blocks(hidden, block, rotation):
-            return block(hidden, rotation)
+            return block(hidden, rotation)[0]
 
+        rotation = rotation_of(config, jnp.arange(tokens.shape[1], dtype=jnp.float32))
+        return self.logits(run_blocks(self.embed(tokens), self.blocks, rotation))
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """Returns what the first block reads, (B, T, d), of (B, T) integers."""
         hidden = jnp.take(self.embedding[...], tokens, axis=0)
-        hidden = hidden.astype(config.compute_dtype)
-        hidden = run_blocks(hidden, self.blocks, _rotation(config, tokens.shape[1]))
+        return hidden.astype(self.config.compute_dtype)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Maps what the last block writes, (B, T, d), to (B, T, V) float32 logits."""
+        config = self.config
         hidden = _rms_norm(hidden, self.norm[...], config.rms_norm_eps)
         head = self.embedding[...].T if config.tie_embeddings else self.head[...]
         return _linear(hidden, head, jnp.float32)
+
+
+def _attend_causally(query, key, value):
+    return jax.nn.dot_product_attention(query, key, value, is_causal=True), None
 
 
 class Block(nnx.Module):
@@ -111,14 +142,18 @@ class Block(nnx.Module):
         self.mlp_norm = _scale(config)
         self.mlp = SwiGLU(config, rngs=rngs)
 
-    def __call__(self, x: jax.Array, rotation: tuple[jax.Array, jax.Array]):
+    def __call__(
+        self, x: jax.Array, rotation: Rotation, attend: Attend = _attend_causally
+    ):
+        """Returns the new x, and what ``attend`` keeps."""
         normed = _rms_norm(x, self.attention_norm[...], self.eps)
-        x = x + self.attention(normed, rotation)
-        return x + self.mlp(_rms_norm(x, self.mlp_norm[...], self.eps))
+        mixed, kept = self.attention(normed, rotation, attend)
+        x = x + mixed
+        return x + self.mlp(_rms_norm(x, self.mlp_norm[...], self.eps)), kept
 
 
 class Attention(nnx.Module):
-    """Causal grouped-query attention with rotary positions, (B, T, d) to (B, T, d)."""
+    """Grouped-query attention with rotary positions, (B, T, d) to (B, T, d)."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         self.head_dim = config.head_dim
@@ -128,15 +163,14 @@ class Attention(nnx.Module):
         self.value = _kernel(config, rngs, (hidden, kv))
         self.output = _kernel(config, rngs, (hidden, hidden), writes_residual=True)
 
-    def __call__(self, x: jax.Array, rotation: tuple[jax.Array, jax.Array]):
+    def __call__(self, x: jax.Array, rotation: Rotation, attend: Attend):
+        """Returns the output, and what ``attend`` keeps."""
         query, key, value = (
             _linear(x, kernel[...]).reshape(*x.shape[:2], -1, self.head_dim)
             for kernel in (self.query, self.key, self.value)
         )
-        mixed = jax.nn.dot_product_attention(
-            _rotate(query, rotation), _rotate(key, rotation), value, is_causal=True
-        )
-        return _linear(mixed.reshape(x.shape), self.output[...])
+        mixed, kept = attend(_rotate(query, rotation), _rotate(key, rotation), value)
+        return _linear(mixed.reshape(x.shape), self.output[...]), kept
 
 
 class SwiGLU(nnx.Module):
@@ -180,14 +214,6 @@ def _linear(x, kernel, dtype=None):
         preferred_element_type=dtype,
     )
     return flat.reshape(*x.shape[:-1], -1)
-
-
-def _rotation(config, length):
-    """Returns cos and sin of position times frequency, each (T, 1, h / 2) float32."""
-    half = config.head_dim // 2
-    frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = jnp.arange(length, dtype=jnp.float32)[:, None, None] * frequency
-    return jnp.cos(angle), jnp.sin(angle)
 
 
 def _rotate(x, rotation):

@@ -9,7 +9,7 @@ from flax import nnx
 
 from experiments.errors import UserError
 from experiments.model.hugging_face import load_llama
-from experiments.model.llama import Llama, _rotation, apply, init_params
+from experiments.model.llama import Llama, apply, init_params, rotation_of
 from experiments.model.shape import MODELS, LlamaConfig, preset
 from tests.experiments import llama_reference
 
@@ -82,8 +82,8 @@ def test_scanned_blocks_equal_the_blocks_one_after_the_other():
     params = llama_reference.random_params(SMALL)
     tokens = random_tokens(SMALL, (2, 9))
     blocks = nnx.eval_shape(lambda: Llama(SMALL, rngs=nnx.Rngs(0))).blocks
-    graph, rotation = nnx.graphdef(blocks), _rotation(SMALL, 9)
-    run = jax.jit(lambda layer, hidden: nnx.merge(graph, layer)(hidden, rotation))
+    graph, rotation = nnx.graphdef(blocks), rotation_of(SMALL, jnp.arange(9))
+    run = jax.jit(lambda layer, hidden: nnx.merge(graph, layer)(hidden, rotation)[0])
     hidden = params["embedding"][tokens]
     for i in range(SMALL.num_layers):
         layer = jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"])
