@@ -2,6 +2,7 @@
 
 import importlib.metadata
 
+from lowrank_optax.adapter import extract_adapter
 from lowrank_optax.codes import decode
 from lowrank_optax.gradients.value_and_grad import subspace_value_and_grad
 from lowrank_optax.matrix.dimension_numbers import (
@@ -72,6 +73,7 @@ __all__ = [
     "energy_rank",
     "every",
     "exact_svd",
+    "extract_adapter",
     "fira",
     "galore",
     "gaussian",

@@ -670,6 +670,21 @@ def window_means(
     return means
 
 
+# --- adapters: Section 3.3 of AdaRankGrad, by Eckart and Young -----------------------
+
+
+def nearest_of_rank(change: np.ndarray, rank: int) -> tuple[np.ndarray, float]:
+    """The nearest matrix of a rank, D V_r V_r^T, and its relative distance.
+
+    V_r has the leading eigenvectors of D^T D; what is lost are the other eigenvalues.
+    """
+    values, vectors = np.linalg.eigh(change.T @ change)  # sorted upward
+    values = np.maximum(values, 0)
+    leading = vectors[:, len(values) - rank :]
+    total, lost = values.sum(), values[: len(values) - rank].sum()
+    return change @ leading @ leading.T, float(np.sqrt(lost / total)) if total else 0.0
+
+
 # --- gradients to run them on --------------------------------------------------------
 
 

@@ -105,6 +105,7 @@ ORDER = [
     "report.state_shardings",
     "report.memory",
     "report.memory_plan",
+    "adapter",
     "__init__",
 ]
 ROOMS = {
