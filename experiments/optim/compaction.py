@@ -1,6 +1,7 @@
 """Decides when the training loop frees columns: after a while, if it saves enough."""
 
 import dataclasses
+import math
 from typing import Any
 
 import lowrank_optax
@@ -10,6 +11,8 @@ BUCKET = 8  # columns
 LOOKS = 4
 # Least share of the state's bytes to free, for which a recompilation pays.
 MIN_SAVING = 0.02
+# The same where columns may grow again: a share of the projected matrices' bytes.
+MIN_SAVING_OF_BLOCKS = 0.1
 
 
 @dataclasses.dataclass
@@ -26,26 +29,57 @@ class Compaction:
     peaks: dict[str, int] = dataclasses.field(default_factory=dict)
     done: list[dict[str, int]] = dataclasses.field(default_factory=list)
 
-    def look(self, opt_state: Any, has_budget: bool) -> Any:
-        """Looks at a state; returns the state, or after a decision a smaller state.
+    def look(self, opt_state: Any, has_budget: bool, most: int | None = None) -> Any:
+        """Looks at a state; returns the state, or after a decision another state.
+
+        A rank rule measures demand inside the columns that there are, so that no rank
+        rises above them. Where columns may grow again, a leaf therefore keeps at least
+        one column that it does not use. Its use shows that more columns are wanted.
 
         Args:
             opt_state: Optimizer state; the call reads its ranks.
             has_budget: Whether the user gave bytes instead of a rank. The bytes are
                 then spread over the leaves anew.
+            most: Columns up to which a leaf may grow again, in buckets of an eighth of
+                them. None: columns are freed for good, in buckets of :data:`BUCKET`.
         """
         self.looks += 1
+        bucket = BUCKET if most is None else 1
         for path, leaf in lowrank_optax.columns(opt_state).items():
-            wanted = leaf.wanted(BUCKET)
+            wanted = leaf.wanted(bucket)
             self.peaks[path] = max(wanted, self.peaks.get(path, 0))
         if self.looks < LOOKS:
             return opt_state
         peaks, self.looks, self.peaks = self.peaks, 0, {}
         if has_budget:
             return _reallocated(opt_state)
+        if most is not None:
+            return _refitted(opt_state, peaks, most)
         return lowrank_optax.compact(
             opt_state, BUCKET, peaks=peaks, min_saving=MIN_SAVING
         )
+
+
+def _refitted(opt_state: Any, peaks: dict[str, int], most: int) -> Any:
+    """Returns the state with a column to spare beside the peaks, if that pays.
+
+    A leaf that wants to grow always pays; the others are then cut beside it.
+    """
+    bucket = max(1, most // 8)
+    found = lowrank_optax.columns(opt_state)
+    wanted = {
+        path: min(most, leaf.most, bucket * math.ceil((peaks[path] + 1) / bucket))
+        for path, leaf in found.items()
+    }
+    total = sum(leaf.capacity * leaf.bytes_per_column for leaf in found.values())
+    freed = sum(
+        (leaf.capacity - wanted[path]) * leaf.bytes_per_column
+        for path, leaf in found.items()
+    )
+    grows = any(wanted[path] > leaf.capacity for path, leaf in found.items())
+    if not grows and freed < max(1, MIN_SAVING_OF_BLOCKS * total):
+        return opt_state
+    return lowrank_optax.resize(opt_state, wanted)
 
 
 def _reallocated(opt_state: Any) -> Any:
