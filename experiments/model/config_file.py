@@ -64,8 +64,10 @@ def read_config(path: Path) -> LlamaConfig:
             f"{path}: {name} {value!r} is not supported; give a plain LLaMA "
             "(silu, no biases, no dropout, no quantization, unscaled rotary positions)"
         )
+    if raw.get("num_key_value_heads") is None:
+        raw = {**raw, "num_key_value_heads": raw.get("num_attention_heads")}
     fields = {
-        field: _field(path, raw, name, kind, default)
+        field: read_field(path, raw, name, kind, default)
         for field, (name, kind, default) in _FIELDS.items()
     }
     config = LlamaConfig(**fields)
@@ -92,9 +94,14 @@ def write_config(
     path.write_text(json.dumps(raw, indent=2) + "\n")
 
 
-def _field(path, raw, name, kind, default) -> Any:
-    if name == "num_key_value_heads":
-        default = raw.get("num_attention_heads")
+def read_field(
+    path: Path, raw: dict[str, Any], name: str, kind: type, default: Any = None
+) -> Any:
+    """Returns a value of a ``config.json``, or the default where it is absent or null.
+
+    Raises:
+        UserError: If there is neither, or the value has another type.
+    """
     value = default if raw.get(name) is None else raw[name]
     if value is None:
         raise UserError(f"{path}: {name} is missing; add it")

@@ -6,25 +6,23 @@ key need no permutation.
 """
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 from flax import traverse_util
-from safetensors.numpy import save_file
 
-from experiments.errors import UserError
-from experiments.model.config_file import (
-    SavedTokenizer,
-    read_config,
-    read_json,
-    write_config,
-)
+from experiments.model.config_file import SavedTokenizer, read_config, write_config
 from experiments.model.llama import Params, init_params
+from experiments.model.safetensors_files import (
+    check_tensors,
+    open_tensors,
+    param_dtype,
+    whole_directory,
+    write_tensors,
+)
 from experiments.model.shape import LlamaConfig
 
 # Path in our tree: name of the tensor; {} is the layer.
@@ -47,8 +45,6 @@ _TENSORS: dict[tuple[str, ...], str] = {
     }.items()
 }
 
-_DTYPES = ("F32", "F16", "BF16")
-
 
 def load_llama(directory: str | Path) -> tuple[LlamaConfig, Params]:
     """Reads a LLaMA from a directory in Hugging Face's layout.
@@ -69,7 +65,7 @@ def load_llama(directory: str | Path) -> tuple[LlamaConfig, Params]:
     config, tensors = _opened(Path(directory))
 
     def read(path, name):
-        tensor = _flip(path, tensors[name].get_tensor(name))
+        tensor = _flip(path, tensors[name].read())
         return tensor.astype(jnp.dtype(config.param_dtype))
 
     params = {}
@@ -114,93 +110,36 @@ def save_llama(
         UserError: If the directory is a file, or holds anything that is not to be
             replaced.
     """
-    directory = Path(directory)
-    if directory.exists() and not directory.is_dir():
-        raise UserError(f"{directory} is a file; give a directory to save the model in")
-    if directory.exists() and not replace and any(directory.iterdir()):
-        raise UserError(f"{directory} is not empty; save the model in a new directory")
-    place = directory.absolute()
-    unfinished = place.with_name(f"{place.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    write_config(unfinished / "config.json", config, tokenizer)
-    _write_tensors(unfinished / "model.safetensors", config, params)
-    # safetensors makes a file that its owner alone may read.
-    shutil.copymode(unfinished / "config.json", unfinished / "model.safetensors")
-    if tokenizer is not None:
-        tokenizer.save(unfinished)
-    shutil.rmtree(directory, ignore_errors=True)
-    unfinished.rename(directory)
+    with whole_directory(Path(directory), replace) as unfinished:
+        write_config(unfinished / "config.json", config, tokenizer)
+        write_tensors(unfinished / "model.safetensors", _as_stored(config, params))
+        if tokenizer is not None:
+            tokenizer.save(unfinished)
 
 
-def _write_tensors(path, config, params):
+def _as_stored(config, params):
+    """Returns the tensors of the file, by name."""
     leaves = traverse_util.flatten_dict(params)
     tensors = {}
     for place, names in _names(config).items():
         leaf = np.asarray(leaves[place])
         matrices = leaf if _is_stacked(place) else [leaf]
         for name, matrix in zip(names, matrices, strict=True):
-            # safetensors writes the buffer as it lies in memory, strides ignored.
-            tensors[name] = np.ascontiguousarray(_flip(place, matrix))
-    # Hugging Face's loader refuses a file that does not name a format.
-    save_file(tensors, path, metadata={"format": "pt"})
+            tensors[name] = _flip(place, matrix)
+    return tensors
 
 
 def _opened(directory):
-    """Returns the configuration and, for each tensor's name, its open file."""
+    """Returns the configuration, and the tensors by name."""
     config = read_config(directory / "config.json")
-    tensors = _open_tensors(directory)
-    _check_tensors(directory, config, tensors)
-    dtypes = {tensors[name].get_slice(name).get_dtype() for name in tensors}
-    param_dtype = "bfloat16" if dtypes == {"BF16"} else "float32"
-    return dataclasses.replace(config, param_dtype=param_dtype), tensors
-
-
-def _open_tensors(directory):
-    """Returns, for each tensor's name, the open file that holds it."""
-    index = directory / "model.safetensors.index.json"
-    files = {"model.safetensors"}
-    if index.exists() and not (directory / "model.safetensors").exists():
-        files = set(read_json(index).get("weight_map", {}).values())
-    tensors = {}
-    for file in sorted(files):
-        path = directory / file
-        if not path.is_file():
-            raise UserError(f"{path} is missing; put it beside config.json")
-        try:
-            handle = safetensors.safe_open(path, framework="np")
-        except (safetensors.SafetensorError, OSError) as error:
-            raise UserError(
-                f"{path} is not a safetensors file ({error}); download it again"
-            ) from error
-        tensors |= dict.fromkeys(handle.keys(), handle)
-    # Old exports store the rotary frequencies, which follow from rope_theta.
-    return {k: v for k, v in tensors.items() if not k.endswith(".rotary_emb.inv_freq")}
-
-
-def _check_tensors(directory, config, tensors):
-    shapes = _shapes(config)
-    for problem, names in (
-        ("is missing", shapes.keys() - tensors.keys()),
-        ("is not expected", tensors.keys() - shapes.keys()),
-    ):
-        if names:
-            raise UserError(
-                f"{directory}: tensor {min(names)} {problem} ({len(names)} in all); "
-                "give weights that belong to the config.json beside them"
-            )
-    for name, shape in shapes.items():
-        found = tensors[name].get_slice(name)
-        if tuple(found.get_shape()) != shape:
-            raise UserError(
-                f"{directory}: tensor {name} has shape {tuple(found.get_shape())}, "
-                f"config.json says {shape}; give weights that belong to it"
-            )
-        if found.get_dtype() not in _DTYPES:
-            raise UserError(
-                f"{directory}: tensor {name} has dtype {found.get_dtype()}; "
-                f"convert it to one of {', '.join(_DTYPES)}"
-            )
+    tensors = {
+        name: tensor
+        for name, tensor in open_tensors(directory).items()
+        # Old exports store the rotary frequencies, which follow from rope_theta.
+        if not name.endswith(".rotary_emb.inv_freq")
+    }
+    check_tensors(directory, tensors, _shapes(config))
+    return dataclasses.replace(config, param_dtype=param_dtype(tensors)), tensors
 
 
 def _names(config):
