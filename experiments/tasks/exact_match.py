@@ -1,9 +1,8 @@
 """GSM8K's metric: whether the number that a solution ends in is the right one."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from decimal import Decimal
-from typing import Any
 
 from experiments.errors import UserError
 
@@ -14,11 +13,7 @@ _MARKED = re.compile(rf"{MARK}\s*\$?({_NUMBER})")
 _ANY = re.compile(_NUMBER)
 
 
-def exact_match(
-    texts: Sequence[str],
-    rows: Sequence[Mapping[str, Any]],
-    answer_column: str = "answer",
-) -> dict[str, float]:
+def exact_match(texts: Sequence[str], solutions: Sequence[str]) -> dict[str, float]:
     r"""Returns the share of generated solutions whose number is the reference's.
 
     Numbers are compared as numbers: commas, a dollar sign, and a dot behind the last
@@ -28,8 +23,7 @@ def exact_match(
     Args:
         texts: What the model wrote behind each prompt, cut where it begins another
             question.
-        rows: The problem of each text, with GSM8K's solution.
-        answer_column: Where the solution stands in a row.
+        solutions: GSM8K's own for each text, at least one.
 
     Returns:
         ``exact_match`` takes the first number behind ``####`` in a text, the harness's
@@ -37,16 +31,16 @@ def exact_match(
         Both in [0, 1]; a text without such a number is wrong.
 
     Raises:
-        UserError: If a reference has no number behind ``####``, or there is no row.
+        UserError: If a reference has no number behind ``####``, or there is none.
 
     Example:
-        >>> rows = [{"answer": "9 * 2 = 18\n#### 18"}, {"answer": "#### 1,200"}]
-        >>> exact_match(["So it is 18.\n#### $18.00", "It is 1200."], rows)
+        >>> solutions = ["9 * 2 = 18\n#### 18", "#### 1,200"]
+        >>> exact_match(["So it is 18.\n#### $18.00", "It is 1200."], solutions)
         {'exact_match': 0.5, 'flexible_match': 1.0}
     """
-    if not rows:
+    if not solutions:
         raise UserError("gsm8k: there is no problem to score; give more than none")
-    wanted = [reference(row[answer_column]) for row in rows]
+    wanted = list(map(reference, solutions))
     return {
         "exact_match": _share(map(marked_number, texts), wanted),
         "flexible_match": _share(map(last_number, texts), wanted),

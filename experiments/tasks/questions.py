@@ -14,10 +14,9 @@ their names.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 from experiments.errors import UserError
+from experiments.tasks.rows import Rows
 
 _FORMAT = "Answer format:"
 # lm-evaluation-harness has a boolean question answered with these words.
@@ -31,58 +30,88 @@ class Question:
     Attributes:
         prompts: What stands before each choice; of Winogrande alone they differ.
         continuations: What is scored behind each prompt; begins with a space.
-        names: What the data calls each choice, such as "answer1".
+        outputs: What a model that is tuned on the data says for each choice, such as
+            "the correct answer is answer1".
         right: Place of the right choice.
     """
 
     prompts: tuple[str, ...]
     continuations: tuple[str, ...]
-    names: tuple[str, ...]
+    outputs: tuple[str, ...]
     right: int
 
 
-def parse_question(row: Mapping[str, Any]) -> Question:
-    r"""Returns the question of a row of Commonsense170k.
+def read_questions(rows: Rows, text_column: str, answer_column: str) -> list[Question]:
+    """Returns the question of each row.
+
+    Args:
+        rows: In the format of Commonsense170k.
+        text_column: Holds the instruction.
+        answer_column: Holds what the name of the right choice ends, such as "the
+            correct answer is answer2".
+
+    Raises:
+        UserError: If a column is absent, or a row is in another format; it is named.
+    """
+    instructions = rows.texts(text_column)
+    outputs = rows.texts(answer_column, "--label-column")
+    questions = []
+    for instruction, output, place in zip(
+        instructions, outputs, rows.places, strict=True
+    ):
+        try:
+            questions.append(parse_question(instruction, output))
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from error
+    return questions
+
+
+def parse_question(instruction: str, output: str) -> Question:
+    r"""Returns the question of one row.
 
     ARC's, OpenBookQA's, PIQA's, Social IQa's and BoolQ's questions become
     "Question: ...\nAnswer:", continued by " " and the choice (BoolQ's by " yes" and
     " no"; its passages are not in the data). A sentence to complete is continued by its
-    ending. A sentence with a blank, "_", is filled with each choice, and what stands
-    behind the blank is scored, as Winogrande's authors and the harness do it.
+    ending. A blank, "_", is filled with each choice, and what stands behind it is
+    scored, as Winogrande's authors and the harness do it.
 
     Args:
-        row: Has ``instruction`` and ``answer``, the name of the right choice.
+        instruction: See this module's docstring.
+        output: Ends with the name of the right choice.
 
     Raises:
-        UserError: If there is no list of names, a name has no choice, or the answer is
-            none of the names.
+        UserError: If there is no list of names, a name has no choice, or the output
+            ends with none of the names.
 
     Example:
-        >>> parse_question({
-        ...     "instruction": "Please choose the correct answer to the question: "
-        ...     "Is ice warm?\n\nAnswer1: yes Answer2: no\n\n"
-        ...     "Answer format: answer1/answer2",
-        ...     "answer": "answer2",
-        ... }).continuations
-        (' yes', ' no')
+        >>> question = parse_question(
+        ...     "Please choose the correct answer to the question: Is ice warm?\n\n"
+        ...     "Answer1: yes Answer2: no\n\nAnswer format: answer1/answer2",
+        ...     "the correct answer is answer2",
+        ... )
+        >>> question.prompts[0], question.continuations
+        ('Question: Is ice warm?\nAnswer:', (' yes', ' no'))
+        >>> question.outputs[0]
+        'the correct answer is answer1'
     """
-    text, mark, listed = row["instruction"].rpartition(_FORMAT)
+    text, mark, listed = instruction.rpartition(_FORMAT)
     names = tuple(name.strip() for name in listed.split("/"))
     if not mark or len(names) < 2:
         raise UserError(
-            f"commonsense: the instruction {_shown(row['instruction'])} does not end "
-            f"in '{_FORMAT} name/name'; give rows in the format of Commonsense170k"
+            f"the instruction {_shown(instruction)} does not end in '{_FORMAT} "
+            "name/name'; give rows in the format of Commonsense170k"
         )
-    if row["answer"] not in names:
+    *words, name = output.split() or [""]
+    if name not in names:
         raise UserError(
-            f"commonsense: the answer {row['answer']!r} is none of {'/'.join(names)}; "
-            "give the name of a choice"
+            f"the answer {_shown(output)} ends with none of {'/'.join(names)}; end it "
+            "with the name of a choice"
         )
     text, choices = _choices(text, names)
-    question = text.partition(": ")[2].strip()
+    question = (text.partition(": ")[2] or text).strip()
     prompts, continuations = _put(question, names, choices)
-    right = names.index(row["answer"])
-    return Question(prompts, continuations, names, right)
+    outputs = tuple(" ".join([*words, other]) for other in names)
+    return Question(prompts, continuations, outputs, names.index(name))
 
 
 def _choices(text, names):
@@ -95,7 +124,7 @@ def _choices(text, names):
         text, mark, choice = text.rpartition(f"{name.capitalize()}:")
         if not mark or not choice.strip():
             raise UserError(
-                f"commonsense: the instruction {_shown(text + choice)} names {name}, "
+                f"the instruction {_shown(text + choice)} names {name}, "
                 f"but has no text behind '{name.capitalize()}:'; add the choice"
             )
         choices.append(choice.strip())
@@ -104,12 +133,10 @@ def _choices(text, names):
 
 def _put(question, names, choices):
     """Returns a prompt and a continuation for each choice."""
-    if names[0].startswith("option") and "_" in question:
-        before, _, behind = question.partition("_")
-        return (
-            tuple(before + choice for choice in choices),
-            (f" {behind.strip()}",) * len(choices),
-        )
+    before, _, behind = question.partition("_")
+    if names[0].startswith("option") and behind.strip():
+        prompts = tuple(before + choice for choice in choices)
+        return prompts, (f" {behind.strip()}",) * len(choices)
     if not names[0].startswith("ending"):
         question = f"Question: {question}\nAnswer:"
     return (question,) * len(choices), tuple(f" {choice}" for choice in choices)

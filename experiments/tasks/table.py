@@ -78,7 +78,13 @@ TASKS = {
     "regression": TaskKind("number", ("text",), _CORRELATIONS),
     # Geneformer's cells, and whatever else comes with ids of its own.
     "tokens": TaskKind("classes", ("input_ids",), _MACRO, is_text=False),
-    "gsm8k": TaskKind("answer", ("question",), ("exact_match",), "answer"),
-    "commonsense": TaskKind("answer", ("instruction",), ("acc", "acc_norm"), "output"),
-    "completion": TaskKind("answer", ("prompt",), ("exact_match",), "completion"),
+    "gsm8k": TaskKind(
+        "answer", ("question",), ("exact_match", "flexible_match"), "answer"
+    ),
+    "commonsense": TaskKind(
+        "answer", ("instruction",), ("named_acc", "acc", "acc_norm"), "output"
+    ),
+    "completion": TaskKind(
+        "answer", ("prompt",), ("token_accuracy", "exact_match"), "completion"
+    ),
 }

@@ -30,16 +30,15 @@ def test_a_number_is_read_as_a_number(text, marked, last):
 
 
 def test_a_match_needs_the_mark_and_a_flexible_match_needs_the_last_number():
-    rows = [{"answer": "2 + 2 = 4\n#### 4"}] * 4
+    solutions = ["2 + 2 = 4\n#### 4"] * 4
     texts = ["#### 4", "It is 4.", "#### 4 or 5", "nothing"]
 
-    assert exact_match(texts, rows) == {"exact_match": 0.5, "flexible_match": 0.5}
+    found = exact_match(texts, solutions)
+    assert found == {"exact_match": 0.5, "flexible_match": 0.5}
 
 
 def test_the_reference_is_behind_its_last_mark():
-    rows = [{"solution": "#### 1 is a mark\n#### 2,000"}]
-
-    found = exact_match(["#### 2000"], rows, answer_column="solution")
+    found = exact_match(["#### 2000"], ["#### 1 is a mark\n#### 2,000"])
 
     assert found["exact_match"] == 1
 
@@ -48,19 +47,18 @@ def test_every_reference_of_gsm8k_has_its_number(shared_data):
     counts = {"train": 7473, "test": 1319}
     for split, count in counts.items():
         with gzip.open(shared_data / "gsm8k" / f"{split}.jsonl.gz", "rt") as file:
-            rows = [json.loads(line) for line in file]
-        solutions = [row["answer"] for row in rows]
+            solutions = [json.loads(line)["answer"] for line in file]
 
-        assert len(rows) == count
+        assert len(solutions) == count
         # The mark's number is the last one of the solution, too.
-        found = exact_match(solutions, rows)
+        found = exact_match(solutions, solutions)
         assert found == {"exact_match": 1, "flexible_match": 1}
 
 
 @pytest.mark.parametrize("solution", ["It is 4.", "It is 4.\n####", "#### x"])
 def test_a_reference_without_a_number_is_an_error(solution):
     with pytest.raises(UserError, match="no number behind ####"):
-        exact_match(["4"], [{"answer": solution}])
+        exact_match(["4"], [solution])
 
 
 def test_no_problem_is_an_error():
