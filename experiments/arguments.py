@@ -145,12 +145,16 @@ def nearest(word: str, choices: Iterable[str]) -> str:
 
 
 def groups_of(options: type) -> dict[str, type]:
-    """Returns the bases that have fields of their own, by the name of the group."""
-    bases = [
+    """Returns the bases that have fields of their own, by the name of the group.
+
+    A base of another one, which has its fields with other defaults, is no group.
+    """
+    found: list[type] = [
         base
         for base in reversed(options.__mro__[1:])
         if dataclasses.is_dataclass(base) and inspect.get_annotations(base)
     ]
+    bases = [x for x in found if sum(issubclass(base, x) for base in found) == 1]
     names = (re.sub("(?<!^)(?=[A-Z])", "_", base.__name__).lower() for base in bases)
     return {
         name.removesuffix("_flags"): base

@@ -1,6 +1,7 @@
 """The flags of the optimizer, and what each method has where they are silent."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -196,23 +197,34 @@ def with_defaults(
     granularity = method.own.get("granularity") and options.granularity
     granularity = granularity or method.own.get("granularity", 1)
     rank = options.rank or max(1, int(method.rank_share * hidden_size) // granularity)
-    defaults = {
-        "warmup_steps": default_warmup(steps),
-        "block_scale": method.block_scale,
-        **method.own,
-    }
+    ranks = {"rank": rank, "min_rank": max(1, 7 * rank // 8)}
+    return filled_in(
+        options,
+        {
+            "warmup_steps": default_warmup(steps),
+            "block_scale": method.block_scale,
+            **method.own,
+            **{name: value for name, value in ranks.items() if name in method.own},
+        },
+    )
+
+
+def filled_in(options: OptimizerOptions, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the defaults of the options that are None, fitted to those that are not.
+
+    Args:
+        options: The flags.
+        defaults: By name, what the chosen optimizer has where they are silent.
+    """
+    defaults = dict(defaults)
     if options.schedule == "wsd":
         defaults["decay_fraction"] = _WSD_DECAY
-    if "rank" in method.own:
-        defaults["rank"] = rank
-    if "min_refresh_interval" in method.own and options.max_refresh_interval:
-        least = min(method.own["min_refresh_interval"], options.max_refresh_interval)
+    if "min_refresh_interval" in defaults and options.max_refresh_interval:
+        least = min(defaults["min_refresh_interval"], options.max_refresh_interval)
         defaults["min_refresh_interval"] = least
-    if "max_refresh_interval" in method.own and options.min_refresh_interval:
-        most = max(method.own["max_refresh_interval"], options.min_refresh_interval)
+    if "max_refresh_interval" in defaults and options.min_refresh_interval:
+        most = max(defaults["max_refresh_interval"], options.min_refresh_interval)
         defaults["max_refresh_interval"] = most
-    if "min_rank" in method.own:
-        defaults["min_rank"] = max(1, 7 * rank // 8)
     if options.block_state_bytes is not None:
         # They take the place of the ranks.
         defaults |= {"rank": None, "min_rank": None}
