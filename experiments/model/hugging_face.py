@@ -1,21 +1,19 @@
 """LLaMA weights in Hugging Face's layout: ``config.json`` and ``*.safetensors``.
 
-A Hugging Face kernel is (out, in) and one tensor per layer; ours is (in, out) and one
-stack per kind of kernel. Both rotate the pairs (i, i + h / 2) of a head, so query and
-key need no permutation.
+Both rotate the pairs (i, i + h / 2) of a head, so query and key need no permutation.
 """
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from experiments.data.gguf_reader import is_gguf
 from experiments.model.config_file import SavedTokenizer, read_config, write_config
-from experiments.model.llama import Params, init_params
+from experiments.model.gguf_files import load_gguf, read_gguf_shape
+from experiments.model.llama import Params
 from experiments.model.safetensors_files import (
     check_tensors,
     open_tensors,
@@ -24,6 +22,7 @@ from experiments.model.safetensors_files import (
     write_tensors,
 )
 from experiments.model.shape import LlamaConfig
+from experiments.model.tensor_layout import flipped, is_stacked, names_of, shapes_of
 
 # Path in our tree: name of the tensor; {} is the layer.
 _TENSORS: dict[tuple[str, ...], str] = {
@@ -47,31 +46,34 @@ _TENSORS: dict[tuple[str, ...], str] = {
 
 
 def load_llama(directory: str | Path) -> tuple[LlamaConfig, Params]:
-    """Reads a LLaMA from a directory in Hugging Face's layout.
+    """Reads a LLaMA from a directory in Hugging Face's layout, or from a GGUF file.
 
     Args:
         directory: Holds ``config.json`` and ``model.safetensors``, or the shards that
-            ``model.safetensors.index.json`` lists; float32, float16 or bfloat16.
+            ``model.safetensors.index.json`` lists; float32, float16 or bfloat16. Or a
+            ``.gguf`` file, see :func:`experiments.model.gguf_files.load_gguf`.
 
     Returns:
-        The configuration and the parameters. They stay bfloat16 if every tensor is
-        bfloat16; otherwise all are widened, exactly, to float32.
+        The configuration and the parameters. They stay bfloat16 if every tensor of a
+        directory is bfloat16; otherwise all are widened, exactly, to float32.
 
     Raises:
         UserError: If a file is missing or unreadable, the configuration asks for what
             the model does not compute, or a tensor is missing, unexpected, or of
             another shape or dtype.
     """
+    if is_gguf(directory):
+        return load_gguf(directory)
     config, tensors = _opened(Path(directory))
 
     def read(path, name):
-        tensor = _flip(path, tensors[name].read())
+        tensor = flipped(path, tensors[name].read())
         return tensor.astype(jnp.dtype(config.param_dtype))
 
     params = {}
-    for path, names in _names(config).items():
+    for path, names in names_of(config, _TENSORS).items():
         leaf = [read(path, name) for name in names]
-        params[path] = jnp.asarray(np.stack(leaf) if _is_stacked(path) else leaf[0])
+        params[path] = jnp.asarray(np.stack(leaf) if is_stacked(path) else leaf[0])
     return config, traverse_util.unflatten_dict(params)
 
 
@@ -81,6 +83,8 @@ def read_shape(directory: str | Path) -> LlamaConfig:
     Raises:
         UserError: As there.
     """
+    if is_gguf(directory):
+        return read_gguf_shape(directory)
     return _opened(Path(directory))[0]
 
 
@@ -121,11 +125,11 @@ def _as_stored(config, params):
     """Returns the tensors of the file, by name."""
     leaves = traverse_util.flatten_dict(params)
     tensors = {}
-    for place, names in _names(config).items():
+    for place, names in names_of(config, _TENSORS).items():
         leaf = np.asarray(leaves[place])
-        matrices = leaf if _is_stacked(place) else [leaf]
+        matrices = leaf if is_stacked(place) else [leaf]
         for name, matrix in zip(names, matrices, strict=True):
-            tensors[name] = _flip(place, matrix)
+            tensors[name] = flipped(place, matrix)
     return tensors
 
 
@@ -138,37 +142,5 @@ def _opened(directory):
         # Old exports store the rotary frequencies, which follow from rope_theta.
         if not name.endswith(".rotary_emb.inv_freq")
     }
-    check_tensors(directory, tensors, _shapes(config))
+    check_tensors(directory, tensors, shapes_of(config, _TENSORS))
     return dataclasses.replace(config, param_dtype=param_dtype(tensors)), tensors
-
-
-def _names(config):
-    """Returns the names of the tensors of each path of our tree, a name per layer."""
-    return {
-        path: [name.format(i) for i in range(config.num_layers)]
-        if _is_stacked(path)
-        else [name]
-        for path, name in _TENSORS.items()
-        if not (config.tie_embeddings and path == ("head",))
-    }
-
-
-def _shapes(config):
-    """Returns the shape in the file of each tensor, by name."""
-    tree = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    leaves: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(tree)
-    shapes = {}
-    for path, names in _names(config).items():
-        shape = leaves[path].shape[1:] if _is_stacked(path) else leaves[path].shape
-        # Like _flip, for a shape: kernels are (out, in) in the file.
-        shapes |= dict.fromkeys(names, shape if path == ("embedding",) else shape[::-1])
-    return shapes
-
-
-def _is_stacked(path):
-    return path[0] == "blocks"
-
-
-def _flip(path, tensor):
-    """Turns (out, in) into (in, out) or back; vectors and the embedding stay."""
-    return tensor if path == ("embedding",) else tensor.T

@@ -3,6 +3,7 @@
 import importlib.util
 from pathlib import Path
 
+from experiments.data.gguf_reader import is_gguf
 from experiments.errors import UserError
 from experiments.model.config_file import read_json
 
@@ -14,11 +15,6 @@ _PACKAGED = {
 
 # model_type of a config.json: what kind of model it is.
 _KINDS = {"bert": "encoder", "roberta": "encoder", "llama": "llama"}
-
-
-def is_gguf(path: str | Path) -> bool:
-    """Returns whether a model is one GGUF file and not a directory, by its name."""
-    return Path(path).suffix == ".gguf"
 
 
 def find_model(spec: str | Path) -> Path:

@@ -18,7 +18,7 @@ BELOW = {
     "ranges": set(),
     "arguments": {"errors", "ranges"},
     "data": {"errors"},
-    "model": {"errors"},
+    "model": {"errors", "data"},
     "tasks": {"errors", "ranges", "data", "model"},
     "optim": {"errors", "ranges", "model"},
     "run": {"errors", "ranges", "arguments", "data", "model", "optim"},
