@@ -1,10 +1,9 @@
-"""Tokenizers behind one interface: bytes, SentencePiece, Hugging Face.
+"""Tokenizers behind one interface: bytes, SentencePiece, Hugging Face, GGUF.
 
 No tokenizer adds special tokens when it encodes, and text that spells a special token
 is encoded as text. ``end_of_document`` decodes to nothing.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -14,6 +13,10 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from experiments.data.chat import Chat
+from experiments.data.gguf_reader import is_gguf
+from experiments.data.gguf_tokenizer import read_gguf_tokenizer
+from experiments.data.tokenizer_settings import Settings, read_settings, write_settings
 from experiments.errors import UserError
 
 # tokenizer.json does not say which token ends a document; the names in general use.
@@ -37,12 +40,17 @@ class Tokenizer(Protocol):
         beginning: The id that stands for the beginning of a text; that of the end of a
             document, which stands before the next one, where there is no other. No
             training text has another.
+        ends: The ids that a trained model may end a text or an answer with; the first
+            one is that which the files beside the tokenizer name, if they do.
+        chat: The model's chat template; None: its files have none.
     """
 
     name: str
     vocab_size: int
     end_of_document: int
     beginning: int
+    ends: tuple[int, ...]
+    chat: Chat | None
 
     def encode(self, text: str) -> np.ndarray:
         """Returns the ids of a text, (n,) int32."""
@@ -62,7 +70,12 @@ class Tokenizer(Protocol):
 
 
 def find_tokenizer(directory: Path) -> Path | None:
-    """Returns the tokenizer's file beside the weights in a directory, None: none."""
+    """Returns the tokenizer's file beside the weights in a directory, None: none.
+
+    A GGUF file holds both.
+    """
+    if is_gguf(directory):
+        return directory
     files = (directory / name for name in _BESIDE_WEIGHTS)
     return next(filter(Path.is_file, files), None)
 
@@ -72,7 +85,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
 
     Args:
         spec: "bytes", or the path of a SentencePiece ``.model``, of a Hugging Face
-            ``tokenizer.json`` or of a directory with one.
+            ``tokenizer.json``, of a directory with one, or of a ``.gguf`` file.
 
     Returns:
         The tokenizer.
@@ -87,12 +100,16 @@ def load_tokenizer(spec: str) -> Tokenizer:
     """
     if spec == "bytes":
         return ByteTokenizer()
-    kinds = {".model": SentencePieceTokenizer, ".json": HuggingFaceTokenizer}
+    kinds = {
+        ".model": SentencePieceTokenizer,
+        ".json": HuggingFaceTokenizer,
+        ".gguf": HuggingFaceTokenizer,
+    }
     path = find_tokenizer(Path(spec)) or Path(spec)
     if path.suffix not in kinds:
         raise UserError(
-            f"tokenizer: {spec!r} is unknown; give 'bytes', a SentencePiece .model "
-            "or a Hugging Face tokenizer.json"
+            f"tokenizer: {spec!r} is unknown; give 'bytes', a SentencePiece "
+            ".model, a Hugging Face tokenizer.json or a .gguf file"
         )
     if not path.is_file():
         raise UserError(f"tokenizer: {spec} is not a file; check the path")
@@ -106,6 +123,8 @@ class ByteTokenizer:
     vocab_size = 257
     end_of_document = 256
     beginning = 256
+    ends: tuple[int, ...] = (256,)
+    chat: Chat | None = None
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
@@ -128,11 +147,14 @@ class ByteTokenizer:
         model.decoder = decoders.ByteLevel()
         model.add_special_tokens([_BYTES_END])
         model.save(str(directory / "tokenizer.json"))
-        _write_settings(directory, _BYTES_END, _BYTES_END)
+        ends = {"bos_token": _BYTES_END, "eos_token": _BYTES_END}
+        write_settings(directory, Settings(ends))
 
 
 class SentencePieceTokenizer:
     """A SentencePiece model; documents end with its end-of-sentence piece.
+
+    It has no chat template; a model with one has a ``tokenizer.json`` too.
 
     With byte fallback and the identity normalizer, as in LLaMA's and Mistral's models,
     decoding returns the encoded text, but U+2581, SentencePiece's own mark for a space,
@@ -158,6 +180,8 @@ class SentencePieceTokenizer:
         self.end_of_document: int = self._model.eos_id()
         ends: list[int] = [self._model.bos_id(), self.end_of_document]
         self.beginning = next(piece for piece in ends if piece >= 0)
+        self.ends: tuple[int, ...] = (self.end_of_document,)
+        self.chat: Chat | None = None
 
     def encode(self, text: str) -> np.ndarray:
         return np.array(self._model.encode(text), np.int32)
@@ -172,30 +196,31 @@ class SentencePieceTokenizer:
         """Writes a copy of the model as ``tokenizer.model``."""
         path = directory / "tokenizer.model"
         path.write_bytes(self._model.serialized_model_proto())
-        ends = (self.beginning, self.end_of_document)
-        _write_settings(directory, *map(self._model.id_to_piece, ends))
+        roles = {"bos_token": self.beginning, "eos_token": self.end_of_document}
+        words = {role: self._model.id_to_piece(i) for role, i in roles.items()}
+        write_settings(directory, Settings(words))
 
 
 class HuggingFaceTokenizer:
-    """A ``tokenizer.json``; its own cutting and padding are switched off.
+    """A ``tokenizer.json``, or a GGUF file's tokens.
 
-    Whether decoding returns the encoded text depends on the file: byte-level models do.
+    A file's own cutting and padding are switched off. Whether decoding returns the
+    encoded text depends on the file: byte-level models do.
     """
 
     def __init__(self, path: Path):
-        try:
-            self._content = path.read_bytes()
-            self._model = tokenizers.Tokenizer.from_buffer(self._content)
-        except Exception as error:  # the library raises nothing more specific
-            raise UserError(
-                f"tokenizer: {path} is not a Hugging Face tokenizer ({error}); "
-                "download it again"
-            ) from error
+        if is_gguf(path):
+            self._model, settings = read_gguf_tokenizer(path)
+            self._content = self._model.to_str().encode()
+        else:
+            self._model, self._content = _read_tokenizer_json(path)
+            settings = read_settings(path.parent)
         self._model.no_truncation()
         self._model.no_padding()
         self._model.encode_special_tokens = True
         vocabulary = self._model.get_vocab()
-        names = [*_END_OF_DOCUMENT, *_end_of_sequence(path)]
+        named = settings.words.get("eos_token")
+        names = [*_END_OF_DOCUMENT, named]
         ends = [vocabulary[name] for name in names if name in vocabulary]
         if not ends:
             raise UserError(
@@ -208,6 +233,15 @@ class HuggingFaceTokenizer:
         self.end_of_document = ends[0]
         beginnings = [vocabulary[name] for name in _BEGINNING if name in vocabulary]
         self.beginning = [*beginnings, self.end_of_document][0]
+        end = vocabulary.get(named or "", self.end_of_document)
+        self.ends: tuple[int, ...] = tuple(dict.fromkeys((end, self.end_of_document)))
+        roles = {"bos_token": self.beginning, "eos_token": self.end_of_document}
+        spelled = {role: self._model.id_to_token(i) or "" for role, i in roles.items()}
+        words = {**spelled, **settings.words}
+        self._settings = Settings(words, settings.chat_template)
+        self.chat: Chat | None = None
+        if settings.chat_template is not None:
+            self.chat = Chat(settings.chat_template, words, end, self._encode_rendered)
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]
@@ -223,24 +257,26 @@ class HuggingFaceTokenizer:
     def save(self, directory: Path) -> None:
         """Writes a copy of the file as ``tokenizer.json``."""
         (directory / "tokenizer.json").write_bytes(self._content)
-        ends = (self.beginning, self.end_of_document)
-        words = (self._model.id_to_token(i) or "" for i in ends)
-        _write_settings(directory, *words)
+        write_settings(directory, self._settings)
+
+    def _encode_rendered(self, texts):
+        """Returns the ids of texts in which words of special tokens are these."""
+        self._model.encode_special_tokens = False
+        try:
+            return self.encode_batch(texts)
+        finally:
+            self._model.encode_special_tokens = True
 
 
-def _end_of_sequence(path):
-    """Yields what ``tokenizer_config.json`` beside a tokenizer names as its end."""
-    settings = path.with_name("tokenizer_config.json")
+def _read_tokenizer_json(path):
     try:
-        token = json.loads(settings.read_text(encoding="utf-8")).get("eos_token")
-    except FileNotFoundError:
-        return
-    except (OSError, ValueError, AttributeError) as error:
+        content = path.read_bytes()
+        return tokenizers.Tokenizer.from_buffer(content), content
+    except Exception as error:  # the library raises nothing more specific
         raise UserError(
-            f"tokenizer: {settings} cannot be read ({error}); download it again"
+            f"tokenizer: {path} is not a Hugging Face tokenizer ({error}); "
+            "download it again"
         ) from error
-    # An older form is an object with the token and its properties.
-    yield token.get("content") if isinstance(token, dict) else token
 
 
 def _byte_letters():
@@ -253,19 +289,3 @@ def _byte_letters():
     for byte in range(256):
         prints = 33 <= byte <= 126 or (161 <= byte <= 255 and byte != 173)
         yield chr(byte if prints else next(others))
-
-
-def _write_settings(directory, beginning, end):
-    """Writes ``tokenizer_config.json``: what marks the ends, and that none is added."""
-    settings = {
-        # transformers 5 encodes with it as here, a SentencePiece model too. As a
-        # LlamaTokenizer it would drop spaces that double or lead.
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": beginning,
-        "eos_token": end,
-        "add_bos_token": False,
-        "add_eos_token": False,
-        "clean_up_tokenization_spaces": False,
-    }
-    path = directory / "tokenizer_config.json"
-    path.write_text(json.dumps(settings, indent=2) + "\n")

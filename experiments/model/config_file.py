@@ -37,7 +37,7 @@ class SavedTokenizer(Protocol):
     """What weights carry of a tokenizer, see :mod:`experiments.data.tokenizers`."""
 
     beginning: int
-    end_of_document: int
+    ends: tuple[int, ...]
 
     def save(self, directory: Path) -> None:
         """Writes its files."""
@@ -88,7 +88,7 @@ def write_config(
         **{name: value for name, value in _FIXED.items() if value is not None},
         **{name: getattr(config, field) for field, (name, *_) in _FIELDS.items()},
         "bos_token_id": tokenizer and tokenizer.beginning,
-        "eos_token_id": tokenizer and tokenizer.end_of_document,
+        "eos_token_id": tokenizer and tokenizer.ends[0],
         "torch_dtype": config.param_dtype,
     }
     path.write_text(json.dumps(raw, indent=2) + "\n")

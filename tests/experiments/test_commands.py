@@ -109,7 +109,7 @@ def test_mistakes_are_one_line(trained, tmp_path, capsys):
             "choose newest, best or one of 2, 3, 4",
         ),
         (export, [weights, *out, "--checkpoint", 3], "has no checkpoints"),
-        (export, [tmp_path / "nowhere", *out], "is not a directory"),
+        (export, [tmp_path / "nowhere", *out], "is no model"),
         (export, [tmp_path, *out], "config.json cannot be read"),
         (export, [trained, "--out", trained], "is not empty"),
         (export, [trained, *out, "--tokenizer", "x.json"], "x.json is not a file"),

@@ -39,7 +39,9 @@ def test_a_path_is_a_directory_or_a_gguf_file(tmp_path):
     assert find_model(str(tmp_path)) == tmp_path
     assert find_model(file) == file
     for absent in ("minilm2", tmp_path / "notes.txt", tmp_path / "other.gguf"):
-        with pytest.raises(UserError, match=f"{absent} is not there; give minilm, smo"):
+        with pytest.raises(
+            UserError, match=f"{absent} is no model; give minilm, smollm2, a"
+        ):
             find_model(absent)
 
 

@@ -1,0 +1,90 @@
+"""A GGUF file's byte-level BPE tokenizer, as the library ``tokenizers`` has it."""
+
+from pathlib import Path
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+
+from experiments.data.gguf_reader import GgufFile, open_gguf
+from experiments.data.tokenizer_settings import Settings
+from experiments.errors import UserError
+
+_ROLES = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+}
+# What a token is: llama.cpp's numbers.
+_CONTROL, _USER_DEFINED = 3, 4
+
+# LLaMA 3's own tokenizer.json has this expression.
+_LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def read_gguf_tokenizer(path: Path) -> tuple[tokenizers.Tokenizer, Settings]:
+    """Returns the tokenizer, and its special tokens and chat template.
+
+    Raises:
+        UserError: If the file cannot be read, has no tokenizer, or one of another kind.
+    """
+    file = open_gguf(path)
+    kind = file.field("tokenizer.ggml.model", str)
+    if kind != "gpt2":
+        raise UserError(
+            f"{path}: its tokenizer is of the kind {kind!r}, and only 'gpt2', "
+            "byte-level BPE, is supported; give --tokenizer PATH, the "
+            "tokenizer.json or tokenizer.model of the model"
+        )
+    splits = {"smollm": _digits_apart, "gpt-2": _gpt_2, "llama-bpe": _llama_3}
+    split = file.field("tokenizer.ggml.pre", str, "default")
+    if split not in splits:
+        raise UserError(
+            f"{path}: its tokenizer splits text as {split!r}, and only "
+            f"{', '.join(splits)} are supported; give --tokenizer PATH, the "
+            "tokenizer.json of the model"
+        )
+    words = file.field("tokenizer.ggml.tokens", list)
+    model = tokenizers.Tokenizer(_bpe(file, words, ignore_merges=split == "llama-bpe"))
+    model.pre_tokenizer = splits[split]()
+    model.decoder = decoders.ByteLevel()
+    types = file.field("tokenizer.ggml.token_type", list, [])
+    for word, type_ in zip(words, types, strict=False):
+        if type_ in (_CONTROL, _USER_DEFINED):
+            token = AddedToken(word, normalized=False, special=type_ == _CONTROL)
+            model.add_tokens([token])
+    ids = {role: file.fields.get(f"tokenizer.ggml.{x}") for role, x in _ROLES.items()}
+    named = {role: words[i] for role, i in ids.items() if i in range(len(words))}
+    return model, Settings(named, file.field("tokenizer.chat_template", str, None))
+
+
+def _bpe(file: GgufFile, words: list[str], *, ignore_merges: bool) -> models.BPE:
+    merges = [x.split(" ") for x in file.field("tokenizer.ggml.merges", list)]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    try:
+        return models.BPE(
+            vocabulary, [(a, b) for a, b in merges], ignore_merges=ignore_merges
+        )
+    except Exception as error:  # the library raises nothing more specific
+        raise UserError(
+            f"{file.path}: its tokens make no tokenizer ({error}); convert it anew"
+        ) from error
+
+
+def _gpt_2():
+    return pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+
+def _digits_apart():
+    """SmolLM's: a digit is by itself; the text between digits is split as GPT-2's."""
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    return pre_tokenizers.Sequence([digits, _gpt_2()])
+
+
+def _llama_3():
+    split = pre_tokenizers.Split(Regex(_LLAMA_3), behavior="isolated")
+    spelled = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([split, spelled])

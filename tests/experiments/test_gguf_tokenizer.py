@@ -1,0 +1,153 @@
+"""Tokenizers from small GGUF files, and the files that are refused."""
+
+import numpy as np
+import pytest
+from tokenizers import pre_tokenizers
+
+from experiments.data.tokenizers import find_tokenizer, load_tokenizer
+from experiments.errors import UserError
+
+small_gguf = pytest.importorskip("tests.experiments.small_gguf", reason="needs gguf")
+CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TEMPLATE = "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}"
+# They cross every border that a split may draw.
+MERGES = [
+    *("1 2", "12 3", "123 4", "Ġ 12", "Ċ Ċ", "ĊĊ 1"),
+    *("d o", "do n", "' t", "don 't", "w e", "' l", "'l l", "we 'll"),
+    *("W E", "' L", "'L L", "L L", "WE 'LL"),
+]
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+WORDS = [*CONTROL, *ALPHABET, *(merge.replace(" ", "") for merge in MERGES)]
+FIELDS = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "smollm",
+    "tokenizer.ggml.tokens": WORDS,
+    "tokenizer.ggml.token_type": [3] * 3 + [1] * (len(WORDS) - 3),
+    "tokenizer.ggml.merges": MERGES,
+    "tokenizer.ggml.bos_token_id": 1,
+    "tokenizer.ggml.eos_token_id": 2,
+    "tokenizer.chat_template": TEMPLATE,
+}
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "m.gguf"
+
+
+def load(path, changes=None):
+    """The tokenizer of a file whose fields are FIELDS, but for the changes."""
+    changes = {f"tokenizer.{name}": value for name, value in (changes or {}).items()}
+    small_gguf.write(path, {}, **(FIELDS | changes))
+    return load_tokenizer(str(path))
+
+
+def pieces(tokenizer, text):
+    return [tokenizer.decode([i]) for i in tokenizer.encode(text)]
+
+
+@pytest.mark.parametrize(
+    ("split", "text", "expected"),
+    [
+        ("smollm", "1234", ["1", "2", "3", "4"]),
+        ("gpt-2", "1234", ["1234"]),
+        ("llama-bpe", "1234", ["123", "4"]),
+        ("smollm", " 12", [" ", "1", "2"]),
+        ("gpt-2", " 12", [" 12"]),
+        ("llama-bpe", " 12", [" ", "12"]),
+        # Two line ends before a digit are one piece where digits are apart.
+        ("smollm", "\n\n1", ["\n\n", "1"]),
+        ("gpt-2", "\n\n1", ["\n", "\n", "1"]),
+        ("smollm", "don't", ["don", "'t"]),
+        ("gpt-2", "we'll", ["we", "'ll"]),
+        ("llama-bpe", "don't", ["don", "'t"]),
+        # LLaMA 3 splits contractions in capitals too.
+        ("llama-bpe", "WE'LL", ["WE", "'LL"]),
+        ("gpt-2", "WE'LL", ["WE", "'", "LL"]),
+        ("smollm", "日 é", ["\ufffd"] * 3 + [" "] + ["\ufffd"] * 2),
+    ],
+)
+def test_text_is_split_as_the_file_names_it(path, split, text, expected):
+    assert pieces(load(path, {"ggml.pre": split}), text) == expected
+
+
+def test_a_gguf_file_holds_its_tokenizer(path):
+    tokenizer = load(path)
+
+    assert find_tokenizer(path) == path
+    assert (tokenizer.name, tokenizer.vocab_size) == ("m.gguf", len(WORDS))
+    # Documents end, and begin, with the word in general use, answers as the file says.
+    assert (tokenizer.end_of_document, tokenizer.beginning) == (0, 0)
+    assert tokenizer.ends == (2, 0)
+    text = "  naïve\n\n\t日本語 🎉 1234 we'll"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_special_tokens_are_spelled_in_rendered_text_alone(path):
+    tokenizer = load(path)
+    text = "<|im_end|>"
+
+    assert tokenizer.chat.encode_batch([text])[0].tolist() == [2]
+    assert len(tokenizer.encode(text)) == len(text)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_token_of_the_user_is_found_in_any_text(path):
+    types = [3] * 3 + [1] * (len(WORDS) - 4) + [4]
+    tokenizer = load(path, {"ggml.token_type": types})
+
+    # Its last piece, WE'LL, would be split.
+    assert tokenizer.encode("WE'LL").tolist() == [len(WORDS) - 1]
+
+
+def test_a_chat_template_of_the_file_knows_its_special_tokens(path):
+    tokenizer = load(path)
+    text = tokenizer.chat.render(
+        [{"role": "user", "content": "we"}], add_generation_prompt=False
+    )
+
+    assert tokenizer.chat.end == 2
+    assert text == "<|im_start|>we<|im_end|>"
+    assert load(path, {"chat_template": None}).chat is None
+
+
+def test_a_saved_tokenizer_is_the_one_of_the_file(path, tmp_path):
+    tokenizer = load(path)
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    tokenizer.save(saved)
+    loaded = load_tokenizer(str(saved))
+
+    for name in ("vocab_size", "end_of_document", "beginning", "ends"):
+        assert getattr(loaded, name) == getattr(tokenizer, name)
+    for text in ("don't 1234\n\n1 <|im_end|> 日本語", "<|im_start|>"):
+        np.testing.assert_array_equal(loaded.encode(text), tokenizer.encode(text))
+        encoded = [x.chat.encode_batch([text])[0] for x in (loaded, tokenizer)]
+        np.testing.assert_array_equal(*encoded)
+    messages = [{"role": "user", "content": "we"}]
+    for ending in (False, True):
+        rendered = loaded.chat.render(messages, add_generation_prompt=ending)
+        assert rendered == tokenizer.chat.render(messages, add_generation_prompt=ending)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"ggml.model": "llama"},
+            "is of the kind 'llama', and only 'gpt2'.*--tokenizer",
+        ),
+        ({"ggml.model": None}, "the field tokenizer.ggml.model is missing"),
+        (
+            {"ggml.pre": "qwen2"},
+            "splits text as 'qwen2', and only smollm, gpt-2, llama",
+        ),
+        ({"ggml.pre": None}, "splits text as 'default', and only .*--tokenizer PATH"),
+        ({"ggml.tokens": "abc"}, "ggml.tokens is abc; it must be of type list"),
+        ({"ggml.merges": ["1 2", "12"]}, "its tokens make no tokenizer"),
+        ({"ggml.merges": ["1 5"]}, "its tokens make no tokenizer .*15"),
+    ],
+)
+def test_tokenizers_of_other_kinds_are_errors(path, changes, message):
+    with pytest.raises(UserError, match=rf"m\.gguf: .*{message}"):
+        load(path, changes)
