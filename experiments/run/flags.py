@@ -18,10 +18,9 @@ class ModelFlags:
     #: Size of the LLaMA: tiny (made for bytes), or about that many parameters with a
     #: vocabulary of 32,000.
     model: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(MODELS) + "}")] = "tiny"
-    #: Directory with a Hugging Face LLaMA (config.json, *.safetensors), or a LLaMA as a
-    #: .gguf file, to start from;
-    #: its shape takes the place of --model, --kv-heads and --tied-embeddings. None:
-    #: random weights.
+    #: Directory with a Hugging Face LLaMA (config.json, *.safetensors), or GGUF
+    #: file, to start from; its shape takes the place of --model, --kv-heads and
+    #: --tied-embeddings. None: random weights.
     initial_weights: Path | None = None
     #: Heads of keys and values; a divisor of the model's heads. None: as many as heads.
     kv_heads: AtLeastOne | None = None
