@@ -75,7 +75,7 @@ def evaluate_answers(
         params,
         [pair.prompt[-max_length:] for pair in pairs],
         max_new_tokens,
-        (prompts.stop_id,),
+        prompts.stop_ids,
         batch_size=batch_size,
     )
     texts = [

@@ -1,10 +1,11 @@
 """Prompts and answers of the tasks that a decoder answers, as text and as token ids."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments.data.chat import Chat
 from experiments.data.tokenizers import Tokenizer
 from experiments.errors import UserError
 from experiments.tasks.rows import Rows
@@ -53,23 +54,6 @@ class Pair(NamedTuple):
     answer: np.ndarray
 
 
-class Chat(Protocol):
-    """A model's chat template."""
-
-    def render(self, messages: Messages, *, add_generation_prompt: bool) -> str:
-        """Returns a conversation as text, with the words for its special tokens.
-
-        Args:
-            messages: Each has a ``role`` and a ``content``.
-            add_generation_prompt: Whether the text ends where an answer begins.
-        """
-        ...
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Returns the ids of rendered texts: words for special tokens are these."""
-        ...
-
-
 def read_exchanges(rows: Rows, text_column: str, answer_column: str) -> list[Exchange]:
     """Returns the question and the answer of each row.
 
@@ -114,6 +98,7 @@ class Prompts:
         task: gsm8k, commonsense or completion.
         tokenizer: Of the model.
         stop_id: The token that ends an answer.
+        stop_ids: All tokens that end what the model writes.
     """
 
     def __init__(self, task: str, tokenizer: Tokenizer, chat: Chat | None = None):
@@ -126,7 +111,8 @@ class Prompts:
         """
         self.task = task
         self.tokenizer = tokenizer
-        self.stop_id = tokenizer.end_of_document
+        self.stop_id = chat.end if chat else tokenizer.end_of_document
+        self.stop_ids = tuple(dict.fromkeys((self.stop_id, *tokenizer.ends)))
         self._chat = chat
 
     def encode(self, exchanges: Sequence[Exchange]) -> list[Pair]:

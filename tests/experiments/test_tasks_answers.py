@@ -21,11 +21,13 @@ TURNS = [
 class Chat:
     """A template that names a role and ends a message by the end and a line end."""
 
-    def __init__(self, end="\x00"):
-        self.end = end
+    end = END
+
+    def __init__(self, word="\x00"):
+        self.word = word
 
     def render(self, messages, *, add_generation_prompt):
-        turns = [f"<{m['role']}>{m['content']}{self.end}\n" for m in messages]
+        turns = [f"<{m['role']}>{m['content']}{self.word}\n" for m in messages]
         return "".join(turns) + "<assistant>" * add_generation_prompt
 
     def encode_batch(self, texts):
@@ -90,8 +92,18 @@ def test_a_chat_keeps_the_turns_before_the_answer():
     assert prompt == "<user>2?|\n<assistant>4|\n<user>3?|\n<assistant>"
 
 
+def test_a_chat_says_what_ends_an_answer():
+    chat = Chat()
+    chat.end = 3
+
+    prompts = Prompts("gsm8k", BYTES, chat)
+
+    assert (prompts.stop_id, prompts.stop_ids) == (3, (3, END))
+    assert prompts.encode([Exchange("3?", "9")])[0].answer[-1] == 3
+
+
 def test_an_end_that_the_template_does_not_write_is_added():
-    assert encoded("gsm8k", Exchange("3?", "9"), Chat(end=""))[1] == "9\n|"
+    assert encoded("gsm8k", Exchange("3?", "9"), Chat(word=""))[1] == "9\n|"
 
 
 def test_a_template_with_another_beginning_of_answers_is_an_error():
