@@ -1,5 +1,6 @@
 """The figures of a run: loss, rank per layer over steps, memory by kind."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ def draw_figures(
     Returns:
         The files.
     """
-    directory.mkdir(exist_ok=True)
     figures = {
         "loss.png": _loss(records, summary),
         "memory.png": _memory(summary),
@@ -35,6 +35,12 @@ def draw_figures(
     }
     if len(used) > 1:
         figures["ranks.png"] = _ranks(ranked, min(used), max(used))
+    return write_figures(directory, figures)
+
+
+def write_figures(directory: Path, figures: Mapping[str, Figure]) -> list[Path]:
+    """Writes figures under their names; returns the files. Makes the directory."""
+    directory.mkdir(exist_ok=True)
     for name, figure in figures.items():
         # Not pyplot, which would keep every figure and choose a display.
         FigureCanvasAgg(figure).print_png(directory / name)
