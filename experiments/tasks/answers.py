@@ -80,6 +80,24 @@ def read_exchanges(rows: Rows, text_column: str, answer_column: str) -> list[Exc
     return list(map(_exchange, conversations, rows.places))
 
 
+def chat_of(tokenizer: Tokenizer, prompt: str) -> Chat | None:
+    """Returns the chat template to ask a model by, None: by plain prompts.
+
+    Args:
+        tokenizer: Of the model.
+        prompt: "chat", "plain", or "auto": chat where the model has a template.
+
+    Raises:
+        UserError: If it is to be asked by the template that it has not.
+    """
+    if prompt == "chat" and tokenizer.chat is None:
+        raise UserError(
+            f"--prompt chat: the tokenizer {tokenizer.name} has no chat template; give "
+            "--prompt plain, or put chat_template.jinja beside the weights"
+        )
+    return None if prompt == "plain" else tokenizer.chat
+
+
 class Prompts:
     r"""How questions are put to one model.
 

@@ -5,7 +5,7 @@ from tokenizers import models
 
 from experiments.data.tokenizers import ByteTokenizer, load_tokenizer
 from experiments.errors import UserError
-from experiments.tasks.answers import Exchange, Prompts, read_exchanges
+from experiments.tasks.answers import Exchange, Prompts, chat_of, read_exchanges
 from experiments.tasks.rows import Place, Rows, read_rows
 
 END = 256
@@ -90,6 +90,18 @@ def test_a_chat_keeps_the_turns_before_the_answer():
     prompt, _ = encoded("completion", Exchange(TURNS[:3], "9"), Chat())
 
     assert prompt == "<user>2?|\n<assistant>4|\n<user>3?|\n<assistant>"
+
+
+def test_a_model_with_a_template_is_asked_by_it_unless_by_plain_prompts():
+    class Talks(ByteTokenizer):
+        chat = Chat()
+
+    talks = Talks()
+    found = [chat_of(talks, prompt) for prompt in ("auto", "chat", "plain")]
+    assert found == [talks.chat, talks.chat, None]
+    assert chat_of(BYTES, "auto") is chat_of(BYTES, "plain") is None
+    with pytest.raises(UserError, match="--prompt chat: the tokenizer bytes has no"):
+        chat_of(BYTES, "chat")
 
 
 def test_a_chat_says_what_ends_an_answer():
