@@ -29,7 +29,7 @@ def draw_rank_figures(
 ) -> list[Path]:
     """Writes rank_by_layer.png, state_bytes.png and first_spectra.png.
 
-    The first two are drawn where ranks, or bytes, change during the run.
+    The first two are drawn where ranks, or bytes, are not all equal.
 
     Args:
         directory: Where to; made if missing.
