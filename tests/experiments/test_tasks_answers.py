@@ -3,6 +3,7 @@ import pytest
 import tokenizers
 from tokenizers import models
 
+from experiments.data import chat
 from experiments.data.tokenizers import ByteTokenizer, load_tokenizer
 from experiments.errors import UserError
 from experiments.tasks.answers import Exchange, Prompts, chat_of, read_exchanges
@@ -18,12 +19,11 @@ TURNS = [
 ]
 
 
-class Chat:
+class Turns(chat.Chat):
     """A template that names a role and ends a message by the end and a line end."""
 
-    end = END
-
     def __init__(self, word="\x00"):
+        super().__init__("", {}, END, self.encode_batch)
         self.word = word
 
     def render(self, messages, *, add_generation_prompt):
@@ -80,23 +80,21 @@ def test_a_plain_instruction_is_alpacas():
 
 @pytest.mark.parametrize("task", ["gsm8k", "commonsense", "completion"])
 def test_a_chat_has_the_question_as_the_users_message(task):
-    found = encoded(task, Exchange("3?", "9"), Chat())
+    found = encoded(task, Exchange("3?", "9"), Turns())
 
     # What the template writes behind the end is no part of the answer.
     assert found == ("<user>3?|\n<assistant>", "9|")
 
 
 def test_a_chat_keeps_the_turns_before_the_answer():
-    prompt, _ = encoded("completion", Exchange(TURNS[:3], "9"), Chat())
+    prompt, _ = encoded("completion", Exchange(TURNS[:3], "9"), Turns())
 
     assert prompt == "<user>2?|\n<assistant>4|\n<user>3?|\n<assistant>"
 
 
 def test_a_model_with_a_template_is_asked_by_it_unless_by_plain_prompts():
-    class Talks(ByteTokenizer):
-        chat = Chat()
-
-    talks = Talks()
+    talks = ByteTokenizer()
+    talks.chat = Turns()
     found = [chat_of(talks, prompt) for prompt in ("auto", "chat", "plain")]
     assert found == [talks.chat, talks.chat, None]
     assert chat_of(BYTES, "auto") is chat_of(BYTES, "plain") is None
@@ -105,21 +103,21 @@ def test_a_model_with_a_template_is_asked_by_it_unless_by_plain_prompts():
 
 
 def test_a_chat_says_what_ends_an_answer():
-    chat = Chat()
-    chat.end = 3
+    asked_by = Turns()
+    asked_by.end = 3
 
-    prompts = Prompts("gsm8k", BYTES, chat)
+    prompts = Prompts("gsm8k", BYTES, asked_by)
 
     assert (prompts.stop_id, prompts.stop_ids) == (3, (3, END))
     assert prompts.encode([Exchange("3?", "9")])[0].answer[-1] == 3
 
 
 def test_an_end_that_the_template_does_not_write_is_added():
-    assert encoded("gsm8k", Exchange("3?", "9"), Chat(word=""))[1] == "9\n|"
+    assert encoded("gsm8k", Exchange("3?", "9"), Turns(word=""))[1] == "9\n|"
 
 
 def test_a_template_with_another_beginning_of_answers_is_an_error():
-    class Thinking(Chat):
+    class Thinking(Turns):
         def render(self, messages, *, add_generation_prompt):
             text = super().render(messages, add_generation_prompt=add_generation_prompt)
             return text + "<think>" * add_generation_prompt
