@@ -162,7 +162,8 @@ class MemoryFlags:
     block_state_bytes: str | None = None
     #: Free columns of the optimizer's state that have not been wanted for four looks,
     #: or, with --block-state-bytes, spread them over the matrices by captured energy.
-    #: The step is compiled again then.
+    #: The step is compiled again then. Freed columns do not come back: no rank rises
+    #: above those that are left.
     compact: bool = False
     #: Steps between two looks of --compact; at least 1.
     compact_every: AtLeastOne = 50

@@ -129,7 +129,9 @@ def compact(
     """Frees the columns that no matrix of a leaf uses, in whole buckets.
 
     Each leaf's capacity falls to the larger of its rank in use and the smoothed demand
-    of its rank rule, rounded up to a multiple of ``bucket``. A capacity never rises.
+    of its rank rule, rounded up to a multiple of ``bucket``. A capacity never rises,
+    and a rank rule asks for no more than the columns that are left; :func:`resize`
+    gives columns back.
     Leaves with a fixed rank use all their columns and stay as they are.
 
     Args:
