@@ -1,5 +1,8 @@
 """Fixtures for the tests that run the whole command."""
 
+import functools
+import inspect
+import os
 import signal
 
 import jax
@@ -10,12 +13,44 @@ from experiments.run.terminal import TrainingProgress
 from tests.experiments.small_runs import write_inputs
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _sources():
+    """Looks for the source of a class once; tyro asks again for each of its fields."""
+    getsource = inspect.getsource
+
+    @functools.cache
+    def found(thing):
+        try:
+            return getsource(thing)
+        except OSError as error:
+            return error
+
+    def once(thing):
+        source = found(thing)
+        if isinstance(source, OSError):
+            raise OSError(*source.args)
+        return source
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inspect, "getsource", once)
+        yield
+
+
+@pytest.fixture(scope="session")
+def compiled_programs(tmp_path_factory) -> str:
+    """The folder of what is compiled; xdist's processes share one."""
+    directory = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        directory = directory.parent
+    return str(directory / "compiled")
+
+
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory, fast_compilation):
+def inputs(tmp_path_factory, compiled_programs, fast_compilation):
     """The flags of a run of 4 steps; equal programs are compiled once per session."""
     del fast_compilation
     settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "compiled"),
+        "jax_compilation_cache_dir": compiled_programs,
         "jax_persistent_cache_min_compile_time_secs": 0,
     }
     previous = {name: getattr(jax.config, name) for name in settings}

@@ -224,7 +224,12 @@ def test_resuming_a_finished_run_reports_it_again(finished, tmp_path):
 
 def start(flags):
     """Starts the command in a process of its own, compiled as in this one."""
-    environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment = {
+        **os.environ,
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     return subprocess.Popen(
         [sys.executable, "-m", "experiments.pretrain_llama", *map(str, flags)],
         cwd=ROOT,
