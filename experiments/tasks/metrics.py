@@ -1,6 +1,5 @@
 """How good predictions are, as GLUE and the papers judge them."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -66,10 +65,7 @@ def _correlation(function):
             return float("nan")
         if _is_constant(predictions) or _is_constant(labels):
             return 0.0
-        with warnings.catch_warnings():
-            # Of numbers that nearly are constant: the value is good enough.
-            warnings.simplefilter("ignore", scipy.stats.NearConstantInputWarning)
-            return float(function(predictions, np.asarray(labels, np.float64))[0])
+        return float(function(predictions, np.asarray(labels, np.float64))[0])
 
     return correlation
 
