@@ -42,8 +42,9 @@ def read_labels(
         numbers = map(number_of, values, rows.places)
         return np.fromiter(numbers, dtype, len(rows))
 
+    numbers = labels(values, train)
     parts = {name: labels(others[name], rows) for name, rows in validation.items()}
-    return names, labels(values, train), parts
+    return names, numbers, parts
 
 
 def _found_names(values: Iterable[Any], places: list[Place]) -> tuple[str, ...]:
@@ -85,10 +86,10 @@ def _to_class(names, is_known_before):
         listed = ", ".join(names[:_MOST_LISTED]) + ", ..." * (len(names) > _MOST_LISTED)
         if is_known_before:
             listed = f"0 to {len(names) - 1} ({listed})"
-        whose = "task" if is_known_before else "training rows"
+        whose = "the task's" if is_known_before else "those of the training rows"
         raise UserError(
-            f"{place}: the label {value!r} is none of the {whose}'s: {listed}; repair "
-            f"that row, or name another column by {_FLAG}"
+            f"{place}: the label {value!r} is none of {whose}: {listed}; repair that "
+            f"row, or name another column by {_FLAG}"
         )
 
     return to_class

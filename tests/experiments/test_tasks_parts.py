@@ -1,0 +1,79 @@
+import pytest
+
+from experiments.errors import UserError
+from experiments.tasks.parts import find_task, read_parts
+from tests.experiments.small_tasks import write_rows
+
+COLA = find_task("cola")
+
+
+def table(tmp_path, count, name="train.jsonl"):
+    return write_rows(tmp_path / name, [{"n": i} for i in range(count)])
+
+
+def numbers(rows):
+    return [row["n"] for row in rows.values]
+
+
+def test_an_unknown_task_names_those_that_there_are():
+    with pytest.raises(
+        UserError, match=r"no task 'wnli'; choose one of cola, mrpc, .*"
+    ):
+        find_task("wnli")
+
+
+def test_validation_rows_have_the_names_of_the_task_s_splits(tmp_path):
+    train = table(tmp_path, 3)
+    others = [table(tmp_path, n, f"{n}.jsonl") for n in (4, 5)]
+    rows, parts = read_parts(find_task("mnli"), train, others)
+    assert len(rows) == 3
+    assert {name: len(part) for name, part in parts.items()} == {
+        "matched": 4,
+        "mismatched": 5,
+    }
+    _, parts = read_parts(find_task("mnli"), train, others[:1])
+    assert list(parts) == ["matched"]
+    with pytest.raises(UserError, match=r"2 validation texts .* has 1 \(validation\)"):
+        read_parts(COLA, train, others)
+
+
+def test_a_tenth_of_a_file_is_held_out_in_a_fixed_random_order(tmp_path):
+    train, parts = read_parts(COLA, table(tmp_path, 95))
+    held_out = numbers(parts["validation"])
+    assert len(held_out) == 10
+    assert sorted(numbers(train) + held_out) == list(range(95))
+    # In the order of the file, and not its end.
+    assert held_out == sorted(held_out) != list(range(85, 95))
+    assert numbers(train) == sorted(numbers(train))
+    assert parts["validation"].places[0].number == held_out[0] + 1
+    assert parts["validation"].name == "10 rows of it, held out"
+    again = read_parts(COLA, table(tmp_path, 95))[1]
+    assert numbers(again["validation"]) == held_out
+
+
+def test_at_most_1000_rows_are_held_out(tmp_path):
+    train, parts = read_parts(COLA, table(tmp_path, 10_001))
+    assert (len(train), len(parts["validation"])) == (9001, 1000)
+
+
+def test_one_row_is_not_enough(tmp_path):
+    with pytest.raises(UserError, match="has one row, but one to train on and one to"):
+        read_parts(COLA, table(tmp_path, 1))
+
+
+def test_no_file_is_in_two_parts(tmp_path):
+    train = table(tmp_path, 3)
+    with pytest.raises(UserError, match=r"train.jsonl is in two of the parts"):
+        read_parts(COLA, train, [str(tmp_path / "*.jsonl")])
+
+
+@pytest.mark.parametrize(
+    ("task", "validation", "message"),
+    [
+        ("cola", [], "--task cola needs examples: give --train"),
+        ("classification", ["a.csv"], "--validation is given without --train"),
+    ],
+)
+def test_rows_to_train_on_are_needed(task, validation, message):
+    with pytest.raises(UserError, match=message):
+        read_parts(find_task(task), None, validation)
