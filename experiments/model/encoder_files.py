@@ -177,18 +177,24 @@ def _copy_tokenizer(source: Path, directory: Path) -> None:
             shutil.copyfile(source / name, directory / name)
 
 
+def tensor_names(config: EncoderConfig) -> dict[_Path, list[str]]:
+    """Returns the names in a sequence classifier of the tensors of each path."""
+
+    def own(name):
+        return name if name.startswith("classifier.") else f"{config.kind}.{name}"
+
+    return {path: list(map(own, names)) for path, names in _names(config).items()}
+
+
 def _as_stored(config, params):
     """Returns the tensors of the file, by name."""
     leaves = traverse_util.flatten_dict(params)
-    prefix = f"{config.kind}."
     tensors = {}
-    for path, names in _names(config).items():
+    for path, names in tensor_names(config).items():
         leaf = np.asarray(leaves[path])
-        for name, part in zip(
-            names, leaf if _is_stacked(path) else [leaf], strict=True
-        ):
-            own = name if name.startswith("classifier.") else prefix + name
-            tensors[own] = _flip(path, part)
+        parts = leaf if _is_stacked(path) else [leaf]
+        for name, part in zip(names, parts, strict=True):
+            tensors[name] = _flip(path, part)
     return tensors
 
 

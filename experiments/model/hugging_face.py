@@ -22,7 +22,13 @@ from experiments.model.safetensors_files import (
     write_tensors,
 )
 from experiments.model.shape import LlamaConfig
-from experiments.model.tensor_layout import flipped, is_stacked, names_of, shapes_of
+from experiments.model.tensor_layout import (
+    TreePath,
+    flipped,
+    is_stacked,
+    names_of,
+    shapes_of,
+)
 
 # Path in our tree: name of the tensor; {} is the layer.
 _TENSORS: dict[tuple[str, ...], str] = {
@@ -71,7 +77,7 @@ def load_llama(directory: str | Path) -> tuple[LlamaConfig, Params]:
         return tensor.astype(jnp.dtype(config.param_dtype))
 
     params = {}
-    for path, names in names_of(config, _TENSORS).items():
+    for path, names in tensor_names(config).items():
         leaf = [read(path, name) for name in names]
         params[path] = jnp.asarray(np.stack(leaf) if is_stacked(path) else leaf[0])
     return config, traverse_util.unflatten_dict(params)
@@ -121,11 +127,16 @@ def save_llama(
             tokenizer.save(unfinished)
 
 
+def tensor_names(config: LlamaConfig) -> dict[TreePath, list[str]]:
+    """Returns the names of the tensors of each path of our tree, a name per layer."""
+    return names_of(config, _TENSORS)
+
+
 def _as_stored(config, params):
     """Returns the tensors of the file, by name."""
     leaves = traverse_util.flatten_dict(params)
     tensors = {}
-    for place, names in names_of(config, _TENSORS).items():
+    for place, names in tensor_names(config).items():
         leaf = np.asarray(leaves[place])
         matrices = leaf if is_stacked(place) else [leaf]
         for name, matrix in zip(names, matrices, strict=True):

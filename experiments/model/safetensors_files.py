@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from experiments.errors import UserError
 from experiments.model.config_file import read_json
 
-_DTYPES = ("F32", "F16", "BF16")
+DTYPES = ("F32", "F16", "BF16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,17 +56,25 @@ def open_tensors(directory: Path) -> dict[str, StoredTensor]:
         files = set(read_json(index).get("weight_map", {}).values())
     tensors = {}
     for file in sorted(files):
-        path = directory / file
-        if not path.is_file():
-            raise UserError(f"{path} is missing; put it beside config.json")
-        try:
-            handle = safetensors.safe_open(path, framework="np")
-        except (safetensors.SafetensorError, OSError) as error:
-            raise UserError(
-                f"{path} is not a safetensors file ({error}); download it again"
-            ) from error
-        tensors |= {name: StoredTensor(name, handle) for name in list(handle.keys())}
+        tensors |= open_file(directory / file)
     return tensors
+
+
+def open_file(path: Path) -> dict[str, StoredTensor]:
+    """Returns the tensors of a file, by their names.
+
+    Raises:
+        UserError: If it is missing or unreadable.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is missing; put it beside its configuration")
+    try:
+        handle = safetensors.safe_open(path, framework="np")
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path} is not a safetensors file ({error}); download it again"
+        ) from error
+    return {name: StoredTensor(name, handle) for name in list(handle.keys())}
 
 
 def check_tensors(
@@ -101,10 +109,10 @@ def check_tensors(
                 f"{directory}: tensor {found.name} has shape {found.shape}, "
                 f"config.json says {shape}; give weights that belong to it"
             )
-        if found.dtype not in _DTYPES:
+        if found.dtype not in DTYPES:
             raise UserError(
                 f"{directory}: tensor {found.name} has dtype {found.dtype}; "
-                f"convert it to one of {', '.join(_DTYPES)}"
+                f"convert it to one of {', '.join(DTYPES)}"
             )
 
 

@@ -47,5 +47,5 @@ def is_stacked(path: TreePath) -> bool:
 
 
 def flipped(path: TreePath, tensor: Array) -> Array:
-    """Turns (out, in) into (in, out) or back; vectors and the embedding stay."""
-    return tensor if path == ("embedding",) else tensor.T
+    """Turns (out, in) into (in, out) or back; vectors and embeddings stay."""
+    return tensor if path[0] in ("embedding", "embeddings") else tensor.T

@@ -6,13 +6,17 @@ import numpy as np
 import optax
 import pytest
 
+from experiments.errors import UserError
 from experiments.model.adapters import has_adapters, merged, restarted, with_adapters
+from experiments.model.encoder import init_encoder
+from experiments.model.encoder_shape import EncoderConfig
 from experiments.model.groups import parameter_groups
 from experiments.model.llama import init_params
 from experiments.optim.build import build_optimizer
 from experiments.optim.options import OptimizerOptions, with_defaults
 from tests.experiments.small_runs import MODEL
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 RANK = 4
 KINDS = ("lora", "relora", "low_rank")
 
@@ -110,3 +114,74 @@ def test_a_restart_keeps_the_model_and_forgets_the_moments(model):
     assert not any(map(jnp.any, jax.tree.leaves(mu["adapters"])))
     assert all(map(jnp.all, jax.tree.leaves(mu["model"])))
     assert new_state[0].count == 1
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    config = EncoderConfig(
+        kind="bert",
+        vocab_size=11,
+        hidden_size=16,
+        intermediate_size=24,
+        num_layers=2,
+        num_heads=2,
+    )
+    shapes = jax.eval_shape(lambda: init_encoder(config, jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda x: jnp.asarray(rng.standard_normal(x.shape) / 4, x.dtype), shapes
+    )
+
+
+@pytest.fixture(scope="module")
+def tuning(encoder):
+    """The encoder at the start of fine-tuning."""
+    return with_adapters(encoder, "lora", RANK, jax.random.key(1), draw="uniform")
+
+
+def test_an_encoders_blocks_and_pooler_have_adapters(encoder, tuning):
+    kinds = ("attention.query", "attention.key", "attention.value", "attention.output")
+    stacked = {f"blocks.{kind}.kernel" for kind in (*kinds, "mlp.up", "mlp.down")}
+    assert tuning["adapters"].keys() == stacked | {"pooler.kernel"}
+    pooler = tuning["adapters"]["pooler.kernel"]
+    assert (pooler["down"].shape, pooler["up"].shape) == ((16, RANK), (RANK, 16))
+    assert_same(merged(tuning), encoder)
+    groups = parameter_groups(tuning)
+    assert groups["adapters"]["pooler.kernel"] == {"down": "blocks", "up": "blocks"}
+    assert groups["model"]["pooler"]["kernel"] == "frozen"
+
+
+def test_fine_tuning_begins_as_peft_does(tuning):
+    for name, n in {"blocks.mlp.up.kernel": 16, "blocks.mlp.down.kernel": 24}.items():
+        down = np.asarray(tuning["adapters"][name]["down"])
+        assert not tuning["adapters"][name]["up"].any()
+        # Kaiming's bound with a = sqrt(5): sqrt(6 / (1 + a^2)) / sqrt(n).
+        assert 0.9 / n**0.5 < np.abs(down).max() <= 1 / n**0.5
+        assert down.std() == pytest.approx(1 / (3 * n) ** 0.5, rel=0.15)
+
+
+def test_the_scale_is_a_factor_of_the_adapters(encoder, tuning):
+    adapters = jax.tree.map(lambda x: x + 0.1, tuning["adapters"])
+    params = {**tuning, "adapters": adapters}
+    once, twice = merged(params), merged(params, scale=2.0)
+    for path in (("pooler",), ("blocks", "mlp", "up")):
+        start, one, two = encoder, once, twice
+        for name in (*path, "kernel"):
+            start, one, two = start[name], one[name], two[name]
+        assert jnp.any(one != start)
+        np.testing.assert_allclose(two - start, 2 * (one - start), atol=1e-6)
+    state = optax.adam(1e-3).init(params)
+    new, _ = restarted(params, state, jax.random.key(2), scale=2.0)
+    assert_same(merged(new, scale=2.0), twice, rtol=1e-6)
+
+
+def test_an_encoders_pooler_is_replaced_by_its_nearest_product(encoder):
+    params = with_adapters(encoder, "low_rank", 16, jax.random.key(1))
+    # Full rank is exact, up to float32.
+    assert_same(merged(params)["pooler"], encoder["pooler"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [0, 17])
+def test_a_rank_above_a_side_is_refused(encoder, rank):
+    with pytest.raises(UserError, match=rf"rank {rank} does not fit .* from 1 to 16"):
+        with_adapters(encoder, "lora", rank, jax.random.key(1))
