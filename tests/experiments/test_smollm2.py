@@ -1,0 +1,72 @@
+"""The packaged SmolLM2 against what transformers computes from the same file."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.data.tokenizers import load_tokenizer
+from experiments.errors import UserError
+from experiments.model.generate import generate_batch
+from experiments.model.hugging_face import load_llama
+from experiments.model.llama import apply
+from experiments.model.pretrained import find_model
+from tests.experiments.references import smollm2
+
+pytest.importorskip("gguf", reason="needs the package gguf")
+STORED = json.loads(smollm2.STORED.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def path():
+    try:
+        return find_model("smollm2")
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(path):
+    return load_tokenizer(str(path))
+
+
+def test_texts_have_the_ids_of_transformers(tokenizer):
+    texts = [*smollm2.TEXTS, *smollm2.DIGIT_TEXTS]
+    expected = [*STORED["texts"], *STORED["digit_texts"]]
+
+    found = tokenizer.encode_batch(texts)
+
+    assert [ids.tolist() for ids in found] == expected
+    assert [tokenizer.decode(ids) for ids in found] == texts
+
+
+def test_conversations_are_rendered_as_by_transformers(tokenizer):
+    found = [
+        tokenizer.chat.render(messages, add_generation_prompt=is_asked)
+        for messages in smollm2.CONVERSATIONS
+        for is_asked in (False, True)
+    ]
+
+    assert found == [text for pair in STORED["rendered"] for text in pair]
+    ids = tokenizer.chat.encode_batch(found)
+    assert [x.tolist() for x in ids] == STORED["chat_ids"]
+
+
+@pytest.mark.slow
+def test_greedy_tokens_are_those_of_transformers(path, tokenizer):
+    config, params = load_llama(path)
+    stored = STORED["continuations"]
+    prompts = [tokenizer.encode(prompt) for prompt in smollm2.PROMPTS]
+    assert [ids.tolist() for ids in prompts] == [x["prompt"] for x in stored]
+
+    found = generate_batch(
+        config, params, prompts, smollm2.NEW_TOKENS, (), batch_size=len(prompts)
+    )
+
+    assert [ids.tolist() for ids in found] == [x["tokens"] for x in stored]
+    whole = np.concatenate([prompts[0], found[0][:-1]])[None]
+    logits = jax.jit(apply, static_argnums=0)(config, params, whole)[0, -1, :8]
+    # Logits of size 10, of 30 layers in float32.
+    np.testing.assert_allclose(logits, stored[0]["last_logits"], atol=2e-3)
+    assert "The moon rises in the west, and the stars" in tokenizer.decode(found[0])
