@@ -130,7 +130,7 @@ class Encoder(nnx.Module):
             return block(hidden, mask, key)
 
         embedded_with, blocks_with, *pooled_with = _split(key, 4)
-        hidden = self.embeddings(tokens, mask, segments, embedded_with)
+        hidden = self.embeddings(tokens, segments, embedded_with)
         layer_keys = None if key is None else _split(blocks_with, config.num_layers)
         hidden = run_blocks(hidden, self.blocks, mask, layer_keys)
         first = hidden.reshape(*tokens.shape, -1)[:, 0]
@@ -151,17 +151,13 @@ class Embeddings(nnx.Module):
         self.segment = _table(config, rngs, config.type_vocab_size)
         self.norm = _layer_norm(config, rngs)
 
-    def __call__(self, tokens, mask, segments, key):
+    def __call__(self, tokens, segments, key):
         config = self.config
-        if config.kind == "roberta":
-            # Padding has the row before the first token's.
-            places = jnp.cumsum(mask, axis=1) * mask + config.padding_id
-        else:
-            places = jnp.arange(tokens.shape[1])
+        places = config.first_position + jnp.arange(tokens.shape[1])
         total = (
-            jnp.take(self.word[...], tokens, axis=0)
-            + jnp.take(self.position[...], places, axis=0)
-            + jnp.take(self.segment[...], segments, axis=0)
+            _looked_up(self.word, tokens)
+            + _looked_up(self.position, places)
+            + _looked_up(self.segment, segments)
         )
         # x is one matrix here and in the blocks. For a (B, T, n) operand XLA's CPU
         # backend transposes the cotangent in every kernel's gradient.
@@ -234,6 +230,11 @@ def _table(config, rngs, rows):
     draw = nnx.initializers.normal(0.02)
     shape = (rows, config.hidden_size)
     return nnx.Param(draw(rngs.params(), shape, jnp.dtype(config.param_dtype)))
+
+
+def _looked_up(table, rows):
+    # Sums are in float32 whatever the tables' dtype, as the norm behind them.
+    return jnp.take(table[...], rows, axis=0).astype(jnp.float32)
 
 
 def _linear(config, rngs, inputs, outputs, compute_dtype=None):

@@ -100,7 +100,11 @@ class EncoderConfig:
 
     @property
     def first_position(self) -> int:
-        """Row of the position table that the first token of a sequence gets."""
+        """Row of the position table that the first token of a sequence gets.
+
+        RoBERTa counts tokens from ``padding_id`` + 1. Padding is at the end, so that
+        its own rows do not matter.
+        """
         return self.padding_id + 1 if self.kind == "roberta" else 0
 
     @property

@@ -109,6 +109,7 @@ def test_segments_are_berts_alone(encoders):
         ones = logits_of(config, params, **{**batch, "segments": zeros + 1})
         none = logits_of(config, params, **{**batch, "segments": None})
 
+        assert np.isfinite(ones).all()
         assert (np.abs(ones - none).max() > 1e-3) == matters
         given = logits_of(config, params, **{**batch, "segments": zeros})
         np.testing.assert_allclose(none, given, rtol=0, atol=1e-6)
@@ -204,7 +205,7 @@ def test_a_key_drops_and_every_layer_has_its_own(encoders):
     def one_after_the_other(params):
         whole = nnx.merge(nnx.graphdef(model), params)
         tokens, mask, segments = (batch[k] for k in ("tokens", "mask", "segments"))
-        hidden = whole.embeddings(tokens, mask > 0, segments, embedded_with)
+        hidden = whole.embeddings(tokens, segments, embedded_with)
         for i in range(config.num_layers):
             layer = jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"])
             block = nnx.merge(nnx.graphdef(model.blocks), layer)
@@ -275,10 +276,10 @@ def test_a_galore_step_with_subspace_gradients_is_the_step_with_full_ones(encode
         *map(jax.tree.leaves, (inside[1], full[1])),
         strict=True,
     ):
-        # Sums in another order: float32 rounding, 1e-5 of a gradient's largest number.
-        # Adam divides by the gradient's own size, so small ones may round further.
-        scale = np.abs(expected).max()
-        assert np.abs(actual - expected).max() <= 1e-3 * scale, path
+        # Sums in another order: float32 rounding, 1e-6 of a gradient's largest number.
+        # Adam divides by the gradient's own size, so small ones round further.
+        error = np.abs(actual - expected).max()
+        assert error <= 1e-4 * np.abs(expected).max(), path
         assert np.abs(grad).max() > 0 or "key" in str(path), path
 
 

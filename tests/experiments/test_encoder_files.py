@@ -28,7 +28,7 @@ SMALL = EncoderConfig(
     num_layers=2,
     num_heads=4,
     max_positions=22,
-    layer_norm_eps=1e-5,
+    layer_norm_eps=1e-2,
     num_labels=3,
 )
 LAYER = "bert.encoder.layer.1."
