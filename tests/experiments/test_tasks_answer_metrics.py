@@ -31,7 +31,7 @@ class Words(ByteTokenizer):
     """The words above, and " x" for every other one."""
 
     end_of_document = beginning = 0
-    ends = (0,)
+    ends: tuple[int, ...] = (0,)
 
     def encode(self, text):
         ids = {word.strip(): i for i, word in enumerate(WORDS)}
