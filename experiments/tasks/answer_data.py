@@ -7,6 +7,7 @@ import numpy as np
 
 from experiments.errors import UserError
 from experiments.tasks.answers import Pair, Prompts, read_exchanges
+from experiments.tasks.describe import Part, describe, sizes
 from experiments.tasks.rows import Rows
 from experiments.tasks.task_data import TaskData, make_task_data
 
@@ -121,35 +122,28 @@ def make_answer_data(
     """
     if max_length < 1:
         raise UserError(f"--max-length is {max_length}; give at least 1")
-    examples, lines = {}, []
-    # A split may have any name but this one.
-    for name, rows in {None: train, **validation}.items():
+    examples, described = [], []
+    for name, rows in {"training": train, **validation}.items():
         pairs = prompts.encode(read_exchanges(rows, text_column, answer_column))
         try:
             kept, count = fit(pairs, max_length)
         except UserError as error:
             raise UserError(f"{rows.name}: {error}") from error
-        examples[name] = AnswerExamples(kept)
-        what = _words(rows.name, len(kept), count, len(pairs) - len(kept), max_length)
-        lines.append(f"{name or 'training'}: {what}")
+        examples.append(AnswerExamples(kept))
+        words = [sizes(examples[-1].lengths)]
+        if count:
+            words.append(
+                f"{count:,} prompts cut on the left to fit {max_length} tokens"
+            )
+        if left_out := len(pairs) - len(kept):
+            words.append(f"{left_out:,} left out: the answer alone is longer")
+        keys = [ids.tobytes() for ids in map(np.concatenate, kept)]
+        described.append(Part(name, rows.name, words, keys))
     return make_task_data(
-        examples.pop(None),
-        examples,
-        description="\n".join(lines),
+        examples[0],
+        dict(zip(validation, examples[1:], strict=True)),
+        description=describe(described),
         label_names=(),
         batch_size=batch_size,
         seed=seed,
     )
-
-
-def _words(name, kept, cut, left_out, max_length):
-    words = f"{name}: {_count(kept, 'example')}"
-    if cut:
-        words += f"; {_count(cut, 'prompt')} cut on the left to fit {max_length} tokens"
-    if left_out:
-        words += f"; {left_out:,} left out: the answer alone is longer"
-    return words
-
-
-def _count(number, noun):
-    return f"{number:,} {noun}" + "s" * (number != 1)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.errors import UserError
+from experiments.tasks.describe import Part, describe, sizes
 from experiments.tasks.encode import (
     EncodedExamples,
     EncoderShape,
@@ -65,7 +66,7 @@ def make_encoder_data(
     )
     most = longest_sequence(shape, max_length, task.is_text)
     encoder = TextEncoder(directory, shape) if task.is_text else None
-    examples, lines, known = [], [], set()
+    examples, described = [], []
     for name, part_labels in zip(parts, [train_labels, *labels.values()], strict=True):
         rows = parts[name]
         if encoder is None:
@@ -75,14 +76,11 @@ def make_encoder_data(
         examples.append(EncodedExamples(sequences, part_labels, shape.padding_id))
         words = [_sizes(sequences, most), _labels_in_words(part_labels, label_names)]
         keys = [ids.tobytes() for ids in sequences]
-        if shared := sum(key in known for key in keys):
-            words.append(f"{shared:,} are in the training rows, too")
-        known = known or set(keys)
-        lines.append(f"{name}: {rows.name}: {'; '.join(words)}")
+        described.append(Part(name, rows.name, words, keys))
     return make_task_data(
         examples[0],
         dict(zip(validation, examples[1:], strict=True)),
-        description="\n".join(lines),
+        description=describe(described),
         label_names=label_names,
         batch_size=batch_size,
         seed=seed,
@@ -101,11 +99,7 @@ def _check_columns(columns, task):
 
 
 def _sizes(sequences: Sequences, most: int) -> str:
-    lengths = sequences.lengths
-    words = (
-        f"{len(lengths):,} examples, {lengths.sum():,} tokens, "
-        f"{lengths.mean():.1f} on average, {lengths.max()} at most"
-    )
+    words = sizes(sequences.lengths)
     if sequences.cut:
         words += f" ({sequences.cut:,} of them cut there: longer than {most})"
     return words

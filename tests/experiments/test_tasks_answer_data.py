@@ -79,12 +79,14 @@ def test_a_pair_whose_answer_alone_is_too_long_is_left_out():
 
 def test_the_description_counts_what_was_cut_and_left_out():
     texts = [("x", "y"), ("p" * 20, "y"), ("p" * 30, "yy"), ("x", "y" * 8)]
-    lines = data_of(texts, max_length=8).description.splitlines()
+    data = data_of(texts, [("a", "b"), ("x", "y")], max_length=8)
 
-    assert lines[:2] == [
-        "training: train.jsonl: 3 examples; 2 prompts cut on the left to fit 8 tokens; "
+    assert data.description.splitlines()[:2] == [
+        "training: train.jsonl: 3 examples, 19 tokens, 6.3 on average, 8 at most; "
+        "2 prompts cut on the left to fit 8 tokens; "
         "1 left out: the answer alone is longer",
-        "validation: other.jsonl: 1 example",
+        "validation: other.jsonl: 2 examples, 6 tokens, 3.0 on average, 3 at most; "
+        "1 are in the training rows, too",
     ]
 
 
