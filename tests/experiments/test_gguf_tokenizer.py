@@ -1,9 +1,13 @@
 """Tokenizers from small GGUF files, and the files that are refused."""
 
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 from tokenizers import pre_tokenizers
 
+from experiments import export, generate
 from experiments.data.tokenizers import find_tokenizer, load_tokenizer
 from experiments.errors import UserError
 
@@ -128,6 +132,28 @@ def test_a_saved_tokenizer_is_the_one_of_the_file(path, tmp_path):
     for ending in (False, True):
         rendered = loaded.chat.render(messages, add_generation_prompt=ending)
         assert rendered == tokenizer.chat.render(messages, add_generation_prompt=ending)
+
+
+@pytest.mark.usefixtures("fast_compilation")
+def test_a_file_is_continued_as_the_directory_that_it_is_exported_to(
+    path, tmp_path, capsys
+):
+    config = dataclasses.replace(small_gguf.CONFIG, vocab_size=len(WORDS))
+    sizes = {"llama.vocab_size": len(WORDS)}
+    small_gguf.write(path, small_gguf.random_tensors(config), **FIELDS, **sizes)
+
+    assert export.main([str(path), "--out", str(tmp_path / "out")]) == 0
+    capsys.readouterr()
+    texts = []
+    for source in (path, tmp_path / "out"):
+        words = ["--prompt", "don't 12", "--tokens", "9", "--seed", "3"]
+        assert generate.main([str(source), *words]) == 0
+        texts.append(capsys.readouterr().out)
+
+    assert texts[0].startswith("don't 12")
+    assert texts[0] == texts[1]
+    ends = json.loads((tmp_path / "out/config.json").read_text())
+    assert (ends["bos_token_id"], ends["eos_token_id"]) == (0, 2)
 
 
 @pytest.mark.parametrize(
