@@ -1,7 +1,9 @@
 import pytest
 
 from experiments.errors import UserError
+from experiments.tasks import parts as parts_module
 from experiments.tasks.parts import find_task, read_parts
+from experiments.tasks.rows import Rows
 from tests.experiments.small_tasks import write_rows
 
 COLA = find_task("cola")
@@ -65,6 +67,29 @@ def test_no_file_is_in_two_parts(tmp_path):
     train = table(tmp_path, 3)
     with pytest.raises(UserError, match=r"train.jsonl is in two of the parts"):
         read_parts(COLA, train, [str(tmp_path / "*.jsonl")])
+
+
+@pytest.mark.parametrize(
+    ("task", "splits"),
+    [
+        ("cola", ["validation"]),
+        ("mnli", ["validation_matched", "validation_mismatched"]),
+    ],
+)
+def test_a_data_set_of_the_hub_has_its_own_splits(monkeypatch, task, splits):
+    read = []
+
+    def read_rows(spec, split="train"):
+        read.append((spec, split))
+        return Rows(spec, [{}], [], (spec,))
+
+    monkeypatch.setattr(parts_module, "read_rows", read_rows)
+    _, parts = read_parts(find_task(task), "hub:nyu-mll/glue:x")
+    assert tuple(parts) == find_task(task).splits
+    assert read == [
+        ("hub:nyu-mll/glue:x", "train"),
+        *((f"hub:nyu-mll/glue:x:{split}", split) for split in splits),
+    ]
 
 
 @pytest.mark.parametrize(
