@@ -175,6 +175,13 @@ def test_the_scale_is_a_factor_of_the_adapters(encoder, tuning):
     assert_same(merged(new, scale=2.0), twice, rtol=1e-6)
 
 
+def test_merging_keeps_the_dtype_of_the_model(encoder, tuning):
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), encoder)
+    params = {"model": narrow, "adapters": tuning["adapters"]}
+    dtypes = {x.dtype.name for x in jax.tree.leaves(merged(params))}
+    assert dtypes == {"bfloat16"}
+
+
 def test_an_encoders_pooler_is_replaced_by_its_nearest_product(encoder):
     params = with_adapters(encoder, "low_rank", 16, jax.random.key(1))
     # Full rank is exact, up to float32.

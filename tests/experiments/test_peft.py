@@ -239,6 +239,29 @@ def test_an_extracted_adapter_is_written_with_the_rank_of_each_layer(
         np.testing.assert_allclose(one, other, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("name", "tensor", "place"),
+    [
+        ("bert", "bert.embeddings.word_embeddings", ("embeddings", "word")),
+        ("llama", "lm_head", ("head",)),
+        ("llama", "model.embed_tokens", ("embedding",)),
+    ],
+)
+def test_what_an_adapter_has_as_a_whole_replaces_the_models(
+    models, tmp_path, name, tensor, place
+):
+    model, file = models[name], write_theirs(tmp_path, name) / WEIGHTS
+    value = 1 + reference.model_tensors(name)[f"{tensor}.weight"]
+    save_file({**load_file(file), f"base_model.model.{tensor}.weight": value}, file)
+
+    params, _ = load_peft_adapter(tmp_path, model.params, model.config)
+
+    found, before = params["model"], model.params
+    for key in place:
+        found, before = found[key], before[key]
+    np.testing.assert_allclose(found, before + 1, atol=1e-6)
+
+
 def test_half_precision_adapters_become_float32(models, tmp_path):
     model = models["llama"]
     theirs = write_theirs(tmp_path, "llama", ml_dtypes.bfloat16)
