@@ -1,1 +1,1 @@
-"""What is trained: the LLaMA, its weights on disk and its adapters."""
+"""What is trained: LLaMA and encoders, their weights on disk and their adapters."""
