@@ -102,9 +102,9 @@ class Prompts:
     r"""How questions are put to one model.
 
     With a chat template a question is the user's message, and an answer ends with the
-    end token that the template writes behind it. Without one, the prompt is plain: it
-    stands behind the tokenizer's beginning, and the end of a document behind its
-    answer.
+    end token that the template writes behind it. Without one, the prompt is plain, and
+    its answer ends as a document does. A plain prompt stands behind the beginning of a
+    text where the tokenizer has a token for this alone, as in lm-evaluation-harness.
 
     - gsm8k: ``Question: ...\nAnswer:``, then a space and the answer;
     - commonsense: Alpaca's ``Below is an instruction ...\n\n### Instruction:\n...\n\n
@@ -148,14 +148,21 @@ class Prompts:
         return [Pair(prompt, self._ended(answer)) for prompt, answer in pairs]
 
     def encode_plain(self, texts: Sequence[tuple[str, str]]) -> list[Pair]:
-        """Returns prompts behind the beginning, and what is to follow them, as ids.
+        """Returns plain prompts, at least one token each, and what is to follow them.
 
         Args:
             texts: A prompt and a text to follow it each.
         """
         pairs = _encode_pairs(self.tokenizer.encode_batch, texts)
         first = np.array([self.tokenizer.beginning], np.int32)
-        return [Pair(np.concatenate([first, p]), behind) for p, behind in pairs]
+        # Behind an end of document SmolLM2 ends most answers before they begin.
+        is_its_own = self.tokenizer.beginning != self.tokenizer.end_of_document
+        return [
+            pair._replace(prompt=np.concatenate([first, pair.prompt]))
+            if is_its_own or not len(pair.prompt)
+            else pair
+            for pair in pairs
+        ]
 
     def _plain(self, exchange):
         asked, answer = exchange

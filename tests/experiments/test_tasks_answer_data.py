@@ -82,10 +82,10 @@ def test_the_description_counts_what_was_cut_and_left_out():
     data = data_of(texts, [("a", "b"), ("x", "y")], max_length=8)
 
     assert data.description.splitlines()[:2] == [
-        "training: train.jsonl: 3 examples, 19 tokens, 6.3 on average, 8 at most; "
+        "training: train.jsonl: 3 examples, 18 tokens, 6.0 on average, 8 at most; "
         "2 prompts cut on the left to fit 8 tokens; "
         "1 left out: the answer alone is longer",
-        "validation: other.jsonl: 2 examples, 6 tokens, 3.0 on average, 3 at most; "
+        "validation: other.jsonl: 2 examples, 4 tokens, 2.0 on average, 2 at most; "
         "1 are in the training rows, too",
     ]
 

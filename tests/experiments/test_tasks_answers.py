@@ -53,27 +53,35 @@ def encoded(task, exchange, chat=None):
 @pytest.mark.parametrize(
     ("task", "exchange", "prompt", "answer"),
     [
-        ("gsm8k", ("1 {}?", "1\n#### 1"), "|Question: 1 {}?\nAnswer:", " 1\n#### 1|"),
-        ("completion", ("One, ", "two"), "|One, ", "two|"),
-        ("completion", ("One", ""), "|One", "|"),
+        ("gsm8k", ("1 {}?", "1\n#### 1"), "Question: 1 {}?\nAnswer:", " 1\n#### 1|"),
+        ("completion", ("One, ", "two"), "One, ", "two|"),
+        ("completion", ("One", ""), "One", "|"),
+        # The model needs a token to go on from.
+        ("completion", ("", "two"), "|", "two|"),
         (
             "completion",
             (TURNS[:3], "9"),
-            "|### User:\n2?\n\n### Assistant:\n4\n\n### User:\n3?\n\n### Assistant:\n",
+            "### User:\n2?\n\n### Assistant:\n4\n\n### User:\n3?\n\n### Assistant:\n",
             "9|",
         ),
     ],
 )
-def test_a_plain_prompt_stands_between_beginning_and_answer(
-    task, exchange, prompt, answer
-):
+def test_a_plain_prompt_stands_before_its_answer(task, exchange, prompt, answer):
     assert encoded(task, Exchange(*exchange)) == (prompt, answer)
+
+
+def test_a_plain_prompt_stands_behind_a_beginning_of_its_own():
+    tokenizer = ByteTokenizer()
+    tokenizer.beginning = 1
+    (pair,) = Prompts("completion", tokenizer).encode([Exchange("a", "b")])
+
+    assert (pair.prompt.tolist(), pair.answer.tolist()) == ([1, 97], [98, END])
 
 
 def test_a_plain_instruction_is_alpacas():
     prompt, answer = encoded("commonsense", Exchange("Choose: a/b", "it is a"))
 
-    assert prompt.startswith("|Below is an instruction that describes a task. Write")
+    assert prompt.startswith("Below is an instruction that describes a task. Write")
     assert prompt.endswith("\n\n### Instruction:\nChoose: a/b\n\n### Response:\n")
     assert answer == "it is a|"
 
@@ -134,7 +142,7 @@ def test_an_answer_that_shares_a_token_with_its_prompt_is_encoded_by_itself(tmp_
     prompts = Prompts("completion", load_tokenizer(str(tmp_path)))
 
     (pair,) = prompts.encode([Exchange("ba", "ba")])
-    assert (pair.prompt.tolist(), pair.answer.tolist()) == ([3, 1, 0], [1, 0, 3])
+    assert (pair.prompt.tolist(), pair.answer.tolist()) == ([1, 0], [1, 0, 3])
 
 
 def test_questions_and_answers_are_read_by_column():
