@@ -7,7 +7,6 @@ gradients in these subspaces.
 """
 
 import argparse
-import functools
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ def gradient_function(parts: Any):
     """Returns the jitted (params, batch) -> gradients."""
 
     def loss(params, batch):
-        logits = apply(parts.model, params, batch["inputs"])
+        logits = apply(parts.work.model, params, batch["inputs"])
         nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
         return (nats * batch["weights"]).sum() / batch["weights"].sum()
 
@@ -91,8 +90,8 @@ def main() -> None:
         parts = assemble(parse(words), print)
     params = parts.initial_params()
     state = initial_state(parts.tx, params, parts.mesh)
-    step = make_train_step(functools.partial(apply, parts.model), parts.tx, parts.mesh)
-    batches = parts.data.train_iterator()
+    step = make_train_step(parts.work.loss, parts.tx, parts.mesh)
+    batches = parts.work.data.train_iterator()
     for _ in range(arguments.steps):
         batch = shard_batch(next(batches), parts.mesh)
         params, state, _ = step(params, state, batch)

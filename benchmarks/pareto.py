@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import harness
 from experiments.comparison.rows import front
-from experiments.run.changes import FREE_FIELDS
+from experiments.run.config import PRETRAINING
 
 # The parts of a row's label, and their words.
 _OPTIONS = {
@@ -48,7 +48,7 @@ def label(config: dict[str, Any]) -> str:
 
 def read(directories: list[Path]) -> list[dict[str, Any]]:
     """Returns a row for each configuration, over its seeds, without diverged runs."""
-    free = FREE_FIELDS - {"eval_tokens"} | {"seed"}
+    free = PRETRAINING.free - {"eval_tokens"} | {"seed"}
     groups: dict[str, list[tuple[dict, dict]]] = {}
     for directory in directories:
         config = json.loads((directory / "config.json").read_text())

@@ -67,7 +67,7 @@ def in_training(rule: str, parts: Any) -> dict[str, float]:
         return optax.apply_updates(params, scaled), state, optax.tree.norm(blocks)
 
     state, norms = jax.jit(tx.init)(params), []
-    batches = parts.data.train_iterator()
+    batches = parts.work.data.train_iterator()
     for number in range(2 * GAP):
         batch = shard_batch(next(batches), parts.mesh)
         params, state, norm = step(params, state, batch, number)

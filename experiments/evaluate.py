@@ -23,8 +23,15 @@ from experiments.errors import UserError
 from experiments.model.llama import apply
 from experiments.ranges import AtLeastOne
 from experiments.run.load import Loaded, SourceFlags, load
-from experiments.run.measures import bits_per_byte, perplexity
-from experiments.run.step import data_mesh, make_eval_step, replicate, validation_loss
+from experiments.run.perplexity import bits_per_byte, perplexity
+from experiments.run.step import (
+    data_mesh,
+    make_eval_step,
+    mean_loss,
+    replicate,
+    shard_batch,
+    summed_token_loss,
+)
 
 # Tokens per sequence of a model from elsewhere, at most.
 _LONGEST = 1024
@@ -107,12 +114,11 @@ def evaluate(
     if wanted is None and config is not None and options.data is None:
         wanted = config.eval_tokens
     tokens = min(wanted or windows.target_count, windows.target_count)
-    loss = validation_loss(
-        make_eval_step(functools.partial(apply, loaded.model), mesh),
-        replicate(loaded.params, mesh),
-        padded_batches(windows, options.batch_size, tokens),
-        mesh,
-    )
+    forward = functools.partial(apply, loaded.model)
+    eval_step = make_eval_step(functools.partial(summed_token_loss, forward), mesh)
+    params = replicate(loaded.params, mesh)
+    batches = padded_batches(windows, options.batch_size, tokens)
+    loss = mean_loss(eval_step(params, shard_batch(batch, mesh)) for batch in batches)
     return {
         "model": loaded.name,
         "text": name,

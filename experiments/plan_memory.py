@@ -25,7 +25,7 @@ from experiments.arguments import check_choice, check_ranges, given_flags, run_c
 from experiments.data.tokenizers import load_tokenizer
 from experiments.errors import UserError
 from experiments.ranges import AtLeastOne
-from experiments.run.config import check, read
+from experiments.run.config import PRETRAINING, check
 from experiments.run.flags import Config
 from experiments.run.plans import adamw_of, every_optimizer, plan_of
 
@@ -69,7 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str]) -> None:
-    options, given = read(argv, Options, "experiments.plan_memory"), given_flags(argv)
+    options, given = (
+        PRETRAINING.read(argv, Options, "experiments.plan_memory"),
+        given_flags(argv),
+    )
     check_ranges(options)
     _check_memory(options.memory)
     config = Config(

@@ -1,9 +1,5 @@
 """The command: ``python -m experiments.pretrain_llama --help``."""
 
-import functools
-import logging
-import shlex
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,18 +16,19 @@ if __name__ == "__main__":
 
 from rich.console import Console
 
-from experiments.errors import UserError
 from experiments.model.adapters import merged
 from experiments.model.hugging_face import save_llama
-from experiments.run.assemble import Parts, assemble
-from experiments.run.config import PROGRAM, parse
-from experiments.run.failures import told_in_a_line
+from experiments.run.assemble import assemble
+from experiments.run.command import run_training, train_and_finish
+from experiments.run.config import parse
 from experiments.run.figures import draw_figures
 from experiments.run.files import SUMMARY_FILE, write_json
-from experiments.run.lock import Lock
+from experiments.run.flags import Config
 from experiments.run.metrics import read_metrics
+from experiments.run.parts import Parts
 from experiments.run.summary import print_summary, sample_text, summarize
-from experiments.run.train import Trained, train
+from experiments.run.text import TextWork
+from experiments.run.train import Trained
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,31 +37,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done, or stopped by SIGTERM and saved; 2: a mistake of the user's, told in one
     line on stderr; 130: stopped by SIGINT.
     """
-    # What Orbax logs, in pages of traceback, an error line says too.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    console = Console()
-    try:
-        config = parse(sys.argv[1:] if argv is None else argv)
-        say = functools.partial(console.print, soft_wrap=True, highlight=False)
-        parts = assemble(config, say)
-        say(parts.data.description)
-        with told_in_a_line(parts), Lock(parts.directory) as lock:
-            trained = train(parts, lock, console)
-            lock.check()
-            if trained.stopped_by is not None:
-                return _say_how_to_resume(parts, trained, console)
-            finish(parts, trained, console)
-            lock.check()
-    except UserError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped by SIGINT", file=sys.stderr)
-        return 128 + signal.SIGINT
-    return 0
+    return run_training(sys.argv[1:] if argv is None else argv, parse, _run)
 
 
-def finish(parts: Parts, trained: Trained, console: Console) -> dict[str, Any]:
+def _run(config: Config, console: Console) -> int:
+    return train_and_finish(config, assemble, finish, console)
+
+
+def finish(
+    parts: Parts[TextWork], trained: Trained, console: Console
+) -> dict[str, Any]:
     """Writes summary, figures and weights of a finished run, and prints its end.
 
     Returns:
@@ -76,9 +58,11 @@ def finish(parts: Parts, trained: Trained, console: Console) -> dict[str, Any]:
     write_json(directory / SUMMARY_FILE, summary)
     draw_figures(directory / "figures", records, summary)
     if parts.config.save_weights:
-        params, tokenizer = merged(trained.params), parts.tokenizer
+        params, work = merged(trained.params), parts.work
         # Those of a run that has been extended since are replaced.
-        save_llama(directory / "weights", parts.model, params, tokenizer, replace=True)
+        save_llama(
+            directory / "weights", work.model, params, work.tokenizer, replace=True
+        )
     console.print(f"results in {directory}", soft_wrap=True, highlight=False)
     print_summary(console, summary)
     if parts.config.sample_tokens:
@@ -86,26 +70,6 @@ def finish(parts: Parts, trained: Trained, console: Console) -> dict[str, Any]:
         console.print("a sample; the text up to | is the prompt:", highlight=False)
         console.print(f"{prompt}|{text}", markup=False, highlight=False, soft_wrap=True)
     return summary
-
-
-def _say_how_to_resume(parts, trained, console):
-    # Its config.json says the rest.
-    words = [*_command(), "--out", str(parts.directory), "--resume"]
-    console.print(
-        f"stopped by {trained.stopped_by.name} and saved at step "
-        f"{trained.progress.step}; continue with\n  {shlex.join(words)}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    return 0 if trained.stopped_by == signal.SIGTERM else 128 + signal.SIGINT
-
-
-def _command() -> list[str]:
-    """Returns the words that start this command, as they would be typed here."""
-    python = Path(sys.executable)
-    if python.is_relative_to(Path.cwd()):
-        python = python.relative_to(Path.cwd())
-    return [str(python), *(["-m", PROGRAM] if __package__ else [sys.argv[0]])]
 
 
 if __name__ == "__main__":

@@ -4,58 +4,36 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.arguments import field_names, flag
+from experiments.arguments import flag
 from experiments.errors import UserError
-from experiments.run.config import Config, to_json
-from experiments.run.flags import (
-    CheckpointFlags,
-    DataFlags,
-    LoggingFlags,
-    OutputFlags,
-)
-
-# Fields that do not change what is computed.
-FREE_FIELDS = frozenset(
-    {
-        *field_names(OutputFlags),
-        *field_names(CheckpointFlags),
-        *field_names(LoggingFlags),
-    }
-)
-# Fields that say where the text is: the digest of its tokens says whether it is equal.
-TEXT_FIELDS = frozenset(field_names(DataFlags)) - {"batch_size", "sequence_length"}
-# Fields that the arrays of a checkpoint depend on, or its place in the text.
-FIXED_FIELDS = frozenset(
-    {
-        *("model", "kv_heads", "tied_embeddings", "param_dtype"),
-        *("optimizer", "vocabulary_optimizer", "rank", "block_state_bytes"),
-        *("granularity", "side", "moment_bits", "basis_bits", "accumulate"),
-        *("batch_size", "sequence_length", "seed"),
-    }
-)
+from experiments.run.settings import Settings, to_json
 
 # Name of a field -> its value before, and now.
 Changes = dict[str, list[Any]]
 
 
-def changes(saved: Mapping[str, Any], config: Config) -> Changes:
+def changes(saved: Mapping[str, Any], config: Any, settings: Settings) -> Changes:
     """Returns what a configuration computes otherwise than a saved one.
 
     Args:
-        saved: From :func:`experiments.run.config.to_json`.
+        saved: From :func:`experiments.run.settings.to_json`.
         config: Completed.
+        settings: Of the command.
     """
     now = to_json(config)
     # A setting that was added since then had its default.
-    before = {**to_json(Config()), **saved}
+    before = {**to_json(settings.options()), **saved}
+    ignored = settings.free | settings.data
     return {
         name: [before.get(name), now.get(name)]
-        for name in sorted((before.keys() | now.keys()) - FREE_FIELDS - TEXT_FIELDS)
+        for name in sorted((before.keys() | now.keys()) - ignored)
         if before.get(name) != now.get(name)
     }
 
 
-def check_changes(changed: Changes, config: Config, directory: Path, step: int) -> None:
+def check_changes(
+    changed: Changes, config: Any, settings: Settings, directory: Path, step: int
+) -> None:
     """Checks that a run may go on with these changes.
 
     More ``--steps`` are always allowed, and ``--allow-changes`` allows what fits the
@@ -64,13 +42,14 @@ def check_changes(changed: Changes, config: Config, directory: Path, step: int) 
     Args:
         changed: From :func:`changes`.
         config: Completed.
+        settings: Of the command.
         directory: Of the run.
         step: Of its checkpoint.
 
     Raises:
         UserError: If one is not allowed; it names them all.
     """
-    fixed = {name: pair for name, pair in changed.items() if name in FIXED_FIELDS}
+    fixed = {name: pair for name, pair in changed.items() if name in settings.fixed}
     if fixed:
         raise UserError(
             f"the run in {directory} has another configuration: {told(fixed)}; its "

@@ -27,7 +27,7 @@ class RunRecord:
     """What a checkpoint holds beside arrays, as JSON.
 
     Attributes:
-        config: From :func:`experiments.run.config.to_json`.
+        config: From :func:`experiments.run.settings.to_json`.
         token_digest: Of the data.
         data_state: Of the training iterator, behind the last batch used.
         progress: Numbers that the next process carries on from.

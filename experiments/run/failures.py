@@ -10,7 +10,7 @@ from jax.errors import JaxRuntimeError
 
 import lowrank_optax
 from experiments.errors import UserError
-from experiments.run.assemble import Parts
+from experiments.run.parts import Parts
 
 _OF_A_DISK = {
     errno.ENOSPC,

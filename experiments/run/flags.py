@@ -74,17 +74,23 @@ class RunFlags:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoggingFlags:
-    """What is measured on the way."""
+class ValidationFlags:
+    """When the model is validated, and on how much."""
 
-    #: Steps between two lines of metrics.jsonl; at least 1.
-    log_every: AtLeastOne = 10
     #: Steps between two validations; at least 1. There is one before the first step and
     #: one after the last in any case.
     eval_every: AtLeastOne = 100
     #: Tokens of each validation, the same ones each time; at least 1. Fewer where the
     #: validation text is shorter.
     eval_tokens: AtLeastOne = 32768
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoggingFlags:
+    """What is measured on the way."""
+
+    #: Steps between two lines of metrics.jsonl; at least 1.
+    log_every: AtLeastOne = 10
     #: Project of Weights & Biases that gets the numbers too, beside TensorBoard; needs
     #: the extra "wandb". WANDB_MODE=offline keeps them in --out. None: no W&B.
     wandb: str | None = None
@@ -114,8 +120,8 @@ class CheckpointFlags:
     checkpoint_minutes: Positive | None = None
     #: Newest checkpoints to keep; at least 1.
     keep_checkpoints: AtLeastOne = 2
-    #: Keep the checkpoint of the lowest validation loss too; summary.json names its
-    #: step. Each validation with a lower loss than all before makes a checkpoint.
+    #: Keep the checkpoint of the best validation too; summary.json names its step. Each
+    #: validation that is better than all before makes a checkpoint.
     keep_best: bool = False
 
 
@@ -125,8 +131,14 @@ class OutputFlags:
 
     #: Directory of the results. None: a new one under runs/.
     out: Path | None = None
-    #: Write the trained model to weights/ in --out, as a Hugging Face LLaMA.
+    #: Write the trained model to weights/ in --out, in Hugging Face's layout.
     save_weights: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleFlags:
+    """The sample of text at the end."""
+
     #: Tokens of the sample of text at the end; 0 or more.
     sample_tokens: Count = 96
     #: Temperature of the sample; 0 is greedy.
@@ -135,9 +147,11 @@ class OutputFlags:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(
+    SampleFlags,
     OutputFlags,
     CheckpointFlags,
     LoggingFlags,
+    ValidationFlags,
     RunFlags,
     OptimizerOptions,
     DataFlags,

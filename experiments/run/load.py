@@ -20,7 +20,7 @@ from experiments.model.pretrained import find_model
 from experiments.model.shape import LlamaConfig
 from experiments.run.checkpoint import record_of
 from experiments.run.checksums import first_damage
-from experiments.run.config import complete, from_json
+from experiments.run.config import PRETRAINING, complete
 from experiments.run.files import CHECKPOINTS, checkpoint_steps
 from experiments.run.flags import Config
 from experiments.run.model_shape import model_of, parameterised
@@ -103,7 +103,7 @@ def _of_run(flags: SourceFlags, steps: list[int]) -> Loaded:
             f"the checkpoint {path} is damaged: {damage}; choose another one of "
             f"--checkpoint {', '.join(map(str, steps))}"
         )
-    config = from_json(record_of(path).config)
+    config = PRETRAINING.from_json(record_of(path).config)
     if flags.tokenizer is not None:
         config = dataclasses.replace(config, tokenizer=flags.tokenizer)
     tokenizer = load_tokenizer(config.tokenizer or "bytes")

@@ -1,28 +1,16 @@
-"""The numbers of a step and of a validation, as metrics.jsonl has them."""
+"""The numbers of a step, as metrics.jsonl has them."""
 
-import math
 from typing import Any
 
 import jax
 import numpy as np
 
-from experiments.model.flops import training_flops_per_token
-from experiments.run.assemble import Parts
 from experiments.run.columns import ranks_by_name
 from experiments.run.memory import optimizer_state_bytes
 from experiments.run.memory_use import memory_use
+from experiments.run.parts import Parts
 from experiments.run.peaks import peak_flops
-
-
-def perplexity(loss: float) -> float:
-    """Returns the perplexity of a loss in nats per token."""
-    # Beyond a float's range it says no more than the loss.
-    return math.exp(min(loss, 700.0))
-
-
-def bits_per_byte(loss: float, bytes_per_token: float) -> float | None:
-    """Returns a loss in nats per token as bits per byte; None: text without bytes."""
-    return loss / math.log(2) / bytes_per_token if bytes_per_token else None
+from experiments.run.progress import Progress
 
 
 class Measures:
@@ -32,44 +20,32 @@ class Measures:
         parts: Of the run.
 
     Attributes:
-        flops_per_token: Of a training step.
+        flops_per_token: Of a training step; None: not counted.
         peak_flops: Of all devices, per second; None: not known.
     """
 
     def __init__(self, parts: Parts):
         config, devices = parts.config, parts.mesh.devices.ravel()
         self._parts = parts
-        self._step_tokens = config.batch_size * config.sequence_length
-        self.flops_per_token = training_flops_per_token(
-            parts.model, config.sequence_length
-        )
+        self.flops_per_token = parts.work.flops_per_token
         peak = peak_flops(devices[0].device_kind, config.compute_dtype)
         self.peak_flops = None if peak is None else peak * len(devices)
 
-    def position(self, step: int) -> dict[str, Any]:
-        """Returns how far a run has come after so many steps."""
-        return {
-            "tokens": step * self._step_tokens,
-            "epoch": self._parts.data.epochs(step),
-        }
+    def position(self, progress: Progress) -> dict[str, Any]:
+        """Returns how far a run has come."""
+        epoch = self._parts.work.epochs(progress.step)
+        return {"tokens": progress.tokens, "epoch": epoch}
 
-    def speed(self, steps: int, seconds: float) -> dict[str, Any]:
+    def speed(self, tokens: int, steps: int, seconds: float) -> dict[str, Any]:
         """Returns the speed of so many steps, at least one, in so many seconds."""
-        tokens_per_second = steps * self._step_tokens / seconds
-        flops = tokens_per_second * self.flops_per_token
+        tokens_per_second = tokens / seconds
+        mfu = None
+        if self.peak_flops is not None and self.flops_per_token is not None:
+            mfu = tokens_per_second * self.flops_per_token / self.peak_flops
         return {
             "tokens_per_second": tokens_per_second,
             "step_seconds": seconds / steps,
-            "mfu": None if self.peak_flops is None else flops / self.peak_flops,
-        }
-
-    def validation(self, loss: float) -> dict[str, Any]:
-        """Returns a validation's loss, in nats per token, and what follows from it."""
-        ratio = self._parts.data.bytes_per_token
-        return {
-            "validation_loss": loss,
-            "validation_perplexity": perplexity(loss),
-            "validation_bits_per_byte": bits_per_byte(loss, ratio),
+            "mfu": mfu,
         }
 
     def step(

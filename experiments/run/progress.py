@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from experiments.optim.compaction import Compaction
+from experiments.run.work import Criterion
 
 
 @dataclasses.dataclass
@@ -13,12 +14,13 @@ class Progress:
 
     Attributes:
         step: Updates done.
+        tokens: Trained on in them.
         seconds: Spent on them, input and logging included; compilation, validation
             and checkpoints left out.
-        initial_validation_loss: Nats per token before the first update.
-        validation_loss: The newest one.
-        best: With --keep-best, the step of the lowest validation loss, and that loss,
-            as ``step`` and ``validation_loss``; None before the first one.
+        initial: Numbers of the validation before the first update.
+        validation: Those of the newest one.
+        best: The step of the best validation since then, as ``step``, and its numbers;
+            None before the first one.
         compaction: Of --compact.
         changes: What was changed when the run was resumed: the ``step`` of the
             checkpoint, and by name ``settings`` before and after.
@@ -26,9 +28,10 @@ class Progress:
     """
 
     step: int = 0
+    tokens: int = 0
     seconds: float = 0.0
-    initial_validation_loss: float = float("nan")
-    validation_loss: float = float("nan")
+    initial: dict[str, Any] = dataclasses.field(default_factory=dict)
+    validation: dict[str, Any] = dataclasses.field(default_factory=dict)
     best: dict[str, Any] | None = None
     compaction: Compaction = dataclasses.field(default_factory=Compaction)
     changes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -39,3 +42,16 @@ def saved_progress(saved: Mapping[str, Any]) -> Progress:
     """Returns the progress that a checkpoint holds as a dict."""
     compaction = Compaction(**saved["compaction"])
     return Progress(**{**saved, "compaction": compaction})
+
+
+def note_validation(
+    progress: Progress, numbers: dict[str, Any], criterion: Criterion
+) -> None:
+    """Notes the numbers of a validation, and whether it is the best one so far."""
+    progress.validation = numbers
+    if progress.step == 0:
+        progress.initial = numbers
+        return
+    best = None if progress.best is None else progress.best[criterion.name]
+    if criterion.is_better(numbers[criterion.name], best):
+        progress.best = {"step": progress.step, **numbers}

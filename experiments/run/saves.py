@@ -5,12 +5,12 @@ import math
 import time
 from typing import Any
 
-from experiments.run.assemble import Parts
 from experiments.run.checkpoint import Checkpoints, RunRecord
-from experiments.run.config import to_json
 from experiments.run.files import CONFIG_FILE, write_json
 from experiments.run.lock import Lock
+from experiments.run.parts import Parts
 from experiments.run.progress import Progress
+from experiments.run.settings import to_json
 
 
 class Saves:
@@ -30,12 +30,17 @@ class Saves:
         """Returns whether a checkpoint follows this step.
 
         Args:
-            progress: Notes the newest validation where it is the best one.
-            validated: Whether there was one at this step.
+            progress: How far the run is.
+            validated: Whether there was a validation at this step.
         """
         config = self._parts.config
         minutes = (time.monotonic() - self._saved_at) / 60
-        is_best = validated and config.keep_best and _is_best(progress)
+        is_best = (
+            validated
+            and config.keep_best
+            and progress.best is not None
+            and progress.best["step"] == progress.step
+        )
         return (
             is_best
             or progress.step == config.steps
@@ -67,7 +72,7 @@ class Saves:
             opt_state,
             RunRecord(
                 config=to_json(config),
-                token_digest=self._parts.data.token_digest,
+                token_digest=self._parts.work.digest,
                 data_state=data_state,
                 progress=dataclasses.asdict(progress),
             ),
@@ -76,11 +81,3 @@ class Saves:
         past = {"changes": progress.changes} if progress.changes else {}
         write_json(self._parts.directory / CONFIG_FILE, {**to_json(config), **past})
         self._saved_at = time.monotonic()
-
-
-def _is_best(progress: Progress) -> bool:
-    loss, best = progress.validation_loss, progress.best
-    if not loss < (math.inf if best is None else best["validation_loss"]):
-        return False
-    progress.best = {"step": progress.step, "validation_loss": loss}
-    return True

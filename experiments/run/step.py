@@ -16,6 +16,8 @@ from experiments.run.renewals import AHEAD, Renewed
 Batch = Mapping[str, Any]
 # (params, tokens (B, T) int32) -> logits (B, T, V) float32
 ApplyFn = Callable[[Any, jax.Array], jax.Array]
+# (params, batch) -> summed loss, summed weights
+LossFn = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
 # Name and dtype of a batch's arrays, each (batch_size, sequence_length).
 BATCH = {"inputs": np.int32, "targets": np.int32, "weights": np.float32}
 
@@ -54,7 +56,7 @@ def shard_batch(batch: Batch, mesh: Mesh) -> Batch:
 
 
 def make_train_step(
-    apply_fn: ApplyFn,
+    loss_fn: LossFn,
     tx: Any,
     mesh: Mesh,
     accumulate: int = 1,
@@ -65,15 +67,15 @@ def make_train_step(
 ):
     """Returns the jitted (params, opt_state, batch) -> (params, opt_state, metrics).
 
-    Parameters and state are donated. The metrics are scalars: ``loss``, nats per token
-    averaged by weight, and ``grad_norm``, before clipping, both float32 (with
+    Parameters and state are donated. The metrics are scalars: ``loss``, the mean by
+    weight, and ``grad_norm``, before clipping, both float32 (with
     micro-batches or inside subspaces the norm of what is projected); ``rejected`` and
     ``rejected_in_a_row``, int32, the updates left out so far because a gradient was not
     finite; and ``due``, bool (bases,), in the order of ``bases``: which of them a later
     step has to renew, see :mod:`experiments.run.renewals`.
 
     Args:
-        apply_fn: The model.
+        loss_fn: Returns the summed loss of a batch, and the sum of its weights.
         tx: From :func:`experiments.optim.build.build_optimizer`.
         mesh: From :func:`data_mesh`.
         accumulate: Micro-batches of a batch; above 1 ``tx`` is what
@@ -85,12 +87,12 @@ def make_train_step(
         bases: Key paths of the leaves that have bases.
     """
 
-    def loss_fn(params, batch):
-        summed, weight = _summed_loss(apply_fn, params, batch)
+    def mean_loss(params, batch):
+        summed, weight = loss_fn(params, batch)
         # A micro-batch may be padding alone.
         return summed / jnp.maximum(weight, 1), weight
 
-    subspace = lowrank_optax.subspace_value_and_grad(loss_fn, tx, has_aux=True)
+    subspace = lowrank_optax.subspace_value_and_grad(mean_loss, tx, has_aux=True)
     renews = renewed != ()
     if not in_subspace:
         gradient = subspace.full
@@ -148,34 +150,35 @@ def make_train_step(
     )
 
 
-def make_eval_step(apply_fn: ApplyFn, mesh: Mesh):
-    """Returns the jitted (params, batch) -> (summed nats, summed weights), float32."""
+def make_eval_step(evaluate: Callable[[Any, Batch], Any], mesh: Mesh):
+    """Returns the jitted (params, batch) -> what ``evaluate`` returns, on all devices.
+
+    Args:
+        evaluate: Function of parameters and a batch.
+        mesh: From :func:`data_mesh`.
+    """
     whole = NamedSharding(mesh, PartitionSpec())
     cut = NamedSharding(mesh, PartitionSpec("data"))
-    return jax.jit(
-        lambda params, batch: _summed_loss(apply_fn, params, batch),
-        in_shardings=(whole, cut),
-        out_shardings=whole,
-    )
+    return jax.jit(evaluate, in_shardings=(whole, cut), out_shardings=whole)
 
 
-def validation_loss(
-    eval_step: Callable, params: Any, batches: Iterable[Batch], mesh: Mesh
-) -> float:
-    """Returns the nats per token over all batches: the mean over tokens.
+def mean_loss(summed: Iterable[tuple[Any, Any]]) -> float:
+    """Returns the mean over tokens of the summed losses and weights of batches.
 
     Not the mean of the batches' means, in which the tokens of a short last batch would
     count for more.
     """
     nats = tokens = 0.0
-    for batch in batches:
-        summed, weight = eval_step(params, shard_batch(batch, mesh))
-        nats += float(summed)
+    for of_batch, weight in summed:
+        nats += float(of_batch)
         tokens += float(weight)
     return nats / tokens
 
 
-def _summed_loss(apply_fn, params, batch):
+def summed_token_loss(
+    apply_fn: ApplyFn, params: Any, batch: Batch
+) -> tuple[jax.Array, jax.Array]:
+    """Returns summed nats and summed weights of a batch of tokens, both float32."""
     logits = apply_fn(params, batch["inputs"])
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
     return jnp.sum(batch["weights"] * nats), jnp.sum(batch["weights"])

@@ -12,7 +12,6 @@ from rich.table import Table
 
 from experiments.model.adapters import merged
 from experiments.model.generate import generate
-from experiments.run.assemble import Parts
 from experiments.run.measures import Measures
 from experiments.run.memory import (
     adamw_memory_by_kind,
@@ -23,6 +22,7 @@ from experiments.run.memory import (
     optimizer_state_bytes,
 )
 from experiments.run.memory_use import memory_use
+from experiments.run.parts import Parts
 from experiments.run.printable import continuation, printable
 from experiments.run.train import Trained
 
@@ -48,12 +48,12 @@ def summarize(
         "optimizer": config.optimizer,
         "model": config.model_name,
         "steps": progress.step,
-        **measures.position(progress.step),
+        **measures.position(progress),
         "parameter_count": sum(leaf.size for leaf in jax.tree.leaves(model)),
-        "initial_validation_loss": progress.initial_validation_loss,
-        **measures.validation(progress.validation_loss),
-        "bytes_per_token": parts.data.bytes_per_token,
-        **measures.speed(progress.step, progress.seconds),
+        "initial_validation_loss": progress.initial["validation_loss"],
+        **progress.validation,
+        "bytes_per_token": parts.work.data.bytes_per_token,
+        **measures.speed(progress.tokens, progress.step, progress.seconds),
         "flops_per_token": measures.flops_per_token,
         "peak_flops_per_second": measures.peak_flops,
         "training_seconds": progress.seconds,
@@ -72,7 +72,7 @@ def summarize(
         "adamw_memory": adamw_memory_by_kind(model),
         "mean_ranks": mean_ranks(records),
         "rejected_updates": int(optax.tree.get(trained.opt_state, "total_notfinite")),
-        "data": parts.data.description,
+        "data": parts.work.data.description,
         "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
         "versions": {
             "python": platform.python_version(),
@@ -111,11 +111,11 @@ def sample_text(parts: Parts, params: Any) -> tuple[str, str]:
 
     The prompt is a quarter of a sequence; ``--sample-tokens`` follow it.
     """
-    config, tokenizer = parts.config, parts.tokenizer
-    window = next(parts.data.validation_batches(1))["inputs"][0]
+    config, tokenizer = parts.config, parts.work.tokenizer
+    window = next(parts.work.data.validation_batches(1))["inputs"][0]
     prompt = window[: max(1, config.sequence_length // 4)]
     tokens = generate(
-        parts.model,
+        parts.work.model,
         jax.device_put(merged(params), jax.devices()[0]),
         prompt,
         config.sample_tokens,

@@ -61,18 +61,16 @@ class TrainingProgress:
             self.say(f"step {step}/{self._steps}  {text}")
             self._last_line = now
 
-    def validated(self, step: int, found: Mapping[str, Any]) -> None:
+    def validated(self, step: int, loss: float, text: str) -> None:
         """Prints a validation.
 
         Args:
             step: Steps done.
-            found: The validation's entries of metrics.jsonl.
+            loss: The validation's.
+            text: Its other numbers in words.
         """
-        text = f"perplexity {found['validation_perplexity']:,.2f}"
-        if found["validation_bits_per_byte"] is not None:
-            text += f", {found['validation_bits_per_byte']:.3f} bits per byte"
         when = f"at step {step}" if step else "at first"
-        self.say(f"validation loss {found['validation_loss']:.4f} {when} ({text})")
+        self.say(f"validation loss {loss:.4f} {when} ({text})")
 
     def say(self, text: str) -> None:
         """Prints a line of its own."""

@@ -12,12 +12,10 @@ from rich.console import Console
 
 from experiments.errors import UserError
 from experiments.optim.methods import OPTIMIZERS
-from experiments.run.assemble import Parts
 from experiments.run.checkpoint import Checkpoints, restore_state
 from experiments.run.clock import Clock
 from experiments.run.columns import capacities_line
 from experiments.run.compiled import Programs
-from experiments.run.config import to_json
 from experiments.run.failures import told_in_a_line
 from experiments.run.files import (
     CHECKPOINTS,
@@ -25,24 +23,21 @@ from experiments.run.files import (
     remove_leftovers,
     write_json,
 )
-from experiments.run.initial_loss import worse_than_guessing
 from experiments.run.interrupts import StopRequest
 from experiments.run.lock import Lock
 from experiments.run.measures import Measures
 from experiments.run.memory import optimizer_state_bytes
 from experiments.run.metrics import MetricsLog
+from experiments.run.parts import Parts
 from experiments.run.profile import Profile
-from experiments.run.progress import Progress, saved_progress
+from experiments.run.progress import Progress, note_validation, saved_progress
 from experiments.run.renewals import AHEAD
 from experiments.run.saves import Saves
-from experiments.run.step import (
-    initial_state,
-    replicate,
-    shard_batch,
-    validation_loss,
-)
+from experiments.run.settings import to_json
+from experiments.run.step import initial_state, replicate
 from experiments.run.terminal import TrainingProgress
 from experiments.run.wandb_run import WandbRun
+from experiments.run.work import ended
 
 _REJECTED_IN_A_ROW = 20
 
@@ -85,7 +80,7 @@ def train(parts: Parts, lock: Lock, console: Console) -> Trained:
     """
     config, directory = parts.config, parts.directory
     checkpoints = Checkpoints(directory / CHECKPOINTS, config.keep_checkpoints)
-    batches = contextlib.closing(parts.data.train_iterator())
+    batches = contextlib.closing(parts.work.train_iterator())
     say = functools.partial(console.print, soft_wrap=True, highlight=False)
     with StopRequest(say) as stop, checkpoints, batches as iterator:
         if checkpoints.latest_step != parts.resumed_step:
@@ -158,11 +153,9 @@ class _Loop:
         """Trains to the last step or to a signal, and saves."""
         config, progress = self.parts.config, self.progress
         if progress.step == 0:
-            log.write({"step": 0, **self.measures.position(0), **self._validate(shown)})
-            progress.initial_validation_loss = progress.validation_loss
-            warning = worse_than_guessing(
-                config, self.parts.model.vocab_size, progress.initial_validation_loss
-            )
+            position = self.measures.position(progress)
+            log.write({"step": 0, **position, **self._validate(shown)})
+            warning = self.parts.work.warning(progress.initial)
             if warning:
                 shown.say(warning)
         stop.can_save = True
@@ -187,17 +180,18 @@ class _Loop:
         try:
             batch = next(self.batches)
         except StopIteration:
-            raise UserError(
-                f"--data {self.parts.config.data} ended at step {self.progress.step}; "
-                "give more text or fewer --steps"
-            ) from None
+            raise ended(self.parts.work, self.progress.step) from None
         renewed = self.renewals.next(self.progress.step)
-        train_step = self.programs.train_step(renewed)
-        self.params, self.opt_state, metrics = train_step(
-            self.params, self.opt_state, shard_batch(batch, self.parts.mesh)
+        is_compiled = self.programs.is_compiled(renewed, batch)
+        if not is_compiled:
+            self.progress.seconds = self._wait()
+        self.params, self.opt_state, metrics = self.programs.train_step(
+            renewed, self.params, self.opt_state, batch
         )
+        self.clock.start()
         self.renewals.observe(metrics["due"])
         self.progress.step += 1
+        self.progress.tokens += self.parts.work.tokens_of(batch)
         self._restart()
         self.in_flight.append(metrics)
         # So far may Python run ahead of the device: enough to keep it busy, and few
@@ -259,9 +253,11 @@ class _Loop:
         self.logged = dataclasses.replace(progress)
         record = {
             "step": progress.step,
-            **self.measures.position(progress.step),
+            **self.measures.position(progress),
             **self.measures.speed(
-                progress.step - logged.step, progress.seconds - logged.seconds
+                progress.tokens - logged.tokens,
+                progress.step - logged.step,
+                progress.seconds - logged.seconds,
             ),
             **self.measures.step(progress.step, metrics, self.opt_state),
         }
@@ -273,15 +269,10 @@ class _Loop:
     def _validate(self, shown: TrainingProgress) -> dict[str, Any]:
         """Returns the numbers of a validation."""
         self._wait()
-        loss = validation_loss(
-            self.programs.eval_step,
-            self.params,
-            self.parts.data.validation_batches(self.parts.config.eval_tokens),
-            self.parts.mesh,
-        )
-        self.progress.validation_loss = loss
-        found = self.measures.validation(loss)
-        shown.validated(self.progress.step, found)
+        work, progress = self.parts.work, self.progress
+        found = work.validate(functools.partial(self.programs.evaluate, self.params))
+        note_validation(progress, found, work.criterion)
+        shown.validated(progress.step, found["validation_loss"], work.told(found))
         return found
 
     def _wait(self) -> float:

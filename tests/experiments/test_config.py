@@ -10,13 +10,10 @@ from experiments.arguments import field_names, flag
 from experiments.errors import UserError
 from experiments.optim.methods import OPTIMIZERS
 from experiments.ranges import ranges_of
-from experiments.run.changes import FIXED_FIELDS, FREE_FIELDS, TEXT_FIELDS, changes
-from experiments.run.config import (
-    Config,
-    complete,
-    parse,
-    to_json,
-)
+from experiments.run.changes import changes
+from experiments.run.config import PRETRAINING, complete, parse
+from experiments.run.flags import Config
+from experiments.run.settings import to_json
 
 MISTAKES = [
     ("--optimizer adamww", "'adamww' is not known.*adarankgrad.*mean adamw?"),
@@ -168,7 +165,7 @@ def test_help_groups_flags_by_subject(help_text):
     titles = re.findall(r"^ +([\w-]+) options *$", help_text, re.MULTILINE)
     assert titles == [
         *("model", "data", "optimizer", "schedule", "one-method", "memory"),
-        *("run", "logging", "checkpoint", "output"),
+        *("run", "validation", "logging", "checkpoint", "output", "sample"),
     ]
     groups = dict(zip(titles, re.split(r" options *\n", help_text)[2:], strict=True))
     for name, title in {
@@ -297,26 +294,26 @@ def test_defaults_fit_what_the_user_sets(arguments, name, value):
 def test_changes_are_what_is_computed_otherwise_and_nothing_else():
     config = parse(["--out", "a", "--rank", "7"])
     saved = to_json(config)
-    assert changes(saved, config) == {}
+    assert changes(saved, config, PRETRAINING) == {}
     free = dataclasses.replace(
         config, log_every=3, keep_checkpoints=9, resume=True, data="elsewhere.txt"
     )
-    assert changes(saved, free) == {}
+    assert changes(saved, free, PRETRAINING) == {}
     other = dataclasses.replace(config, rank=8, seed=1)
-    assert changes(saved, other) == {"rank": [7, 8], "seed": [0, 1]}
+    assert changes(saved, other, PRETRAINING) == {"rank": [7, 8], "seed": [0, 1]}
 
 
 def test_a_setting_that_a_checkpoint_does_not_know_had_its_default():
     config = parse([])
     saved = to_json(config)
     del saved["schedule"]
-    assert changes(saved, config) == {}
+    assert changes(saved, config, PRETRAINING) == {}
     other = dataclasses.replace(config, schedule="linear")
-    assert changes(saved, other) == {"schedule": ["cosine", "linear"]}
+    assert changes(saved, other, PRETRAINING) == {"schedule": ["cosine", "linear"]}
 
 
 def test_the_kinds_of_fields_are_of_fields():
     fields = {field.name for field in dataclasses.fields(Config)}
-    kinds = (FREE_FIELDS, TEXT_FIELDS, FIXED_FIELDS)
+    kinds = (PRETRAINING.free, PRETRAINING.data, PRETRAINING.fixed)
     assert fields >= frozenset.union(*kinds)
     assert sum(map(len, kinds)) == len(frozenset.union(*kinds))

@@ -14,19 +14,25 @@ from experiments.run.metrics import events
 from experiments.run.peaks import peak_flops
 from experiments.run.quantities import LINE, SUMMARY, markdown_table
 from experiments.run.step import data_mesh
+from experiments.run.text import TextWork
 from tests.experiments.small_runs import MODEL
 
 
 @pytest.fixture
 def small():
     """Measures of 2 sequences of 8 tokens a step."""
+    config = types.SimpleNamespace(
+        batch_size=8, sequence_length=8, compute_dtype="bfloat16", block_scale=0.5
+    )
     parts = types.SimpleNamespace(
-        config=types.SimpleNamespace(
-            batch_size=8, sequence_length=8, compute_dtype="bfloat16", block_scale=0.5
-        ),
+        config=config,
         mesh=data_mesh(8),
-        model=MODEL,
-        data=types.SimpleNamespace(bytes_per_token=4.0, epochs=lambda step: step / 10),
+        work=TextWork(
+            config=config,
+            model=MODEL,
+            data=types.SimpleNamespace(bytes_per_token=4.0),
+            tokenizer=None,
+        ),
         schedule=lambda count: 0.25 * count,
     )
     return Measures(parts)
@@ -69,7 +75,7 @@ def test_the_peak_is_that_of_the_device_and_the_type(kind, dtype, peak):
 
 
 def test_mfu_is_null_where_the_peak_is_not_known(small):
-    assert small.speed(2, 4.0) == {
+    assert small.speed(128, 2, 4.0) == {
         "tokens_per_second": 32.0,
         "step_seconds": 2.0,
         "mfu": None,
@@ -82,19 +88,19 @@ def test_mfu_is_the_share_of_the_peak_of_all_devices(small, monkeypatch):
     devices = jax.local_device_count()
     assert known.peak_flops == devices * 1e6
     expected = 32.0 * training_flops_per_token(MODEL, 8) / (devices * 1e6)
-    assert known.speed(2, 4.0)["mfu"] == pytest.approx(expected)
+    assert known.speed(128, 2, 4.0)["mfu"] == pytest.approx(expected)
 
 
 def test_a_validation_has_perplexity_and_bits_per_byte(small):
-    found = small.validation(float(np.log(16)))
+    found = small._parts.work.numbers(float(np.log(16)))
     assert found["validation_perplexity"] == pytest.approx(16)
     # Four bits per token of four bytes.
     assert found["validation_bits_per_byte"] == pytest.approx(1)
 
 
 def test_a_diverged_validation_is_still_written_down(small):
-    assert np.isnan(small.validation(float("nan"))["validation_perplexity"])
-    assert small.validation(float("inf"))["validation_perplexity"] > 1e300
+    assert np.isnan(small._parts.work.numbers(float("nan"))["validation_perplexity"])
+    assert small._parts.work.numbers(float("inf"))["validation_perplexity"] > 1e300
 
 
 def test_a_step_has_the_rates_of_its_own_update(small):

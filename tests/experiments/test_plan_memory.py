@@ -7,8 +7,9 @@ import pytest
 
 from experiments.plan_memory import main
 from experiments.run.assemble import assemble
-from experiments.run.config import check, parse, to_json
+from experiments.run.config import check, parse
 from experiments.run.plans import every_optimizer
+from experiments.run.settings import to_json
 from tests.experiments.small_runs import one_error_line, write_inputs
 
 

@@ -14,16 +14,20 @@ from experiments.run.step import (
     initial_state,
     make_eval_step,
     make_train_step,
+    mean_loss,
     replicate,
     shard_batch,
-    validation_loss,
+    summed_token_loss,
 )
 
 VOCABULARY = 5
 
 
-def next_token_logits(params, tokens):
-    return params["embedding"][tokens]
+def token_loss(params, batch):
+    def next_token_logits(params, tokens):
+        return params["embedding"][tokens]
+
+    return summed_token_loss(next_token_logits, params, batch)
 
 
 def random_batch(seed, batch_size=8, weights=1.0):
@@ -50,7 +54,7 @@ def nats(params, batch):
 
 def train_twice(mesh, learning_rate=0.1):
     tx = build_optimizer(OptimizerOptions(optimizer="adamw"), lambda _: learning_rate)
-    step = make_train_step(next_token_logits, tx, mesh)
+    step = make_train_step(token_loss, tx, mesh)
     params = replicate(random_params(), mesh)
     opt_state = initial_state(tx, params, mesh)
     for seed in (1, 2):
@@ -66,9 +70,8 @@ def test_validation_loss_is_the_mean_over_tokens_not_over_batches():
     padded["weights"][1:] = 0
     padded["weights"][0, 2:] = 0
 
-    loss = validation_loss(
-        make_eval_step(next_token_logits, mesh), params, [full, padded], mesh
-    )
+    eval_step = make_eval_step(token_loss, mesh)
+    loss = mean_loss(eval_step(params, shard_batch(x, mesh)) for x in (full, padded))
 
     kept = np.concatenate([nats(params, full).ravel(), nats(params, padded)[0, :2]])
     assert loss == pytest.approx(kept.mean(), rel=1e-6)
@@ -79,7 +82,7 @@ def test_validation_loss_is_the_mean_over_tokens_not_over_batches():
 def test_padded_tokens_give_no_gradient():
     mesh = data_mesh(8)
     tx = optax.apply_if_finite(optax.sgd(1.0), 1)
-    step = make_train_step(next_token_logits, tx, mesh)
+    step = make_train_step(token_loss, tx, mesh)
     batch = random_batch(1)
     batch["weights"][:, 3:] = 0
     other = {name: array.copy() for name, array in batch.items()}
@@ -113,7 +116,7 @@ def test_micro_batches_train_like_the_whole_batch(optimizer):
     found = {}
     for accumulate in (1, 2):
         tx = build_optimizer(options, lambda _: 0.1, accumulate=accumulate)
-        step = make_train_step(next_token_logits, tx, mesh, accumulate)
+        step = make_train_step(token_loss, tx, mesh, accumulate)
         params = replicate(random_params(), mesh)
         params["blocks"] = {"unused": replicate(jnp.zeros((2, 4, 3)), mesh)}
         state = initial_state(tx, params, mesh)
@@ -133,7 +136,7 @@ def test_a_non_finite_micro_batch_changes_nothing_and_is_counted():
     mesh = data_mesh(16, 2)
     options = OptimizerOptions(optimizer="adamw")
     tx = build_optimizer(options, lambda _: 0.1, accumulate=2)
-    step = make_train_step(next_token_logits, tx, mesh, 2)
+    step = make_train_step(token_loss, tx, mesh, 2)
     params = replicate(random_params(), mesh)
     state = initial_state(tx, params, mesh)
     broken = random_batch(1, batch_size=16)
@@ -152,7 +155,7 @@ def test_a_non_finite_micro_batch_changes_nothing_and_is_counted():
 def test_a_non_finite_gradient_changes_nothing_and_is_counted():
     mesh = data_mesh(8)
     tx = build_optimizer(OptimizerOptions(optimizer="adamw"), lambda _: 0.1)
-    step = make_train_step(next_token_logits, tx, mesh)
+    step = make_train_step(token_loss, tx, mesh)
     params = replicate(random_params(), mesh)
     state = initial_state(tx, params, mesh)
     broken = random_batch(1)

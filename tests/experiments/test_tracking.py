@@ -10,6 +10,7 @@ from rich.console import Console
 from experiments.run.config import parse
 from experiments.run.profile import Profile
 from experiments.run.terminal import TrainingProgress
+from experiments.run.text import TextWork
 from tests.experiments.small_runs import one_error_line, run
 
 
@@ -194,9 +195,10 @@ def test_the_time_left_is_that_of_the_pace_with_all_that_stops_it(monkeypatch):
 def test_a_validation_is_told_with_its_perplexity():
     console = Console(file=io.StringIO())
     shown = TrainingProgress(console, 10)
-    found = {"validation_loss": 2.0, "validation_perplexity": 7.389}
-    shown.validated(0, {**found, "validation_bits_per_byte": 1.5})
-    shown.validated(7, {**found, "validation_bits_per_byte": None})
+    told = {"validation_perplexity": 7.389, "validation_bits_per_byte": 1.5}
+    shown.validated(0, 2.0, TextWork.told(None, told))
+    told["validation_bits_per_byte"] = None
+    shown.validated(7, 2.0, TextWork.told(None, told))
     assert console.file.getvalue().splitlines() == [
         "validation loss 2.0000 at first (perplexity 7.39, 1.500 bits per byte)",
         "validation loss 2.0000 at step 7 (perplexity 7.39)",

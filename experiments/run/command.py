@@ -1,0 +1,103 @@
+"""A training command from its arguments to its exit status."""
+
+import functools
+import logging
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from experiments.errors import UserError
+from experiments.run.failures import told_in_a_line
+from experiments.run.lock import Lock
+from experiments.run.parts import Parts
+from experiments.run.train import Trained, train
+
+Assemble = Callable[[Any, Callable[[str], None]], Parts[Any]]
+# Writes what a finished run leaves behind, and prints its end.
+Finish = Callable[[Parts[Any], Trained, Console], Any]
+
+
+def run_training(
+    argv: Sequence[str],
+    parse: Callable[[Sequence[str]], Any],
+    run: Callable[[Any, Console], int],
+) -> int:
+    """Runs a training command; returns its exit status.
+
+    Args:
+        argv: Arguments, without the name.
+        parse: Makes them a configuration.
+        run: Trains; returns the exit status.
+
+    Returns:
+        That of ``run``, see :func:`train_and_finish`; 2: a mistake of the user's, told
+        in one line on stderr; 130: stopped by SIGINT.
+    """
+    # What Orbax logs, in pages of traceback, an error line says too.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    try:
+        return run(parse(argv), Console())
+    except UserError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped by SIGINT", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def train_and_finish(
+    config: Any, assemble: Assemble, finish: Finish, console: Console
+) -> int:
+    """Trains one run; returns the exit status.
+
+    Args:
+        config: Checked.
+        assemble: Builds the parts of the run.
+        finish: Called at its end.
+        console: Where to show progress.
+
+    Returns:
+        0: done, or stopped by SIGTERM and saved; 130: stopped by SIGINT, and saved.
+
+    Raises:
+        UserError: If the run cannot be started or gone on with.
+    """
+    say = functools.partial(console.print, soft_wrap=True, highlight=False)
+    parts = assemble(config, say)
+    say(parts.work.description)
+    with told_in_a_line(parts), Lock(parts.directory) as lock:
+        trained = train(parts, lock, console)
+        lock.check()
+        if trained.stopped_by is not None:
+            _say_how_to_resume(parts, trained, say)
+            is_term = trained.stopped_by == signal.SIGTERM
+            return 0 if is_term else 128 + signal.SIGINT
+        finish(parts, trained, console)
+        lock.check()
+    return 0
+
+
+def _say_how_to_resume(parts: Parts, trained: Trained, say) -> None:
+    # Its config.json says the rest.
+    program = parts.settings.program
+    words = [*_command(program), "--out", str(parts.directory), "--resume"]
+    assert trained.stopped_by is not None
+    say(
+        f"stopped by {trained.stopped_by.name} and saved at step "
+        f"{trained.progress.step}; continue with\n  {shlex.join(words)}"
+    )
+
+
+def _command(program: str) -> list[str]:
+    """Returns the words that start this command, as they would be typed here."""
+    python = Path(sys.executable)
+    if python.is_relative_to(Path.cwd()):
+        python = python.relative_to(Path.cwd())
+    script = Path(sys.argv[0])
+    is_script = script.suffix == ".py" and not sys.modules["__main__"].__package__
+    return [str(python), *([str(script)] if is_script else ["-m", program])]

@@ -1,0 +1,143 @@
+"""What a training command's configuration is: its flags, its file, its checks."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from experiments.arguments import (
+    field_names,
+    given_flags,
+    nearest,
+    parse_arguments,
+    words_of,
+)
+from experiments.errors import UserError
+from experiments.optim.methods import OWN_OPTIONS
+from experiments.run.files import CONFIG_FILE
+
+Config = TypeVar("Config")
+Flags = TypeVar("Flags")
+
+# What a configuration file says of the run that wrote it, and of no other.
+_OF_ONE_RUN = frozenset({"config", "out", "resume", "allow_changes"})
+_OF_ONE_METHOD = OWN_OPTIONS | {"block_scale"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(Generic[Config]):
+    """The configuration of a training command.
+
+    Attributes:
+        options: Its dataclass, whose fields are the flags.
+        program: Module of the command.
+        check: Raises UserError if a value is out of its range, or a flag that is given
+            has no effect; called with a configuration, before any default is filled in,
+            and with the fields whose flags are on the command line.
+        free: Fields that do not change what is computed.
+        data: Fields that say where the data is: its digest says whether it is equal.
+        fixed: Fields that the arrays of a checkpoint depend on, or its place in the
+            data.
+    """
+
+    options: type[Config]
+    program: str
+    check: Callable[[Config, frozenset[str]], None]
+    free: frozenset[str]
+    data: frozenset[str]
+    fixed: frozenset[str]
+
+    def parse(self, argv: Sequence[str]) -> Config:
+        """Returns the configuration that the arguments spell, each value checked.
+
+        Raises:
+            UserError: If a flag or a value is not one of ours.
+            SystemExit: With status 0, after ``--help``.
+        """
+        config = self.read(argv, self.options, self.program)
+        self.check(config, given_flags(argv))
+        return config
+
+    def read(self, argv: Sequence[str], options: type[Flags], program: str) -> Flags:
+        """Returns what arguments and files spell, nothing checked but the files.
+
+        Args:
+            argv: Arguments, without the name.
+            options: The configuration, or a class with further flags.
+            program: Module of the command.
+
+        Raises:
+            UserError: If a flag, or a setting in a file, is not one of ours.
+            SystemExit: With status 0, after ``--help``.
+        """
+        program = f"python -m {program}"
+        config: Any = parse_arguments(options, program, argv)
+        files = []
+        if config.resume and config.out and (config.out / CONFIG_FILE).is_file():
+            files.append(config.out / CONFIG_FILE)
+        if config.config is not None:
+            files.append(config.config)
+        words = [x for path in files for x in self._words_of_file(path, config, argv)]
+        config = parse_arguments(options, program, [*words, *argv])
+        return dataclasses.replace(config, config=None)
+
+    def read_file(self, path: Path) -> dict[str, Any]:
+        """Returns the fields that a configuration file sets, as JSON has them.
+
+        Args:
+            path: A file that :func:`to_json` has made, or a part of one.
+
+        Raises:
+            UserError: If it cannot be read or has a field that is not of ours.
+        """
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(
+                f"{path}: {error.strerror}; give the config.json of a run"
+            ) from error
+        except ValueError as error:
+            raise UserError(
+                f"{path} is not JSON ({error}); give the config.json of a run"
+            ) from error
+        if not isinstance(fields, dict):
+            raise UserError(
+                f"{path} holds no settings by name; give the config.json of a run"
+            )
+        # What a run that was resumed tells of its past.
+        fields.pop("changes", None)
+        names = field_names(self.options)
+        for name in fields:
+            if name not in names:
+                hint = nearest(name, names)
+                raise UserError(f"{path}: {name} is not a setting{hint}")
+        return fields
+
+    def from_json(self, fields: Mapping[str, Any]) -> Config:
+        """Returns the configuration that :func:`to_json` has made into fields.
+
+        Raises:
+            UserError: If a field is unknown or its value not of its type.
+        """
+        return parse_arguments(self.options, self.program, words_of(fields))
+
+    def _words_of_file(self, path: Path, config: Any, argv: Sequence[str]) -> list[str]:
+        """Returns the flags that spell a file's settings, but for those of its run."""
+        saved = self.read_file(path)
+        # Once without flags: what is wrong then is wrong in the file.
+        try:
+            of_file: Any = self.from_json(saved)
+            self.check(of_file, frozenset())
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        if "optimizer" in given_flags(argv) and config.optimizer != of_file.optimizer:
+            saved = {k: v for k, v in saved.items() if k not in _OF_ONE_METHOD}
+        return words_of({k: v for k, v in saved.items() if k not in _OF_ONE_RUN})
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """Returns the fields of a configuration as values that JSON knows."""
+    fields = dataclasses.asdict(config)
+    del fields["config"]
+    return {k: str(v) if isinstance(v, Path) else v for k, v in fields.items()}
