@@ -17,6 +17,9 @@ def build_optimizer(
     schedule: optax.Schedule,
     seed: int = 0,
     accumulate: int = 1,
+    *,
+    head_schedule: optax.Schedule | None = None,
+    groups_of: Callable[[Any], Any] = parameter_groups,
 ) -> optax.GradientTransformation:
     """Returns clipping, then the method for the block matrices and AdamW for the rest.
 
@@ -32,6 +35,10 @@ def build_optimizer(
         seed: Seed of the method's draws.
         accumulate: Micro-batches per update; above 1 the result is a
             :func:`lowrank_optax.accumulate`.
+        head_schedule: Learning rate of an encoder's head for its labels; None: there is
+            none.
+        groups_of: Returns the groups of parameters, as
+            :func:`experiments.model.groups.parameter_groups` does.
     """
     method = OPTIMIZERS[options.optimizer]
     scale = method.block_scale if options.block_scale is None else options.block_scale
@@ -60,7 +67,9 @@ def build_optimizer(
         "norms": optax.adamw(schedule, **adam, weight_decay=0.0),
         "frozen": optax.set_to_zero(),
     }
-    grouped = optax.partition(groups, parameter_groups)
+    if head_schedule is not None:
+        groups["classifier"] = optax.adamw(head_schedule, **adam, **decay)
+    grouped = optax.partition(groups, groups_of)
     if options.rounding == "stochastic":
         grouped = optax.chain(grouped, lowrank_optax.stochastic_rounding(seed))
     if options.clip_norm is not None:

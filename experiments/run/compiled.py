@@ -89,6 +89,16 @@ class Programs:
         """The training programs that are compiled."""
         return list(self._train_steps.values())
 
+    @property
+    def peak_bytes(self) -> int | None:
+        """Bytes at the peak of the training programs; None: not known."""
+        params, _ = self._parts.abstract_state()
+        plans = [
+            lowrank_optax.memory_plan(self._parts.tx, params, step).compiled
+            for step in self.train_steps
+        ]
+        return max((plan["peak"] for plan in plans if plan is not None), default=None)
+
     def is_compiled(self, renewed: Renewed, batch: Batch) -> bool:
         """Returns whether there is a program for the step of a batch."""
         return (renewed, _shapes(batch)) in self._train_steps

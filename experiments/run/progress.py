@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from experiments.optim.compaction import Compaction
+from experiments.run.effective_rank import RankSums
 from experiments.run.work import Criterion
 
 
@@ -22,6 +23,7 @@ class Progress:
         best: The step of the best validation since then, as ``step``, and its numbers;
             None before the first one.
         compaction: Of --compact.
+        rank_sums: Of the ranks of all steps.
         changes: What was changed when the run was resumed: the ``step`` of the
             checkpoint, and by name ``settings`` before and after.
         renewals: Which bases the next steps renew; None before the first checkpoint.
@@ -34,14 +36,18 @@ class Progress:
     validation: dict[str, Any] = dataclasses.field(default_factory=dict)
     best: dict[str, Any] | None = None
     compaction: Compaction = dataclasses.field(default_factory=Compaction)
+    rank_sums: RankSums = dataclasses.field(default_factory=RankSums)
     changes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     renewals: dict[str, Any] | None = None
 
 
 def saved_progress(saved: Mapping[str, Any]) -> Progress:
     """Returns the progress that a checkpoint holds as a dict."""
-    compaction = Compaction(**saved["compaction"])
-    return Progress(**{**saved, "compaction": compaction})
+    parts = {
+        "compaction": Compaction(**saved["compaction"]),
+        "rank_sums": RankSums(**saved["rank_sums"]),
+    }
+    return Progress(**{**saved, **parts})
 
 
 def note_validation(

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import lowrank_optax
 from experiments.errors import UserError
+from experiments.run.effective_rank import ranks_vector
 from experiments.run.renewals import AHEAD, Renewed
 
 Batch = Mapping[str, Any]
@@ -71,8 +72,9 @@ def make_train_step(
     weight, and ``grad_norm``, before clipping, both float32 (with
     micro-batches or inside subspaces the norm of what is projected); ``rejected`` and
     ``rejected_in_a_row``, int32, the updates left out so far because a gradient was not
-    finite; and ``due``, bool (bases,), in the order of ``bases``: which of them a later
-    step has to renew, see :mod:`experiments.run.renewals`.
+    finite; ``due``, bool (bases,), in the order of ``bases``: which of them a later
+    step has to renew, see :mod:`experiments.run.renewals`; and ``ranks``, from
+    :func:`experiments.run.effective_rank.ranks_vector`.
 
     Args:
         loss_fn: Returns the summed loss of a batch, and the sum of its weights.
@@ -137,6 +139,7 @@ def make_train_step(
             "rejected": optax.tree.get(opt_state, "total_notfinite"),
             "rejected_in_a_row": optax.tree.get(opt_state, "notfinite_count"),
             "due": later(params, opt_state),
+            "ranks": ranks_vector(opt_state),
         }
         return params, opt_state, metrics
 

@@ -1,7 +1,6 @@
 """The work of pre-training: predict each token of a text."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,7 +56,7 @@ class TextWork:
         shape = (self.config.batch_size, self.config.sequence_length)
         return [{name: jax.ShapeDtypeStruct(shape, t) for name, t in BATCH.items()}]
 
-    @functools.cached_property
+    @property
     def flops_per_token(self) -> float:
         return training_flops_per_token(self.model, self.config.sequence_length)
 
@@ -75,7 +74,8 @@ class TextWork:
 
     evaluate = loss
 
-    def validate(self, evaluate: Evaluate) -> dict[str, Any]:
+    def validate(self, params: Any, evaluate: Evaluate) -> dict[str, Any]:
+        del params
         batches = self.data.validation_batches(self.config.eval_tokens)
         return self.numbers(mean_loss(map(evaluate, batches)))
 

@@ -52,6 +52,8 @@ class Trained:
         progress: How far it came.
         compile_seconds: For the steps of training and validation, in this process.
         compilations: Of the training step, in this process.
+        step_peak_bytes: At the peak of the compiled steps; None: nothing was compiled,
+            or the compiler does not say.
         stopped_by: The signal that stopped it; None: all steps are done.
     """
 
@@ -60,6 +62,7 @@ class Trained:
     progress: Progress
     compile_seconds: float
     compilations: int
+    step_peak_bytes: int | None
     stopped_by: signal.Signals | None
 
 
@@ -109,6 +112,7 @@ def train(parts: Parts, lock: Lock, console: Console) -> Trained:
         progress=loop.progress,
         compile_seconds=loop.programs.compile_seconds,
         compilations=loop.programs.compilations,
+        step_peak_bytes=loop.programs.peak_bytes,
         stopped_by=stop.signal,
     )
 
@@ -197,7 +201,7 @@ class _Loop:
         # So far may Python run ahead of the device: enough to keep it busy, and few
         # enough that a signal is answered soon.
         if len(self.in_flight) > AHEAD:
-            self._check(self.in_flight.popleft())
+            self._check()
         return metrics
 
     def _restart(self) -> None:
@@ -233,8 +237,10 @@ class _Loop:
         )
         self.clock.start()
 
-    def _check(self, metrics: dict[str, jax.Array]) -> None:
-        """Waits for a step, and gives up where nothing has been learned for long."""
+    def _check(self) -> None:
+        """Waits for the oldest step, and gives up where nothing is learned for long."""
+        metrics = self.in_flight.popleft()
+        self.progress.rank_sums.add(metrics["ranks"])
         if int(metrics["rejected_in_a_row"]) >= _REJECTED_IN_A_ROW:
             raise UserError(
                 f"the gradients of {_REJECTED_IN_A_ROW} steps in a row, up to about "
@@ -242,14 +248,17 @@ class _Loop:
                 "--block-scale, or train with --compute-dtype float32"
             )
 
+    def _check_all(self) -> None:
+        while self.in_flight:
+            self._check()
+
     def _log(self, metrics, log, shown, validate: bool) -> None:
         """Writes a line on the step that was handed out last, and may validate."""
         self.lock.check()
         progress, logged = self.progress, self.logged
         progress.seconds = self._wait()
         self.clock.start()
-        while self.in_flight:
-            self._check(self.in_flight.popleft())
+        self._check_all()
         self.logged = dataclasses.replace(progress)
         record = {
             "step": progress.step,
@@ -270,7 +279,8 @@ class _Loop:
         """Returns the numbers of a validation."""
         self._wait()
         work, progress = self.parts.work, self.progress
-        found = work.validate(functools.partial(self.programs.evaluate, self.params))
+        evaluate = functools.partial(self.programs.evaluate, self.params)
+        found = work.validate(self.params, evaluate)
         note_validation(progress, found, work.criterion)
         shown.validated(progress.step, found["validation_loss"], work.told(found))
         return found
@@ -281,6 +291,7 @@ class _Loop:
 
     def _save(self) -> None:
         self.progress.seconds = self._wait()
+        self._check_all()
         self.progress.renewals = self.renewals.saved()
         data_state = self.batches.get_state()
         self.saves.save(self.progress, self.params, self.opt_state, data_state)

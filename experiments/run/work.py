@@ -88,8 +88,13 @@ class Work(Protocol):
         """Returns arrays that a validation needs of a batch; it is traced."""
         ...
 
-    def validate(self, evaluate: Evaluate) -> dict[str, Any]:
-        """Returns the numbers of a validation, ``validation_loss`` among them."""
+    def validate(self, params: Any, evaluate: Evaluate) -> dict[str, Any]:
+        """Returns the numbers of a validation, ``validation_loss`` among them.
+
+        Args:
+            params: The parameters.
+            evaluate: Runs :meth:`evaluate`, compiled, with them.
+        """
         ...
 
     def told(self, numbers: Mapping[str, Any]) -> str:

@@ -178,7 +178,7 @@ def test_help_groups_flags_by_subject(help_text):
         "config": "run",
         "log_every": "logging",
         "resume": "checkpoint",
-        "sample_tokens": "output",
+        "sample_tokens": "sample",
     }.items():
         assert re.search(rf"\n +{flag(name)}[ ,]", groups[title]), name
 

@@ -1,0 +1,237 @@
+"""The parts of a fine-tuning run, from its configuration; nothing is written yet."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from experiments.data.chat import find_chat
+from experiments.data.tokenizers import find_tokenizer, load_tokenizer
+from experiments.errors import UserError
+from experiments.model.adapters import with_tuning_adapters
+from experiments.model.encoder_files import load_encoder, read_encoder_shape
+from experiments.model.encoder_shape import EncoderConfig
+from experiments.model.hugging_face import load_llama
+from experiments.model.pretrained import find_model, kind_of
+from experiments.optim.build import build_optimizer
+from experiments.optim.methods import OPTIMIZERS
+from experiments.optim.schedule import make_schedule
+from experiments.run.memory import block_leaves
+from experiments.run.parts import (
+    Parts,
+    check_projects,
+    check_same_data,
+    new_directory,
+    read_checkpoint,
+    say_changes,
+)
+from experiments.run.step import data_mesh, replicate
+from experiments.tasks.answer_data import make_answer_data
+from experiments.tasks.answers import Prompts
+from experiments.tasks.embedded import embedded_rows
+from experiments.tasks.encoder_data import make_encoder_data
+from experiments.tasks.parts import read_parts
+from experiments.tasks.rows import Rows
+from experiments.tasks.table import TASKS, TaskKind
+from experiments.tuning.answer_work import AnswerWork
+from experiments.tuning.config import TUNING, complete
+from experiments.tuning.encoder_work import EncoderWork
+from experiments.tuning.flags import TuningConfig
+from experiments.tuning.frozen import check_frozen, groups_of
+
+_EVAL_EXAMPLES = 100
+_LONGEST = 512
+
+
+def assemble(
+    config: TuningConfig, report: Callable[[str], None]
+) -> Parts[EncoderWork] | Parts[AnswerWork]:
+    """Builds the parts of a run.
+
+    Args:
+        config: Checked.
+        report: Called with lines that say how long work comes along.
+
+    Raises:
+        UserError: If the configuration does not fit the machine, the model, the data
+            or the run to be resumed, or the directory holds another run.
+    """
+    directory = config.out or new_directory(
+        config.model_name, config.task, config.optimizer
+    )
+    mesh = data_mesh(config.batch_size, config.accumulate)
+    path, task = find_model(config.model), TASKS[config.task]
+    _check_kind(config, path, task)
+    rows, validation = _rows(config, task)
+    make = _answer_work if task.kind == "answer" else _encoder_work
+    work, load = make(config, path, task, rows, validation)
+    config = work.config
+    resumed, changed = read_checkpoint(config, TUNING, directory, report)
+    check_same_data(resumed, work, directory)
+    schedule = make_schedule(config, config.steps)
+    say_changes(resumed, changed, schedule, report)
+    initial_params = functools.partial(_initial_params, config, load, mesh)
+    params = jax.eval_shape(initial_params)
+    check_frozen(config, params)
+    tx = build_optimizer(
+        config,
+        schedule,
+        config.seed,
+        config.accumulate,
+        head_schedule=_head_schedule(config, task),
+        groups_of=functools.partial(groups_of, config),
+    )
+    widths = [min(leaf.shape[-2:]) for leaf in block_leaves(params)]
+    check_projects(config, params, tx, widths)
+    return Parts(
+        settings=TUNING,
+        config=config,
+        directory=directory,
+        work=work,
+        schedule=schedule,
+        tx=tx,
+        mesh=mesh,
+        initial_params=initial_params,
+        resumed=resumed,
+        changed=changed,
+    )
+
+
+def _check_kind(config: TuningConfig, path: Path, task: TaskKind) -> None:
+    kind = kind_of(path)
+    wanted = "llama" if task.kind == "answer" else "encoder"
+    if kind != wanted:
+        what = {"llama": "a LLaMA", "encoder": "an encoder"}
+        raise UserError(
+            f"--task {config.task} needs {what[wanted]}, and --model {config.model} is "
+            f"{what[kind]}; give another --model or --task"
+        )
+
+
+def _rows(config: TuningConfig, task: TaskKind) -> tuple[Rows, Mapping[str, Rows]]:
+    if config.train is None:
+        train, validation = embedded_rows()
+        return train, {task.splits[0]: validation}
+    return read_parts(task, config.train, _names(config.validation))
+
+
+def _names(text: str | None) -> Sequence[str]:
+    return tuple(text.split(",")) if text else ()
+
+
+def _encoder_work(config, path, task, rows, validation):
+    shape = read_encoder_shape(path)
+    data = make_encoder_data(
+        task,
+        rows,
+        validation,
+        directory=path,
+        shape=shape,
+        text_columns=_names(config.text_columns),
+        label_column=config.label_column,
+        max_length=config.max_length,
+        batch_size=config.batch_size,
+        seed=config.seed,
+    )
+    config = complete(config, data.steps_per_epoch)
+    labels = len(data.label_names) if task.kind == "classes" else 1
+    model = _numerics(config, read_encoder_shape(path, labels))
+    work = EncoderWork(config=config, task=task, data=data, model=model)
+
+    def load():
+        key = jax.random.key(config.seed)
+        return load_encoder(path, labels, key)[1]
+
+    return work, load
+
+
+def _numerics(config: TuningConfig, model: EncoderConfig) -> EncoderConfig:
+    """Returns the model's shape with the run's dtypes, dropout and remat."""
+    changed: dict[str, Any] = {
+        "compute_dtype": config.compute_dtype,
+        "remat": config.remat,
+    }
+    if config.param_dtype is not None:
+        changed["param_dtype"] = config.param_dtype
+    if config.dropout is not None:
+        places = ("hidden_dropout", "attention_dropout", "classifier_dropout")
+        changed |= dict.fromkeys(places, config.dropout)
+    return dataclasses.replace(model, **changed)
+
+
+def _answer_work(config, path, task, rows, validation):
+    model, params = load_llama(path)
+    tokenizer = load_tokenizer(str(find_tokenizer(path) or "bytes"))
+    chat = None if config.prompt == "plain" else find_chat(path)
+    if config.prompt == "chat" and chat is None:
+        raise UserError(
+            f"--prompt chat: {path} has no chat template; give --prompt plain"
+        )
+    prompts = Prompts(config.task, tokenizer, chat)
+    columns = _names(config.text_columns) or task.text_columns
+    if len(columns) > 1:
+        raise UserError(
+            f"--text-columns {config.text_columns}: --task {config.task} reads one "
+            "column, that of the question"
+        )
+    answer = config.label_column or task.label_column
+    length = config.max_length or min(model.max_positions, _LONGEST)
+    if length > model.max_positions:
+        raise UserError(
+            f"--max-length {length}: {path} has {model.max_positions} positions; give "
+            "at most that"
+        )
+    config = dataclasses.replace(config, max_length=length)
+    data = make_answer_data(
+        prompts,
+        rows,
+        validation,
+        text_column=columns[0],
+        answer_column=answer,
+        max_length=length,
+        batch_size=config.batch_size,
+        seed=config.seed,
+    )
+    config = complete(config, data.steps_per_epoch)
+    numerics = {"compute_dtype": config.compute_dtype, "remat": config.remat}
+    if config.param_dtype is not None:
+        numerics["param_dtype"] = config.param_dtype
+    most = config.eval_examples or _EVAL_EXAMPLES
+    return AnswerWork(
+        config=config,
+        task=task,
+        data=data,
+        model=dataclasses.replace(model, **numerics),
+        tokenizer=tokenizer,
+        prompts=prompts,
+        rows={name: x.take(range(min(most, len(x))), x.name) for name, x in validation.items()},
+        columns=(columns[0], answer),
+    ), lambda: params
+
+
+def _head_schedule(config: TuningConfig, task: TaskKind):
+    if task.kind == "answer":
+        return None
+    peak = config.head_learning_rate or config.learning_rate
+    return make_schedule(
+        dataclasses.replace(config, learning_rate=peak), config.steps or 1
+    )
+
+
+def _initial_params(config: TuningConfig, load: Callable[[], Any], mesh) -> Any:
+    params = load()
+    if config.param_dtype is not None:
+        dtype = jnp.dtype(config.param_dtype)
+        params = jax.tree_util.tree_map_with_path(
+            lambda path, x: x if "classifier" in str(path[0]) else jnp.asarray(x, dtype),
+            params,
+        )
+    kind = OPTIMIZERS[config.optimizer].adapters
+    if kind is not None:
+        key = jax.random.fold_in(jax.random.key(config.seed), 1)
+        params = with_tuning_adapters(params, kind, config.rank or 1, key)
+    return replicate(params, mesh)

@@ -1,0 +1,135 @@
+"""The configuration of a fine-tuning run: its checks and its defaults."""
+
+import dataclasses
+import math
+import re
+
+from experiments.arguments import check_choice, field_names
+from experiments.errors import UserError
+from experiments.optim.tuning import with_tuning_defaults
+from experiments.run.config import FIXED, check_orders, check_run
+from experiments.run.flags import CheckpointFlags, LoggingFlags, OutputFlags
+from experiments.run.settings import Settings
+from experiments.run.unused import OF_ALL_RUNS, Rule, check_unused, unused_by
+from experiments.tasks.table import TASKS
+from experiments.tuning.flags import AdapterFlags, TuningConfig, ValidationFlags
+
+_EPOCHS = 3.0
+
+
+def _is_answer(config: TuningConfig) -> bool:
+    return TASKS[config.task].kind == "answer"
+
+
+_RULES = (
+    Rule(
+        ("dropout", "head_learning_rate"),
+        lambda c, m: _is_answer(c),
+        "--task {c.task} trains a LLaMA, which has neither dropout nor a new head",
+    ),
+    Rule(
+        ("prompt", "eval_examples"),
+        lambda c, m: not _is_answer(c),
+        "--task {c.task} trains an encoder, which answers nothing",
+    ),
+    Rule(
+        ("answer_tokens",),
+        lambda c, m: c.task != "gsm8k",
+        "--task {c.task} writes no answers",
+    ),
+    Rule(
+        ("rounding",),
+        lambda c, m: c.param_dtype == "float32",
+        "parameters are float32",
+    ),
+    Rule(
+        ("save_adapter",),
+        lambda c, m: m.adapters in ("lora", "relora") and c.save_adapter is not None,
+        "{c.optimizer} has adapters of --rank, which are written",
+    ),
+)
+
+
+def unused(config: TuningConfig) -> dict[str, str]:
+    """Returns the fields of a fine-tuning run that have no effect, and why."""
+    shared = [rule for rule in OF_ALL_RUNS if "compact" not in rule.names]
+    return unused_by([*_RULES, *shared], config)
+
+
+def check(config: TuningConfig, given: frozenset[str] = frozenset()) -> None:
+    """Checks the values, before any default is filled in.
+
+    Args:
+        config: To be checked.
+        given: Fields whose flags are on the command line.
+
+    Raises:
+        UserError: If a value is out of its range or unknown, or a flag that is given
+            has no effect.
+    """
+    check_choice("--task", config.task, TASKS)
+    check_run(config)
+    if config.frozen is not None:
+        try:
+            re.compile(config.frozen)
+        except re.error as error:
+            raise UserError(
+                f"--frozen {config.frozen} is not a regular expression: {error}"
+            ) from error
+    if config.steps is not None and config.epochs is not None:
+        raise UserError(
+            f"--steps {config.steps} and --epochs {config.epochs:g} both say how long "
+            "the run is; leave one of them out"
+        )
+    if config.train is None and config.task != "classification":
+        raise UserError(
+            f"--task {config.task} has no examples of its own; give --train, a file of "
+            ".jsonl, .csv or .tsv, or hub:OWNER/NAME"
+        )
+    if config.train is None and config.validation is not None:
+        raise UserError("--validation needs --train; give both, or neither")
+    check_unused(config, unused(config), given)
+
+
+TUNING = Settings(
+    options=TuningConfig,
+    program="experiments.finetune",
+    check=check,
+    free=frozenset(
+        {
+            *field_names(OutputFlags),
+            *field_names(AdapterFlags),
+            *field_names(CheckpointFlags),
+            *field_names(LoggingFlags),
+            *field_names(ValidationFlags),
+            "epochs",
+        }
+    ),
+    data=frozenset({"train", "validation", "text_columns", "label_column", "prompt"}),
+    fixed=FIXED | {"model", "task", "max_length", "seeds", "frozen"},
+)
+
+
+def complete(config: TuningConfig, steps_per_epoch: int) -> TuningConfig:
+    """Returns the configuration with None replaced by the defaults.
+
+    Args:
+        config: Checked.
+        steps_per_epoch: Steps that a pass over the training examples takes.
+
+    Raises:
+        UserError: If two values contradict each other.
+    """
+    steps = config.steps
+    if steps is None:
+        steps = max(1, math.ceil((config.epochs or _EPOCHS) * steps_per_epoch - 1e-6))
+    config = dataclasses.replace(
+        config,
+        steps=steps,
+        epochs=None,
+        eval_every=config.eval_every or steps_per_epoch,
+        head_learning_rate=config.head_learning_rate or config.learning_rate,
+    )
+    config = dataclasses.replace(config, **with_tuning_defaults(config, steps=steps))
+    check_orders(config)
+    return config

@@ -1,0 +1,129 @@
+"""The work of tuning an encoder: predict the label of each example."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments.model.adapters import merged
+from experiments.model.encoder import apply_encoder
+from experiments.model.encoder_shape import EncoderConfig
+from experiments.run.step import mean_loss
+from experiments.run.work import Batch, Criterion, Evaluate
+from experiments.tasks.metrics import score
+from experiments.tasks.table import TaskKind
+from experiments.tasks.task_data import TaskData
+from experiments.tuning.flags import TuningConfig
+from experiments.tuning.frozen import without_frozen
+from experiments.tuning.numbers import in_words, numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderWork:
+    """An encoder and the examples it is tuned on; see :class:`experiments.run.work.Work`.
+
+    The loss of a class is its cross entropy in nats, that of a number the squared
+    error.
+
+    Attributes:
+        config: Of the run, completed.
+        task: Of kind "classes" or "number".
+        data: The examples.
+        model: Shape of the model.
+    """
+
+    config: TuningConfig
+    task: TaskKind
+    data: TaskData
+    model: EncoderConfig
+
+    @property
+    def description(self) -> str:
+        return self.data.description
+
+    @property
+    def digest(self) -> str:
+        return self.data.digest
+
+    @property
+    def data_flag(self) -> str:
+        return f"--train {self.config.train}"
+
+    @property
+    def criterion(self) -> Criterion:
+        return Criterion("validation_metric", is_larger_better=True)
+
+    @property
+    def first_batches(self) -> list[dict[str, jax.ShapeDtypeStruct]]:
+        return []
+
+    @property
+    def flops_per_token(self) -> None:
+        return None
+
+    def train_iterator(self) -> Any:
+        return self.data.train_iterator()
+
+    def tokens_of(self, batch: Batch) -> int:
+        return int((batch["mask"].sum(axis=1) * batch["weights"]).sum())
+
+    def epochs(self, step: int) -> float:
+        return step / self.data.steps_per_epoch
+
+    def loss(self, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        # The key follows the examples: a resumed run drops what it would have dropped.
+        key = jax.random.fold_in(jax.random.key(self.config.seed), batch["draw"][0])
+        params = without_frozen(self.config, params)
+        return self._summed(self._logits(params, batch, key), batch)
+
+    def evaluate(self, params: Any, batch: Batch) -> dict[str, Any]:
+        logits = self._logits(params, batch, None)
+        return {"loss": self._summed(logits, batch), "logits": logits}
+
+    def validate(self, params: Any, evaluate: Evaluate) -> dict[str, Any]:
+        del params
+        losses, metrics = [], {}
+        for split in self.data.splits:
+            labels = self.data.labels(split)
+            predictions = np.zeros_like(labels)
+            for batch in self.data.batches(split):
+                found = evaluate(batch)
+                if split == self.data.splits[0]:
+                    losses.append(found["loss"])
+                places, kept = batch["index"], batch["index"] >= 0
+                predictions[places[kept]] = self._predicted(found["logits"])[kept]
+            metrics[split] = score(self.task.metrics, predictions, labels)
+        return numbers(mean_loss(losses), metrics)
+
+    def told(self, numbers: Mapping[str, Any]) -> str:
+        return in_words(numbers)
+
+    def warning(self, numbers: Mapping[str, Any]) -> str | None:
+        del numbers
+        return None
+
+    def _logits(self, params, batch, key):
+        return apply_encoder(
+            self.model,
+            merged(params),
+            batch["tokens"],
+            batch["mask"],
+            batch["segments"],
+            key,
+        )
+
+    def _summed(self, logits, batch):
+        labels, weights = batch["labels"], batch["weights"]
+        if self.task.kind == "number":
+            losses = (logits[:, 0] - labels) ** 2
+        else:
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return jnp.sum(weights * losses), jnp.sum(weights)
+
+    def _predicted(self, logits):
+        logits = np.asarray(logits)
+        return logits[:, 0] if self.task.kind == "number" else logits.argmax(axis=1)

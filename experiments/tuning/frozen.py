@@ -1,0 +1,75 @@
+"""Which parameters a fine-tuning run trains: their groups, and those it freezes."""
+
+import re
+from typing import Any
+
+import jax
+
+from experiments.errors import UserError
+from experiments.model.groups import parameter_groups
+from experiments.optim.methods import OPTIMIZERS
+from experiments.tuning.flags import TuningConfig
+
+# Groups that LoRA trains.
+_OF_ADAPTERS = ("blocks", "classifier")
+
+
+def groups_of(config: TuningConfig, params: Any) -> Any:
+    """Returns a tree like ``params`` of the groups' names, "frozen" among them.
+
+    Beside what ``--frozen`` finds, LoRA and ReLoRA freeze all but their adapters and an
+    encoder's head.
+    """
+    keeps = OPTIMIZERS[config.optimizer].adapters in ("lora", "relora")
+    pattern = re.compile(config.frozen) if config.frozen else None
+
+    def group(path, name):
+        is_found = pattern is not None and pattern.search(leaf_name(path))
+        return "frozen" if is_found or (keeps and name not in _OF_ADAPTERS) else name
+
+    return jax.tree_util.tree_map_with_path(group, parameter_groups(params))
+
+
+def without_frozen(config: TuningConfig, params: Any) -> Any:
+    """Returns the parameters; no gradient flows to those that are frozen."""
+    return jax.tree.map(
+        lambda leaf, group: jax.lax.stop_gradient(leaf) if group == "frozen" else leaf,
+        params,
+        groups_of(config, params),
+    )
+
+
+def check_frozen(config: TuningConfig, params: Any) -> None:
+    """Checks what ``--frozen`` finds.
+
+    Args:
+        config: Of the run.
+        params: Parameters, or their shapes.
+
+    Raises:
+        UserError: If it is no regular expression, or finds nothing or everything.
+    """
+    if config.frozen is None:
+        return
+    try:
+        pattern = re.compile(config.frozen)
+    except re.error as error:
+        raise UserError(
+            f"--frozen {config.frozen} is not a regular expression: {error}"
+        ) from error
+    names = [leaf_name(path) for path, _ in jax.tree.leaves_with_path(params)]
+    if not any(map(pattern.search, names)):
+        raise UserError(
+            f"--frozen {config.frozen} finds no parameter; their names are "
+            f"{', '.join(names)}"
+        )
+    if "frozen" == set(jax.tree.leaves(groups_of(config, params))).pop() and (
+        len(set(jax.tree.leaves(groups_of(config, params)))) == 1
+    ):
+        raise UserError(f"--frozen {config.frozen} leaves nothing to train")
+
+
+def leaf_name(path: tuple) -> str:
+    """Returns the name of a parameter, such as blocks/mlp/up/kernel."""
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    return name.removeprefix("model/")
