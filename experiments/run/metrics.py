@@ -74,6 +74,8 @@ def events(record: Mapping[str, Any]) -> Mapping[str, float]:
         for name, value in record.items()
         if isinstance(value, (int, float)) and name != "step"
     }
+    for name, value in record.get("validation_metrics", {}).items():
+        numbers[f"eval/{name}"] = value
     for name, ranks in record.get("ranks", {}).items():
         mean = sum(ranks) / len(ranks) if isinstance(ranks, list) else ranks
         numbers[f"rank/{name}"] = mean

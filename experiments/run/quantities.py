@@ -71,7 +71,7 @@ _PEAK_MEMORY = _measured(
 
 # Of a line of metrics.jsonl. Each validation has its entries, the one before the first
 # step too, whose line has step 0 and no entries of a step.
-LINE = (
+STEP = (
     Quantity("step", "updates", "Updates done."),
     Quantity("tokens", "tokens", "Tokens trained on so far."),
     Quantity(
@@ -79,7 +79,7 @@ LINE = (
         "passes",
         "Passes over the training text so far; null where it is streamed.",
     ),
-    Quantity("loss", "nats per token", "Loss of this step's batch."),
+    Quantity("loss", "nats", "Loss of this step's batch, per token or per example."),
     Quantity(
         "learning_rate", "", "Learning rate of embedding, head and norms in this step."
     ),
@@ -117,11 +117,40 @@ LINE = (
         "Rank in use of each projected matrix: a number, or one per layer. TensorBoard "
         "and W&B have the mean over the layers as rank/NAME.",
     ),
-    *_VALIDATION,
+)
+# The line of pre-training.
+LINE = (*STEP, *_VALIDATION)
+
+# Of the summary of a run whose ranks were added up over all steps; see
+# :mod:`experiments.run.effective_rank`.
+EFFECTIVE_RANKS = (
+    Quantity(
+        "effective_rank",
+        "columns",
+        "R_adap of AdaRankGrad's Section 4: the rank in use, averaged over all steps "
+        "and over the matrices, by the sum of their sides; null without projections.",
+    ),
+    Quantity(
+        "effective_rank_share",
+        "share",
+        "R_adap as the paper prints it: numbers of a basis and of a moment with these "
+        "ranks, by numbers of the matrices.",
+    ),
+    Quantity(
+        "effective_rank_by_layer",
+        "columns",
+        "R_adap of each projected matrix: its rank, averaged over all steps.",
+    ),
+    Quantity(
+        "rank_reduction",
+        "numbers",
+        "M_red of Section 4: what the ranks saved of a basis and of a moment, on "
+        "average, against --rank for all steps; null with --block-state-bytes.",
+    ),
 )
 
-# Of summary.json.
-SUMMARY = (
+# Of summary.json, in this order with COSTS behind.
+IDENTITY = (
     Quantity("optimizer", "", "Method of the block matrices."),
     Quantity("model", "", "Name of the model."),
     Quantity("steps", "updates", "Updates done."),
@@ -130,15 +159,8 @@ SUMMARY = (
         "epoch", "passes", "Passes over the training text; null where it is streamed."
     ),
     Quantity("parameter_count", "numbers", "Parameters of the model."),
-    Quantity(
-        "initial_validation_loss",
-        "nats per token",
-        "Validation loss before the first update.",
-    ),
-    *_VALIDATION,
-    Quantity(
-        "bytes_per_token", "bytes", "UTF-8 bytes of the validation text per token."
-    ),
+)
+COSTS = (
     *_SPEED,
     Quantity(
         "flops_per_token",
@@ -170,7 +192,7 @@ SUMMARY = (
     Quantity(
         "best",
         "",
-        "With --keep-best, the lowest validation loss and its step; null without.",
+        "The best validation after the first step: its step and its numbers.",
     ),
     Quantity("changes", "", "Settings that a resumed run was given anew, and when."),
     _PEAK_MEMORY,
@@ -179,6 +201,12 @@ SUMMARY = (
         "",
         "Where peak_memory_bytes comes from: device, the allocator of the fullest "
         "device; or process, the resident memory of the whole process, on a CPU.",
+    ),
+    Quantity(
+        "step_peak_bytes",
+        "bytes",
+        "Bytes at the peak of the compiled steps, by the compiler's plan; null where "
+        "nothing was compiled.",
     ),
     Quantity(
         "optimizer_state_bytes", "bytes", "Bytes of the optimizer's state per device."
@@ -207,6 +235,7 @@ SUMMARY = (
         "columns",
         "Rank of each projected matrix, averaged over the lines of metrics.jsonl.",
     ),
+    *EFFECTIVE_RANKS,
     Quantity(
         "rejected_updates",
         "updates",
@@ -216,33 +245,19 @@ SUMMARY = (
     Quantity("device", "", "Number and kind of the devices."),
     Quantity("versions", "", "Versions of Python and of the packages."),
 )
-
-# Of the summary of a run whose ranks were added up over all steps; see
-# :mod:`experiments.run.effective_rank`.
-EFFECTIVE_RANKS = (
+# Of pre-training.
+SUMMARY = (
+    *IDENTITY,
     Quantity(
-        "effective_rank",
-        "columns",
-        "R_adap of AdaRankGrad's Section 4: the rank in use, averaged over all steps "
-        "and over the matrices, by the sum of their sides; null without projections.",
+        "initial_validation_loss",
+        "nats per token",
+        "Validation loss before the first update.",
     ),
+    *_VALIDATION,
     Quantity(
-        "effective_rank_share",
-        "share",
-        "R_adap as the paper prints it: numbers of a basis and of a moment with these "
-        "ranks, by numbers of the matrices.",
+        "bytes_per_token", "bytes", "UTF-8 bytes of the validation text per token."
     ),
-    Quantity(
-        "effective_rank_by_layer",
-        "columns",
-        "R_adap of each projected matrix: its rank, averaged over all steps.",
-    ),
-    Quantity(
-        "rank_reduction",
-        "numbers",
-        "M_red of Section 4: what the ranks saved of a basis and of a moment, on "
-        "average, against --rank for all steps; null with --block-state-bytes.",
-    ),
+    *COSTS,
 )
 
 

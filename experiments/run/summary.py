@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import platform
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from rich.table import Table
 
 from experiments.model.adapters import merged
 from experiments.model.generate import generate
+from experiments.run.effective_rank import effective_ranks
 from experiments.run.measures import Measures
 from experiments.run.memory import (
     adamw_memory_by_kind,
@@ -24,13 +26,14 @@ from experiments.run.memory import (
 from experiments.run.memory_use import memory_use
 from experiments.run.parts import Parts
 from experiments.run.printable import continuation, printable
+from experiments.run.text import TextWork
 from experiments.run.train import Trained
 
 _PACKAGES = ("jax", "jaxlib", "optax", "flax", "orbax-checkpoint", "lowrank_optax")
 
 
 def summarize(
-    parts: Parts, trained: Trained, records: list[dict[str, Any]]
+    parts: Parts[TextWork], trained: Trained, records: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """Returns what summary.json holds; :mod:`experiments.run.quantities` explains it.
 
@@ -39,20 +42,37 @@ def summarize(
         trained: Its end.
         records: The lines of metrics.jsonl.
     """
-    config, progress = parts.config, trained.progress
-    measures, memory = Measures(parts), memory_use()
-    params = trained.params
-    model = jax.eval_shape(merged, params)
-    device = jax.devices()[0]
+    progress = trained.progress
     return {
-        "optimizer": config.optimizer,
-        "model": config.model_name,
-        "steps": progress.step,
-        **measures.position(progress),
-        "parameter_count": sum(leaf.size for leaf in jax.tree.leaves(model)),
+        **identity(parts, trained),
         "initial_validation_loss": progress.initial["validation_loss"],
         **progress.validation,
         "bytes_per_token": parts.work.data.bytes_per_token,
+        **costs(parts, trained, records),
+    }
+
+
+def identity(parts: Parts, trained: Trained) -> dict[str, Any]:
+    """Returns what was trained, with what, and for how long."""
+    model = jax.eval_shape(merged, trained.params)
+    return {
+        "optimizer": parts.config.optimizer,
+        "model": parts.config.model_name,
+        "steps": trained.progress.step,
+        **Measures(parts).position(trained.progress),
+        "parameter_count": sum(leaf.size for leaf in jax.tree.leaves(model)),
+    }
+
+
+def costs(
+    parts: Parts, trained: Trained, records: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Returns time, bytes and ranks of a run, and where it ran."""
+    progress, measures, memory = trained.progress, Measures(parts), memory_use()
+    params, opt_state = trained.params, trained.opt_state
+    model = jax.eval_shape(merged, params)
+    device = jax.devices()[0]
+    return {
         **measures.speed(progress.tokens, progress.step, progress.seconds),
         "flops_per_token": measures.flops_per_token,
         "peak_flops_per_second": measures.peak_flops,
@@ -64,15 +84,19 @@ def summarize(
         "changes": progress.changes,
         "peak_memory_bytes": _peak(records, memory.peak),
         "memory_source": memory.source,
-        "optimizer_state_bytes": optimizer_state_bytes(trained.opt_state),
+        "step_peak_bytes": trained.step_peak_bytes,
+        "optimizer_state_bytes": optimizer_state_bytes(opt_state),
         "adamw_state_bytes": adamw_state_bytes(model),
-        "block_state_bytes": optimizer_state_bytes(block_state(trained.opt_state)),
+        "block_state_bytes": optimizer_state_bytes(block_state(opt_state)),
         "block_adamw_state_bytes": adamw_state_bytes(block_leaves(model)),
-        "memory": memory_by_kind(params, trained.opt_state),
+        "memory": memory_by_kind(params, opt_state),
         "adamw_memory": adamw_memory_by_kind(model),
         "mean_ranks": mean_ranks(records),
-        "rejected_updates": int(optax.tree.get(trained.opt_state, "total_notfinite")),
-        "data": parts.work.data.description,
+        **effective_ranks(
+            progress.rank_sums, opt_state, params, getattr(parts.config, "rank", None)
+        ),
+        "rejected_updates": int(optax.tree.get(opt_state, "total_notfinite")),
+        "data": parts.work.description,
         "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
         "versions": {
             "python": platform.python_version(),
@@ -106,7 +130,7 @@ def mean_ranks(records: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def sample_text(parts: Parts, params: Any) -> tuple[str, str]:
+def sample_text(parts: Parts[TextWork], params: Any) -> tuple[str, str]:
     """Returns the beginning of the validation text, and how the model goes on from it.
 
     The prompt is a quarter of a sequence; ``--sample-tokens`` follow it.
@@ -128,8 +152,26 @@ def sample_text(parts: Parts, params: Any) -> tuple[str, str]:
 
 def print_summary(console: Console, summary: dict[str, Any]) -> None:
     """Prints the short table of a run."""
+    print_rows(
+        console,
+        {
+            "optimizer": summary["optimizer"],
+            "model": f"{summary['model']}, {summary['parameter_count']:,} parameters",
+            "steps": f"{summary['steps']:,}, {summary['tokens']:,} tokens",
+            "validation loss": (
+                f"{summary['initial_validation_loss']:.4f} at first, "
+                f"{summary['validation_loss']:.4f} at last (nats per token)"
+            ),
+            "perplexity": _perplexity(summary),
+            **cost_rows(summary),
+        },
+    )
+
+
+def print_rows(console: Console, rows: Mapping[str, str]) -> None:
+    """Prints a table of names and texts."""
     table = Table(show_header=False)
-    for name, text in _rows(summary).items():
+    for name, text in rows.items():
         table.add_row(name, text)
     console.print(table)
 
@@ -155,21 +197,14 @@ def _peak_memory(summary):
     )
 
 
-def _rows(summary):
+def cost_rows(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the rows of the table on time, bytes and ranks."""
     ours, adamw = summary["optimizer_state_bytes"], summary["adamw_state_bytes"]
     blocks, adamw_blocks = (
         summary["block_state_bytes"],
         summary["block_adamw_state_bytes"],
     )
     rows = {
-        "optimizer": summary["optimizer"],
-        "model": f"{summary['model']}, {summary['parameter_count']:,} parameters",
-        "steps": f"{summary['steps']:,}, {summary['tokens']:,} tokens",
-        "validation loss": (
-            f"{summary['initial_validation_loss']:.4f} at first, "
-            f"{summary['validation_loss']:.4f} at last (nats per token)"
-        ),
-        "perplexity": _perplexity(summary),
         "tokens per second": (
             f"{summary['tokens_per_second']:,.0f} "
             f"({summary['training_seconds']:.1f} s of training; "

@@ -9,10 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.data.chat import find_chat
 from experiments.data.tokenizers import find_tokenizer, load_tokenizer
 from experiments.errors import UserError
-from experiments.model.adapters import with_tuning_adapters
+from experiments.model.adapters import with_adapters
 from experiments.model.encoder_files import load_encoder, read_encoder_shape
 from experiments.model.encoder_shape import EncoderConfig
 from experiments.model.hugging_face import load_llama
@@ -140,7 +139,7 @@ def _encoder_work(config, path, task, rows, validation):
     config = complete(config, data.steps_per_epoch)
     labels = len(data.label_names) if task.kind == "classes" else 1
     model = _numerics(config, read_encoder_shape(path, labels))
-    work = EncoderWork(config=config, task=task, data=data, model=model)
+    work = EncoderWork(config=config, task=task, data=data, model=model, path=path)
 
     def load():
         key = jax.random.key(config.seed)
@@ -166,7 +165,7 @@ def _numerics(config: TuningConfig, model: EncoderConfig) -> EncoderConfig:
 def _answer_work(config, path, task, rows, validation):
     model, params = load_llama(path)
     tokenizer = load_tokenizer(str(find_tokenizer(path) or "bytes"))
-    chat = None if config.prompt == "plain" else find_chat(path)
+    chat = None if config.prompt == "plain" else tokenizer.chat
     if config.prompt == "chat" and chat is None:
         raise UserError(
             f"--prompt chat: {path} has no chat template; give --prompt plain"
@@ -208,7 +207,10 @@ def _answer_work(config, path, task, rows, validation):
         model=dataclasses.replace(model, **numerics),
         tokenizer=tokenizer,
         prompts=prompts,
-        rows={name: x.take(range(min(most, len(x))), x.name) for name, x in validation.items()},
+        rows={
+            name: part.take(range(min(most, len(part))), part.name)
+            for name, part in validation.items()
+        },
         columns=(columns[0], answer),
     ), lambda: params
 
@@ -227,11 +229,13 @@ def _initial_params(config: TuningConfig, load: Callable[[], Any], mesh) -> Any:
     if config.param_dtype is not None:
         dtype = jnp.dtype(config.param_dtype)
         params = jax.tree_util.tree_map_with_path(
-            lambda path, x: x if "classifier" in str(path[0]) else jnp.asarray(x, dtype),
+            lambda path, x: (
+                x if "classifier" in str(path[0]) else jnp.asarray(x, dtype)
+            ),
             params,
         )
     kind = OPTIMIZERS[config.optimizer].adapters
     if kind is not None:
         key = jax.random.fold_in(jax.random.key(config.seed), 1)
-        params = with_tuning_adapters(params, kind, config.rank or 1, key)
+        params = with_adapters(params, kind, config.rank or 1, key, "uniform")
     return replicate(params, mesh)

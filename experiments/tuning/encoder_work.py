@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -34,12 +35,14 @@ class EncoderWork:
         task: Of kind "classes" or "number".
         data: The examples.
         model: Shape of the model.
+        path: Directory of the pre-trained weights.
     """
 
     config: TuningConfig
     task: TaskKind
     data: TaskData
     model: EncoderConfig
+    path: Path
 
     @property
     def description(self) -> str:

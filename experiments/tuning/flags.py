@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from experiments.optim.options import OptimizerOptions
+from experiments.optim.tuning import TuningOptions
 from experiments.ranges import AtLeastOne, Decay, Positive, Seed
 from experiments.run.flags import CheckpointFlags, LoggingFlags, OutputFlags
 from experiments.tasks.table import TASKS
@@ -113,9 +113,10 @@ class HeadFlags:
 class AdapterFlags:
     """What training changed, as an adapter."""
 
-    #: Rank of an adapter of what training changed, written to adapter/ in --out in
-    #: PEFT's layout; at least 1. Optimizer lora writes its own adapter in any case.
-    save_adapter: AtLeastOne | None = None
+    #: Write what training changed as an adapter in PEFT's layout, to adapter/ in --out:
+    #: a rank, 1 or more; or the share of each change's squared norm to keep, above 0
+    #: and below 1. lora and relora write their own adapters in any case.
+    save_adapter: Positive | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,7 +128,7 @@ class TuningConfig(
     ValidationFlags,
     RunFlags,
     HeadFlags,
-    OptimizerOptions,
+    TuningOptions,
     TaskFlags,
     ModelFlags,
 ):

@@ -63,7 +63,7 @@ def check_frozen(config: TuningConfig, params: Any) -> None:
             f"--frozen {config.frozen} finds no parameter; their names are "
             f"{', '.join(names)}"
         )
-    if "frozen" == set(jax.tree.leaves(groups_of(config, params))).pop() and (
+    if set(jax.tree.leaves(groups_of(config, params))).pop() == "frozen" and (
         len(set(jax.tree.leaves(groups_of(config, params)))) == 1
     ):
         raise UserError(f"--frozen {config.frozen} leaves nothing to train")

@@ -22,10 +22,14 @@ BELOW = {
     "tasks": {"errors", "ranges", "data", "model"},
     "optim": {"errors", "ranges", "model"},
     "run": {"errors", "ranges", "arguments", "data", "model", "optim"},
+    "tuning": {
+        *("errors", "ranges", "arguments", "data", "model", "tasks", "optim", "run"),
+    },
     "comparison": {"errors", "arguments", "model", "optim", "run"},
     "__main__": set(),
     # The commands, none of which imports another.
-    "pretrain_llama": {"errors", "arguments", "data", "model", "optim", "run"},
+    "pretrain_llama": {"model", "run"},
+    "finetune": {"run", "tuning"},
     "generate": {"errors", "ranges", "arguments", "model", "run"},
     "evaluate": {"errors", "ranges", "arguments", "data", "model", "run"},
     "export": {"arguments", "model", "run"},

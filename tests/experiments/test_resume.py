@@ -181,9 +181,7 @@ def test_fewer_steps_are_a_change_as_others(half, capsys):
 
 def test_the_best_checkpoint_is_kept_and_said(flags, tmp_path, monkeypatch):
     losses = iter([5.0, 3.0, 4.0, 3.5, 3.6, 3.2])
-    monkeypatch.setattr(
-        "experiments.run.text.mean_loss", lambda summed: next(losses)
-    )
+    monkeypatch.setattr("experiments.run.text.mean_loss", lambda summed: next(losses))
     keep_best = ["--keep-best", "--keep-checkpoints", 1, "--eval-every", 1]
     out = tmp_path / "out"
     assert run(*flags, *keep_best, "--checkpoint-every", 100, "--out", out) == 0
