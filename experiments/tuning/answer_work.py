@@ -24,7 +24,7 @@ from experiments.tuning.numbers import in_words, numbers
 
 @dataclasses.dataclass(frozen=True)
 class AnswerWork:
-    """A LLaMA and the answers it is tuned on; see :class:`experiments.run.work.Work`.
+    """A LLaMA and its answers; see :class:`experiments.run.work.Work`.
 
     The loss is the cross entropy of the answers' tokens, in nats.
 

@@ -40,7 +40,7 @@ from experiments.tuning.answer_work import AnswerWork
 from experiments.tuning.config import TUNING, complete
 from experiments.tuning.encoder_work import EncoderWork
 from experiments.tuning.flags import TuningConfig
-from experiments.tuning.frozen import check_frozen, groups_of
+from experiments.tuning.frozen import check_frozen, groups_of, leaf_name
 
 _EVAL_EXAMPLES = 100
 _LONGEST = 512
@@ -71,7 +71,7 @@ def assemble(
     config = work.config
     resumed, changed = read_checkpoint(config, TUNING, directory, report)
     check_same_data(resumed, work, directory)
-    schedule = make_schedule(config, config.steps)
+    schedule = make_schedule(config, config.steps or 1)
     say_changes(resumed, changed, schedule, report)
     initial_params = functools.partial(_initial_params, config, load, mesh)
     params = jax.eval_shape(initial_params)
@@ -229,9 +229,7 @@ def _initial_params(config: TuningConfig, load: Callable[[], Any], mesh) -> Any:
     if config.param_dtype is not None:
         dtype = jnp.dtype(config.param_dtype)
         params = jax.tree_util.tree_map_with_path(
-            lambda path, x: (
-                x if "classifier" in str(path[0]) else jnp.asarray(x, dtype)
-            ),
+            lambda path, x: x if _is_head(path) else jnp.asarray(x, dtype),
             params,
         )
     kind = OPTIMIZERS[config.optimizer].adapters
@@ -239,3 +237,7 @@ def _initial_params(config: TuningConfig, load: Callable[[], Any], mesh) -> Any:
         key = jax.random.fold_in(jax.random.key(config.seed), 1)
         params = with_adapters(params, kind, config.rank or 1, key, "uniform")
     return replicate(params, mesh)
+
+
+def _is_head(path: tuple) -> bool:
+    return leaf_name(path).startswith("classifier/")

@@ -81,12 +81,12 @@ def check(config: TuningConfig, given: frozenset[str] = frozenset()) -> None:
             f"--steps {config.steps} and --epochs {config.epochs:g} both say how long "
             "the run is; leave one of them out"
         )
-    if config.save_adapter is not None and config.save_adapter >= 1:
-        if not config.save_adapter.is_integer():
-            raise UserError(
-                f"--save-adapter {config.save_adapter:g} is neither a rank nor a share; "
-                "give a whole number, or one above 0 and below 1"
-            )
+    adapter = config.save_adapter
+    if adapter is not None and adapter >= 1 and not adapter.is_integer():
+        raise UserError(
+            f"--save-adapter {adapter:g} is neither a rank nor a share; give a whole "
+            "number, or one above 0 and below 1"
+        )
     if config.train is None and config.task != "classification":
         raise UserError(
             f"--task {config.task} has no examples of its own; give --train, a file of "

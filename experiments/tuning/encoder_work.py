@@ -25,7 +25,7 @@ from experiments.tuning.numbers import in_words, numbers
 
 @dataclasses.dataclass(frozen=True)
 class EncoderWork:
-    """An encoder and the examples it is tuned on; see :class:`experiments.run.work.Work`.
+    """An encoder and its examples; see :class:`experiments.run.work.Work`.
 
     The loss of a class is its cross entropy in nats, that of a number the squared
     error.

