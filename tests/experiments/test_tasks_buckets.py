@@ -65,6 +65,13 @@ def test_what_most_batches_need_is_a_bucket():
     assert bucket_lengths(train, [np.array([5] * 8)], 8) == (8, 24, 40, 64)
 
 
+def test_a_training_batch_costs_three_times_a_validation_batch():
+    # Chosen so that 1 instead of 3 would give (16, 48, 56, 64), and 9 (24, 40, 48, 64).
+    train = np.array([40, 64, 24, 16, 24, 40, 40, 8, 48, 16, 48, 64])
+    validation = np.array([16, 56, 8, 40, 48, 16, 56, 40, 32, 8])
+    assert bucket_lengths(train, [validation], 4) == (16, 40, 48, 64)
+
+
 def test_the_last_bucket_is_not_above_the_positions():
     assert bucket_lengths(np.array([17, 20]), [], 1, longest=20) == (20,)
     assert bucket_lengths(np.array([17, 20]), [], 1, longest=64) == (24,)

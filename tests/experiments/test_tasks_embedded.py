@@ -48,11 +48,15 @@ def test_the_set_is_the_same_every_time(tmp_path):
     (tmp_path / "http" / "test").mkdir()
     (tmp_path / "http" / "test" / "a.py").write_text(other)
     (tmp_path / "http" / "damaged.py").write_text("def f(:")
+    # A held-out module of a package that is trained on.
+    (tmp_path / "asyncio").mkdir()
+    (tmp_path / "asyncio" / "locks.py").write_text(docstring.replace("server", "lock"))
     train, validation = embedded_rows(tmp_path)
     text = "Opens a connection to the server and waits for its answer."
     assert train.values == [{"text": text, "label": "networking"}]
     assert str(train.places[0]) == "smtplib.py, line 2"
-    assert [str(place) for place in validation.places] == ["poplib.py, line 2"]
+    places = [str(place) for place in validation.places]
+    assert places == ["asyncio/locks.py, line 1", "poplib.py, line 2"]
     assert embedded_rows(tmp_path)[0].values == train.values
 
 

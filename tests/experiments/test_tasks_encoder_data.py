@@ -41,6 +41,12 @@ def test_a_pair_becomes_one_sequence(tmp_path):
     assert data.bucket_lengths == (8, 16)
 
 
+def test_no_batch_is_longer_than_the_positions(tmp_path):
+    data = make(tmp_path, "mrpc", PAIRS, shape=small_shape(max_positions=15))
+    assert data.train.lengths.max() == 15
+    assert data.bucket_lengths == (8, 15)
+
+
 def test_the_description_counts_what_is_trained_and_validated_on(tmp_path):
     data = make(tmp_path, "mrpc", PAIRS)
     train, validation, batches = data.description.split("\n")

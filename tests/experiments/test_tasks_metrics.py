@@ -74,6 +74,10 @@ def test_one_example_has_every_metric(name):
     assert one(name, [1], [0]) == 0
 
 
+def test_f1_of_a_class_that_is_nowhere_is_0():
+    assert one("f1", [0, 0], [0, 0]) == 0
+
+
 def test_nearly_constant_predictions_have_a_correlation_without_a_warning():
     # Neighbours in float32, which a model computes in.
     predictions = np.float32(1) + np.array([0, 0, 1, 1], np.float32) * 2.0**-23
