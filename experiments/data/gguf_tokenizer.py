@@ -1,5 +1,6 @@
-"""A GGUF file's byte-level BPE tokenizer, as the library ``tokenizers`` has it."""
+"""A GGUF file's tokenizer: byte-level BPE ("gpt2"), or SentencePiece's ("llama")."""
 
+import importlib
 from pathlib import Path
 
 import tokenizers
@@ -25,20 +26,62 @@ _LLAMA_3 = (
 )
 
 
-def read_gguf_tokenizer(path: Path) -> tuple[tokenizers.Tokenizer, Settings]:
-    """Returns the tokenizer, and its special tokens and chat template.
+def is_sentencepiece(path: Path) -> bool:
+    """Returns which of the two tokenizers the file has.
 
     Raises:
         UserError: If the file cannot be read, has no tokenizer, or one of another kind.
     """
-    file = open_gguf(path)
-    kind = file.field("tokenizer.ggml.model", str)
-    if kind != "gpt2":
+    kind = open_gguf(path).field("tokenizer.ggml.model", str)
+    if kind not in ("gpt2", "llama"):
         raise UserError(
             f"{path}: its tokenizer is of the kind {kind!r}, and only 'gpt2', "
-            "byte-level BPE, is supported; give --tokenizer PATH, the "
-            "tokenizer.json or tokenizer.model of the model"
+            "byte-level BPE, and 'llama', SentencePiece, are supported; give "
+            "--tokenizer PATH, the tokenizer.json of the model"
         )
+    return kind == "llama"
+
+
+def read_gguf_sentencepiece(path: Path) -> bytes:
+    """Returns SentencePiece's model of pieces and scores, serialized.
+
+    Raises:
+        UserError: If the file cannot be read, or lacks a field.
+    """
+    file = open_gguf(path)
+    model = importlib.import_module(
+        "sentencepiece.sentencepiece_model_pb2"
+    ).ModelProto()
+    words = file.field("tokenizer.ggml.tokens", list)
+    scores = file.field("tokenizer.ggml.scores", list)
+    types = file.field("tokenizer.ggml.token_type", list)
+    for word, score, type_ in zip(words, scores, types, strict=False):
+        # llama.cpp took over SentencePiece's numbers of types.
+        model.pieces.add(piece=word, score=score, type=type_)
+    trainer = model.trainer_spec
+    trainer.model_type = trainer.BPE
+    trainer.byte_fallback = True
+    for role, name in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown")):
+        found = file.field(f"tokenizer.ggml.{name}_token_id", int, -1)
+        setattr(trainer, f"{role}_id", found)
+        if found in range(len(words)):
+            setattr(trainer, f"{role}_piece", words[found])
+    normalizer = model.normalizer_spec
+    normalizer.name = "identity"
+    normalizer.remove_extra_whitespaces = False
+    prefix = file.field("tokenizer.ggml.add_space_prefix", bool, True)
+    normalizer.add_dummy_prefix = prefix
+    return model.SerializeToString()
+
+
+def read_gguf_bpe(path: Path) -> tuple[tokenizers.Tokenizer, Settings]:
+    """Returns the byte-level tokenizer, and its special tokens and chat template.
+
+    Raises:
+        UserError: If the file cannot be read, lacks a field, or splits text in an
+            unknown way.
+    """
+    file = open_gguf(path)
     splits = {"smollm": _digits_apart, "gpt-2": _gpt_2, "llama-bpe": _llama_3}
     split = file.field("tokenizer.ggml.pre", str, "default")
     if split not in splits:

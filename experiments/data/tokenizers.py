@@ -15,7 +15,11 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from experiments.data.chat import Chat
 from experiments.data.gguf_reader import is_gguf
-from experiments.data.gguf_tokenizer import read_gguf_tokenizer
+from experiments.data.gguf_tokenizer import (
+    is_sentencepiece,
+    read_gguf_bpe,
+    read_gguf_sentencepiece,
+)
 from experiments.data.tokenizer_settings import Settings, read_settings, write_settings
 from experiments.errors import UserError
 
@@ -113,6 +117,8 @@ def load_tokenizer(spec: str) -> Tokenizer:
         )
     if not path.is_file():
         raise UserError(f"tokenizer: {spec} is not a file; check the path")
+    if is_gguf(path) and is_sentencepiece(path):
+        return SentencePieceTokenizer(path)
     return kinds[path.suffix](path)
 
 
@@ -152,7 +158,7 @@ class ByteTokenizer:
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model; documents end with its end-of-sentence piece.
+    """A SentencePiece model, or a GGUF file's; its end of sentence ends documents.
 
     It has no chat template; a model with one has a ``tokenizer.json`` too.
 
@@ -163,8 +169,10 @@ class SentencePieceTokenizer:
     """
 
     def __init__(self, path: Path):
+        self._model = sentencepiece.SentencePieceProcessor()
+        read = read_gguf_sentencepiece if is_gguf(path) else Path.read_bytes
         try:
-            self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            self._model.LoadFromSerializedProto(read(path))
         except (OSError, RuntimeError) as error:
             raise UserError(
                 f"tokenizer: {path} is not a SentencePiece model ({error}); "
@@ -210,7 +218,7 @@ class HuggingFaceTokenizer:
 
     def __init__(self, path: Path):
         if is_gguf(path):
-            self._model, settings = read_gguf_tokenizer(path)
+            self._model, settings = read_gguf_bpe(path)
             self._content = self._model.to_str().encode()
         else:
             self._model, self._content = _read_tokenizer_json(path)

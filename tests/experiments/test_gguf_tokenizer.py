@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+from sentencepiece import sentencepiece_model_pb2
 from tokenizers import pre_tokenizers
 
 from experiments import export, generate
 from experiments.data.tokenizers import find_tokenizer, load_tokenizer
 from experiments.errors import UserError
+from tests.experiments.test_tokenizers import ODD_TEXTS, write_sentencepiece_model
 
 small_gguf = pytest.importorskip("tests.experiments.small_gguf", reason="needs gguf")
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -160,8 +163,8 @@ def test_a_file_is_continued_as_the_directory_that_it_is_exported_to(
     ("changes", "message"),
     [
         (
-            {"ggml.model": "llama"},
-            "is of the kind 'llama', and only 'gpt2'.*--tokenizer",
+            {"ggml.model": "bert"},
+            "is of the kind 'bert', and only 'gpt2'.*--tokenizer",
         ),
         ({"ggml.model": None}, "the field tokenizer.ggml.model is missing"),
         (
@@ -177,3 +180,31 @@ def test_a_file_is_continued_as_the_directory_that_it_is_exported_to(
 def test_tokenizers_of_other_kinds_are_errors(path, changes, message):
     with pytest.raises(UserError, match=rf"m\.gguf: .*{message}"):
         load(path, changes)
+
+
+def test_a_sentencepiece_model_has_the_same_ids_from_a_gguf_file(path, tmp_path):
+    file = write_sentencepiece_model(tmp_path / "small.model")
+    model = sentencepiece_model_pb2.ModelProto.FromString(Path(file).read_bytes())
+    pieces = model.pieces
+    fields = {
+        "model": "llama",
+        "tokens": [piece.piece for piece in pieces],
+        "scores": [piece.score for piece in pieces],
+        "token_type": [piece.type for piece in pieces],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "unknown_token_id": 0,
+    }
+    small_gguf.write(path, {}, **{f"tokenizer.ggml.{k}": v for k, v in fields.items()})
+    found, expected = load_tokenizer(str(path)), load_tokenizer(file)
+
+    for name in ("vocab_size", "end_of_document", "beginning", "ends"):
+        assert getattr(found, name) == getattr(expected, name)
+    for text in [*ODD_TEXTS, "slow  lower </s> <unk> 123"]:
+        np.testing.assert_array_equal(found.encode(text), expected.encode(text))
+        assert found.decode(found.encode(text)) == text
+    # Without the mark of a space before the text.
+    fields["add_space_prefix"] = False
+    small_gguf.write(path, {}, **{f"tokenizer.ggml.{k}": v for k, v in fields.items()})
+    bare = load_tokenizer(str(path))
+    np.testing.assert_array_equal(bare.encode(" low"), found.encode("low"))
