@@ -1,5 +1,6 @@
 """Parameters in boxes that name their axes: the same numbers, names for the state."""
 
+import functools
 from collections.abc import Mapping
 from itertools import starmap
 from typing import Any, NamedTuple
@@ -154,14 +155,21 @@ PAIRS = [
 ]
 
 
+@functools.cache
+def of_arrays(name: str) -> tuple[Any, Any]:
+    """Returns the updates of five steps without boxes, and the state after them."""
+    optimizer = OPTIMIZERS[name](dimension_numbers=dimension_numbers)
+    update, params = jax.jit(optimizer.update), arrays()
+    return run(update, optimizer.init(params), params, range(5))
+
+
 @pytest.mark.parametrize(("name", "box"), PAIRS)
 def test_updates_and_states_are_those_of_arrays_without_boxes_to_the_bit(name, box):
-    params = arrays()
+    expected, plain = of_arrays(name)
     optimizer = OPTIMIZERS[name](dimension_numbers=dimension_numbers)
-    update, steps = jax.jit(optimizer.update), range(5)
-    expected, plain = run(update, optimizer.init(params), params, steps)
-    boxed, first = box(params), optimizer.init(box(params))
-    actual, state = run(update, first, boxed, steps)
+    boxed = box(arrays())
+    first = optimizer.init(boxed)
+    actual, state = run(jax.jit(optimizer.update), first, boxed, range(5))
     assert jax.tree.structure(actual[-1]) == jax.tree.structure(boxed)
     assert jax.tree.structure(state) == jax.tree.structure(first)
     by_name = [
@@ -283,21 +291,22 @@ def test_what_is_asked_of_a_state_has_the_same_answer_without_boxes(name, box):
     assert projections(box(arrays())) == projections(arrays())
 
 
+@functools.cache
+def resized(name: str, box: Any) -> Any:
+    """Returns the update behind two steps and a change of the rank."""
+    optimizer, params = OPTIMIZERS[name](), box({k: arrays()[k] for k in ("w", "b")})
+    update = jax.jit(optimizer.update)
+    _, state = run(update, optimizer.init(params), params, range(2))
+    small = lowrank_optax.resize(state, RANK + 3)
+    assert jax.tree.structure(small) == jax.tree.structure(state)
+    return update(gradients(params, 2), small, params)[0]
+
+
 @every_box
 @pytest.mark.parametrize("name", ["galore", "low_bit", "accumulate"])
 def test_a_resized_state_stays_in_its_boxes_and_is_updated(name, box):
-    optimizer = OPTIMIZERS[name]()
-    params, update = {"w": arrays()["w"], "b": arrays()["b"]}, jax.jit(optimizer.update)
-
-    def resized(params):
-        _, state = run(update, optimizer.init(params), params, range(2))
-        small = lowrank_optax.resize(state, RANK + 3)
-        assert jax.tree.structure(small) == jax.tree.structure(state)
-        updates, _ = update(gradients(params, 2), small, params)
-        return updates
-
-    actual = without_boxes(resized(box(params)))
-    jax.tree.map(np.testing.assert_array_equal, dict(actual), resized(params))
+    actual, expected = without_boxes(resized(name, box)), resized(name, dict)
+    jax.tree.map(np.testing.assert_array_equal, dict(actual), expected)
 
 
 def test_subspace_gradients_of_boxes_are_those_of_the_arrays():

@@ -82,9 +82,13 @@ def tree_of(entries):
 
 
 def arrays(name="llama"):
-    key = iter(jax.random.split(jax.random.key(0), 99))
+    # By NumPy, which compiles nothing.
+    rng = np.random.default_rng(0)
     return tree_of(
-        {p: jax.random.normal(next(key), s) for p, (s, _) in MODELS[name].items()}
+        {
+            path: jnp.asarray(rng.normal(size=shape), jnp.float32)
+            for path, (shape, _) in MODELS[name].items()
+        }
     )
 
 
@@ -224,13 +228,12 @@ def test_gradients_inside_the_subspaces_are_those_of_the_hidden_matrices():
 @pytest.mark.parametrize(
     "wrap",
     [
-        lambda tx: tx,
         lambda tx: lowrank_optax.low_bit(tx, 8, 8),
         lambda tx: lowrank_optax.accumulate(tx, every_k=2),
         lambda tx: optax.chain(optax.clip_by_global_norm(1.0), tx),
         lambda tx: optax.apply_if_finite(tx, 3),
     ],
-    ids=["alone", "low_bit", "accumulate", "chain", "apply_if_finite"],
+    ids=["low_bit", "accumulate", "chain", "apply_if_finite"],
 )
 def test_it_trains_inside_other_transformations(wrap):
     params, x = arrays(), jnp.arange(24).reshape(2, 12)

@@ -1,5 +1,6 @@
 """A model, a text and a command line so small that a whole run takes seconds."""
 
+import functools
 import json
 import random
 from pathlib import Path
@@ -26,10 +27,15 @@ MODEL = LlamaConfig(
 TIMES = {quantity.name for quantity in LINE if not quantity.repeats}
 
 
+@functools.cache
+def _params() -> dict:
+    return jax.tree.map(np.asarray, init_params(MODEL, jax.random.key(1)))
+
+
 def write_inputs(directory: Path, scale: float = 1.0) -> list[str]:
     """Writes weights, times ``scale``, and text; returns the flags of a run of both."""
-    params = init_params(MODEL, jax.random.key(1))
-    save_llama(directory / "model", MODEL, jax.tree.map(lambda x: scale * x, params))
+    params = jax.tree.map(lambda x: np.float32(scale) * x, _params())
+    save_llama(directory / "model", MODEL, params)
     words = random.Random(0).choices(("low", "rank", "of", "a", "gradient"), k=2000)
     (directory / "text.txt").write_text(" ".join(words))
     flags = {

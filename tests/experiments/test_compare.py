@@ -509,6 +509,7 @@ def test_a_real_run_is_started_and_recorded(tmp_path, monkeypatch):
         search=1,
     )
     monkeypatch.setitem(suites.SUITES, "cpu-small", suite)
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     assert run(tmp_path, "--data", data) == 0
     (record,) = results(tmp_path)
     assert record["status"] == "finished"

@@ -19,13 +19,6 @@ from tests.experiments.small_runs import (
     write_inputs,
 )
 
-
-def _slow(rows: dict, *names: str) -> list:
-    """Returns the names of the rows; those that compile for long have the mark."""
-    marks = {name: [pytest.mark.slow] for name in names}
-    return [pytest.param(name, marks=marks.get(name, [])) for name in rows]
-
-
 # A refresh falls on step 3, so that step 2 is in the middle of a period.
 REFRESH = {
     "adamw": [],
@@ -38,10 +31,15 @@ REFRESH = {
         *("--accumulate", 2, "--gradients", "subspace"),
     ],
 }
+COMPILE_LONG = {"adarankgrad", "vlorp", "projfactor"}
+OPTIMIZERS = [
+    pytest.param(name, marks=[pytest.mark.slow] if name in COMPILE_LONG else [])
+    for name in REFRESH
+]
 
 
 @pytest.mark.usefixtures("one_device")
-@pytest.mark.parametrize("optimizer", _slow(REFRESH, "projfactor"))
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_two_steps_and_two_resumed_equal_four(optimizer, inputs, tmp_path, stop_at):
     flags = [*inputs, "--optimizer", optimizer, *REFRESH[optimizer]]
     whole, halves = tmp_path / "whole", tmp_path / "halves"
@@ -71,7 +69,8 @@ MEMORY = {
 
 
 @pytest.mark.usefixtures("one_device")
-@pytest.mark.parametrize("name", _slow(MEMORY, "low bits"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MEMORY)
 def test_memory_is_resumed_bit_for_bit(name, inputs, tmp_path, stop_at, monkeypatch):
     # Of 6 columns 4 are left at the first look, and 4 at the next ones: one change.
     for constant, value in (("BUCKET", 4), ("LOOKS", 1), ("MIN_SAVING", 0.0)):
