@@ -6,7 +6,7 @@ writes peft_adapters.json: for a small LLaMA, BERT and RoBERTa the
 ``adapter_config.json`` of peft, the names and shapes of its tensors, and the logits of
 the model with numbers of :func:`adapter_of` in them. It needs torch, transformers, peft
 and safetensors, which the tests' environment does not have together; the file names
-their versions.
+their versions. Write it again after a change of the recipes in ``encoder_logits.py``.
 
     python -m tests.experiments.references.peft_adapters check DIRECTORY
 
