@@ -130,7 +130,7 @@ def muon(learning_rate, *, momentum, weight_decay, **others):
         learning_rate,
         beta=momentum,
         weight_decay=weight_decay,
-        # Each leaf is a stack of matrices.
+        # Each leaf is a matrix or a stack of matrices.
         muon_weight_dimension_numbers=lambda params: jax.tree.map(
             lambda leaf: numbers, params
         ),

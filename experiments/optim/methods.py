@@ -21,7 +21,7 @@ class Method:
         help: Description of the method, for the help of --optimizer.
         make: Function of the learning rate, Adam's b1, b2 and eps, weight_decay, seed,
             and the method's own options, by name. Leaves are stacks of matrices
-            (L, n, m).
+            (L, n, m), and an encoder's pooler is a matrix (d, d).
         block_scale: Tuned default of --block-scale.
         own: Own options of the method, with their defaults.
             :func:`experiments.optim.options.with_defaults` fills in rank and min_rank

@@ -19,8 +19,9 @@ _WARMUP = 0.06
 # seventh at rank 8 of 384. GaLore's recipe for GLUE scales it by 4.
 _LIFTED: dict[str, Any] = {"block_scale": 4.0}
 # An orthogonalized update harms what Adam has pre-trained, the more the larger it is
-# (arXiv 2605.10468).
-_ORTHOGONALIZED: dict[str, Any] = {"block_scale": 0.25, "update_proj_gap": 200}
+# (arXiv 2605.10468). At 1 its entries have 0.2 times the rate as their root mean square,
+# where Adam's have nearly the whole rate.
+_ORTHOGONALIZED: dict[str, Any] = {"block_scale": 1.0, "update_proj_gap": 200}
 
 # Name of a method -> what takes the place of its own defaults.
 TUNING: dict[str, Mapping[str, Any]] = {
@@ -37,13 +38,13 @@ TUNING: dict[str, Mapping[str, Any]] = {
     # A random basis, of entries with variance 1 / r, lifts to Adam's length.
     "vlorp": {"block_scale": 1.0},
     "projfactor": {"block_scale": 1.0},
-    "sumo": _ORTHOGONALIZED,
+    "sumo": {**_ORTHOGONALIZED, **_LIFTED},
     "low_rank_muon": _ORTHOGONALIZED,
     "ldadam": _LIFTED,
     "fira": _LIFTED,
     "apollo": _LIFTED,
     "apollo_mini": {"block_scale": 1.0},
-    "muon": {"block_scale": 0.25},
+    "muon": {"block_scale": 1.0},
     "adafactor": {"block_scale": 1.0},
     # The usual rate of adapters: some times that of the whole model.
     "lora": _LIFTED,
@@ -60,8 +61,8 @@ class ScheduleFlags(options.ScheduleFlags):
     #: Peak learning rate of embedding, norms and biases; above 0.
     learning_rate: Positive = 1e-4
     #: Learning rate of the block matrices, as a multiple of --learning-rate; above 0.
-    #: None: 4 of what trains inside a subspace of computed bases, of apollo and of
-    #: adapters, 0.25 of orthogonalized updates, 1 of the others. It takes the place of
+    #: None: 4 of adarankgrad, galore, optax_galore, ldadam, fira, apollo, sumo, lora
+    #: and relora, whose updates are shorter, 1 of the others. It takes the place of
     #: GaLore's scale.
     block_scale: Positive | None = None
     #: Curve behind the warm-up: linear (a line down); cosine; wsd (warm-up, stable,

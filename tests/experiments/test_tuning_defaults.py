@@ -2,19 +2,27 @@
 
 import dataclasses
 import inspect
+import math
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+import lowrank_optax
 from experiments.arguments import groups_of, parse_arguments
+from experiments.model.encoder import init_encoder
+from experiments.model.encoder_shape import EncoderConfig
 from experiments.optim import options, tuning
 from experiments.optim.build import build_optimizer
 from experiments.optim.methods import OPTIMIZERS
 from experiments.optim.schedule import make_schedule
 from experiments.optim.tuning import TUNING, TuningOptions, with_tuning_defaults
+from experiments.run.memory import block_state
+
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 
 def filled(**flags):
@@ -22,16 +30,57 @@ def filled(**flags):
     return dataclasses.replace(found, **with_tuning_defaults(found, steps=50))
 
 
+ENCODER = EncoderConfig(
+    kind="bert",
+    vocab_size=30,
+    hidden_size=16,
+    intermediate_size=24,
+    num_layers=2,
+    num_heads=2,
+    num_labels=2,
+)
+SHAPES = jax.eval_shape(lambda: init_encoder(ENCODER, jax.random.key(0)))
+# Of stacks, and the pooler.
+BLOCK_MATRICES = 6 * 2 + 1
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_every_method_is_made_from_the_defaults(name):
+def test_every_method_trains_an_encoder_with_its_defaults(name):
     flags = filled(optimizer=name)
     assert TUNING[name].keys() <= {"block_scale", *OPTIMIZERS[name].own}
     assert flags.block_scale == TUNING[name]["block_scale"]
     assert all(getattr(flags, own) is not None for own in OPTIMIZERS[name].own)
-    kernel = jax.ShapeDtypeStruct((2, 16, 24), jnp.float32)
-    params = {"blocks": {"mlp": {"up": kernel}}}
-    tx = build_optimizer(flags, make_schedule(flags, 50))
-    assert jax.eval_shape(tx.init, params)
+    subspaces = lowrank_optax.subspaces(jax.eval_shape(made(flags).init, SHAPES))
+    ranks = sum(math.prod(slot.rank.shape) for slot in subspaces.values())
+    assert ranks in (0, BLOCK_MATRICES)
+
+
+def made(flags):
+    return build_optimizer(flags, lambda _: 0.1, head_schedule=lambda _: 0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["muon", "projfactor", "low_rank_muon", "apollo"])
+def test_updates_of_an_encoder_have_the_shapes_of_its_parameters(name):
+    tx = made(filled(optimizer=name))
+    updates, _ = jax.eval_shape(lambda p: tx.update(p, tx.init(p), p), SHAPES)
+    assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, SHAPES)
+
+
+def test_galore_of_optax_projects_the_pooler_beside_the_stacks():
+    state = jax.eval_shape(made(filled(optimizer="optax_galore")).init, SHAPES)
+    projectors = jax.tree.leaves(optax.tree.get(block_state(state), "projector"))
+    assert len(projectors) == BLOCK_MATRICES
+    assert all(projector.shape[1] == 8 for projector in projectors)
+
+
+def test_a_new_head_has_its_own_rate():
+    params = {"blocks": {"up": jnp.ones((2, 9, 9))}, "classifier": jnp.ones((9, 2))}
+    tx = made(filled(optimizer="adamw", clip_norm=None))
+    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    # Adam's first update is its rate, but for rounding.
+    np.testing.assert_allclose(updates["blocks"]["up"], -0.1, rtol=1e-4)
+    np.testing.assert_allclose(updates["classifier"], -0.5, rtol=1e-4)
 
 
 def test_ranks_are_eight_or_as_given_and_may_halve():
@@ -70,3 +119,11 @@ def test_the_help_of_an_option_of_one_method_names_its_default():
         text = " ".join(source[: source.index(f"{name}: ")].split())
         stated = re.findall(r"None: (\S+) of adarankgrad", text)[-1]
         assert float(stated) == getattr(adarankgrad, name)
+
+
+def test_the_help_of_the_scale_names_the_methods_that_have_four():
+    source = " ".join(inspect.getsource(tuning.ScheduleFlags).replace("#:", "").split())
+    text = re.findall(r"None: 4 of (.*?), whose", source)[0]
+    named = set(text.replace(" and ", ", ").split(", "))
+    assert named == {k for k, v in TUNING.items() if v["block_scale"] == 4}
+    assert {v["block_scale"] for v in TUNING.values()} == {1, 4}
