@@ -19,8 +19,8 @@ _WARMUP = 0.06
 # seventh at rank 8 of 384. GaLore's recipe for GLUE scales it by 4.
 _LIFTED: dict[str, Any] = {"block_scale": 4.0}
 # An orthogonalized update harms what Adam has pre-trained, the more the larger it is
-# (arXiv 2605.10468). At 1 its entries have 0.2 times the rate as their root mean square,
-# where Adam's have nearly the whole rate.
+# (arXiv 2605.10468). At a scale of 1 the root mean square of its entries is 0.2 times
+# the rate; Adam's is nearly the rate.
 _ORTHOGONALIZED: dict[str, Any] = {"block_scale": 1.0, "update_proj_gap": 200}
 
 # Name of a method -> what takes the place of its own defaults.
