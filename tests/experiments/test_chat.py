@@ -1,6 +1,7 @@
 """Chat templates: rendered as transformers does, and in one line what fails."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -113,3 +114,12 @@ def test_a_tokenizer_without_a_template_has_no_chat(tmp_path):
         load_tokenizer(write_tokenizer_json(tmp_path / "tokenizer.json")).chat is None
     )
     assert load_tokenizer("bytes").chat is None
+
+
+def test_without_its_package_the_installation_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+
+    with pytest.raises(
+        UserError, match=r"needs the package jinja2; .*'\.\[finetune\]'"
+    ):
+        render("a template of its own")

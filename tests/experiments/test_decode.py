@@ -1,5 +1,6 @@
 """The cache against the whole forward pass; batches against one prompt alone."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 
 from experiments.errors import UserError
 from experiments.model.decode import empty_cache, extend
-from experiments.model.generate import generate, generate_batch
+from experiments.model.generate import _decode, generate, generate_batch
 from experiments.model.shape import LlamaConfig
 from tests.experiments import llama_reference
 
@@ -82,3 +83,23 @@ def test_an_empty_batch_has_no_continuations(params):
 def test_a_prompt_outside_the_vocabulary_is_an_error(params):
     with pytest.raises(UserError, match=r"prompt \[19\] must hold .* from 0 to 18"):
         generate_batch(CONFIG, params, [[1], [19]], 1, [], batch_size=2)
+
+
+def test_prompts_and_limits_of_one_bucket_share_a_program(params):
+    before = _decode._cache_size()
+    for length, limit in ((3, 6), (5, 9), (16, 16)):
+        assert len(generate(CONFIG, params, [1] * length, limit)) == length + limit
+
+    assert _decode._cache_size() <= before + 1
+
+
+def test_a_bfloat16_model_keeps_bfloat16_keys_and_values(params):
+    config = dataclasses.replace(CONFIG, compute_dtype="bfloat16")
+    cache = empty_cache(config, jnp.zeros(1, jnp.int32), 4)
+
+    logits, cache = jax.eval_shape(
+        functools.partial(extend, config), params, cache, jnp.ones((1, 3), jnp.int32)
+    )
+
+    assert (logits.shape, logits.dtype) == ((1, CONFIG.vocab_size), jnp.float32)
+    assert cache.keys.dtype == cache.values.dtype == jnp.bfloat16

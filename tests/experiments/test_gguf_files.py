@@ -1,6 +1,7 @@
 """GGUF files: weights in their places, and one line for what cannot be read."""
 
 import dataclasses
+import sys
 
 import jax
 import numpy as np
@@ -142,3 +143,11 @@ def test_another_file_at_the_place_is_read_anew(tmp_path, tensors):
     small_gguf.write(path, tensors, **{"llama.context_length": 512})
 
     assert read_shape(path).max_positions == 512
+
+
+def test_without_its_package_the_installation_is_named(tmp_path, tensors, monkeypatch):
+    path = small_gguf.write(tmp_path / "m.gguf", tensors)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+
+    with pytest.raises(UserError, match=r"needs the package gguf; .*'\.\[finetune\]'"):
+        load_llama(path)
