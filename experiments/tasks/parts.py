@@ -7,7 +7,6 @@ import numpy as np
 
 from experiments.data.hub import parse_hub_text
 from experiments.errors import UserError
-from experiments.tasks.embedded import embedded_rows
 from experiments.tasks.rows import Rows, read_rows
 from experiments.tasks.table import TASKS, TaskKind
 
@@ -28,14 +27,13 @@ def find_task(name: str) -> TaskKind:
 
 
 def read_parts(
-    task: TaskKind, train: str | None, validation: Sequence[str] = ()
+    task: TaskKind, train: str, validation: Sequence[str] = ()
 ) -> tuple[Rows, dict[str, Rows]]:
     """Reads the rows to train on and those to validate on.
 
     Args:
         task: Names the validation splits.
-        train: As in :func:`experiments.tasks.rows.read_rows`. None: the set that every
-            machine has, :mod:`experiments.tasks.embedded`, of "classification" alone.
+        train: As in :func:`experiments.tasks.rows.read_rows`.
         validation: The same, one for each of the task's splits, or fewer: those that
             come first. None at all: the splits of the data set that ``train`` names on
             the hub; of files, every tenth row in a fixed random order, at most 1,000,
@@ -46,11 +44,8 @@ def read_parts(
 
     Raises:
         UserError: If rows cannot be read, more texts are given than the task has
-            splits, a file is in two of the parts, one row is all there is, or there
-            are none to train on.
+            splits, a file is in two of the parts, or one row is all there is.
     """
-    if train is None:
-        return _packaged(task, validation)
     if len(validation) > len(task.splits):
         raise UserError(
             f"{len(validation)} validation texts are given, but the task has "
@@ -70,22 +65,6 @@ def read_parts(
     }
     _check_disjoint([rows, *parts.values()])
     return rows, parts
-
-
-def _packaged(task, validation):
-    if task is not TASKS["classification"]:
-        name = next(name for name, kind in TASKS.items() if kind is task)
-        raise UserError(
-            f"--task {name} needs examples: give --train, a file or hub:owner/name; "
-            "the task classification alone has a set of its own"
-        )
-    if validation:
-        raise UserError(
-            "--validation is given without --train; give both, or neither for the set "
-            "that every machine has"
-        )
-    train, held_out = embedded_rows()
-    return train, {"validation": held_out}
 
 
 def _on_the_hub(split):

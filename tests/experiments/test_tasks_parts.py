@@ -90,15 +90,3 @@ def test_a_data_set_of_the_hub_has_its_own_splits(monkeypatch, task, splits):
         ("hub:nyu-mll/glue:x", "train"),
         *((f"hub:nyu-mll/glue:x:{split}", split) for split in splits),
     ]
-
-
-@pytest.mark.parametrize(
-    ("task", "validation", "message"),
-    [
-        ("cola", [], "--task cola needs examples: give --train"),
-        ("classification", ["a.csv"], "--validation is given without --train"),
-    ],
-)
-def test_rows_to_train_on_are_needed(task, validation, message):
-    with pytest.raises(UserError, match=message):
-        read_parts(find_task(task), None, validation)
