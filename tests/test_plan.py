@@ -12,6 +12,7 @@ import lowrank_optax
 from lowrank_optax import LowRankDimensionNumbers
 from lowrank_optax.codes import bytes_of
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 PARAMS = {
     "blocks": jnp.ones((3, 16, 8)),
     "bias": jnp.ones(8),

@@ -20,6 +20,7 @@ from experiments.run.step import (
     summed_token_loss,
 )
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 VOCABULARY = 5
 
 
