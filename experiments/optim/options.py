@@ -173,6 +173,11 @@ class MemoryFlags:
 class OptimizerOptions(MemoryFlags, OneMethodFlags, ScheduleFlags, OptimizerFlags):
     """The flags of the optimizer; where None, the chosen optimizer has its own."""
 
+    @property
+    def most_columns(self) -> int | None:
+        """To where --compact lets a leaf's columns grow again. None: freed for good."""
+        return None
+
 
 def default_warmup(steps: int) -> int:
     """Returns a tenth of the steps; at least 30, but at most two thirds of them.

@@ -218,9 +218,10 @@ class _Loop:
     def _compact(self, shown: TrainingProgress) -> None:
         """Looks at the state, and may cut its arrays and compile the step anew."""
         progress, old = self.progress, self.opt_state
-        has_budget = self.parts.config.block_state_bytes is not None
+        config = self.parts.config
+        has_budget = config.block_state_bytes is not None
         progress.seconds = self._wait()
-        self.opt_state = progress.compaction.look(old, has_budget)
+        self.opt_state = progress.compaction.look(old, has_budget, config.most_columns)
         if self.opt_state is old:
             self.clock.start()
             return
