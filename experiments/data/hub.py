@@ -110,7 +110,7 @@ def hub_errors(name: str) -> Iterator[None]:
         raise UserError(
             f"{name} cannot be read from the Hugging Face hub "
             f"({reason[:_LONGEST_REASON]}); check the network, the name and whether "
-            "you may read it (hf auth login), or use files with --data PATH"
+            "you may read it (hf auth login), or use files"
         ) from error
 
 

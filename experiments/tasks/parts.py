@@ -8,22 +8,11 @@ import numpy as np
 from experiments.data.hub import parse_hub_text
 from experiments.errors import UserError
 from experiments.tasks.rows import Rows, read_rows
-from experiments.tasks.table import TASKS, TaskKind
+from experiments.tasks.table import TaskKind
 
 # Of a file without validation rows beside it.
 _HELD_OUT_SHARE = 10
 _MOST_HELD_OUT = 1000
-
-
-def find_task(name: str) -> TaskKind:
-    """Returns a task by name.
-
-    Raises:
-        UserError: If there is none of this name; it lists those that there are.
-    """
-    if name not in TASKS:
-        raise UserError(f"there is no task {name!r}; choose one of {', '.join(TASKS)}")
-    return TASKS[name]
 
 
 def read_parts(

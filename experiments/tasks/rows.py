@@ -191,7 +191,7 @@ def _parse(path: Path, named: Format, file: BinaryIO):
 
 def _table(path, numbered_cells):
     """Yields place and row of each line of cells but the first, which names columns."""
-    names = None
+    names, has_row = None, False
     for number, cells in numbered_cells:
         place = Place(str(path), "line", number)
         if names is None:
@@ -207,7 +207,10 @@ def _table(path, numbered_cells):
                 f"{_count(len(names), 'column')}; {_A_ROW_PER_LINE}"
             )
         else:
+            has_row = True
             yield place, dict(zip(names, cells, strict=True))
+    if names is not None and not has_row:
+        raise UserError(f"{path} has no row behind the names of its columns; add some")
 
 
 def _tab_separated(path, lines):

@@ -7,7 +7,8 @@ import pytest
 
 from experiments.errors import UserError
 from experiments.tasks.encoder_data import make_encoder_data
-from experiments.tasks.parts import find_task, read_parts
+from experiments.tasks.parts import read_parts
+from experiments.tasks.table import TASKS
 from tests.experiments.small_tasks import small_shape, write_rows, write_tokenizer
 
 PAIRS = [
@@ -24,7 +25,7 @@ def make(tmp_path, task, train, validation=None, **options):
         for name, rows in (("train", train), ("validation", validation or train[:1]))
     ]
     defaults = {"directory": tmp_path, "shape": small_shape(), "batch_size": 2}
-    kind = find_task(task)
+    kind = TASKS[task]
     rows, parts = read_parts(kind, paths[0], paths[1:])
     return make_encoder_data(kind, rows, parts, seed=0, **(defaults | options))
 
@@ -120,7 +121,7 @@ def minilm():
 )
 def test_glue_s_tasks_are_made(minilm, shared_data, task, train, validation, label):
     glue = shared_data / "glue"
-    kind = find_task(task)
+    kind = TASKS[task]
     rows, parts = read_parts(
         kind,
         str(glue / f"{task}_train.jsonl.gz"),
