@@ -12,6 +12,8 @@ import pytest
 import lowrank_optax
 from lowrank_optax import LowRankDimensionNumbers
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
 D, L, N, K, H, F, V, E = 48, 3, 4, 2, 16, 96, 256, 6
 
 

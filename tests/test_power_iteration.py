@@ -9,6 +9,8 @@ import pytest
 import lowrank_optax
 from tests import references
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
 RANK = 3
 
 

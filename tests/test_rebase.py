@@ -13,6 +13,8 @@ from lowrank_optax import REBASE_RULES
 from lowrank_optax.rules.rebase import random_transfer, transfer
 from tests import references
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
 STEPS, ROWS, COLUMNS, RANK = 51, 9, 6, 3
 RULES = {
     **REBASE_RULES,
