@@ -45,7 +45,7 @@ def evaluate_answers(
 
     Returns:
         - gsm8k: see :func:`experiments.tasks.exact_match.exact_match`; solutions are
-          decoded greedily.
+          decoded greedily, with no solved problem before them.
         - commonsense: see :func:`experiments.tasks.choices.choice_accuracy`.
         - completion: ``token_accuracy``, the share of the answers' tokens, the end
           included, that are the likeliest behind those before; ``exact_match``, the

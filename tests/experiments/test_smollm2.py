@@ -12,6 +12,8 @@ from experiments.model.generate import generate_batch
 from experiments.model.hugging_face import load_llama
 from experiments.model.llama import apply
 from experiments.model.pretrained import find_model
+from experiments.tasks.answers import Exchange, Prompts, chat_of
+from experiments.tasks.likelihood import likelihoods
 from tests.experiments.references import smollm2
 
 pytest.importorskip("gguf", reason="needs the package gguf")
@@ -53,9 +55,42 @@ def test_conversations_are_rendered_as_by_transformers(tokenizer):
     assert [x.tolist() for x in ids] == STORED["chat_ids"]
 
 
+def test_a_question_is_the_users_message(tokenizer):
+    prompts = Prompts("gsm8k", tokenizer, chat_of(tokenizer, "auto"))
+    (pair,) = prompts.encode([Exchange("What is 1 + 1?", "2")])
+
+    asked = (
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by "
+        "Hugging Face<|im_end|>\n<|im_start|>user\nWhat is 1 + 1?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    (prompt,) = tokenizer.chat.encode_batch([asked])
+    assert pair.prompt.tolist() == prompt.tolist()
+    # The line end that the template writes behind the end is not learned.
+    end = tokenizer.chat.end
+    assert pair.answer.tolist() == [*tokenizer.encode("2"), end]
+    assert set(prompts.stop_ids) == {end, tokenizer.end_of_document}
+
+
+@pytest.fixture(scope="module")
+def model(path):
+    return load_llama(path)
+
+
 @pytest.mark.slow
-def test_greedy_tokens_are_those_of_transformers(path, tokenizer):
-    config, params = load_llama(path)
+def test_choices_are_as_likely_as_transformers_finds_them(model, tokenizer):
+    texts = [(smollm2.ASKED, choice) for choice in smollm2.CHOICES]
+    pairs = Prompts("commonsense", tokenizer).encode_plain(texts)
+    sums = likelihoods(*model, pairs, batch_size=len(pairs)).sums
+
+    # Logits of size 10, of 30 layers in float32, and up to 4 tokens of them.
+    np.testing.assert_allclose(sums, STORED["likelihoods"], atol=4e-3)
+    assert np.argmax(sums) == 0
+
+
+@pytest.mark.slow
+def test_greedy_tokens_are_those_of_transformers(model, tokenizer):
+    config, params = model
     stored = STORED["continuations"]
     prompts = [tokenizer.encode(prompt) for prompt in smollm2.PROMPTS]
     assert [ids.tolist() for ids in prompts] == [x["prompt"] for x in stored]

@@ -38,6 +38,8 @@ CONVERSATIONS = [
     ],
 ]
 NEW_TOKENS = 30
+ASKED = "Question: What do bees make out of nectar?\nAnswer:"
+CHOICES = [" honey", " milk and butter", " salt", " 12 stones"]
 
 
 def main(path: Path) -> None:
@@ -68,6 +70,13 @@ def main(path: Path) -> None:
         logits = found.logits[0, -1, :8].tolist()
         return {"prompt": prompt, "tokens": new, "last_logits": logits}
 
+    def likelihood(prompt, answer):
+        prompt, whole = ids(prompt), ids(prompt + answer)
+        with torch.no_grad():
+            log_probs = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+        places = range(len(prompt), len(whole))
+        return sum(log_probs[i - 1, whole[i]].item() for i in places)
+
     def rendered(messages, is_asked):
         return tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=is_asked
@@ -96,6 +105,7 @@ def main(path: Path) -> None:
             for messages in CONVERSATIONS
         ],
     }
+    stored["likelihoods"] = [likelihood(ASKED, choice) for choice in CHOICES]
     tokenizer.backend_tokenizer.encode_special_tokens = False
     chats = [text for pair in stored["rendered"] for text in pair]
     encode = tokenizer.backend_tokenizer.encode
