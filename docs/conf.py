@@ -25,6 +25,7 @@ extensions = [
     "mathml",
     "public_names",
     "quantity_tables",
+    "tuning_tables",
 ]
 exclude_patterns = ["_build", "_ext", "figures/*.py"]
 html_math_renderer = "mathml"

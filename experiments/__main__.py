@@ -2,6 +2,7 @@
 
 COMMANDS = {
     "pretrain_llama": "train a LLaMA on text with a low-rank optimizer",
+    "finetune": "fine-tune a pre-trained encoder or LLaMA on a task",
     "generate": "continue a text with a trained model",
     "evaluate": "loss, perplexity and bits per byte of a trained model on a text",
     "export": "write a checkpoint as a Hugging Face directory",

@@ -34,6 +34,8 @@ SHOWN = [
     for page, text in TEXTS.items()
     for words in commands(text)
 ]
+# Target of make, and the command that it gives ARGS to.
+_WITH_FLAGS = {"pretrain": "pretrain_llama", "finetune": "finetune"}
 _NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 
 
@@ -101,8 +103,9 @@ def test_a_command_exists(words):
         targets = [word for word in words[1:] if "=" not in word and word[0] != "-"]
         assert set(targets) <= _targets()
         given = dict(word.split("=", 1) for word in words if "=" in word)
-        if targets == ["pretrain"]:
-            _check_flags("experiments.pretrain_llama", given.get("ARGS", ""))
+        for target, command in _WITH_FLAGS.items():
+            if targets == [target]:
+                _check_flags(f"experiments.{command}", given.get("ARGS", ""))
     elif words[0].endswith("python") and words[1:2] == ["-m"]:
         assert importlib.util.find_spec(words[2])
         if words[2].startswith("experiments."):
@@ -124,8 +127,8 @@ def test_each_flag_that_a_page_names_is_one_of_a_command(page, flags):
 
 @pytest.fixture(scope="module")
 def flags() -> set[str]:
-    """Those of the experiment, of the benchmarks and of TensorBoard."""
-    known = {"--logdir"}
+    """Those of the experiment, of the benchmarks, of TensorBoard and of pip."""
+    known = {"--logdir", "--no-deps"}
     for path in (ROOT / "benchmarks").rglob("*.py"):
         known.update(re.findall(r'"(--[a-z][\w-]*)"', path.read_text("utf-8")))
     return known.union(*(flags_of(f"experiments.{name}") for name in COMMANDS))

@@ -9,6 +9,8 @@ import pytest
 
 import lowrank_optax
 from experiments.__main__ import COMMANDS
+from experiments.optim.methods import OPTIMIZERS
+from experiments.tasks.table import TASKS
 from tests.pages import ROOT, flags_of
 from tests.site import Page, built_site
 
@@ -42,13 +44,21 @@ def test_every_public_name_is_in_the_reference(site):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_flag_of_a_command_is_on_the_page_of_the_experiment(command, site, pages):
+def test_every_flag_of_a_command_is_on_its_page(command, site, pages):
     flags = flags_of(f"experiments.{command}") - {"--help"}
     assert flags
     if command == "plan_memory":
         flags -= flags_of("experiments.pretrain_llama")
-    anchors = pages[site / "experiments.html"].anchors
+    name = "finetuning" if command == "finetune" else "experiments"
+    anchors = pages[site / f"{name}.html"].anchors
     assert {f"cmdoption-{command}-{flag[2:]}" for flag in flags} <= anchors
+
+
+def test_the_tables_of_fine_tuning_have_each_task_and_each_optimizer(site):
+    html = (site / "finetuning.html").read_text(encoding="utf-8")
+    rows = re.findall(r"<tr[^>]*>\s*<td>(.*?)</td>", html, re.DOTALL)
+    first = [re.sub("<[^>]*>", "", cell).strip() for cell in rows]
+    assert {*TASKS, *OPTIMIZERS} <= {*first}
 
 
 def _problem(href: str, path: Path, pages: dict[Path, Page]) -> str | None:

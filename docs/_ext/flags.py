@@ -44,13 +44,15 @@ class Flags(SphinxDirective):
     def _flags(self, group: type) -> Iterator[str]:
         """Yields Markdown that documents the fields of one group."""
         hints = typing.get_type_hints(group, include_extras=True)
-        own = inspect.get_annotations(group)
         yield "```{eval-rst}"
         yield f".. program:: {self.options['command']}"
         yield ""
         for field in dataclasses.fields(group):
-            if field.name in own:
-                yield from _option(group, field, list(_parts(hints[field.name])))
+            # A base has the flags whose defaults are those of another command too.
+            own = next(
+                x for x in group.__mro__ if field.name in inspect.get_annotations(x)
+            )
+            yield from _option(own, field, list(_parts(hints[field.name])))
         yield "```"
 
 
@@ -58,7 +60,7 @@ def _option(group: type, field: dataclasses.Field, parts: list[Any]) -> Iterator
     """Yields reStructuredText that documents one field.
 
     Args:
-        group: Dataclass that defines the field.
+        group: Dataclass that annotates the field.
         field: The field.
         parts: What its type is made of.
     """

@@ -1,22 +1,24 @@
-"""``quantities NAME``: a table of what a run writes, from the place that lists it."""
+"""``quantities MODULE.NAME``: what a run writes, from the place that lists it."""
 
+import importlib
 import re
 
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from experiments.run import quantities
+from experiments.run.quantities import markdown_table
 
 
 class Quantities(SphinxDirective):
-    """Shows ``LINE`` or ``SUMMARY`` of :mod:`experiments.run.quantities`."""
+    """Shows quantities, such as ``LINE`` of :mod:`experiments.run.quantities`."""
 
     required_arguments = 1
 
     def run(self) -> list[nodes.Node]:
         """Returns the table."""
-        table = quantities.markdown_table(getattr(quantities, self.arguments[0]))
+        module, _, name = self.arguments[0].rpartition(".")
+        table = markdown_table(getattr(importlib.import_module(module), name))
         return self.parse_text_to_nodes(re.sub(r"(--[a-z][\w-]*)", r"`\1`", table))
 
 
