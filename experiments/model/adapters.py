@@ -139,7 +139,8 @@ def check_adapter_rank(params: Any, rank: int) -> None:
 
 
 def block_matrices(params: Any) -> dict[str, jax.Array]:
-    """Returns the block matrices, (*stack, n, m) each, by their paths."""
+    """Returns the block matrices, (*stack, n, m) each, by their paths in the model."""
+    params = params["model"] if has_adapters(params) else params
     groups = jax.tree.leaves(parameter_groups(params))
     leaves = zip(jax.tree.leaves_with_path(params), groups, strict=True)
     return {_name(path): leaf for (path, leaf), group in leaves if group == "blocks"}

@@ -44,8 +44,13 @@ _RULES = (
     ),
     Rule(
         ("save_adapter",),
-        lambda c, m: m.adapters in ("lora", "relora") and c.save_adapter is not None,
+        lambda c, m: m.adapters == "lora" and c.save_adapter is not None,
         "{c.optimizer} has adapters of --rank, which are written",
+    ),
+    Rule(
+        ("save_adapter",),
+        lambda c, m: m.adapters == "low_rank" and c.save_adapter is not None,
+        "{c.optimizer} begins with other matrices than those of the model",
     ),
 )
 

@@ -115,7 +115,7 @@ class AdapterFlags:
 
     #: Write what training changed as an adapter in PEFT's layout, to adapter/ in --out:
     #: a rank, 1 or more; or the share of each change's squared norm to keep, above 0
-    #: and below 1. lora and relora write their own adapters in any case.
+    #: and below 1. lora writes its own adapters in any case.
     save_adapter: Positive | None = None
 
 

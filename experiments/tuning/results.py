@@ -9,6 +9,7 @@ from experiments.model.encoder_files import save_encoder
 from experiments.model.extraction import extract
 from experiments.model.hugging_face import save_llama
 from experiments.model.peft import save_peft_adapter
+from experiments.model.pretrained import find_model
 from experiments.optim.methods import OPTIMIZERS
 from experiments.run.parts import Parts
 from experiments.run.step import make_eval_step, replicate, shard_batch
@@ -47,7 +48,7 @@ def save_models(parts: Parts[Any], trained: Trained) -> Saved:
     config, directory = parts.config, parts.directory
     if config.save_weights:
         _save_weights(parts, directory / WEIGHTS, merged(trained.params))
-    if OPTIMIZERS[config.optimizer].adapters in ("lora", "relora"):
+    if OPTIMIZERS[config.optimizer].adapters == "lora":
         _save_adapter(parts, trained.params)
         return Saved(None, [f"adapter in {directory / ADAPTER}"])
     if config.save_adapter is None:
@@ -55,7 +56,7 @@ def save_models(parts: Parts[Any], trained: Trained) -> Saved:
     is_rank = config.save_adapter >= 1
     extracted = extract(
         merged(trained.params),
-        parts.initial_params(),
+        merged(parts.initial_params()),
         rank=int(config.save_adapter) if is_rank else None,
         energy=None if is_rank else config.save_adapter,
     )
@@ -80,7 +81,7 @@ def _save_weights(parts: Parts[Any], directory: Path, params: Any) -> None:
 
 
 def _save_adapter(parts: Parts[Any], params: Any) -> None:
-    base = str(parts.config.model)
+    base = str(find_model(parts.config.model))
     directory = parts.directory / ADAPTER
     save_peft_adapter(directory, params, parts.work.model, base, replace=True)
 

@@ -7,7 +7,13 @@ import optax
 import pytest
 
 from experiments.errors import UserError
-from experiments.model.adapters import has_adapters, merged, restarted, with_adapters
+from experiments.model.adapters import (
+    check_adapter_rank,
+    has_adapters,
+    merged,
+    restarted,
+    with_adapters,
+)
 from experiments.model.encoder import init_encoder
 from experiments.model.encoder_shape import EncoderConfig
 from experiments.model.groups import parameter_groups
@@ -192,3 +198,9 @@ def test_an_encoders_pooler_is_replaced_by_its_nearest_product(encoder):
 def test_a_rank_above_a_side_is_refused(encoder, rank):
     with pytest.raises(UserError, match=rf"rank {rank} does not fit .* from 1 to 16"):
         with_adapters(encoder, "lora", rank, jax.random.key(1))
+
+
+def test_matrices_beside_adapters_say_which_ranks_fit(tuning):
+    check_adapter_rank(tuning, 16)
+    with pytest.raises(UserError, match="rank 17 does not fit"):
+        check_adapter_rank(tuning, 17)

@@ -14,6 +14,8 @@ from experiments.model.encoder_shape import EncoderConfig
 from experiments.model.extraction import extract, left_out
 from experiments.model.llama import init_params
 from experiments.model.shape import LlamaConfig
+from experiments.tuning.config import unused
+from experiments.tuning.flags import TuningConfig
 
 SIZES: dict[str, Any] = {
     "vocab_size": 11,
@@ -135,6 +137,15 @@ def test_what_is_out_of_range_is_one_line(options, message):
     with pytest.raises(UserError, match=message) as error:
         extract(AFTER["encoder"], BEFORE["encoder"], **options)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "is_refused"),
+    [("galore", False), ("relora", False), ("lora", True), ("low_rank", True)],
+)
+def test_what_has_no_change_of_the_matrices_saves_no_adapter(optimizer, is_refused):
+    config = TuningConfig(optimizer=optimizer, save_adapter=4)
+    assert ("save_adapter" in unused(config)) == is_refused
 
 
 def test_a_change_that_is_not_finite_is_one_line():
