@@ -11,9 +11,11 @@ import orbax.checkpoint as ocp
 import tyro
 
 from experiments.arguments import check_ranges
+from experiments.data.gguf_reader import is_gguf
 from experiments.data.tokenizers import Tokenizer, find_tokenizer, load_tokenizer
 from experiments.errors import UserError
 from experiments.model.adapters import merged
+from experiments.model.config_file import read_config
 from experiments.model.hugging_face import load_llama, read_shape
 from experiments.model.llama import Params, init_params
 from experiments.model.pretrained import find_model
@@ -108,12 +110,19 @@ def _of_run(flags: SourceFlags, steps: list[int]) -> Loaded:
         config = dataclasses.replace(config, tokenizer=flags.tokenizer)
     tokenizer = load_tokenizer(config.tokenizer or "bytes")
     weights = config.initial_weights
-    shape = read_shape(weights) if weights else None
+    shape = _shape_of(weights) if weights else None
     model, params = _restored(
         path / "state", config, model_of(config, tokenizer.vocab_size, shape)
     )
     name = f"{flags.source}, step {step}"
     return Loaded(name, model, merged(params), tokenizer, config)
+
+
+def _shape_of(weights: Path) -> LlamaConfig:
+    """Returns the shape of what a run began from; its tensors may be gone."""
+    if is_gguf(weights):
+        return read_shape(weights)
+    return read_config(weights / "config.json")
 
 
 def _chosen_step(flags: SourceFlags, steps: list[int]) -> int:

@@ -11,6 +11,7 @@ from experiments import evaluate, export, generate
 from experiments.__main__ import COMMANDS
 from experiments.__main__ import main as overview
 from experiments.model.hugging_face import load_llama
+from experiments.run import load
 from tests.experiments.small_runs import one_error_line, run
 
 
@@ -148,3 +149,9 @@ def test_the_overview_lists_every_command(capsys):
     files = Path(evaluate.__file__).parent.glob("*.py")
     found = {path.stem for path in files if "sys.exit(main())" in path.read_text()}
     assert set(COMMANDS) == found
+
+
+def test_what_a_run_began_from_has_a_shape_without_its_tensors(trained, tmp_path):
+    shutil.copy(trained / "weights/config.json", tmp_path)
+
+    assert load._shape_of(tmp_path) == load_llama(trained / "weights")[0]
