@@ -81,7 +81,8 @@ def model(path):
 def test_choices_are_as_likely_as_transformers_finds_them(model, tokenizer):
     texts = [(smollm2.ASKED, choice) for choice in smollm2.CHOICES]
     pairs = Prompts("commonsense", tokenizer).encode_plain(texts)
-    sums = likelihoods(*model, pairs, batch_size=len(pairs)).sums
+    config, params = model
+    sums = likelihoods(config, params, pairs, batch_size=len(pairs)).sums
 
     # Logits of size 10, of 30 layers in float32, and up to 4 tokens of them.
     np.testing.assert_allclose(sums, STORED["likelihoods"], atol=4e-3)
