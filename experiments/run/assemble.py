@@ -65,6 +65,7 @@ def assemble(config: Config, report: Callable[[str], None]) -> Parts[TextWork]:
     tx = build_optimizer(config, schedule, config.seed, config.accumulate)
     params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     check_projects(config, params, tx, [model.hidden_size])
+    initial_params = functools.partial(_initial_params, model, config, weights, mesh)
     return Parts(
         settings=PRETRAINING,
         config=config,
@@ -73,7 +74,8 @@ def assemble(config: Config, report: Callable[[str], None]) -> Parts[TextWork]:
         schedule=schedule,
         tx=tx,
         mesh=mesh,
-        initial_params=functools.partial(_initial_params, model, config, weights, mesh),
+        initial_params=initial_params,
+        param_shapes=jax.eval_shape(initial_params),
         resumed=resumed,
         changed=changed,
     )

@@ -37,6 +37,7 @@ class Parts(Generic[SomeWork]):
         tx: The optimizer.
         mesh: The devices.
         initial_params: Returns the parameters of step 0, one copy per device.
+        param_shapes: Their shapes and dtypes.
         resumed: The record of the checkpoint to continue from; None: a fresh run.
         changed: What is computed otherwise from there on, see
             :mod:`experiments.run.changes`.
@@ -50,6 +51,7 @@ class Parts(Generic[SomeWork]):
     tx: optax.GradientTransformation
     mesh: Mesh
     initial_params: Callable[[], Any]
+    param_shapes: Any
     resumed: RunRecord | None
     changed: Changes
 
@@ -60,11 +62,10 @@ class Parts(Generic[SomeWork]):
 
     def abstract_state(self) -> tuple[Any, Any]:
         """Returns parameters and optimizer state as shapes with shardings."""
-        params = jax.eval_shape(self.initial_params)
         whole = NamedSharding(self.mesh, PartitionSpec())
         return jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
-            (params, jax.eval_shape(self.tx.init, params)),
+            (self.param_shapes, jax.eval_shape(self.tx.init, self.param_shapes)),
         )
 
 

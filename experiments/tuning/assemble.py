@@ -11,10 +11,10 @@ import jax.numpy as jnp
 
 from experiments.data.tokenizers import find_tokenizer, load_tokenizer
 from experiments.errors import UserError
-from experiments.model.adapters import with_adapters
+from experiments.model.adapters import check_adapter_rank, with_adapters
 from experiments.model.encoder_files import load_encoder, read_encoder_shape
 from experiments.model.encoder_shape import EncoderConfig
-from experiments.model.hugging_face import load_llama
+from experiments.model.hugging_face import load_llama, read_shape
 from experiments.model.pretrained import find_model, kind_of
 from experiments.optim.build import build_optimizer
 from experiments.optim.methods import OPTIMIZERS
@@ -76,6 +76,8 @@ def assemble(
     initial_params = functools.partial(_initial_params, config, load, mesh)
     params = jax.eval_shape(initial_params)
     check_frozen(config, params)
+    if config.save_adapter is not None and config.save_adapter >= 1:
+        check_adapter_rank(params, int(config.save_adapter))
     tx = build_optimizer(
         config,
         schedule,
@@ -95,6 +97,7 @@ def assemble(
         tx=tx,
         mesh=mesh,
         initial_params=initial_params,
+        param_shapes=params,
         resumed=resumed,
         changed=changed,
     )
@@ -163,7 +166,7 @@ def _numerics(config: TuningConfig, model: EncoderConfig) -> EncoderConfig:
 
 
 def _answer_work(config, path, task, rows, validation):
-    model, params = load_llama(path)
+    model = read_shape(path)
     tokenizer = load_tokenizer(str(find_tokenizer(path) or "bytes"))
     chat = None if config.prompt == "plain" else tokenizer.chat
     if config.prompt == "chat" and chat is None:
@@ -212,7 +215,7 @@ def _answer_work(config, path, task, rows, validation):
             for name, part in validation.items()
         },
         columns=(columns[0], answer),
-    ), lambda: params
+    ), lambda: load_llama(path)[1]
 
 
 def _head_schedule(config: TuningConfig, task: TaskKind):

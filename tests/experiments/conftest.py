@@ -82,3 +82,21 @@ def stop_at(monkeypatch):
         monkeypatch.setattr(TrainingProgress, "advance", advance)
 
     return arrange
+
+
+@pytest.fixture
+def die_at(monkeypatch):
+    """Ends a run at a step as if it were killed: nothing more is saved."""
+
+    class KilledError(BaseException):
+        pass
+
+    def arrange(step):
+        def advance(self, now):
+            if now == step:
+                raise KilledError
+
+        monkeypatch.setattr(TrainingProgress, "advance", advance)
+        return KilledError
+
+    return arrange

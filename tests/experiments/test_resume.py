@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from experiments.run.files import checkpoint_steps
-from experiments.run.terminal import TrainingProgress
 from tests.experiments.small_runs import (
     assert_same_run,
     one_error_line,
@@ -49,24 +48,6 @@ def half(finished, tmp_path):
 
 def read(directory, name="summary.json"):
     return json.loads((directory / name).read_text())
-
-
-@pytest.fixture
-def die_at(monkeypatch):
-    """Ends a run at a step as if it were killed: nothing more is saved."""
-
-    class KilledError(BaseException):
-        pass
-
-    def arrange(step):
-        def advance(self, now):
-            if now == step:
-                raise KilledError
-
-        monkeypatch.setattr(TrainingProgress, "advance", advance)
-        return KilledError
-
-    return arrange
 
 
 def test_the_same_command_recovers_a_run_killed_before_its_first_checkpoint(

@@ -1,0 +1,278 @@
+"""Fine-tuning runs: what they learn, leave behind, refuse, and how they go on."""
+
+import json
+import re
+import statistics
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.model.adapters import merged
+from experiments.model.encoder import apply_encoder
+from experiments.model.encoder_files import load_encoder
+from experiments.model.hugging_face import load_llama
+from experiments.model.peft import load_peft_adapter
+from experiments.run.files import checkpoint_steps
+from experiments.tuning.quantities import LINE, SUMMARY
+from tests.experiments.small_runs import (
+    assert_same_run,
+    one_error_line,
+    read_lines,
+    read_state,
+)
+from tests.experiments.small_tasks import write_rows
+from tests.experiments.small_tuning import tune, write_inputs
+
+pytestmark = pytest.mark.usefixtures("one_device", "fast_compilation")
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory, inputs):
+    # Programs are kept by the fixture of the other command.
+    del inputs
+    return write_inputs(tmp_path_factory.mktemp("tuning"))
+
+
+@pytest.fixture(scope="module")
+def tuned(flags, tmp_path_factory):
+    """The directory of a run of 8 steps, 1 1/3 epochs, with a checkpoint at 4."""
+    out = tmp_path_factory.mktemp("tuned") / "out"
+    saved = ["--save-weights", "--save-adapter", 4, "--checkpoint-every", 4]
+    with pytest.MonkeyPatch.context() as patch:
+        device = jax.local_devices()[:1]
+        patch.setattr(jax, "local_devices", lambda: device)
+        assert tune(*flags, *saved, "--out", out) == 0
+    return out
+
+
+def read(directory, name="summary.json"):
+    return json.loads((directory / name).read_text())
+
+
+def _norms(matrices):
+    return np.linalg.norm(matrices, axis=(-2, -1))
+
+
+def params_of(directory, step):
+    state = read_state(directory, step)
+    return {k: v for k, v in state.items() if k.startswith("['params']")}
+
+
+def test_a_run_says_what_it_has_come_to(tuned):
+    summary, lines = read(tuned), read_lines(tuned)
+    assert list(summary) == [quantity.name for quantity in SUMMARY]
+    assert {x for line in lines for x in line} <= {quantity.name for quantity in LINE}
+    validations = {x["step"]: x for x in lines if "validation_metric" in x}
+    # One before the first step, one each epoch of 6 steps, and one at the end.
+    assert list(validations) == [0, 6, 8]
+    assert summary["last_metric"] == validations[8]["validation_metric"]
+    assert summary["last_metrics"] == validations[8]["validation_metrics"]
+    best = max((6, 8), key=lambda step: validations[step]["validation_metric"])
+    assert summary["best_step"] == best
+    assert summary["metric"] == "accuracy"
+    assert summary["epoch"] == pytest.approx(8 / 6)
+    assert summary["compilations"] <= len(summary["bucket_lengths"])
+    # Examples of 3 to 21 letters between two special tokens.
+    assert summary["tokens"] < 8 * 8 * 23
+    assert 4 <= summary["effective_rank"] <= 8
+    for name in ("loss.png", "memory.png", "first_spectra.png"):
+        assert (tuned / "figures" / name).stat().st_size > 0
+
+
+def test_a_run_learns(flags, tmp_path):
+    learn = ["--steps", 60, "--eval-every", 60, "--learning-rate", 1e-2, "--dropout", 0]
+    assert tune(*flags, *learn, "--optimizer", "adamw", "--out", tmp_path / "a") == 0
+    summary = read(tmp_path / "a")
+    # It was 1; a guess is right in half of them.
+    assert summary["last_metric"] > 0.8 > summary["initial_metric"]
+
+
+def test_what_was_killed_in_an_epoch_is_resumed_bit_for_bit(
+    flags, tuned, tmp_path, die_at
+):
+    out = tmp_path / "out"
+    with pytest.raises(die_at(6)):
+        tune(*flags, "--checkpoint-every", 4, "--out", out)
+    assert checkpoint_steps(out) == [4]
+    die_at(None)
+    assert tune("--out", out, "--resume") == 0
+    assert_same_run(tuned, out, 8)
+    ours, theirs = read(tuned), read(out)
+    for name in ("tokens", "effective_rank", "best_step", "last_metrics"):
+        assert ours[name] == theirs[name], name
+
+
+@pytest.mark.slow
+def test_dropout_can_be_left_out(flags, tuned, tmp_path):
+    once = [*flags, "--optimizer", "adamw", "--steps", 1]
+    assert tune(*once, "--dropout", 0, "--out", tmp_path / "a") == 0
+    losses = [line["loss"] for line in read_lines(tmp_path / "a") if "loss" in line]
+    dropped = [line["loss"] for line in read_lines(tuned) if "loss" in line]
+    assert losses[0] != dropped[0]
+    assert losses[0] == pytest.approx(dropped[0], abs=0.1)
+
+
+def test_saved_weights_answer_as_the_tuned_model(tuned):
+    params = params_of(tuned, 8)
+    config, loaded = load_encoder(tuned / "weights", None, jax.random.key(0))
+    for path, leaf in jax.tree.leaves_with_path({"params": loaded}):
+        np.testing.assert_array_equal(leaf, params[jax.tree_util.keystr(path)])
+    settings = read(tuned / "weights", "config.json")
+    assert settings["id2label"] == {"0": "no", "1": "yes"}
+    assert (tuned / "weights/tokenizer.json").exists()
+    assert config.num_labels == 2
+
+
+def test_the_adapter_of_a_run_makes_its_model_of_the_first_one(flags, tuned):
+    base = flags[flags.index("--model") + 1]
+    config, before = load_encoder(base, 2, jax.random.key(0))
+    _, after = load_encoder(tuned / "weights", 2, jax.random.key(0))
+    params, scale = load_peft_adapter(tuned / "adapter", before, config)
+    with_adapter = merged(params, scale)
+    old, new, ours = (
+        tree["blocks"]["mlp"]["up"]["kernel"] for tree in (before, after, with_adapter)
+    )
+    errors = _norms(new - ours) / _norms(new - old)
+    found = read(tuned)["adapter"]
+    # Differences of float32 weights, of which the changes are a hundredth.
+    np.testing.assert_allclose(
+        errors, found["errors"]["blocks.mlp.up.kernel"], atol=1e-4
+    )
+    assert max(errors) < 0.9
+    np.testing.assert_array_equal(
+        with_adapter["classifier"]["kernel"], after["classifier"]["kernel"]
+    )
+    assert set(found["metrics"]) == {"accuracy", "macro_f1"}
+    assert "embeddings.word" in found["left_out"]
+
+
+@pytest.mark.slow
+def test_lora_trains_its_adapters_and_the_head_and_writes_them(flags, tmp_path):
+    out = tmp_path / "out"
+    lora = [*flags, "--optimizer", "lora", "--steps", 2]
+    assert tune(*lora, "--out", out, "--save-weights") == 0
+    base = flags[flags.index("--model") + 1]
+    config, before = load_encoder(base, 2, jax.random.key(0))
+    params, scale = load_peft_adapter(out / "adapter", before, config)
+    _, tuned = load_encoder(out / "weights", 2, jax.random.key(0))
+    np.testing.assert_array_equal(
+        tuned["embeddings"]["word"], before["embeddings"]["word"]
+    )
+    tokens = np.arange(4, 24).reshape(2, 10)
+    ones = np.ones_like(tokens)
+    # Sums of float32 in another order.
+    np.testing.assert_allclose(
+        apply_encoder(config, merged(params, scale), tokens, ones),
+        apply_encoder(config, tuned, tokens, ones),
+        atol=1e-5,
+    )
+    assert read(out)["block_state_bytes"] < read(out)["block_adamw_state_bytes"]
+
+
+def test_frozen_parameters_stay_and_have_no_state(flags, tuned, tmp_path):
+    out = tmp_path / "out"
+    frozen = ["--frozen", "embeddings|attention/query", "--steps", 2]
+    assert tune(*flags, *frozen, "--optimizer", "adamw", "--out", out) == 0
+    base = flags[flags.index("--model") + 1]
+    _, before = load_encoder(base, 2, jax.random.key(0))
+    params = params_of(out, 2)
+    for path, leaf in jax.tree.leaves_with_path({"params": before}):
+        name = jax.tree_util.keystr(path)
+        is_frozen = "embeddings" in name or "['query']" in name
+        if is_frozen:
+            np.testing.assert_array_equal(params[name], leaf, err_msg=name)
+        elif "kernel" in name:
+            assert not np.array_equal(params[name], leaf), name
+    state = [k for k in read_state(out, 2) if k.startswith("['opt_state']")]
+    assert not any("word" in k or "query" in k for k in state)
+    assert any("value" in k for k in state)
+
+
+@pytest.mark.slow
+def test_seeds_have_a_table_of_mean_and_deviation(flags, tmp_path, capsys):
+    out = tmp_path / "out"
+    several = [*flags, "--steps", 2, "--seeds", 2, "--optimizer", "adamw", "--out", out]
+    assert tune(*several) == 0
+    found = read(out, "seeds.json")
+    losses = [read(out / f"seed-{i}")["validation_loss"] for i in (0, 1)]
+    assert losses[0] != losses[1]
+    assert found["mean"]["validation_loss"] == pytest.approx(statistics.mean(losses))
+    deviation = statistics.stdev(losses)
+    assert found["deviation"]["validation_loss"] == pytest.approx(deviation)
+    assert "deviation" in capsys.readouterr().out
+    # What is done is not done again.
+    assert tune(*several, "--resume") == 0
+    assert "at first" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ("--task mrcp", "'mrcp' is not known.*did you mean mrpc?"),
+        ("--task gsm8k", "--task gsm8k needs a LLaMA.* is an encoder"),
+        ("--label-column lable", "lable.*label, text|lable.*text, label"),
+        ("--epochs 2", "--steps 8 and --epochs 2 both say how long"),
+        ("--save-adapter 17", "rank 17 does not fit.*16"),
+        ("--save-adapter 2.5", "2.5 is neither a rank nor a share"),
+        (
+            "--frozen nothing_here",
+            "finds no parameter; their names are .*pooler/kernel",
+        ),
+        ("--frozen (", "is not a regular expression"),
+        ("--frozen .", "--frozen . leaves nothing to train"),
+        ("--max-length 99", "99.*32"),
+        ("--prompt chat", "--prompt has no effect: --task classification trains"),
+        ("--answer-tokens 3", "--answer-tokens has no effect"),
+        ("--model nowhere", "nowhere is no model; give minilm"),
+        ("--batch-size 0", "--batch-size must be at least 1, not 0"),
+        ("--rank 16", "--rank 16.*leaves every block matrix at full size"),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_is_written(
+    flags, mistake, message, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    assert tune(*flags, "--out", out, *mistake.split(" ", 1)) == 2
+    assert re.search(message, one_error_line(capsys))
+    assert not out.exists()
+
+
+def test_other_examples_are_not_gone_on_with(flags, tuned, tmp_path, capsys):
+    path = tmp_path / "other.jsonl"
+    train = Path(flags[flags.index("--train") + 1])
+    lines = train.read_text().splitlines(keepends=True)
+    path.write_text("".join(reversed(lines)))
+    assert tune("--out", tuned, "--resume", "--steps", 9, "--train", path) == 2
+    assert "other text than the run" in one_error_line(capsys)
+
+
+def test_an_encoder_needs_examples_of_the_task(capsys):
+    assert tune("--task", "mrpc") == 2
+    assert "mrpc has no examples of its own; give --train" in one_error_line(capsys)
+
+
+def test_a_llama_is_tuned_on_answers_and_its_adapter_is_saved(tmp_path, inputs):
+    model = inputs[inputs.index("--initial-weights") + 1]
+    rows = [
+        {"prompt": f"{i} is", "completion": "odd" if i % 2 else "even"}
+        for i in range(24)
+    ]
+    out = tmp_path / "out"
+    flags = {
+        **{"--task": "completion", "--model": model, "--optimizer": "galore"},
+        **{"--train": write_rows(tmp_path / "rows.jsonl", rows), "--batch-size": 8},
+        **{"--steps": 3, "--eval-examples": 2, "--save-adapter": 0.9, "--out": out},
+        **{"--learning-rate": 1e-2, "--gradients": "full"},
+    }
+    assert tune(*(word for pair in flags.items() for word in pair)) == 0
+    summary = read(out)
+    assert list(summary["last_metrics"]) == ["token_accuracy", "exact_match"]
+    # Of "even" and "odd" and the end alone: the prompt has no weight.
+    assert summary["tokens"] <= 3 * 8 * 5
+    config, params = load_llama(model)
+    assert load_peft_adapter(out / "adapter", params, config)
+    assert max(summary["adapter"]["errors"]["blocks.mlp.up"]) <= 0.1**0.5 + 1e-3
+    lines = read_lines(out)
+    assert lines[-1]["validation_loss"] < lines[0]["validation_loss"]
