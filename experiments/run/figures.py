@@ -54,7 +54,7 @@ def _loss(records, summary):
     axes.plot(*_curve(records, "validation_loss"), marker="o", label="validation")
     axes.set(
         xlabel="step",
-        ylabel="loss (nats per token)",
+        ylabel="loss (nats)",
         title=f"{summary['model']}, {summary['optimizer']}",
     )
     axes.grid(alpha=0.3)

@@ -6,7 +6,7 @@ concurrency, files, text, numbers or debugging. The modules of the validation ro
 others than those of the training rows, so that it takes the sense of a paragraph, and
 not a module's vocabulary, to name its part.
 
-About 2,000 training and 400 validation rows of 8 to 24 words, some 20 tokens each; they
+About 1,200 training and 400 validation rows of 8 to 24 words, some 20 tokens each; they
 differ a little between versions of Python. Classes have nearly equal shares in the
 validation rows: whoever always gives the same answer is right in one of six, 16.7 %.
 With Python 3.11.7 a linear classifier of words and pairs of words (TF-IDF) was right in
@@ -55,7 +55,7 @@ _MODULES = {
         "base64 configparser csv json shlex textwrap",
     ),
 }
-_MOST_TRAIN, _MOST_VALIDATION = 350, 70
+_MOST_TRAIN, _MOST_VALIDATION = 200, 70
 _WORDS = range(8, 25)
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _TESTS = {"test", "tests"}
@@ -64,7 +64,7 @@ _TESTS = {"test", "tests"}
 def embedded_rows(root: Path | None = None) -> tuple[Rows, Rows]:
     """Reads the rows, ``text`` and ``label`` each, to train and to validate on.
 
-    The same Python version gives the same rows in the same order. At most 350 and 70
+    The same Python version gives the same rows in the same order. At most 200 and 70
     of a class are taken, by a hash of the text.
 
     Args:

@@ -13,7 +13,7 @@ def parts():
 
 def test_the_set_has_balanced_classes(parts):
     train, validation = parts
-    assert 1900 <= len(train) <= 2100
+    assert 1150 <= len(train) <= 1200
     assert 400 <= len(validation) <= 420
     for rows in (train, validation):
         shares = Counter(rows.column("label", ""))
