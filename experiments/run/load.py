@@ -105,7 +105,13 @@ def _of_run(flags: SourceFlags, steps: list[int]) -> Loaded:
             f"the checkpoint {path} is damaged: {damage}; choose another one of "
             f"--checkpoint {', '.join(map(str, steps))}"
         )
-    config = PRETRAINING.from_json(record_of(path).config)
+    saved = record_of(path).config
+    if "task" in saved:
+        raise UserError(
+            f"{flags.source} is a fine-tuning run; give {flags.source / 'weights'}, "
+            "which it has with --save-weights"
+        )
+    config = PRETRAINING.from_json(saved)
     if flags.tokenizer is not None:
         config = dataclasses.replace(config, tokenizer=flags.tokenizer)
     tokenizer = load_tokenizer(config.tokenizer or "bytes")

@@ -11,27 +11,22 @@ from experiments.model.adapters import merged
 from experiments.model.llama import apply
 from experiments.model.shape import LlamaConfig
 from experiments.run.step import mean_loss, summed_token_loss
-from experiments.run.work import Batch, Criterion, Evaluate
+from experiments.run.work import Batch, Evaluate
 from experiments.tasks.answer_metrics import evaluate_answers
 from experiments.tasks.answers import Prompts
 from experiments.tasks.rows import Rows
-from experiments.tasks.table import TaskKind
-from experiments.tasks.task_data import TaskData
-from experiments.tuning.flags import TuningConfig
 from experiments.tuning.frozen import without_frozen
-from experiments.tuning.numbers import in_words, numbers
+from experiments.tuning.numbers import numbers
+from experiments.tuning.work import TuningWork
 
 
 @dataclasses.dataclass(frozen=True)
-class AnswerWork:
+class AnswerWork(TuningWork):
     """A LLaMA and its answers; see :class:`experiments.run.work.Work`.
 
     The loss is the cross entropy of the answers' tokens, in nats.
 
     Attributes:
-        config: Of the run, completed.
-        task: Of kind "answer".
-        data: The examples, encoded.
         model: Shape of the model.
         tokenizer: Of the model.
         prompts: How the model is asked.
@@ -39,47 +34,14 @@ class AnswerWork:
         columns: Of the question and of the answer.
     """
 
-    config: TuningConfig
-    task: TaskKind
-    data: TaskData
     model: LlamaConfig
     tokenizer: Tokenizer
     prompts: Prompts
     rows: Mapping[str, Rows]
     columns: tuple[str, str]
 
-    @property
-    def description(self) -> str:
-        return self.data.description
-
-    @property
-    def digest(self) -> str:
-        return self.data.digest
-
-    @property
-    def data_flag(self) -> str:
-        return f"--train {self.config.train}"
-
-    @property
-    def criterion(self) -> Criterion:
-        return Criterion("validation_metric", is_larger_better=True)
-
-    @property
-    def first_batches(self) -> list[dict[str, jax.ShapeDtypeStruct]]:
-        return []
-
-    @property
-    def flops_per_token(self) -> None:
-        return None
-
-    def train_iterator(self) -> Any:
-        return self.data.train_iterator()
-
     def tokens_of(self, batch: Batch) -> int:
         return int(batch["weights"].sum())
-
-    def epochs(self, step: int) -> float:
-        return step / self.data.steps_per_epoch
 
     def loss(self, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         return self.evaluate(without_frozen(self.config, params), batch)
@@ -105,13 +67,6 @@ class AnswerWork:
             for split, rows in self.rows.items()
         }
         return numbers(loss, metrics)
-
-    def told(self, numbers: Mapping[str, Any]) -> str:
-        return in_words(numbers)
-
-    def warning(self, numbers: Mapping[str, Any]) -> str | None:
-        del numbers
-        return None
 
     def _apply(self, params: Any, tokens: jax.Array) -> jax.Array:
         return apply(self.model, merged(params), tokens)

@@ -1,7 +1,6 @@
 """The work of tuning an encoder: predict the label of each example."""
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,68 +13,30 @@ from experiments.model.adapters import merged
 from experiments.model.encoder import apply_encoder
 from experiments.model.encoder_shape import EncoderConfig
 from experiments.run.step import mean_loss
-from experiments.run.work import Batch, Criterion, Evaluate
+from experiments.run.work import Batch, Evaluate
 from experiments.tasks.metrics import score
-from experiments.tasks.table import TaskKind
-from experiments.tasks.task_data import TaskData
-from experiments.tuning.flags import TuningConfig
 from experiments.tuning.frozen import without_frozen
-from experiments.tuning.numbers import in_words, numbers
+from experiments.tuning.numbers import numbers
+from experiments.tuning.work import TuningWork
 
 
 @dataclasses.dataclass(frozen=True)
-class EncoderWork:
+class EncoderWork(TuningWork):
     """An encoder and its examples; see :class:`experiments.run.work.Work`.
 
     The loss of a class is its cross entropy in nats, that of a number the squared
     error.
 
     Attributes:
-        config: Of the run, completed.
-        task: Of kind "classes" or "number".
-        data: The examples.
         model: Shape of the model.
         path: Directory of the pre-trained weights.
     """
 
-    config: TuningConfig
-    task: TaskKind
-    data: TaskData
     model: EncoderConfig
     path: Path
 
-    @property
-    def description(self) -> str:
-        return self.data.description
-
-    @property
-    def digest(self) -> str:
-        return self.data.digest
-
-    @property
-    def data_flag(self) -> str:
-        return f"--train {self.config.train}"
-
-    @property
-    def criterion(self) -> Criterion:
-        return Criterion("validation_metric", is_larger_better=True)
-
-    @property
-    def first_batches(self) -> list[dict[str, jax.ShapeDtypeStruct]]:
-        return []
-
-    @property
-    def flops_per_token(self) -> None:
-        return None
-
-    def train_iterator(self) -> Any:
-        return self.data.train_iterator()
-
     def tokens_of(self, batch: Batch) -> int:
         return int((batch["mask"].sum(axis=1) * batch["weights"]).sum())
-
-    def epochs(self, step: int) -> float:
-        return step / self.data.steps_per_epoch
 
     def loss(self, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         # The key follows the examples: a resumed run drops what it would have dropped.
@@ -101,13 +62,6 @@ class EncoderWork:
                 predictions[places[kept]] = self._predicted(found["logits"])[kept]
             metrics[split] = score(self.task.metrics, predictions, labels)
         return numbers(mean_loss(losses), metrics)
-
-    def told(self, numbers: Mapping[str, Any]) -> str:
-        return in_words(numbers)
-
-    def warning(self, numbers: Mapping[str, Any]) -> str | None:
-        del numbers
-        return None
 
     def _logits(self, params, batch, key):
         return apply_encoder(

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments import generate
 from experiments.model.adapters import merged
 from experiments.model.encoder import apply_encoder
 from experiments.model.encoder_files import load_encoder
@@ -246,6 +247,11 @@ def test_other_examples_are_not_gone_on_with(flags, tuned, tmp_path, capsys):
     path.write_text("".join(reversed(lines)))
     assert tune("--out", tuned, "--resume", "--steps", 9, "--train", path) == 2
     assert "other text than the run" in one_error_line(capsys)
+
+
+def test_commands_of_pre_training_say_where_the_weights_are(tuned, capsys):
+    assert generate.main([str(tuned)]) == 2
+    assert f"give {tuned / 'weights'}" in one_error_line(capsys)
 
 
 def test_an_encoder_needs_examples_of_the_task(capsys):
