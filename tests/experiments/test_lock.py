@@ -72,7 +72,7 @@ def test_what_another_process_did_before_the_lock_was_there_is_not_overwritten(
         (directory / "checkpoints/3").mkdir(parents=True)
         return Lock(directory)
 
-    monkeypatch.setattr("experiments.pretrain_llama.Lock", lock)
+    monkeypatch.setattr("experiments.run.command.Lock", lock)
     assert run(*inputs, "--optimizer", "adamw", "--out", tmp_path / "out") == 2
     assert "another process has written to --out" in one_error_line(capsys)
     assert not (tmp_path / "out/config.json").exists()
