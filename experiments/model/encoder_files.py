@@ -8,7 +8,6 @@ import dataclasses
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,11 +29,18 @@ from experiments.model.safetensors_files import (
     whole_directory,
     write_tensors,
 )
-
-_Path = tuple[str, ...]
+from experiments.model.tensor_layout import (
+    Names,
+    TreePath,
+    by_layer,
+    flipped,
+    is_stacked,
+    stored_shapes,
+    stored_tensors,
+)
 
 # Path of a module in our tree: its name in the file; {} is the layer.
-_MODULES: dict[_Path, str] = {
+_MODULES: dict[TreePath, str] = {
     ("embeddings", "norm"): "embeddings.LayerNorm",
     ("blocks", "attention", "query"): "encoder.layer.{}.attention.self.query",
     ("blocks", "attention", "key"): "encoder.layer.{}.attention.self.key",
@@ -45,14 +51,14 @@ _MODULES: dict[_Path, str] = {
     ("blocks", "mlp", "down"): "encoder.layer.{}.output.dense",
     ("blocks", "mlp_norm"): "encoder.layer.{}.output.LayerNorm",
 }
-_HEADS: dict[str, dict[_Path, str]] = {
+_HEADS: dict[str, dict[TreePath, str]] = {
     "bert": {("pooler",): "pooler.dense", ("classifier",): "classifier"},
     "roberta": {
         ("pooler",): "classifier.dense",
         ("classifier",): "classifier.out_proj",
     },
 }
-_TABLES: dict[_Path, str] = {
+_TABLES: dict[TreePath, str] = {
     ("embeddings", "word"): "embeddings.word_embeddings.weight",
     ("embeddings", "position"): "embeddings.position_embeddings.weight",
     ("embeddings", "segment"): "embeddings.token_type_embeddings.weight",
@@ -106,8 +112,8 @@ def load_encoder(
         if names[0] not in tensors:
             absent.append(path)
             continue
-        parts = [_flip(path, tensors[name].read()).astype(dtype) for name in names]
-        leaves[path] = jnp.asarray(np.stack(parts) if _is_stacked(path) else parts[0])
+        parts = [flipped(path, tensors[name].read()).astype(dtype) for name in names]
+        leaves[path] = jnp.asarray(np.stack(parts) if is_stacked(path) else parts[0])
 
     # The compiler leaves out the draws of what is there.
     @jax.jit
@@ -166,7 +172,8 @@ def save_encoder(
         )
     with whole_directory(Path(directory), replace) as unfinished:
         write_encoder_config(unfinished / "config.json", config, names)
-        write_tensors(unfinished / "model.safetensors", _as_stored(config, params))
+        tensors = stored_tensors(params, tensor_names(config))
+        write_tensors(unfinished / "model.safetensors", tensors)
         if tokenizer_source is not None:
             _copy_tokenizer(Path(tokenizer_source), unfinished)
 
@@ -177,25 +184,13 @@ def _copy_tokenizer(source: Path, directory: Path) -> None:
             shutil.copyfile(source / name, directory / name)
 
 
-def tensor_names(config: EncoderConfig) -> dict[_Path, list[str]]:
+def tensor_names(config: EncoderConfig) -> Names:
     """Returns the names in a sequence classifier of the tensors of each path."""
 
     def own(name):
         return name if name.startswith("classifier.") else f"{config.kind}.{name}"
 
     return {path: list(map(own, names)) for path, names in _names(config).items()}
-
-
-def _as_stored(config, params):
-    """Returns the tensors of the file, by name."""
-    leaves = traverse_util.flatten_dict(params)
-    tensors = {}
-    for path, names in tensor_names(config).items():
-        leaf = np.asarray(leaves[path])
-        parts = leaf if _is_stacked(path) else [leaf]
-        for name, part in zip(names, parts, strict=True):
-            tensors[name] = _flip(path, part)
-    return tensors
 
 
 def _opened(directory: Path, num_labels: int | None):
@@ -238,36 +233,17 @@ def _renamed(
     return tensors
 
 
-def _names(config: EncoderConfig) -> dict[_Path, list[str]]:
+def _names(config: EncoderConfig) -> Names:
     """Returns the names of the tensors of each path of our tree, a name per layer."""
     names = dict(_TABLES)
     for path, module in (_MODULES | _HEADS[config.kind]).items():
         weight = "scale" if path[-1].endswith("norm") else "kernel"
         names[*path, weight] = f"{module}.weight"
         names[*path, "bias"] = f"{module}.bias"
-    layers = range(config.num_layers)
-    return {
-        path: [name.format(i) for i in layers] if _is_stacked(path) else [name]
-        for path, name in names.items()
-    }
+    return by_layer(names, config.num_layers)
 
 
 def _shapes(config: EncoderConfig) -> dict[str, tuple[int, ...]]:
     """Returns the shape in the file of each tensor, by name."""
     tree = jax.eval_shape(lambda: init_encoder(config, jax.random.key(0)))
-    leaves: dict[_Path, Any] = traverse_util.flatten_dict(tree)
-    shapes = {}
-    for path, names in _names(config).items():
-        shape = leaves[path].shape[1:] if _is_stacked(path) else leaves[path].shape
-        # Like _flip, for a shape.
-        shapes |= dict.fromkeys(names, shape[::-1] if path[-1] == "kernel" else shape)
-    return shapes
-
-
-def _is_stacked(path: _Path) -> bool:
-    return path[0] == "blocks"
-
-
-def _flip(path: _Path, tensor: np.ndarray) -> np.ndarray:
-    """Turns (out, in) into (in, out) or back; vectors and tables stay."""
-    return tensor.T if path[-1] == "kernel" else tensor
+    return stored_shapes(tree, _names(config))

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from experiments.errors import UserError
+from experiments.model.shape import check_dtypes
 
 _COUNTS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads"),
@@ -86,12 +87,7 @@ class EncoderConfig:
                     f"model: {name} is {getattr(self, name)}; "
                     "give a number of at least 0 and below 1"
                 )
-        for name in ("compute_dtype", "param_dtype"):
-            if getattr(self, name) not in ("float32", "bfloat16"):
-                raise UserError(
-                    f"model: {name} is {getattr(self, name)!r}; "
-                    "choose one of float32, bfloat16"
-                )
+        check_dtypes(self)
 
     @property
     def head_dim(self) -> int:

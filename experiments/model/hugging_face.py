@@ -23,11 +23,12 @@ from experiments.model.safetensors_files import (
 )
 from experiments.model.shape import LlamaConfig
 from experiments.model.tensor_layout import (
-    TreePath,
+    Names,
     flipped,
     is_stacked,
     names_of,
     shapes_of,
+    stored_tensors,
 )
 
 # Path in our tree: name of the tensor; {} is the layer.
@@ -122,26 +123,15 @@ def save_llama(
     """
     with whole_directory(Path(directory), replace) as unfinished:
         write_config(unfinished / "config.json", config, tokenizer)
-        write_tensors(unfinished / "model.safetensors", _as_stored(config, params))
+        tensors = stored_tensors(params, tensor_names(config))
+        write_tensors(unfinished / "model.safetensors", tensors)
         if tokenizer is not None:
             tokenizer.save(unfinished)
 
 
-def tensor_names(config: LlamaConfig) -> dict[TreePath, list[str]]:
+def tensor_names(config: LlamaConfig) -> Names:
     """Returns the names of the tensors of each path of our tree, a name per layer."""
     return names_of(config, _TENSORS)
-
-
-def _as_stored(config, params):
-    """Returns the tensors of the file, by name."""
-    leaves = traverse_util.flatten_dict(params)
-    tensors = {}
-    for place, names in tensor_names(config).items():
-        leaf = np.asarray(leaves[place])
-        matrices = leaf if is_stacked(place) else [leaf]
-        for name, matrix in zip(names, matrices, strict=True):
-            tensors[name] = flipped(place, matrix)
-    return tensors
 
 
 def _opened(directory):

@@ -24,8 +24,8 @@ from experiments.model.peft_config import (
     write_peft_config,
 )
 from experiments.model.safetensors_files import (
-    DTYPES,
     StoredTensor,
+    check_tensors,
     open_file,
     whole_directory,
     write_tensors,
@@ -147,7 +147,13 @@ def load_peft_adapter(
             shapes |= {one: (rank, n), other: (m, rank)}
         if found:
             adapted[path] = found
-    _check(weights, tensors, shapes)
+    check_tensors(
+        weights,
+        tensors,
+        shapes,
+        says=f"{_CONFIG} and the model say",
+        mend="give LoRA of attention, MLP or pooler, made for this model",
+    )
     adapters = {
         ".".join(path): _stack(names[path], leaves[path].shape, tensors, settings)
         for path in adapted
@@ -181,32 +187,6 @@ def _stack(
         "down": jnp.asarray(downs.reshape(*stack, n, -1)),
         "up": jnp.asarray(ups.reshape(*stack, -1, m)),
     }
-
-
-def _check(
-    path: Path, tensors: dict[str, StoredTensor], shapes: dict[str, tuple[int, ...]]
-) -> None:
-    for problem, names in (
-        ("is missing", shapes.keys() - tensors.keys()),
-        ("is not expected", tensors.keys() - shapes.keys()),
-    ):
-        if names:
-            raise UserError(
-                f"{path}: tensor {_PREFIX}{min(names)} {problem} ({len(names)} in "
-                "all); give LoRA of attention, MLP or pooler, made for this model"
-            )
-    for name, shape in shapes.items():
-        found = tensors[name]
-        if found.shape != shape:
-            raise UserError(
-                f"{path}: tensor {found.name} has shape {found.shape}, {_CONFIG} and "
-                f"the model say {shape}; give the model that it was made for"
-            )
-        if found.dtype not in DTYPES:
-            raise UserError(
-                f"{path}: tensor {found.name} has dtype {found.dtype}; "
-                f"convert it to one of {', '.join(DTYPES)}"
-            )
 
 
 def _tensor_names(config: Config) -> dict[TreePath, list[str]]:

@@ -81,6 +81,8 @@ def check_tensors(
     directory: Path,
     tensors: Mapping[str, StoredTensor],
     shapes: Mapping[str, tuple[int, ...]],
+    says: str = "config.json says",
+    mend: str = "give weights that belong to the config.json beside them",
 ) -> None:
     """Checks that the tensors are those of a configuration.
 
@@ -88,6 +90,8 @@ def check_tensors(
         directory: Where they are, for the message.
         tensors: What was found, by the names that ``shapes`` has for it.
         shapes: What is wanted, by name.
+        says: What wants these shapes, with its verb, for the message.
+        mend: What to do about others, for the message.
 
     Raises:
         UserError: If a tensor is missing, unexpected, or of another shape or dtype.
@@ -100,14 +104,14 @@ def check_tensors(
         if names:
             raise UserError(
                 f"{directory}: tensor {min(names)} {problem} ({len(names)} in all); "
-                "give weights that belong to the config.json beside them"
+                f"{mend}"
             )
     for name, shape in shapes.items():
         found = tensors[name]
         if found.shape != shape:
             raise UserError(
                 f"{directory}: tensor {found.name} has shape {found.shape}, "
-                f"config.json says {shape}; give weights that belong to it"
+                f"{says} {shape}; {mend}"
             )
         if found.dtype not in DTYPES:
             raise UserError(

@@ -84,17 +84,22 @@ class LlamaConfig:
                 f"model: num_kv_heads {self.num_kv_heads} does not divide num_heads "
                 f"{self.num_heads}; give one of its divisors"
             )
-        for name in ("compute_dtype", "param_dtype"):
-            if getattr(self, name) not in ("float32", "bfloat16"):
-                raise UserError(
-                    f"model: {name} is {getattr(self, name)!r}; "
-                    "choose one of float32, bfloat16"
-                )
+        check_dtypes(self)
 
     @property
     def head_dim(self) -> int:
         """Width h of one attention head."""
         return self.hidden_size // self.num_heads
+
+
+def check_dtypes(config: Any) -> None:
+    """Raises UserError if a dtype of a model's configuration is not one of ours."""
+    for name in ("compute_dtype", "param_dtype"):
+        if getattr(config, name) not in ("float32", "bfloat16"):
+            raise UserError(
+                f"model: {name} is {getattr(config, name)!r}; "
+                "choose one of float32, bfloat16"
+            )
 
 
 def preset(name: str, vocab_size: int, **overrides: Any) -> LlamaConfig:

@@ -77,11 +77,14 @@ STEP = (
     Quantity(
         "epoch",
         "passes",
-        "Passes over the training text so far; null where it is streamed.",
+        "Passes over the training data so far; null where it is streamed.",
     ),
     Quantity("loss", "nats", "Loss of this step's batch, per token or per example."),
     Quantity(
-        "learning_rate", "", "Learning rate of embedding, head and norms in this step."
+        "learning_rate",
+        "",
+        "Learning rate of embedding, head and norms in this step; an encoder's new head "
+        "has --head-learning-rate.",
     ),
     Quantity(
         "block_learning_rate",
@@ -156,7 +159,7 @@ IDENTITY = (
     Quantity("steps", "updates", "Updates done."),
     Quantity("tokens", "tokens", "Tokens trained on."),
     Quantity(
-        "epoch", "passes", "Passes over the training text; null where it is streamed."
+        "epoch", "passes", "Passes over the training data; null where it is streamed."
     ),
     Quantity("parameter_count", "numbers", "Parameters of the model."),
 )

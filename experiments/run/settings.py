@@ -79,7 +79,8 @@ class Settings(Generic[Config]):
         if config.config is not None:
             files.append(config.config)
         words = [x for path in files for x in self._words_of_file(path, config, argv)]
-        config = parse_arguments(options, program, [*words, *argv])
+        if words:
+            config = parse_arguments(options, program, [*words, *argv])
         return dataclasses.replace(config, config=None)
 
     def read_file(self, path: Path) -> dict[str, Any]:

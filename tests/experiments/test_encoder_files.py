@@ -17,6 +17,7 @@ from experiments.model.encoder_files import (
 from experiments.model.encoder_shape import EncoderConfig
 from tests.experiments.encoder_reference import CONFIGS, write_encoder
 from tests.experiments.references.encoder_logits import BERT, ROBERTA, tensors_of
+from tests.experiments.same_bits import assert_same_bits
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 KEY = jax.random.key(0)
@@ -42,13 +43,6 @@ def renamed(tensors, **changes):
             name = name.replace(old, new)
         result[name] = tensor
     return result
-
-
-def assert_same_bits(actual, expected):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for a, b in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
-        assert a.dtype == b.dtype
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
 def test_every_tensor_lands_transposed_in_its_place(tmp_path):

@@ -2,7 +2,6 @@ import dataclasses
 import json
 import os
 
-import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from experiments.errors import UserError
 from experiments.model.hugging_face import load_llama, save_llama
 from experiments.model.shape import LlamaConfig
 from tests.experiments import llama_reference
+from tests.experiments.same_bits import assert_same_bits
 
 CONFIG = LlamaConfig(
     vocab_size=19,
@@ -71,13 +71,6 @@ def write_model(directory, tensors, **changes):
     (directory / "config.json").write_text(json.dumps(config))
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
-
-
-def assert_same_bits(actual, expected):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for a, b in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
-        assert a.dtype == b.dtype
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
 def test_every_tensor_lands_transposed_in_its_place(tmp_path):

@@ -13,11 +13,9 @@ installed = pytest.mark.parametrize(
 
 
 @installed
-def test_names_are_models_of_installed_packages(name, module, kind):
-    if importlib.util.find_spec(module) is None:
-        pytest.skip(f"needs the package {module}")
-
-    assert kind_of(find_model(name)) == kind
+def test_names_are_models_of_installed_packages(name, module, kind, request):
+    del module
+    assert kind_of(request.getfixturevalue(f"{name}_path")) == kind
 
 
 @installed

@@ -7,11 +7,9 @@ import numpy as np
 import pytest
 
 from experiments.data.tokenizers import load_tokenizer
-from experiments.errors import UserError
 from experiments.model.generate import generate_batch
 from experiments.model.hugging_face import load_llama
 from experiments.model.llama import apply
-from experiments.model.pretrained import find_model
 from experiments.tasks.answers import Exchange, Prompts, chat_of
 from experiments.tasks.likelihood import likelihoods
 from tests.experiments.references import smollm2
@@ -21,11 +19,8 @@ STORED = json.loads(smollm2.STORED.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
-def path():
-    try:
-        return find_model("smollm2")
-    except UserError as error:
-        pytest.skip(str(error))
+def path(smollm2_path):
+    return smollm2_path
 
 
 @pytest.fixture(scope="module")

