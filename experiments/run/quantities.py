@@ -83,8 +83,8 @@ STEP = (
     Quantity(
         "learning_rate",
         "",
-        "Learning rate of embedding, head and norms in this step; an encoder's new head "
-        "has --head-learning-rate.",
+        "Learning rate of embedding, head and norms in this step; an encoder's new "
+        "head has --head-learning-rate.",
     ),
     Quantity(
         "block_learning_rate",

@@ -1,8 +1,6 @@
-import bz2
 import gzip
 import json
 import lzma
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,19 +11,8 @@ from hypothesis import strategies as st
 from experiments.data import lines
 from experiments.data.documents import read_documents
 from experiments.errors import UserError
+from tests.experiments.compression import COMPRESS, zstd
 
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
-
-COMPRESS = {
-    "": bytes,
-    ".gz": gzip.compress,
-    ".xz": lzma.compress,
-    ".bz2": bz2.compress,
-    ".zst": zstd.compress,
-}
 DOCUMENTS = ["One.\r\nTwo.", "", "žluťoučký \u2028 \U0001f40e\n", "\ufefflast"]
 # 40 documents of text that does not compress to nothing, so that it can be cut.
 LONG = [bytes.hex(np.random.default_rng(i).bytes(200)) for i in range(40)]

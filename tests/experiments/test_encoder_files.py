@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from experiments.errors import UserError
 from experiments.model.encoder import init_encoder
@@ -18,6 +18,7 @@ from experiments.model.encoder_shape import EncoderConfig
 from tests.experiments.encoder_reference import CONFIGS, write_encoder
 from tests.experiments.references.encoder_logits import BERT, ROBERTA, tensors_of
 from tests.experiments.same_bits import assert_same_bits
+from tests.experiments.shards import into_two_shards
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 KEY = jax.random.key(0)
@@ -194,15 +195,7 @@ def test_shards_load_like_a_single_file(tmp_path):
     expected = load_encoder(write_encoder(tmp_path / "single", BERT), 3, KEY)
     tensors = tensors_of(BERT)
     sharded = write_encoder(tmp_path / "sharded", BERT, {})
-    (sharded / "model.safetensors").unlink()
-    weight_map = {}
-    for shard in (0, 1):
-        name = f"model-{shard}.safetensors"
-        part = {k: v for i, (k, v) in enumerate(tensors.items()) if i % 2 == shard}
-        save_file(part, sharded / name)
-        weight_map |= dict.fromkeys(part, name)
-    index = sharded / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": weight_map}))
+    into_two_shards(sharded, tensors)
 
     config, params = load_encoder(sharded, 3, KEY)
 

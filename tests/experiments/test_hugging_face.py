@@ -14,6 +14,7 @@ from experiments.model.hugging_face import load_llama, save_llama
 from experiments.model.shape import LlamaConfig
 from tests.experiments import llama_reference
 from tests.experiments.same_bits import assert_same_bits
+from tests.experiments.shards import into_two_shards
 
 CONFIG = LlamaConfig(
     vocab_size=19,
@@ -140,15 +141,7 @@ def test_shards_load_like_a_single_file(tmp_path):
     tensors = hugging_face_tensors()
     expected = load_llama(write_model(tmp_path / "single", tensors))
     sharded = write_model(tmp_path / "sharded", {})
-    (sharded / "model.safetensors").unlink()
-    weight_map = {}
-    for shard in (0, 1):
-        name = f"model-{shard}.safetensors"
-        part = {k: v for i, (k, v) in enumerate(tensors.items()) if i % 2 == shard}
-        save_file(part, sharded / name)
-        weight_map |= dict.fromkeys(part, name)
-    index = sharded / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": weight_map}))
+    into_two_shards(sharded, tensors)
 
     config, params = load_llama(sharded)
 

@@ -1,8 +1,5 @@
-import bz2
 import gzip
 import json
-import lzma
-import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,19 +9,8 @@ from pyarrow import parquet
 from experiments.data import hub
 from experiments.errors import UserError
 from experiments.tasks.rows import read_rows
+from tests.experiments.compression import COMPRESS
 
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
-
-COMPRESS = {
-    "": bytes,
-    ".gz": gzip.compress,
-    ".xz": lzma.compress,
-    ".bz2": bz2.compress,
-    ".zst": zstd.compress,
-}
 ROWS = [{"text": 'a "b", c', "label": "x"}, {"text": "ž\u2028d", "label": "y"}]
 TABLES = {
     ".jsonl": "".join(json.dumps(row) + "\n" for row in ROWS),
