@@ -137,10 +137,12 @@ def _chosen_step(flags: SourceFlags, steps: list[int]) -> int:
     found = flags.checkpoint
     if found == "best":
         newest = flags.source / CHECKPOINTS / str(steps[-1])
-        best = record_of(newest).progress.get("best")
-        if best is None:
+        record = record_of(newest)
+        best = record.progress.get("best")
+        # Every run notes its best step; not every run keeps the checkpoint.
+        if best is None or not record.config.get("keep_best"):
             raise UserError(
-                f"--checkpoint best: the run in {flags.source} has not noted one; "
+                f"--checkpoint best: the run in {flags.source} has not kept one; "
                 "train with --keep-best"
             )
         found = str(best["step"])

@@ -155,3 +155,13 @@ def test_what_a_run_began_from_has_a_shape_without_its_tensors(trained, tmp_path
     shutil.copy(trained / "weights/config.json", tmp_path)
 
     assert load._shape_of(tmp_path) == load_llama(trained / "weights")[0]
+
+
+def test_a_best_step_whose_checkpoint_was_not_kept_is_not_offered(tmp_path, capsys):
+    record = tmp_path / "checkpoints/4/run/metadata"
+    record.parent.mkdir(parents=True)
+    progress = {"best": {"step": 2, "validation_loss": 1.0}}
+    fields = {"config": {"keep_best": False}, "progress": progress}
+    record.write_text(json.dumps({**fields, "token_digest": "", "data_state": None}))
+    assert call(generate, tmp_path, "--checkpoint", "best") == 2
+    assert "has not kept one; train with --keep-best" in one_error_line(capsys)
