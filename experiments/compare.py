@@ -1,7 +1,8 @@
 """Every method side by side: ``python -m experiments.compare cpu-small --out DIR``.
 
 One process per run; what is done is skipped, what was interrupted is resumed. Results
-are lines of results.jsonl; then come a table in Markdown and figures.
+are lines of results.jsonl; then come a table in Markdown and figures. A suite of
+several tasks has a directory for each task, and a table that joins them.
 """
 
 import signal
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from experiments.comparison.options import parse_options
-from experiments.comparison.runs import Comparison
+from experiments.comparison.tasks import open_comparison
 from experiments.errors import UserError
 
 # Ways to be told to stop; a lost terminal is one.
@@ -32,8 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     try:
         options = parse_options(sys.argv[1:] if argv is None else argv)
-        comparison = Comparison(options, console)
+        comparison = open_comparison(options, console)
         try:
+            comparison.check_rates()
             comparison.run()
         finally:
             comparison.close()

@@ -1,12 +1,10 @@
 """The flags of a contender's runs, and the settings in the record of a result."""
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from experiments.arguments import words_of
-from experiments.comparison.suites import Contender, Suite
-from experiments.model.shape import MODELS
+from experiments.comparison.suite import Contender, Suite
 from experiments.optim.methods import OPTIMIZERS, OWN_OPTIONS
-from experiments.run.config import complete, parse
 
 
 def fields_of(contender: Contender, suite: Suite) -> dict[str, Any]:
@@ -26,7 +24,18 @@ def resolved(contender: Contender, suite: Suite) -> dict[str, Any]:
     The record of a result has these settings. A result from before a change of a
     default therefore counts as the result of other settings.
     """
-    config = parse(words_of(fields_of(contender, suite)))
-    config = complete(config, hidden_size=MODELS[config.model]["hidden_size"])
+    config = suite.trainer.completed(fields_of(contender, suite))
     own = OPTIMIZERS[config.optimizer].own
     return {**contender.flags, **{name: getattr(config, name) for name in sorted(own)}}
+
+
+def present(
+    records: Iterable[dict[str, Any]], flags_of: Mapping[str, Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Returns the records of methods with their present settings.
+
+    Args:
+        records: Lines of results.jsonl.
+        flags_of: Name of a method -> from :func:`resolved`.
+    """
+    return [x for x in records if flags_of.get(x["method"]) == x["flags"]]

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from experiments.comparison.measures import Measure
 from experiments.comparison.rows import rows_of
 from experiments.errors import UserError
 from experiments.run.files import CHECKPOINTS, read_lines, write_json
@@ -70,25 +71,35 @@ class Ledger:
                 file.write(json.dumps(record) + "\n")
 
 
-def rates_of(directory: Path) -> dict[str, tuple[float, float]]:
+def rates_of(directory: Path, measure: Measure) -> dict[str, tuple[float, float]]:
     """Returns the best rates of each finished method of a comparison.
 
+    Args:
+        directory: Of the comparison.
+        measure: What is compared.
+
     Raises:
-        UserError: If the directory holds no comparison.
+        UserError: If the directory holds no comparison, or one of something else.
     """
     if not (directory / SUITE_FILE).exists():
         raise UserError(f"--rates-from {directory} holds no comparison ({SUITE_FILE})")
     seeds = json.loads((directory / SUITE_FILE).read_text())["seeds"]
-    return best_rates(read_lines(directory / RESULTS_FILE), len(seeds))
+    records = read_lines(directory / RESULTS_FILE)
+    if any(measure.entry not in record for record in records):
+        raise UserError(
+            f"--rates-from {directory} does not compare the {measure.name} of its runs;"
+            " give a comparison that does"
+        )
+    return best_rates(records, len(seeds), measure)
 
 
 def best_rates(
-    records: Iterable[Mapping[str, Any]], seeds: int
+    records: Iterable[Mapping[str, Any]], seeds: int, measure: Measure
 ) -> dict[str, tuple[float, float]]:
     """Returns the best rates of each method with at least so many seeds."""
     return {
         row.method: (row.learning_rate, row.block_learning_rate)
-        for row in rows_of(records)
+        for row in rows_of(records, measure)
         if len(row.losses) >= seeds
     }
 
@@ -108,7 +119,9 @@ def _check(directory: Path, definition: Mapping[str, Any]) -> None:
     ]
     if not changed:
         return
-    has_results = (directory / RESULTS_FILE).exists()
+    # Of itself, or of its tasks.
+    names = (RESULTS_FILE, f"*/{RESULTS_FILE}")
+    has_results = any(any(directory.glob(name)) for name in names)
     if has_results or any(directory.glob(f"{RUNS}/*/{CHECKPOINTS}")):
         raise UserError(
             f"{directory} holds another comparison: {'; '.join(changed)}; give another "

@@ -17,18 +17,19 @@ _KEEP_PAGES = {
 
 
 class Processes:
-    """Runs of ``pretrain_llama``, several at a time.
+    """Runs of a training command, several at a time.
 
     Args:
         jobs: Number of runs at a time; on CPUs each has its share of the cores.
         held: Descriptor of the lock on the comparison's directory.
+        program: Module of the command.
 
     Attributes:
         stopped: Whether the runs have been told to end; no run starts after that.
     """
 
-    def __init__(self, jobs: int, held: int):
-        self._jobs, self._held = jobs, held
+    def __init__(self, jobs: int, held: int, program: str):
+        self._jobs, self._held, self._program = jobs, held, program
         self._lock = threading.Lock()
         self._running: set[subprocess.Popen] = set()
         self._slots = 0
@@ -56,13 +57,13 @@ class Processes:
         """Waits for a run to end; returns its exit status.
 
         Args:
-            flags: Flags of ``pretrain_llama``.
+            flags: Flags of the command.
             log: File for the output of the run.
 
         Raises:
             CancelledError: If the comparison has been stopped.
         """
-        command = [sys.executable, "-m", "experiments.pretrain_llama", *flags]
+        command = [sys.executable, "-m", self._program, *flags]
         with log.open("w") as file:
             with self._lock:
                 if self.stopped:

@@ -1,4 +1,4 @@
-"""The report of a comparison: a table in Markdown, and figures."""
+"""The report of a comparison that pre-trains: a table in Markdown, and figures."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -6,13 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 
-from experiments.comparison.rows import Row, front, rows_of
-from experiments.comparison.suites import Suite
-
-_MARKERS = "os^vD<>pPX*"
+from experiments.comparison.charts import draw
+from experiments.comparison.rows import Row, rows_of
+from experiments.comparison.suite import Suite
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -80,73 +77,4 @@ def write_report(
     )
     (directory / "table.md").write_text(heading + table(rows))
     finished = [row for row in rows if np.isfinite(row.mean)]
-    figures = {
-        "loss-tokens": _curves(finished, 0, "tokens"),
-        "loss-time": _curves(finished, 1, "seconds of training"),
-        "loss-bytes": _bytes(finished),
-        "ranks": _ranks(finished),
-    }
-    for figure_name, figure in figures.items():
-        FigureCanvasSVG(figure).print_svg(directory / f"{figure_name}.svg")
-
-
-def _curves(rows: Sequence[Row], place: int, label: str) -> Figure:
-    """Draws the loss of each row's first seed against a coordinate of the curve."""
-    figure = Figure(figsize=(8, 5.5), layout="constrained")
-    axes = figure.add_subplot()
-    for index, row in enumerate(rows):
-        curve = row.runs[0]["validation_curve"]
-        axes.plot(
-            [point[place] for point in curve],
-            [point[2] for point in curve],
-            marker=_MARKERS[index % len(_MARKERS)],
-            markersize=4,
-            linewidth=1,
-            label=row.method,
-        )
-    axes.set(xlabel=label, ylabel="validation loss, nats per token")
-    axes.legend(fontsize=7, ncols=2)
-    return figure
-
-
-def _bytes(rows: Sequence[Row]) -> Figure:
-    figure = Figure(figsize=(8, 5.5), layout="constrained")
-    axes = figure.add_subplot()
-    ahead = front(rows, lambda row: (row.share, row.mean))
-    for row in rows:
-        axes.plot([row.share] * len(row.losses), row.losses, ".", color="0.7")
-        axes.plot(row.share, row.mean, "o", color="C1" if row in ahead else "C0")
-        axes.annotate(
-            row.method,
-            (row.share, row.mean),
-            xytext=(5, 3),
-            textcoords="offset points",
-            fontsize=7,
-        )
-    axes.step(
-        [row.share for row in ahead],
-        [row.mean for row in ahead],
-        where="post",
-        color="C1",
-        label="Pareto front",
-    )
-    axes.set(
-        xscale="log",
-        xlabel="optimizer state, share of AdamW's bytes",
-        ylabel="validation loss, nats per token",
-    )
-    axes.legend()
-    return figure
-
-
-def _ranks(rows: Sequence[Row]) -> Figure:
-    figure = Figure(figsize=(8, 5.5), layout="constrained")
-    axes = figure.add_subplot()
-    for row in rows:
-        curve = row.runs[0]["rank_curve"]
-        if curve:
-            axes.plot(*zip(*curve, strict=True), label=row.method, linewidth=1)
-    axes.set(xlabel="step", ylabel="rank in use, mean over the block matrices")
-    if axes.lines:
-        axes.legend(fontsize=7)
-    return figure
+    draw(directory, finished, suite.measure, suite.measure.label)

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from experiments.comparison.outcome import loss_of
+from experiments.comparison.measures import LOSS, Measure
 
 T = TypeVar("T")
 
@@ -16,9 +16,10 @@ class Row:
 
     Attributes:
         method: Name of the method.
-        learning_rate: Learning rate of embedding, head and norms.
+        learning_rate: Learning rate of all but the block matrices.
         block_learning_rate: Learning rate of the block matrices.
-        losses: Validation loss of each seed, nats per token; infinite if it diverged.
+        losses: Cost of each seed, see :class:`Measure`: the validation loss in nats per
+            token, or 1 less a metric; infinite if it diverged.
         runs: The records of these seeds.
         tried: Number of all runs of the method.
         diverged: (rates, step) of each diverged run.
@@ -34,12 +35,12 @@ class Row:
 
     @property
     def mean(self) -> float:
-        """Mean loss over the seeds."""
+        """Mean cost over the seeds."""
         return statistics.mean(self.losses)
 
     @property
     def spread(self) -> float:
-        """Largest loss less the smallest one."""
+        """Largest cost less the smallest one."""
         return max(self.losses) - min(self.losses)
 
     @property
@@ -58,35 +59,37 @@ class Row:
         return run[ours] / run[adamw] if run.get(ours) else float("nan")
 
 
-def rows_of(records: Iterable[Mapping[str, Any]]) -> list[Row]:
-    """Returns a row for each method, by rising mean loss.
+def rows_of(records: Iterable[Mapping[str, Any]], measure: Measure = LOSS) -> list[Row]:
+    """Returns a row for each method, by rising mean cost.
 
-    The best rates have the most seeds, and among these the least mean loss.
+    The best rates have the most seeds, and among these the least mean cost.
 
     Args:
         records: Lines of results.jsonl.
+        measure: What is compared.
     """
     methods: dict[str, list[Mapping[str, Any]]] = {}
     for record in records:
         methods.setdefault(record["method"], []).append(record)
-    return sorted(map(_row, methods.values()), key=lambda row: (row.mean, row.method))
+    rows = (_row(records, measure) for records in methods.values())
+    return sorted(rows, key=lambda row: (row.mean, row.method))
 
 
-def _row(records: Sequence[Mapping[str, Any]]) -> Row:
+def _row(records: Sequence[Mapping[str, Any]], measure: Measure) -> Row:
     by_rates: dict[tuple[float, float], list[Mapping[str, Any]]] = {}
     for record in sorted(records, key=lambda record: record["seed"]):
         rates = record["learning_rate"], record["block_learning_rate"]
         by_rates.setdefault(rates, []).append(record)
 
     def mean(rates):
-        return statistics.mean(map(loss_of, by_rates[rates]))
+        return statistics.mean(map(measure.cost, by_rates[rates]))
 
     best = min(by_rates, key=lambda rates: (-len(by_rates[rates]), mean(rates), rates))
     return Row(
         method=records[0]["method"],
         learning_rate=best[0],
         block_learning_rate=best[1],
-        losses=tuple(map(loss_of, by_rates[best])),
+        losses=tuple(map(measure.cost, by_rates[best])),
         runs=tuple(by_rates[best]),
         tried=len(records),
         diverged=tuple(

@@ -1,6 +1,7 @@
 """The runs of one suite in one directory: their order, and their outcomes."""
 
 import concurrent.futures
+import functools
 import hashlib
 import json
 import shutil
@@ -13,63 +14,75 @@ from typing import Any
 from rich.console import Console
 
 from experiments.arguments import words_of
-from experiments.comparison.flags import fields_of, resolved
+from experiments.comparison.flags import fields_of, present, resolved
 from experiments.comparison.ledger import RUNS, Ledger, best_rates, rates_of
 from experiments.comparison.options import Options, chosen_names
-from experiments.comparison.outcome import loss_of, outcome
+from experiments.comparison.outcome import outcome
 from experiments.comparison.processes import Processes
 from experiments.comparison.report import write_report
 from experiments.comparison.search import Point, best_point, next_point, rates_at
-from experiments.comparison.suites import SUITES, Contender, Suite
+from experiments.comparison.suite import Contender, Suite
+from experiments.comparison.trainers import TUNER
+from experiments.comparison.tuning_report import write_tuning_report
 from experiments.errors import UserError
 from experiments.run.files import CHECKPOINTS, SUMMARY_FILE
 
 
 class Comparison:
-    """The runs of one suite in one directory.
+    """The runs of one suite, or of one of its tasks, in one directory.
 
-    Attributes:
+    Args:
+        suite: The suite, without tasks.
         directory: Directory of the results.
+        rates_from: Directory of the comparison whose rates are taken, or None.
+        options: Of the command.
+        console: Where to print.
+
+    Raises:
+        UserError: If the data, the rates or the directory are not as they should be.
     """
 
-    def __init__(self, options: Options, console: Console):
-        self.suite: Suite = SUITES[options.suite]
-        self.directory = options.out or Path("runs") / f"compare-{options.suite}"
+    def __init__(
+        self,
+        suite: Suite,
+        directory: Path,
+        rates_from: Path | None,
+        options: Options,
+        console: Console,
+    ):
+        self.suite, self.directory = suite, directory
         self._options, self._console = options, console
+        self._data = suite.trainer.data(
+            suite.flags, options.data or "", options.validation_data, options.tokenizer
+        )
         self._chosen = [
             c for c in self.suite.contenders if c.name in chosen_names(options)
         ]
-        self._flags_of = {
-            c.name: resolved(c, self.suite) for c in self.suite.contenders
-        }
-        self._rates = options.rates_from and rates_of(options.rates_from)
+        self._flags_of = {c.name: resolved(c, suite) for c in suite.contenders}
+        self._rates_from = rates_from
+        self._rates = rates_from and rates_of(rates_from, suite.measure)
         self._lock = threading.Lock()
         self._started, self._done_here = time.monotonic(), 0
         self._ledger = Ledger(self.directory, self._definition())
-        self._processes = Processes(options.jobs, self._ledger.held)
+        self._processes = Processes(
+            options.jobs, self._ledger.held, suite.trainer.settings.program
+        )
 
     def _definition(self) -> dict[str, Any]:
         """Returns the settings that all results must share; methods may be added."""
-        options = self._options
         return {
-            "suite": options.suite,
-            "data": options.data,
-            "validation_data": options.validation_data,
-            "tokenizer": options.tokenizer,
+            "suite": self._options.suite,
+            **self._data,
             "flags": dict(self.suite.flags),
             "seeds": list(self.suite.seeds),
             "search": self.suite.search,
-            "rates_from": options.rates_from and str(options.rates_from),
+            "rates_from": self._rates_from and str(self._rates_from),
         }
 
     @property
     def records(self) -> list[dict[str, Any]]:
         """The records of the suite's methods with their present settings."""
-        return [
-            record
-            for record in list(self._ledger.records)
-            if self._flags_of.get(record["method"]) == record["flags"]
-        ]
+        return present(list(self._ledger.records), self._flags_of)
 
     def close(self) -> None:
         """Writes the table and the figures of the finished runs."""
@@ -80,16 +93,15 @@ class Comparison:
                 "have: left out of the table"
             )
         if records:
-            write_report(self.directory, self._options.suite, self.suite, records)
+            is_tuning = self.suite.trainer is TUNER
+            write = write_tuning_report if is_tuning else write_report
+            write(self.directory, self._options.suite, self.suite, records)
             self._console.print(f"results in {self.directory}", soft_wrap=True)
         self._ledger.close()
 
     def run(self) -> None:
-        """Runs the unfinished methods."""
-        chosen = self._chosen
-        # Variants come last, because they take the rates of another method.
-        first = [c for c in chosen if not self._is_variant(c)]
-        self._check_rates({c.name for c in first if self._rates is None})
+        """Runs the unfinished methods, which :meth:`check_rates` has let pass."""
+        chosen, first = self._chosen, self._searched
         with concurrent.futures.ThreadPoolExecutor(
             self._options.jobs, initializer=self._processes.take_cores
         ) as pool:
@@ -102,12 +114,14 @@ class Comparison:
                 self._processes.stop()
                 raise
 
-    def _check_rates(self, searched: set[str]) -> None:
-        """Raises UserError, before the first run, if a method will have no rates.
+    @property
+    def _searched(self) -> list[Contender]:
+        """The methods that come first; variants take the rates of another method."""
+        return [c for c in self._chosen if not self._is_variant(c)]
 
-        Args:
-            searched: Methods with a search of their rates in this comparison.
-        """
+    def check_rates(self) -> None:
+        """Raises UserError, before the first run, if a method will have no rates."""
+        searched = {c.name for c in self._searched if self._rates is None}
         for contender in self._chosen:
             if contender.name not in searched and contender.like not in searched:
                 self._rates_like(contender)
@@ -123,9 +137,12 @@ class Comparison:
             rates = self._rates_like(contender)
         else:
             losses: dict[Point, float] = {}
-            while (point := next_point(losses, suite.search)) is not None:
+            search = functools.partial(
+                next_point, most=suite.search, has_blocks=contender.trains_blocks
+            )
+            while (point := search(losses)) is not None:
                 record = self._result(contender, rates_at(contender, point), first)
-                losses[point] = loss_of(record)
+                losses[point] = suite.measure.cost(record)
             rates = rates_at(contender, best_point(losses))
         for seed in (first, *others):
             self._result(contender, rates, seed)
@@ -135,9 +152,10 @@ class Comparison:
         name = contender.like or contender.name
         found = self._rates
         if found is None:
-            found = best_rates(self.records, len(self.suite.seeds))
+            suite = self.suite
+            found = best_rates(self.records, len(suite.seeds), suite.measure)
         if name not in found:
-            where = self._options.rates_from or self.directory
+            where = self._rates_from or self.directory
             raise UserError(
                 f"{where} has no rates of {name!r}, which {contender.name!r} takes; "
                 "run that first, or leave this one out with --only"
@@ -171,14 +189,15 @@ class Comparison:
         return search + len(self.suite.seeds) - 1
 
     def _say(self, record: Mapping[str, Any]) -> None:
-        loss, status = record["validation_loss"], record["status"]
+        status = record["status"]
         spent = (time.monotonic() - self._started) / self._done_here
         methods = [x["method"] for x in self.records]
         most = sum(map(self._most, self._chosen))
         # A method may have more runs than needed, for instance from an earlier search.
         done = sum(min(methods.count(c.name), self._most(c)) for c in self._chosen)
         left = (most - done) * spent
-        ended = f"{loss:.4f}" if status == "finished" else status
+        is_finished = status == "finished"
+        ended = f"{record[self.suite.measure.entry]:.4f}" if is_finished else status
         self._console.print(
             f"{record['method']}, rates {record['learning_rate']:g} and "
             f"{record['block_learning_rate']:g}, seed {record['seed']}: {ended}; "
@@ -211,20 +230,16 @@ class Comparison:
             if not is_done and (code == 0 or "not finite" not in log.read_text()):
                 # The run was stopped from outside, or failed without a divergence.
                 raise UserError(f"{name} ended with status {code}; {log} says why")
-        return outcome(directory)
+        return outcome(directory, self.suite)
 
     def _flags(self, contender, rates, seed: int, directory: Path) -> list[str]:
-        options = self._options
         fields: dict[str, Any] = {
             **fields_of(contender, self.suite),
-            "data": options.data,
-            "tokenizer": options.tokenizer,
+            **{k: v for k, v in self._data.items() if v is not None},
             "learning_rate": rates[0],
             "block_scale": rates[1] / rates[0],
             "seed": seed,
             "keep_checkpoints": 1,
             "out": directory,
         }
-        if options.validation_data is not None:
-            fields["validation_data"] = options.validation_data
         return words_of(fields)

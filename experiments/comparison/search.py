@@ -3,14 +3,16 @@
 import math
 from collections.abc import Mapping
 
-from experiments.comparison.suites import Contender
+from experiments.comparison.suite import Contender
 
 # Doublings of two rates: that of embedding, head and norms, and that of the blocks.
 Point = tuple[int, int]
 _NEIGHBOURS: tuple[Point, ...] = ((0, 1), (0, -1), (1, 0), (-1, 0))
 
 
-def next_point(losses: Mapping[Point, float], most: int) -> Point | None:
+def next_point(
+    losses: Mapping[Point, float], most: int, *, has_blocks: bool = True
+) -> Point | None:
     """Returns the next point to try; None at the end of the search.
 
     The search starts at (0, 0), and tries the neighbours of the best point: the blocks'
@@ -21,13 +23,14 @@ def next_point(losses: Mapping[Point, float], most: int) -> Point | None:
     Args:
         losses: Loss of each tried point; infinite if the run diverged.
         most: Points to try, >= 1.
+        has_blocks: Whether the blocks' rate is searched too.
     """
     if not losses:
         return (0, 0)
     if len(losses) >= most:
         return None
     rest, blocks = best_point(losses)
-    for more_rest, more_blocks in _NEIGHBOURS:
+    for more_rest, more_blocks in _NEIGHBOURS if has_blocks else _NEIGHBOURS[2:]:
         point = (rest + more_rest, blocks + more_blocks)
         if point not in losses:
             return point

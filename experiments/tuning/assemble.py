@@ -117,8 +117,18 @@ def _check_kind(config: TuningConfig, path: Path, task: TaskKind) -> None:
 def _rows(config: TuningConfig, task: TaskKind) -> tuple[Rows, Mapping[str, Rows]]:
     if config.train is None:
         train, validation = embedded_rows()
-        return train, {task.splits[0]: validation}
-    return read_parts(task, config.train, _names(config.validation))
+        parts = {task.splits[0]: validation}
+    else:
+        train, parts = read_parts(task, config.train, _names(config.validation))
+    most = config.validation_examples
+    return train, {name: _first(most, rows) for name, rows in parts.items()}
+
+
+def _first(most: int | None, rows: Rows) -> Rows:
+    """Returns the first rows; None: all."""
+    if most is None or most >= len(rows):
+        return rows
+    return rows.take(range(most), f"the first {most:,} of {rows.name}")
 
 
 def _names(text: str | None) -> Sequence[str]:

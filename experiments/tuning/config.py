@@ -116,7 +116,12 @@ TUNING = Settings(
             "epochs",
         }
     ),
-    data=frozenset({"train", "validation", "text_columns", "label_column", "prompt"}),
+    data=frozenset(
+        {
+            *("train", "validation", "validation_examples"),
+            *("text_columns", "label_column", "prompt"),
+        }
+    ),
     fixed=FIXED | {"model", "task", "max_length", "seeds", "frozen"},
 )
 

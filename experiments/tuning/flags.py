@@ -56,6 +56,8 @@ class TaskFlags:
     text_columns: str | None = None
     #: Column of the label or the answer. None: that of the task.
     label_column: str | None = None
+    #: Examples to validate on, the first ones of each part; at least 1. None: all.
+    validation_examples: AtLeastOne | None = None
     #: Tokens of the longest example, special tokens included; at least 1. Longer ones
     #: are cut, and counted. None: as many as the model has positions, at most 512.
     max_length: AtLeastOne | None = None

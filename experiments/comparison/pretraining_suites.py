@@ -1,0 +1,223 @@
+"""The suites that pre-train: methods, data and searches."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import lowrank_optax
+from experiments.comparison.suite import Contender, Suite
+
+
+def _contender(name: str, block_scale: float, rate: float = 8e-3, **flags: Any):
+    return Contender(name, {"optimizer": name, **flags}, block_scale, rate)
+
+
+def _variant(like: str, change: str, **flags: Any) -> Contender:
+    (method,) = (contender for contender in _METHODS if contender.name == like)
+    flags = {**method.flags, **flags}
+    return dataclasses.replace(method, name=f"{like} {change}", flags=flags, like=like)
+
+
+_8_BITS = {"moment_bits": 8, "vocabulary_optimizer": "low_bit"}
+_SMALL_STATE = {"moment_bits": 8, "basis_bits": 8, "vocabulary_optimizer": "low_bit"}
+
+# Searches start at the best rates of a few earlier runs. The default rank is a quarter
+# of the hidden size, 32; for adarankgrad 48.
+_METHODS = (
+    _contender("adamw", 0.125),
+    _contender("muon", 0.5),
+    _contender("optax_galore", 0.5),
+    _contender("adarankgrad", 0.25, 16e-3),
+    _contender("sumo", 1.0),
+    _contender("low_rank_muon", 0.5, 16e-3),
+    _contender("galore", 0.25, 16e-3),
+    _contender("fira", 0.5, 16e-3),
+    _contender("apollo", 0.25, 16e-3),
+    _contender("adafactor", 0.03125, 16e-3),
+    _contender("vlorp", 0.25, 16e-3),
+    _contender("projfactor", 0.25, 16e-3),
+    # With the authors' decays, because the basis follows the momentum too.
+    _contender("ldadam", 0.25, 16e-3, b1=0.908, b2=0.99),
+    _contender("apollo_mini", 0.25, 16e-3),
+    _contender("lora", 0.125, 16e-3),
+    _contender("relora", 0.125, 16e-3),
+    _contender("low_rank", 0.125, 16e-3),
+    # The state takes as many bytes as adarankgrad's.
+    _contender("optax_galore r=57", 0.25, 16e-3, optimizer="optax_galore", rank=57),
+    _contender("sumo r=64 8 bits", 1.0, optimizer="sumo", rank=64, **_SMALL_STATE),
+)
+# Variants, at the rates of the method that they vary.
+_VARIANTS = (
+    _variant("adamw", "8 bits", **_8_BITS),
+    _variant("galore", "8 bits", **_8_BITS),
+    _variant("adarankgrad", "8 bits", **_8_BITS),
+    _variant("sumo", "8 bits", **_SMALL_STATE),
+    _variant("low_rank_muon", "8 bits", **_SMALL_STATE),
+    _variant("sumo", "r=64", rank=64),
+    _variant("low_rank_muon", "r=64 8 bits", rank=64, **_SMALL_STATE),
+)
+
+_CPU_SMALL = {
+    "model": "tiny",
+    "steps": 600,
+    "eval_every": 300,
+    "eval_tokens": 131_072,
+    "sample_tokens": 0,
+}
+
+
+# Needs an accelerator, a tokenizer, and text with 105 M tokens for each run.
+_C4_60M = {
+    "model": "60m",
+    "steps": 3_200,
+    "batch_size": 128,
+    "sequence_length": 256,
+    "compute_dtype": "bfloat16",
+    "rank": 128,
+    "eval_every": 400,
+    "eval_tokens": 262_144,
+    "sample_tokens": 0,
+}
+
+
+def _ablation(
+    description: str,
+    like: str,
+    variants: Mapping[str, Mapping[str, Any]],
+    seeds: tuple[int, ...] = (0, 1),
+) -> Suite:
+    """Returns variants of a method, at its rates and with nothing searched."""
+    return Suite(
+        description,
+        _CPU_SMALL,
+        tuple(
+            dataclasses.replace(_variant(like, name, **flags), name=name)
+            for name, flags in variants.items()
+        ),
+        seeds=seeds,
+        search=1,
+    )
+
+
+def _published(model: str, steps: int, rank: int, adamw_rate: float) -> Suite:
+    """Returns a table of the papers: GaLore's batch, schedule, rates and ranks."""
+    projected: dict[str, Any] = {"rank": rank}
+    rate = 0.01
+    return Suite(
+        f"{model} on streamed C4 with GaLore's published settings",
+        {
+            "model": model,
+            "steps": steps,
+            "batch_size": 512,
+            "sequence_length": 256,
+            "compute_dtype": "bfloat16",
+            "eval_every": 1_000,
+            "eval_tokens": 10_000_000,
+            "sample_tokens": 0,
+        },
+        (
+            _contender("adamw", 1.0, adamw_rate),
+            _contender("galore", 0.25, rate, **projected),
+            _contender("optax_galore", 0.25, rate, **projected),
+            _contender("adarankgrad", 0.25, rate, **projected),
+            _contender("low_rank", 1.0, adamw_rate, **projected),
+            _contender("lora", 1.0, adamw_rate, **projected),
+            _contender("relora", 1.0, adamw_rate, update_proj_gap=2_000, **projected),
+        ),
+        seeds=(0,),
+        search=1,
+        data="c4",
+        needs_tokenizer=True,
+    )
+
+
+_FIXED_INTERVAL = {"min_refresh_interval": 200, "max_refresh_interval": 200}
+# Without a limit on the time.
+_ON_CONVERGENCE = {"min_refresh_interval": 200, "max_refresh_interval": 1_000}
+
+PRETRAINING_SUITES: dict[str, Suite] = {
+    "cpu-small": Suite(
+        "every method on the tiny model, bytes, 600 steps of 1,024 tokens",
+        _CPU_SMALL,
+        (*_METHODS, *_VARIANTS),
+    ),
+    "c4-60m": Suite(
+        "the 60m model, 105 M tokens, on an accelerator",
+        _C4_60M,
+        (
+            _contender("adamw", 0.25, 4e-3),
+            _contender("optax_galore", 0.5, 4e-3),
+            _contender("galore", 0.5, 4e-3),
+            _contender("adarankgrad", 0.5, 4e-3),
+            _contender("projfactor", 0.5, 4e-3, rank=8, granularity=16),
+            _contender("muon", 0.5, 4e-3),
+            _contender("sumo", 1.0, 4e-3),
+            _contender("low_rank_muon", 0.5, 4e-3),
+        ),
+        seeds=(0,),
+        search=3,
+        data="c4",
+        needs_tokenizer=True,
+    ),
+    "papers-60m": _published("60m", 10_000, 128, 1e-3),
+    "papers-130m": _published("130m", 20_000, 256, 1e-3),
+    "papers-350m": _published("350m", 60_000, 256, 5e-4),
+    "papers-1b": _published("1b", 100_000, 512, 5e-4),
+    "ablation-adaptive": _ablation(
+        "what adapts: rank, refresh, both or neither (AdaRankGrad's Tables 5 and 6)",
+        "adarankgrad",
+        {
+            "rank and refresh": {"threshold": 0.05, "min_rank": 4, **_ON_CONVERGENCE},
+            "rank only": {"threshold": 0.05, "min_rank": 4, **_FIXED_INTERVAL},
+            "refresh only": {"min_rank": 48, **_ON_CONVERGENCE},
+            "neither": {"min_rank": 48, **_FIXED_INTERVAL},
+        },
+    ),
+    "ablation-threshold": _ablation(
+        "the share of a gradient that the rank may lose (AdaRankGrad's Figure 5)",
+        "adarankgrad",
+        {
+            f"threshold {threshold:g}": {"threshold": threshold, "min_rank": 1}
+            for threshold in (0.3, 0.1, 0.03, 0.01)
+        },
+    ),
+    "ablation-rebase": _ablation(
+        "how the moments follow a new basis",
+        "adarankgrad",
+        {
+            rule: {
+                "rebase": rule,
+                "min_refresh_interval": 50,
+                "max_refresh_interval": 50,
+            }
+            for rule in lowrank_optax.REBASE_RULES
+        },
+    ),
+    "ablation-rebase-default": _ablation(
+        "how the moments follow a new basis, at the method's own intervals",
+        "adarankgrad",
+        {rule: {"rebase": rule} for rule in ("square", "filled")},
+        seeds=(0, 1, 2),
+    ),
+    "ablation-side": _ablation(
+        "which side of a matrix is projected",
+        "galore",
+        {side: {"side": side} for side in ("short", "long")},
+    ),
+    "ablation-interval": _ablation(
+        "updates between two bases",
+        "galore",
+        {
+            f"every {gap}": {"update_proj_gap": gap}
+            for gap in (10, 25, 50, 100, 200, 600)
+        },
+    ),
+    "ablation-granularity": _ablation(
+        "granularity c at the same c r",
+        "vlorp",
+        {
+            f"c={c} r={r}": {"granularity": c, "rank": r}
+            for c, r in ((1, 32), (4, 8), (16, 2))
+        },
+    ),
+}
