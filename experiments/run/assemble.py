@@ -59,7 +59,7 @@ def assemble(config: Config, report: Callable[[str], None]) -> Parts[TextWork]:
         report=report,
     )
     work = TextWork(config=config, data=data, model=model, tokenizer=tokenizer)
-    check_same_data(resumed, work, directory)
+    check_same_data(resumed, work, config, PRETRAINING, directory)
     schedule = make_schedule(config, config.steps)
     say_changes(resumed, changed, schedule, report)
     tx = build_optimizer(config, schedule, config.seed, config.accumulate)

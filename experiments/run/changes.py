@@ -20,13 +20,30 @@ def changes(saved: Mapping[str, Any], config: Any, settings: Settings) -> Change
         config: Completed.
         settings: Of the command.
     """
+    ignored = settings.free | settings.data
+    found = _differences(saved, config, settings)
+    return {name: pair for name, pair in found.items() if name not in ignored}
+
+
+def data_changes(saved: Mapping[str, Any], config: Any, settings: Settings) -> Changes:
+    """Returns where a configuration has its data, if not where a saved one has it.
+
+    Args:
+        saved: From :func:`experiments.run.settings.to_json`.
+        config: Completed.
+        settings: Of the command.
+    """
+    found = _differences(saved, config, settings)
+    return {name: pair for name, pair in found.items() if name in settings.data}
+
+
+def _differences(saved: Mapping[str, Any], config: Any, settings: Settings) -> Changes:
     now = to_json(config)
     # A setting that was added since then had its default.
     before = {**to_json(settings.options()), **saved}
-    ignored = settings.free | settings.data
     return {
         name: [before.get(name), now.get(name)]
-        for name in sorted((before.keys() | now.keys()) - ignored)
+        for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name)
     }
 

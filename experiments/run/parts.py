@@ -15,7 +15,13 @@ import lowrank_optax
 from experiments.errors import UserError
 from experiments.optim.methods import OPTIMIZERS
 from experiments.optim.options import OptimizerOptions
-from experiments.run.changes import Changes, changes, check_changes, told
+from experiments.run.changes import (
+    Changes,
+    changes,
+    check_changes,
+    data_changes,
+    told,
+)
 from experiments.run.checkpoint import RunRecord, read_record
 from experiments.run.files import check_is_free
 from experiments.run.settings import Settings
@@ -104,12 +110,28 @@ def read_checkpoint(
     return record, changed
 
 
-def check_same_data(resumed: RunRecord | None, work: Work, directory: Path) -> None:
-    """Raises UserError if a resumed run would go on with other data."""
+def check_same_data(
+    resumed: RunRecord | None,
+    work: Work,
+    config: Any,
+    settings: Settings,
+    directory: Path,
+) -> None:
+    """Raises UserError if a resumed run would go on with other data.
+
+    Args:
+        resumed: The record of the run; None: nothing is resumed.
+        work: With the data.
+        config: Completed.
+        settings: Of the command.
+        directory: Of the run.
+    """
     if resumed is not None and resumed.token_digest != work.digest:
+        changed = data_changes(resumed.config, config, settings)
         raise UserError(
             f"{work.data_flag} has other text than the run in {directory} was "
-            "started with; give the same files, tokenizer and version of Python"
+            f"started with{f' ({told(changed)})' if changed else ''}; give the same "
+            "files, tokenizer and version of Python"
         )
 
 

@@ -70,7 +70,7 @@ def assemble(
     work, load = make(config, path, task, rows, validation)
     config = work.config
     resumed, changed = read_checkpoint(config, TUNING, directory, report)
-    check_same_data(resumed, work, directory)
+    check_same_data(resumed, work, config, TUNING, directory)
     schedule = make_schedule(config, config.steps or 1)
     say_changes(resumed, changed, schedule, report)
     initial_params = functools.partial(_initial_params, config, load, mesh)

@@ -347,7 +347,7 @@ def test_sequences_of_integers_are_learned_by_a_real_comparison(tmp_path, monkey
     monkeypatch.setitem(suites.SUITES, "geneformer-like", suite)
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     out = tmp_path / "out"
-    words = ["--model", model, "--data", data, "--steps", 300, "--out", out]
+    words = ["--model", model, "--data", data, "--steps", 120, "--out", out]
     assert compare.main(["geneformer-like", *map(str, words)]) == 0
     (line,) = (out / "results.jsonl").read_text().splitlines()
     record = json.loads(line)

@@ -16,6 +16,8 @@ from experiments.model.encoder_files import load_encoder
 from experiments.model.hugging_face import load_llama
 from experiments.model.peft import load_peft_adapter
 from experiments.run.files import checkpoint_steps
+from experiments.tuning.assemble import assemble
+from experiments.tuning.config import TUNING
 from experiments.tuning.quantities import LINE, SUMMARY
 from tests.experiments.small_runs import (
     assert_same_run,
@@ -247,6 +249,31 @@ def test_other_examples_are_not_gone_on_with(flags, tuned, tmp_path, capsys):
     path.write_text("".join(reversed(lines)))
     assert tune("--out", tuned, "--resume", "--steps", 9, "--train", path) == 2
     assert "other text than the run" in one_error_line(capsys)
+
+
+@pytest.mark.parametrize("most", [1, 8, 21, 22])
+def test_the_first_examples_alone_can_be_validated_on(flags, most, tmp_path):
+    words = [*flags, "--out", tmp_path / "out", "--validation-examples", most]
+    data = assemble(TUNING.parse([str(word) for word in words]), print).work.data
+    path = Path(flags[flags.index("--validation") + 1])
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    # The file has 21.
+    wanted = [data.label_names.index(row["label"]) for row in rows[:most]]
+    assert data.labels("validation").tolist() == wanted
+    assert data.train_examples == 44
+    assert ("the first" in data.description) == (most < 21)
+
+
+def test_a_run_goes_on_with_as_many_examples_to_validate_on(
+    flags, tuned, tmp_path, capsys
+):
+    again = ["--out", tuned, "--resume", "--validation-examples"]
+    assert tune(*again, 8) == 2
+    line = one_error_line(capsys)
+    assert "(--validation-examples was None, is 8)" in line
+    # All of them, by another value.
+    config = TUNING.parse([str(word) for word in (*again, 21)])
+    assert assemble(config, print).resumed is not None
 
 
 def test_commands_of_pre_training_say_where_the_weights_are(tuned, capsys):
