@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from experiments.comparison.options import parse_options
-from experiments.comparison.tasks import open_comparison
+from experiments.comparison.tasks import comparison_of
 from experiments.errors import UserError
 
 # Ways to be told to stop; a lost terminal is one.
@@ -33,12 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     try:
         options = parse_options(sys.argv[1:] if argv is None else argv)
-        comparison = open_comparison(options, console)
-        try:
+        with comparison_of(options, console) as comparison:
             comparison.check_rates()
-            comparison.run()
-        finally:
-            comparison.close()
+            try:
+                comparison.run()
+            finally:
+                comparison.report()
     except UserError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.data.files import TABLES, find_files
+from experiments.data.hub import parse_hub_text
 from experiments.errors import UserError
 from experiments.tasks.table import TASKS
 
@@ -25,7 +27,7 @@ def find_examples(
             examples, or what the command itself has.
 
     Raises:
-        UserError: If a directory has files, but none of the task.
+        UserError: If there is no such file, or a directory has none of the task.
 
     Example:
         >>> find_examples("mrpc", "hub:nyu-mll/glue", None)
@@ -35,8 +37,11 @@ def find_examples(
         return f"{data}:{task}", validation_data
     if data in _TESTED:
         return data, validation_data or _TESTED[data]
+    for spec in validation_data.split(",") if validation_data else ():
+        _check_exists(spec)
     directory = Path(data)
     if not directory.is_dir():
+        _check_exists(data)
         return data, validation_data
     train = _file(directory, task, ("train",))
     if validation_data is None:
@@ -49,6 +54,12 @@ def find_examples(
         ]
         validation_data = ",".join(_file(directory, task, parts) for parts in wanted)
     return train, validation_data
+
+
+def _check_exists(spec: str) -> None:
+    """Raises UserError if there are no such files; asks no hub."""
+    if parse_hub_text(spec) is None:
+        find_files(spec, TABLES)
 
 
 def _file(directory: Path, task: str, parts: Sequence[str]) -> str:
@@ -64,6 +75,6 @@ def _file(directory: Path, task: str, parts: Sequence[str]) -> str:
         if found:
             return str(found[0])
     raise UserError(
-        f"--data {directory} has no {names[0]}.jsonl.gz (nor .jsonl, .csv, .tsv); put "
-        "it there, or choose other tasks with --tasks"
+        f"--data {directory} has no {names[0]}.jsonl (nor .csv, .tsv, or one of them "
+        "compressed); put it there, or give another directory"
     )

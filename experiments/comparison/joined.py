@@ -1,19 +1,20 @@
 """The tables of a suite with several tasks: methods down, tasks across."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from experiments.comparison.markdown import markdown
+from experiments.comparison.origin import origin
 from experiments.comparison.rows import Row, rows_of
 from experiments.comparison.suite import Suite
 from experiments.comparison.tuning_report import (
     COSTS,
     NOTES,
     best,
-    cost,
-    finished_runs,
     last,
-    origin,
-    words,
+    mean,
+    title,
 )
 
 
@@ -28,54 +29,44 @@ def joined_table(
         tasks: Records of each task that has some, by its name.
     """
     measure = suite.measure
-    rows = {
-        task: {row.method: row for row in rows_of(records, measure)}
-        for task, records in tasks.items()
+    rows = {task: rows_of(records, measure) for task, records in tasks.items()}
+    names = {task: f"{task}, {title(rows[task], measure)}" for task in tasks}
+    costs = {
+        name.capitalize(): functools.partial(mean, number=number)
+        for name, number in COSTS.items()
     }
-    titles = {task: _title(task, found, suite) for task, found in rows.items()}
-    tables: dict[str, Callable[[Row], str]] = {
-        "Last validation": lambda row: last(row, measure),
-        "Best validation": lambda row: best(row, measure),
-        "Seeds": lambda row: str(len(row.losses)),
-        **{
-            title[0].upper() + title[1:]: lambda row, title=title: cost(row, title)
-            for title in COSTS
-        },
+    # Title -> the heads by task, and what is in a cell.
+    tables: dict[str, tuple[Mapping[str, str], Callable[[Row], str]]] = {
+        "Last validation": (names, lambda row: last(row, measure)),
+        "Best validation": (names, lambda row: best(row, measure)),
+        "Seeds": ({}, lambda row: str(len(row.losses))),
+        **{name: ({}, cell) for name, cell in costs.items()},
     }
+    methods = [contender.name for contender in suite.contenders]
     parts = [
         f"# {name}\n\n{suite.description[0].upper()}{suite.description[1:]}. Mean over "
         "the seeds ± standard deviation (n - 1). Best: of the validations of each run. "
         f"{NOTES}\n"
     ]
-    methods = [contender.name for contender in suite.contenders]
-    for title, cell in tables.items():
-        heads = titles if "validation" in title else {task: task for task in titles}
-        parts.append(f"## {title}\n\n{_table(methods, rows, heads, cell)}")
+    for heading, (heads, cell) in tables.items():
+        columns = {heads.get(task, task): rows[task] for task in tasks}
+        parts.append(f"## {heading}\n\n{_table(methods, columns, cell)}")
     sources = [f"- {task}: {origin(records)}" for task, records in tasks.items()]
     return "\n".join([*parts, "## Runs\n", *sources]) + "\n"
 
 
-def _title(task: str, rows: Mapping[str, Row], suite: Suite) -> str:
-    """Returns the name of a task and of what is compared."""
-    if not suite.measure.is_larger_better:
-        return f"{task}, loss"
-    runs = [run for row in rows.values() for run in finished_runs(row)]
-    return f"{task}, {words(runs[0]['metric'])}" if runs else task
-
-
 def _table(
     methods: Sequence[str],
-    rows: Mapping[str, Mapping[str, Row]],
-    titles: Mapping[str, str],
+    columns: Mapping[str, Sequence[Row]],
     cell: Callable[[Row], str],
 ) -> str:
-    lines = [
-        f"| method | {' | '.join(titles.values())} |",
-        f"|{'---|' * (1 + len(titles))}",
-    ]
-    for method in methods:
-        found = [rows[task].get(method) for task in titles]
-        if any(found):
-            cells = [cell(row) if row else "" for row in found]
-            lines.append(f"| {method} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    """Returns a table: methods that have a row in a column down, columns across."""
+    found = [{row.method: cell(row) for row in rows} for rows in columns.values()]
+    return markdown(
+        ["method", *columns],
+        [
+            [method, *(cells.get(method, "") for cells in found)]
+            for method in methods
+            if any(method in cells for cells in found)
+        ],
+    )

@@ -87,8 +87,8 @@ def rates_of(directory: Path, measure: Measure) -> dict[str, tuple[float, float]
     records = read_lines(directory / RESULTS_FILE)
     if any(measure.entry not in record for record in records):
         raise UserError(
-            f"--rates-from {directory} does not compare the {measure.name} of its runs;"
-            " give a comparison that does"
+            f"--rates-from {directory} has runs without {measure.entry}, which is what "
+            "is compared here; give a comparison whose runs have it"
         )
     return best_rates(records, len(seeds), measure)
 
@@ -120,9 +120,8 @@ def _check(directory: Path, definition: Mapping[str, Any]) -> None:
     if not changed:
         return
     # Of itself, or of its tasks.
-    names = (RESULTS_FILE, f"*/{RESULTS_FILE}")
-    has_results = any(any(directory.glob(name)) for name in names)
-    if has_results or any(directory.glob(f"{RUNS}/*/{CHECKPOINTS}")):
+    done = (RESULTS_FILE, f"{RUNS}/*/{CHECKPOINTS}")
+    if any(any(directory.glob(x)) for name in done for x in (name, f"*/{name}")):
         raise UserError(
             f"{directory} holds another comparison: {'; '.join(changed)}; give another "
             "--out"

@@ -7,11 +7,13 @@ from typing import Annotated
 
 import tyro
 
-from experiments.arguments import check_choice, parse_arguments
+from experiments.arguments import check_choice, check_ranges, parse_arguments
 from experiments.comparison.suite import Suite
 from experiments.comparison.suites import SUITES
 from experiments.comparison.trainers import TUNER
 from experiments.errors import UserError
+from experiments.ranges import AtLeastOne
+from experiments.tuning.fit import find_model_for
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,13 +44,13 @@ class Options:
     #: none, and need it.
     model: str | None = None
     #: Updates of each run; at least 1. None: those of the suite.
-    steps: int | None = None
+    steps: AtLeastOne | None = None
     #: Tasks to run, separated by commas, of a suite with several. None: all. The joined
     #: table has all tasks with results.
     tasks: str | None = None
-    #: Runs at a time. On CPUs each run has its share of the cores, which lowers tokens
-    #: per second.
-    jobs: int = 1
+    #: Runs at a time; at least 1. On CPUs each run has its share of the cores, which
+    #: lowers tokens per second.
+    jobs: AtLeastOne = 1
     #: Methods to run, separated by commas. None: all methods of the suite. The table
     #: has all finished methods.
     only: str | None = None
@@ -70,10 +72,7 @@ def parse_options(argv: Sequence[str]) -> Options:
     names = [contender.name for contender in suite.contenders]
     for name in chosen_names(options):
         check_choice("--only", name, names)
-    if options.jobs < 1:
-        raise UserError(f"--jobs must be at least 1, not {options.jobs}")
-    if options.steps is not None and options.steps < 1:
-        raise UserError(f"--steps must be at least 1, not {options.steps}")
+    check_ranges(options)
     _check_tasks(options, suite)
     if suite.trainer is TUNER:
         _check_tuning(options, suite)
@@ -121,6 +120,12 @@ def _check_tasks(options: Options, suite: Suite) -> None:
             f"--validation-data has no effect: {options.suite} has several tasks, each "
             "with TASK_validation in the directory --data; leave it out"
         )
+    data = options.data
+    if suite.tasks and data not in (None, suite.data) and not Path(data).is_dir():
+        raise UserError(
+            f"--data {data} is no directory; {options.suite} has several tasks: give a "
+            f"directory with TASK_train and TASK_validation, or {suite.data}"
+        )
 
 
 def _check_tuning(options: Options, suite: Suite) -> None:
@@ -138,3 +143,6 @@ def _check_tuning(options: Options, suite: Suite) -> None:
             f"{suite.flags['task']}_train.jsonl and {suite.flags['task']}_validation"
             ".jsonl"
         )
+    flags = {**suite.flags, **(suite.tasks[0].flags if suite.tasks else {})}
+    # Not by the first run, which would write it to its log.
+    find_model_for(flags["task"], options.model or flags["model"])

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from experiments.comparison.charts import draw
+from experiments.comparison.markdown import markdown
+from experiments.comparison.origin import origin
 from experiments.comparison.rows import Row, rows_of
 from experiments.comparison.suite import Suite
 
@@ -15,21 +17,17 @@ from experiments.comparison.suite import Suite
 def table(rows: Sequence[Row]) -> str:
     """Returns the table in Markdown."""
     adamw = next((row.mean for row in rows if row.method == "adamw"), None)
-    lines = [
-        "| method | rates: rest, blocks | loss, mean of seeds | seeds | spread "
-        "| to AdamW | block state | whole state | tokens/s | runs | diverged |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+    heads = [
+        *("method", "rates: rest, blocks", "loss, mean of seeds", "seeds", "spread"),
+        *("to AdamW", "block state", "whole state", "tokens/s", "runs", "diverged"),
     ]
+    lines = []
     for row in rows:
         speeds = [run["tokens_per_second"] for run in row.runs]
         speeds = [speed for speed in speeds if speed is not None]
-        diverged = "; ".join(
-            f"{rest:g}, {blocks:g} after step {step}"
-            for rest, blocks, step in row.diverged
-        )
         cells = [
             row.method,
-            f"{row.learning_rate:g}, {row.block_learning_rate:g}",
+            row.rates,
             _number(row.mean),
             str(len(row.losses)),
             _number(row.spread),
@@ -38,10 +36,10 @@ def table(rows: Sequence[Row]) -> str:
             f"{row.share:.3f}",
             f"{statistics.median(speeds):,.0f}" if speeds else "",
             str(row.tried),
-            diverged,
+            row.divergences,
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    return markdown(heads, lines)
 
 
 def _change(loss: float, adamw: float | None) -> str:
@@ -66,14 +64,10 @@ def write_report(
         records: Lines of results.jsonl.
     """
     rows = rows_of(records)
-    first = min(records, key=lambda record: record["status"] != "finished")
-    commits = sorted({record["commit"] for record in records})
     heading = (
-        f"Suite {name}, {suite.description}: {first['model']}, {first['steps']} steps; "
-        f"{first['data']}; {first['device']}; of commit {', '.join(commits)}. Loss: "
-        "nats per token of one validation set, the same for all. Spread: largest less "
-        "smallest. State: bytes as a share of AdamW's. Runs: all that the method was "
-        "given.\n\n"
+        f"Suite {name}, {suite.description}: {origin(records)}. Loss: nats per token "
+        "of one validation set, the same for all. Spread: largest less smallest. "
+        "State: bytes as a share of AdamW's. Runs: all that the method was given.\n\n"
     )
     (directory / "table.md").write_text(heading + table(rows))
     finished = [row for row in rows if np.isfinite(row.mean)]

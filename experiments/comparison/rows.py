@@ -34,6 +34,19 @@ class Row:
     diverged: tuple[tuple[float, float, int], ...]
 
     @property
+    def rates(self) -> str:
+        """The rates in words: of the rest, of the blocks."""
+        return f"{self.learning_rate:g}, {self.block_learning_rate:g}"
+
+    @property
+    def divergences(self) -> str:
+        """The diverged runs in words."""
+        return "; ".join(
+            f"{rest:g}, {blocks:g} after step {step}"
+            for rest, blocks, step in self.diverged
+        )
+
+    @property
     def mean(self) -> float:
         """Mean cost over the seeds."""
         return statistics.mean(self.losses)

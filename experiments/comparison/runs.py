@@ -31,6 +31,8 @@ from experiments.run.files import CHECKPOINTS, SUMMARY_FILE
 class Comparison:
     """The runs of one suite, or of one of its tasks, in one directory.
 
+    A context: within it the directory is its own.
+
     Args:
         suite: The suite, without tasks.
         directory: Directory of the results.
@@ -39,7 +41,8 @@ class Comparison:
         console: Where to print.
 
     Raises:
-        UserError: If the data, the rates or the directory are not as they should be.
+        UserError: If the data or the rates are not as they should be; on entering, if
+            the directory is not.
     """
 
     def __init__(
@@ -63,10 +66,16 @@ class Comparison:
         self._rates = rates_from and rates_of(rates_from, suite.measure)
         self._lock = threading.Lock()
         self._started, self._done_here = time.monotonic(), 0
+
+    def __enter__(self) -> "Comparison":
         self._ledger = Ledger(self.directory, self._definition())
         self._processes = Processes(
-            options.jobs, self._ledger.held, suite.trainer.settings.program
+            self._options.jobs, self._ledger.held, self.suite.trainer.settings.program
         )
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._ledger.close()
 
     def _definition(self) -> dict[str, Any]:
         """Returns the settings that all results must share; methods may be added."""
@@ -84,7 +93,7 @@ class Comparison:
         """The records of the suite's methods with their present settings."""
         return present(list(self._ledger.records), self._flags_of)
 
-    def close(self) -> None:
+    def report(self) -> None:
         """Writes the table and the figures of the finished runs."""
         records = self.records
         if earlier := len(self._ledger.records) - len(records):
@@ -97,7 +106,6 @@ class Comparison:
             write = write_tuning_report if is_tuning else write_report
             write(self.directory, self._options.suite, self.suite, records)
             self._console.print(f"results in {self.directory}", soft_wrap=True)
-        self._ledger.close()
 
     def run(self) -> None:
         """Runs the unfinished methods, which :meth:`check_rates` has let pass."""

@@ -66,7 +66,7 @@ def _examples(flags, data, validation_data, tokenizer):
 
 
 def _is_finite(summary: Mapping[str, Any]) -> bool:
-    # A metric may be worse than a guess, or none: the loss says whether it diverged.
+    # A metric may be worse than at first; the loss says whether the run diverged.
     loss = summary.get("validation_loss")
     return loss is not None and math.isfinite(loss)
 

@@ -3,14 +3,28 @@
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from experiments.comparison.charts import draw
+from experiments.comparison.markdown import markdown
 from experiments.comparison.measures import Measure
+from experiments.comparison.origin import origin
 from experiments.comparison.rows import Row, rows_of
 from experiments.comparison.suite import Suite
+
+
+class Number(NamedTuple):
+    """A number of a run, as a table has it.
+
+    Attributes:
+        of: Record of a finished run -> the number; None: the run has none.
+        form: How its mean is written, as :func:`format` takes it.
+    """
+
+    of: Callable[[Mapping[str, Any]], float | None]
+    form: str
 
 
 def write_tuning_report(
@@ -33,8 +47,8 @@ def write_tuning_report(
     (directory / "table.md").write_text(heading + tuning_table(rows, suite.measure))
     finished = [row for row in rows if np.isfinite(row.mean)]
     label = suite.measure.label
-    if suite.measure.is_larger_better and finished:
-        label = f"validation {words(finished[0].runs[0]['metric'])}"
+    if suite.measure.is_larger_better:
+        label = f"validation {title(rows, suite.measure)}"
     draw(directory, finished, suite.measure, label)
 
 
@@ -45,56 +59,32 @@ NOTES = (
 )
 
 
-def origin(records: Sequence[Mapping[str, Any]]) -> str:
-    """Returns model, task, length, data, device and commits of some runs."""
-    first = min(records, key=lambda record: record["status"] != "finished")
-    commits = sorted({record["commit"] for record in records})
-    data = " ".join(str(first["data"]).split())
-    return (
-        f"{first['model']} on {first['task']}, {first['steps']} steps; {data}; "
-        f"{first['device']}; of commit {', '.join(commits)}"
-    )
-
-
 def tuning_table(rows: Sequence[Row], measure: Measure) -> str:
     """Returns the table of one task in Markdown."""
-    runs = [run for row in rows for run in finished_runs(row)]
-    name = words(runs[0]["metric"]) if runs else "metric"
-    others = (
-        [x for x in runs[0]["last_metrics"] if x != runs[0]["metric"]] if runs else ()
-    )
-    if not measure.is_larger_better:
-        name = "loss"
-    lines = [
-        f"| method | rates: rest, blocks | {name}, last | {name}, best "
-        + "".join(f"| {words(other)} " for other in others)
-        + "| loss | seeds | block state | whole state | rank | effective rank "
-        "| s/step | peak | runs | diverged |",
-        f"|{'---|' * (14 + len(others))}",
+    name = title(rows, measure)
+    numbers = _others(rows, measure) | COSTS
+    heads = [
+        *("method", "rates: rest, blocks", f"{name}, last", f"{name}, best", "seeds"),
+        *(*numbers, "runs", "diverged"),
     ]
+    lines = []
     for row in rows:
         cells = [
-            row.method,
-            f"{row.learning_rate:g}, {row.block_learning_rate:g}",
-            last(row, measure),
-            best(row, measure),
-            *(_mean(row, _metric(other), ".4f") for other in others),
-            _mean(row, lambda run: run["validation_loss"], ".4f"),
+            *(row.method, row.rates, last(row, measure), best(row, measure)),
             str(len(row.losses)),
-            *(_mean(row, number, form) for number, form in COSTS.values()),
-            str(row.tried),
-            "; ".join(
-                f"{rest:g}, {blocks:g} after step {step}"
-                for rest, blocks, step in row.diverged
-            ),
+            *(mean(row, number) for number in numbers.values()),
+            *(str(row.tried), row.divergences),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    return markdown(heads, lines)
 
 
-def words(name: str) -> str:
-    """Returns the name of a metric in words."""
-    return name.replace("_", " ")
+def title(rows: Iterable[Row], measure: Measure) -> str:
+    """Returns the name of what is compared: the loss, or the metric of the task."""
+    runs = [run for row in rows for run in finished_runs(row)]
+    if not measure.is_larger_better or not runs:
+        return measure.name
+    return _words(runs[0]["metric"])
 
 
 def finished_runs(row: Row) -> list[Mapping[str, Any]]:
@@ -115,9 +105,20 @@ def best(row: Row, measure: Measure) -> str:
     return _spread(map(measure.best, curves))
 
 
-def cost(row: Row, name: str) -> str:
-    """Returns the mean of one of the :data:`COSTS`."""
-    return _mean(row, *COSTS[name])
+def mean(row: Row, number: Number) -> str:
+    """Returns the mean of a number of the finished runs; empty if none has it."""
+    found = [number.of(run) for run in finished_runs(row)]
+    found = [x for x in found if x is not None]
+    return format(statistics.mean(found), number.form) if found else ""
+
+
+def _others(rows: Iterable[Row], measure: Measure) -> dict[str, Number]:
+    """Returns the numbers of validations, by their names, but for what is compared."""
+    runs = [run for row in rows for run in finished_runs(row)]
+    names = list(runs[0]["last_metrics"]) if runs else []
+    found = {_words(name): Number(_metric(name), ".4f") for name in names}
+    found["loss"] = Number(lambda run: run["validation_loss"], ".4f")
+    return {k: x for k, x in found.items() if k != title(rows, measure)}
 
 
 def _rank(run: Mapping[str, Any]) -> float | None:
@@ -125,16 +126,14 @@ def _rank(run: Mapping[str, Any]) -> float | None:
     return statistics.mean(means) if means else None
 
 
-# Title of a column -> number of a run, None if it has none; and how it is written.
-COSTS: dict[str, tuple[Callable[[Mapping[str, Any]], float | None], str]] = {
-    "block state": (lambda run: run["block_state_bytes"] / 1e6, ".3f"),
-    "whole state": (lambda run: run["optimizer_state_bytes"] / 1e6, ".3f"),
-    "rank": (_rank, ".2f"),
-    "effective rank": (lambda run: run["effective_rank"], ".2f"),
-    "seconds per step": (lambda run: run["step_seconds"], ".3f"),
-    "peak": (
-        lambda run: run["step_peak_bytes"] and run["step_peak_bytes"] / 1e6,
-        ".0f",
+COSTS = {
+    "block state": Number(lambda run: run["block_state_bytes"] / 1e6, ".3f"),
+    "whole state": Number(lambda run: run["optimizer_state_bytes"] / 1e6, ".3f"),
+    "rank": Number(_rank, ".2f"),
+    "effective rank": Number(lambda run: run["effective_rank"], ".2f"),
+    "seconds per step": Number(lambda run: run["step_seconds"], ".3f"),
+    "peak": Number(
+        lambda run: run["step_peak_bytes"] and run["step_peak_bytes"] / 1e6, ".0f"
     ),
 }
 
@@ -143,12 +142,8 @@ def _metric(name: str) -> Callable[[Mapping[str, Any]], float]:
     return lambda run: run["last_metrics"][name]
 
 
-def _mean(
-    row: Row, number: Callable[[Mapping[str, Any]], float | None], form: str
-) -> str:
-    found = [number(run) for run in finished_runs(row)]
-    found = [x for x in found if x is not None]
-    return format(statistics.mean(found), form) if found else ""
+def _words(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _spread(numbers: Iterable[float]) -> str:

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,7 +14,6 @@ from experiments.model.adapters import check_adapter_rank, with_adapters
 from experiments.model.encoder_files import load_encoder, read_encoder_shape
 from experiments.model.encoder_shape import EncoderConfig
 from experiments.model.hugging_face import load_llama, read_shape
-from experiments.model.pretrained import find_model, kind_of
 from experiments.optim.build import build_optimizer
 from experiments.optim.methods import OPTIMIZERS
 from experiments.optim.schedule import make_schedule
@@ -39,6 +37,7 @@ from experiments.tasks.table import TASKS, TaskKind
 from experiments.tuning.answer_work import AnswerWork
 from experiments.tuning.config import TUNING, complete
 from experiments.tuning.encoder_work import EncoderWork
+from experiments.tuning.fit import find_model_for
 from experiments.tuning.flags import TuningConfig
 from experiments.tuning.frozen import check_frozen, groups_of, leaf_name
 
@@ -63,8 +62,7 @@ def assemble(
         config.model_name, config.task, config.optimizer
     )
     mesh = data_mesh(config.batch_size, config.accumulate)
-    path, task = find_model(config.model), TASKS[config.task]
-    _check_kind(config, path, task)
+    path, task = find_model_for(config.task, config.model), TASKS[config.task]
     rows, validation = _rows(config, task)
     make = _answer_work if task.kind == "answer" else _encoder_work
     work, load = make(config, path, task, rows, validation)
@@ -101,17 +99,6 @@ def assemble(
         resumed=resumed,
         changed=changed,
     )
-
-
-def _check_kind(config: TuningConfig, path: Path, task: TaskKind) -> None:
-    kind = kind_of(path)
-    wanted = "llama" if task.kind == "answer" else "encoder"
-    if kind != wanted:
-        what = {"llama": "a LLaMA", "encoder": "an encoder"}
-        raise UserError(
-            f"--task {config.task} needs {what[wanted]}, and --model {config.model} is "
-            f"{what[kind]}; give another --model or --task"
-        )
 
 
 def _rows(config: TuningConfig, task: TaskKind) -> tuple[Rows, Mapping[str, Rows]]:

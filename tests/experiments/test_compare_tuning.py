@@ -1,5 +1,6 @@
 """Comparisons of fine-tuning runs: their tasks, joined tables, and what they refuse."""
 
+import dataclasses
 import json
 import math
 import random
@@ -24,7 +25,7 @@ from tests.experiments.small_tuning import write_inputs
 
 SUITE = Suite(
     "two methods",
-    {"model": "minilm", "steps": 10},
+    {"steps": 10},
     (
         Contender("adamw", {"optimizer": "adamw"}, 1.0, 1e-4),
         Contender("galore r=4", {"optimizer": "galore", "rank": 4}, 4.0, 1e-4),
@@ -50,9 +51,12 @@ NAMES = {"cola": "matthews", "rte": "accuracy"}
 
 
 @pytest.fixture
-def started(monkeypatch):
+def started(monkeypatch, tmp_path_factory):
     """Runs of the suite are functions; returns the list of those that were started."""
-    monkeypatch.setitem(suites.SUITES, "glue-small", SUITE)
+    # Not the packaged model, which may not be installed.
+    model = str(write_model(tmp_path_factory.mktemp("model")))
+    suite = dataclasses.replace(SUITE, flags={**SUITE.flags, "model": model})
+    monkeypatch.setitem(suites.SUITES, "glue-small", suite)
     calls = []
 
     def process(self, flags, log):
@@ -63,6 +67,13 @@ def started(monkeypatch):
 
     monkeypatch.setattr(Processes, "run", process)
     return calls
+
+
+def write_model(directory):
+    """Writes what says that it is an encoder; returns the directory."""
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text('{"model_type": "bert"}')
+    return directory
 
 
 def write_run(arguments):
@@ -243,7 +254,24 @@ def test_steps_are_part_of_what_a_comparison_is(started, tmp_path, data, capsys)
         (["glue-small", "--validation-data", "x"], "--validation-data has no effect"),
         (["glue-small", "--tokenizer", "x"], "--tokenizer has no effect"),
         (["glue-small", "--steps", "0"], "--steps must be at least 1"),
-        (["glue-small", "--data", "."], "has no cola_train.jsonl.gz"),
+        (["glue-small", "--jobs", "0"], "--jobs must be at least 1, not 0"),
+        (["glue-small", "--only", "galor r=8"], "did you mean galore r=8?"),
+        (
+            ["glue-small", "--data", ".", "--model", "bert"],
+            "has no cola_train.jsonl (nor .csv",
+        ),
+        (["glue-small", "--data", "x.jsonl"], "x.jsonl is no directory; glue-small"),
+        (
+            ["glue-granularity", "--data", "x.jsonl", "--model", "bert"],
+            "no file matches 'x.jsonl'",
+        ),
+        (["glue-small", "--model", "nowhere"], "nowhere is no model"),
+        (["glue-small", "--model", "a.gguf"], "--task cola needs an encoder"),
+        (["smollm2-gsm8k", "--model", "bert"], "--task gsm8k needs a LLaMA"),
+        (
+            ["glue-small", "--model", "bert", "--rates-from", "runs"],
+            "--rates-from runs holds no comparison",
+        ),
         (["cpu-small", "--model", "minilm"], "--model has no effect"),
         (["roberta-glue"], "roberta-glue needs --model"),
         (["geneformer-like", "--model", "m"], "tokens_train.jsonl and tokens_valid"),
@@ -253,9 +281,11 @@ def test_a_mistake_is_one_line_and_makes_nothing(
     flags, message, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
+    write_model(tmp_path / "bert")
+    (tmp_path / "a.gguf").touch()
     assert compare.main(flags) == 2
     assert message in one_error_line(capsys)
-    assert list(tmp_path.iterdir()) == []
+    assert {path.name for path in tmp_path.iterdir()} == {"a.gguf", "bert"}
 
 
 def test_rates_of_another_measure_are_refused(started, tmp_path, data, capsys):
@@ -265,7 +295,7 @@ def test_rates_of_another_measure_are_refused(started, tmp_path, data, capsys):
     record = {"method": "adamw", "seed": 0, "status": "finished", "validation_loss": 1}
     (source / "results.jsonl").write_text(json.dumps(record) + "\n")
     assert run(tmp_path, data, "--rates-from", source) == 2
-    assert "does not compare the metric" in one_error_line(capsys)
+    assert "has runs without last_metric" in one_error_line(capsys)
     assert not started
 
 
@@ -286,7 +316,10 @@ def test_examples_are_found_by_the_name_of_the_task(tmp_path):
         str(tmp_path / "train.jsonl"),
         str(tmp_path / "test.jsonl"),
     )
-    assert find_examples("gsm8k", "a.jsonl", "b.jsonl") == ("a.jsonl", "b.jsonl")
+    for name in (str(tmp_path / "train.jsonl"), "hub:a/b:c"):
+        assert find_examples("gsm8k", name, name) == (name, name)
+        with pytest.raises(UserError, match=r"no file matches 'b\.jsonl'"):
+            find_examples("gsm8k", name, "b.jsonl")
     (tmp_path / "train.csv").touch()
     with pytest.raises(UserError, match=r"has train\.csv, train\.jsonl; leave one"):
         find_examples("gsm8k", str(tmp_path), None)

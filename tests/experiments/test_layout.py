@@ -25,7 +25,10 @@ BELOW = {
     "tuning": {
         *("errors", "ranges", "arguments", "data", "model", "tasks", "optim", "run"),
     },
-    "comparison": {"errors", "arguments", "model", "tasks", "optim", "run", "tuning"},
+    "comparison": {
+        *("errors", "ranges", "arguments", "data", "model", "tasks", "optim", "run"),
+        "tuning",
+    },
     "__main__": set(),
     # The commands, none of which imports another.
     "pretrain_llama": {"model", "run"},
