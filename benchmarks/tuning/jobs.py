@@ -1,0 +1,100 @@
+"""Jobs of the worker processes: the searches and seeds of a method on a task."""
+
+import argparse
+import json
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from experiments.comparison.search import Point, best_point, next_point, rates_at
+from experiments.comparison.suite import Suite
+from experiments.comparison.suites import SUITES
+
+
+class Job(NamedTuple):
+    """The runs of one method on one task."""
+
+    suite: str
+    part: str
+    method: str
+
+
+def jobs_of(options: argparse.Namespace) -> Iterator[Job]:
+    """Yields the jobs, by the order of --only, then of suites and tasks."""
+    found = []
+    for name in options.suites:
+        suite = SUITES[name]
+        for part in [x.name for x in suite.tasks] or [""]:
+            if part and options.parts and part not in options.parts:
+                continue
+            found += [Job(name, part, c.name) for c in suite.contenders]
+    if options.only:
+        found = [job for job in found if job.method in options.only]
+        found.sort(key=lambda job: options.only.index(job.method))
+    return iter(found)
+
+
+def _suite(options: argparse.Namespace, job: Job) -> Suite:
+    suite = SUITES[job.suite].changed(steps=options.steps, model=options.model)
+    for task in suite.tasks:
+        if task.name == job.part:
+            return suite.of_task(task)
+    return suite
+
+
+def done(work: tuple[argparse.Namespace, Job]) -> str:
+    """Does a job in a worker; returns what came of it, in a line."""
+    options, job = work
+    started = time.monotonic()
+    if started > options.deadline:
+        return f"{' '.join(job)}: no time was left"
+    try:
+        records = _runs(options, job)
+    except Exception as error:
+        text = traceback.format_exc(limit=-3)
+        return f"{' '.join(job)}: {type(error).__name__}: {str(error)[:300]}\n{text}"
+    measure = SUITES[job.suite].measure.entry
+    ends = [f"{r[measure]:.4f}" if measure in r else r["status"] for r in records]
+    seconds = time.monotonic() - started
+    return f"{' '.join(job)}: {' '.join(ends)}, {seconds:.0f} s"
+
+
+def _runs(options: argparse.Namespace, job: Job) -> Sequence[dict[str, Any]]:
+    # Imported here: the workers alone need JAX.
+    from benchmarks.tuning.runs import Late, Method
+
+    suite = _suite(options, job)
+    contender = next(c for c in suite.contenders if c.name == job.method)
+    data = options.data[options.suites.index(job.suite)]
+    method = Method(
+        suite,
+        contender,
+        suite.trainer.data(suite.flags, data, None, ""),
+        options.deadline,
+    )
+    records = []
+
+    def run(rates, seed):
+        record = {"suite": job.suite, "part": job.part, **method.run(rates, seed)}
+        record["commit"] = options.commit
+        with options.out.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        records.append(record)
+        return record
+
+    first, *others = suite.seeds[: options.seeds]
+    most = suite.search if options.search is None else options.search
+    costs: dict[Point, float] = {}
+    try:
+        while True:
+            point = next_point(costs, most, has_blocks=contender.trains_blocks)
+            if point is None:
+                break
+            costs[point] = suite.measure.cost(run(rates_at(contender, point), first))
+        rates = rates_at(contender, best_point(costs))
+        for seed in others:
+            run(rates, seed)
+    except Late:
+        pass
+    return records
