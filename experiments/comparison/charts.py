@@ -13,14 +13,16 @@ _MARKERS = "os^vD<>pPX*"
 
 
 def draw(directory: Path, rows: Sequence[Row], measure: Measure, label: str) -> None:
-    """Draws the figures of the rows that did not diverge.
+    """Draws the figures; none of no rows.
 
     Args:
         directory: Of the comparison.
-        rows: The rows.
+        rows: Those that did not diverge.
         measure: What is compared.
         label: Of its axes.
     """
+    if not rows:
+        return
     figures = {
         f"{measure.name}-tokens": _curves(rows, 0, "tokens", label),
         f"{measure.name}-time": _curves(rows, 1, "seconds of training", label),

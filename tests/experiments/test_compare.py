@@ -407,6 +407,7 @@ def test_rates_are_not_taken_from_a_search_that_has_not_ended(
     assert not started
 
 
+@pytest.mark.slow
 def test_a_terminated_comparison_ends_its_runs_each_with_a_checkpoint(tmp_path):
     inputs = tmp_path / "inputs"
     inputs.mkdir()

@@ -13,7 +13,7 @@ import pytest
 from experiments import compare
 from experiments.comparison import suites
 from experiments.comparison.examples import find_examples
-from experiments.comparison.measures import METRIC
+from experiments.comparison.measures import LOSS, METRIC
 from experiments.comparison.processes import Processes
 from experiments.comparison.suite import Contender, Suite, Task
 from experiments.comparison.trainers import TUNER
@@ -91,6 +91,7 @@ def write_run(arguments):
         {"step": 5, "tokens": 50, "validation_metric": metric + 0.1},
         {"step": 10, "tokens": 99, "validation_metric": metric, "ranks": {"a": [3]}},
     ]
+    lines[1]["validation_loss"], lines[2]["validation_loss"] = 0.5, 0.7
     lines = [{"tokens_per_second": 10.0, **line} for line in lines]
     (directory / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     steps = int(arguments["--steps"])
@@ -243,6 +244,68 @@ def test_steps_are_part_of_what_a_comparison_is(started, tmp_path, data, capsys)
     assert run(tmp_path, data, "--tasks", "cola") == 2
     assert "holds another comparison" in one_error_line(capsys)
     assert len(started) == count
+
+
+def test_a_task_that_was_begun_keeps_the_comparison_as_it_is(
+    started, tmp_path, data, capsys
+):
+    assert run(tmp_path, data, "--only", "adamw", "--tasks", "rte") == 0
+    (tmp_path / "out/rte/results.jsonl").unlink()
+    (tmp_path / "out/rte/runs/begun/checkpoints/5").mkdir(parents=True)
+    capsys.readouterr()
+    assert run(tmp_path, data, "--steps", 3) == 2
+    assert "holds another comparison: flags was" in one_error_line(capsys)
+
+
+def test_rates_of_tasks_serve_no_other_task(started, tmp_path, data, capsys):
+    assert run(tmp_path, data, "--tasks", "rte") == 0
+    started.clear()
+    capsys.readouterr()
+    (tmp_path / "other").mkdir()
+    assert run(tmp_path / "other", data, "--rates-from", tmp_path / "out") == 2
+    line = one_error_line(capsys)
+    assert f"--rates-from {tmp_path / 'out/cola'} holds no comparison" in line
+    assert not started
+    assert not (tmp_path / "other/out").exists()
+
+
+def test_a_compared_loss_has_the_metrics_beside_it(started, tmp_path, data):
+    suite = suites.SUITES["glue-small"]
+    suites.SUITES["glue-small"] = dataclasses.replace(suite, measure=LOSS)
+    assert run(tmp_path, data, "--tasks", "rte") == 0
+    lines = (tmp_path / "out/rte/table.md").read_text().splitlines()
+    heads = next(line for line in lines if line.startswith("| method |"))
+    assert heads.startswith(
+        "| method | rates: rest, blocks | loss, last | loss, best | seeds "
+        "| accuracy | other metric | block state |"
+    )
+    cells = next(line for line in lines if line.startswith("| adamw |")).split(" | ")
+    # Losses are equal, and the first one is the least: its search goes nowhere.
+    assert cells[2:7] == ["0.7000 ± 0.0000", "0.5000 ± 0.0000", "3", "0.7100", "0.2500"]
+    assert "| method | rte, loss |" in (tmp_path / "out/table.md").read_text()
+
+
+def test_a_comparison_whose_runs_diverge_has_a_table(
+    started, tmp_path, data, monkeypatch
+):
+    def diverged(self, flags, log):
+        directory = Path(dict(zip(flags[::2], flags[1::2], strict=False))["--out"])
+        directory.mkdir()
+        (directory / "config.json").write_text('{"steps": 10}')
+        line = {"step": 3, "tokens": 9, "tokens_per_second": 1.0, "loss": 2.0}
+        (directory / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        log.write_text("the loss is not finite")
+        return 1
+
+    del started
+    monkeypatch.setattr(Processes, "run", diverged)
+    assert run(tmp_path, data, "--tasks", "rte", "--only", "adamw") == 0
+    text = (tmp_path / "out/rte/table.md").read_text()
+    assert "two methods: every run diverged; of commit" in text
+    assert "| adamw | 0.0002, 0.0002 | diverged | diverged | 3 |" in text
+    assert "0.0002, 0.0002 after step 3" in text
+    assert "None" not in text
+    assert "| adamw | diverged |" in (tmp_path / "out/table.md").read_text()
 
 
 @pytest.mark.parametrize(
