@@ -25,7 +25,7 @@ from tests.experiments.small_tuning import write_inputs
 
 SUITE = Suite(
     "two methods",
-    {"steps": 10},
+    {"steps": 10, "batch_size": 16},
     (
         Contender("adamw", {"optimizer": "adamw"}, 1.0, 1e-4),
         Contender("galore r=4", {"optimizer": "galore", "rank": 4}, 4.0, 1e-4),
@@ -87,7 +87,7 @@ def write_run(arguments):
     if "--frozen" in arguments:
         metric = 0.5 - 0.1 * abs(math.log2(rest / 4e-3)) + 0.01 * seed
     lines = [
-        {"step": 0, "tokens": 0, "validation_metric": 0.9},
+        {"step": 0, "tokens": 0, "validation_metric": 0.95},
         {"step": 5, "tokens": 50, "validation_metric": metric + 0.1},
         {"step": 10, "tokens": 99, "validation_metric": metric, "ranks": {"a": [3]}},
     ]
@@ -100,7 +100,7 @@ def write_run(arguments):
     summary = {
         # Worse than at first, and finished: a metric may fall.
         **{"task": arguments["--task"], "model": "minilm", "steps": steps},
-        **{"metric": name, "last_metric": metric, "initial_metric": 0.9},
+        **{"metric": name, "last_metric": metric, "initial_metric": 0.95},
         **{"last_metrics": {name: metric, "other_metric": 0.25}},
         **{"validation_loss": 0.7, "tokens_per_second": 10.0, "step_seconds": 0.5},
         **{"optimizer_state_bytes": 5e6, "adamw_state_bytes": 2e7},
@@ -379,6 +379,9 @@ def test_examples_are_found_by_the_name_of_the_task(tmp_path):
         str(tmp_path / "train.jsonl"),
         str(tmp_path / "test.jsonl"),
     )
+    (tmp_path / "validation.csv").touch()
+    found = find_examples("gsm8k", str(tmp_path), None)[1]
+    assert found == str(tmp_path / "validation.csv")
     for name in (str(tmp_path / "train.jsonl"), "hub:a/b:c"):
         assert find_examples("gsm8k", name, name) == (name, name)
         with pytest.raises(UserError, match=r"no file matches 'b\.jsonl'"):
