@@ -27,7 +27,7 @@ from experiments.run.memory import (
     optimizer_state_bytes,
 )
 from experiments.run.parts import Parts
-from experiments.run.step import make_train_step, mean_loss, shard_batch
+from experiments.run.step import make_train_step, mean_loss
 from experiments.tuning.assemble import assemble
 from experiments.tuning.frozen import groups_of
 
@@ -115,7 +115,11 @@ class Method:
             "seed": seed,
             "status": "finished" if is_finished else "diverged",
             "step": step,
-            **(self._summary(parts, params, compacted or state, sums, found) if is_finished else {}),
+            **(
+                self._summary(parts, params, compacted or state, sums, found)
+                if is_finished
+                else {}
+            ),
             "tokens": tokens,
             "best_metric": max((x[2] for x in curve), default=None),
             "validation_curve": curve,

@@ -121,7 +121,9 @@ def main() -> None:
 
 def _measured(case: Case, options: argparse.Namespace, end: float) -> dict[str, Any]:
     folder = options.data / ("gsm8k" if case.flags["task"] == "gsm8k" else "glue")
-    names = ["train", "test"] if folder.name == "gsm8k" else ["mrpc_train", "mrpc_validation"]
+    names = ["mrpc_train", "mrpc_validation"]
+    if folder.name == "gsm8k":
+        names = ["train", "test"]
     train, validation = (str(folder / f"{name}.jsonl.gz") for name in names)
     rows: dict[str, dict[str, Any]] = {}
     steps = {}
