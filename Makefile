@@ -35,7 +35,7 @@ test: $(VENV)/.dev $(VENV)/.models
 	$(BIN)/python -m pytest tests -m "not slow" -n 2 --dist worksteal --durations=15
 
 # Warnings are errors. The build needs no network.
-docs: $(VENV)/.dev
+docs: $(VENV)/.dev $(VENV)/.models
 	$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs docs/_build/html
 	@echo "The site is at docs/_build/html/index.html"
 
