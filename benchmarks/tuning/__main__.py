@@ -6,7 +6,7 @@ import os
 import time
 from pathlib import Path
 
-from benchmarks.tuning.jobs import done, jobs_of
+from benchmarks.tuning.jobs import done, jobs_of, start_worker
 
 
 def main() -> None:
@@ -16,9 +16,18 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="methods, the most important first")
     parser.add_argument("--data", nargs="+", required=True, help="one for each suite")
     parser.add_argument("--out", type=Path, required=True, help="a file of JSON lines")
+    parser.add_argument(
+        "--known",
+        nargs="+",
+        type=Path,
+        help="files of earlier runs, which are not run again",
+    )
     parser.add_argument("--steps", type=int, help="in the place of the suites'")
     parser.add_argument("--search", type=int, help="runs of a search, likewise")
     parser.add_argument("--seeds", type=int, help="their number, likewise")
+    parser.add_argument(
+        "--rates", type=float, nargs=2, help="of rest and blocks; no search"
+    )
     parser.add_argument("--model", help="in the place of the suites'")
     parser.add_argument("--minutes", type=float, default=8, help="to end within")
     parser.add_argument("--workers", type=int, default=1)
@@ -29,7 +38,8 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     # A worker of its own process: each starts JAX anew, and takes memory as it needs.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    with context.Pool(options.workers) as pool:
+    turn = context.Lock()
+    with context.Pool(options.workers, start_worker, (turn,)) as pool:
         work = [(options, job) for job in jobs]
         for line in pool.imap_unordered(done, work, chunksize=1):
             left = options.deadline - time.monotonic()

@@ -4,11 +4,12 @@ import argparse
 import json
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from benchmarks.tuning.records import matching, read
 from experiments.comparison.search import Point, best_point, next_point, rates_at
-from experiments.comparison.suite import Suite
+from experiments.comparison.suite import Contender, Suite
 from experiments.comparison.suites import SUITES
 
 
@@ -18,6 +19,16 @@ class Job(NamedTuple):
     suite: str
     part: str
     method: str
+
+
+# The accelerator is one worker's at a time; set in each worker.
+_turn: Any = None
+
+
+def start_worker(turn: Any) -> None:
+    """Keeps the lock of the accelerator in a new worker."""
+    global _turn
+    _turn = turn
 
 
 def jobs_of(options: argparse.Namespace) -> Iterator[Job]:
@@ -33,14 +44,6 @@ def jobs_of(options: argparse.Namespace) -> Iterator[Job]:
         found = [job for job in found if job.method in options.only]
         found.sort(key=lambda job: options.only.index(job.method))
     return iter(found)
-
-
-def _suite(options: argparse.Namespace, job: Job) -> Suite:
-    suite = SUITES[job.suite].changed(steps=options.steps, model=options.model)
-    for task in suite.tasks:
-        if task.name == job.part:
-            return suite.of_task(task)
-    return suite
 
 
 def done(work: tuple[argparse.Namespace, Job]) -> str:
@@ -60,7 +63,7 @@ def done(work: tuple[argparse.Namespace, Job]) -> str:
     return f"{' '.join(job)}: {' '.join(ends)}, {seconds:.0f} s"
 
 
-def _runs(options: argparse.Namespace, job: Job) -> Sequence[dict[str, Any]]:
+def _runs(options: argparse.Namespace, job: Job) -> Sequence[Mapping[str, Any]]:
     # Imported here: the workers alone need JAX.
     from benchmarks.tuning.runs import Late, Method
 
@@ -72,29 +75,46 @@ def _runs(options: argparse.Namespace, job: Job) -> Sequence[dict[str, Any]]:
         contender,
         suite.trainer.data(suite.flags, data, None, ""),
         options.deadline,
+        _turn,
     )
-    records = []
+    known = read(options.known) if options.known else []
+    records: list[Mapping[str, Any]] = []
 
     def run(rates, seed):
-        record = {"suite": job.suite, "part": job.part, **method.run(rates, seed)}
-        record["commit"] = options.commit
-        with options.out.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        key = {**job._asdict(), **method.key(rates, seed)}
+        record = matching(known, key)
+        if record is None:
+            record = {**key, **method.run(rates, seed), "commit": options.commit}
+            with options.out.open("a") as file:
+                file.write(json.dumps(record) + "\n")
         records.append(record)
         return record
 
-    first, *others = suite.seeds[: options.seeds]
+    seeds = suite.seeds[: options.seeds]
     most = suite.search if options.search is None else options.search
-    costs: dict[Point, float] = {}
     try:
-        while True:
-            point = next_point(costs, most, has_blocks=contender.trains_blocks)
-            if point is None:
-                break
-            costs[point] = suite.measure.cost(run(rates_at(contender, point), first))
-        rates = rates_at(contender, best_point(costs))
-        for seed in others:
-            run(rates, seed)
+        rates = options.rates or _searched(suite, contender, most, run, seeds[0])
+        for seed in seeds:
+            if options.rates or seed != seeds[0]:
+                run(tuple(rates), seed)
     except Late:
         pass
     return records
+
+
+def _suite(options: argparse.Namespace, job: Job) -> Suite:
+    suite = SUITES[job.suite].changed(steps=options.steps, model=options.model)
+    for task in suite.tasks:
+        if task.name == job.part:
+            return suite.of_task(task)
+    return suite
+
+
+def _searched(suite: Suite, contender: Contender, most: int, run, seed: int):
+    """Returns the best rates, as a comparison searches them."""
+    costs: dict[Point, float] = {}
+    while True:
+        point = next_point(costs, most, has_blocks=contender.trains_blocks)
+        if point is None:
+            return rates_at(contender, best_point(costs))
+        costs[point] = suite.measure.cost(run(rates_at(contender, point), seed))

@@ -5,6 +5,7 @@ import functools
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ from experiments.tuning.frozen import groups_of
 
 Rates = tuple[float, float]
 
+# Steps between two lines of ranks.
+_EVERY = 10
+
 
 class Late(Exception):
     """The time is over."""
@@ -46,6 +50,9 @@ class Method:
         contender: The method.
         data: The flags that say what is trained on.
         deadline: Time of ``time.monotonic`` after which runs end with :class:`Late`.
+        turn: Held while a run trains: of the processes that share the accelerator, one
+            uses it at a time. On a time-sliced H200 15 of them took 15 times as long
+            for a run, and more.
     """
 
     def __init__(
@@ -54,7 +61,9 @@ class Method:
         contender: Contender,
         data: Mapping[str, Any],
         deadline: float,
+        turn: AbstractContextManager[Any],
     ):
+        self._turn = turn
         self._suite, self._contender, self._deadline = suite, contender, deadline
         self._data = {k: v for k, v in data.items() if v is not None}
         self._parts = functools.cache(self._assembled)
@@ -65,26 +74,42 @@ class Method:
         self._init = jax.jit(self._traced_init)
         self._compiled: Any = None
 
+    def key(self, rates: Rates, seed: int) -> dict[str, Any]:
+        """Returns the entries that tell the record of one run from those of others."""
+        return {
+            "method": self._contender.name,
+            "flags": resolved(self._contender, self._suite),
+            "learning_rate": rates[0],
+            "block_learning_rate": rates[1],
+            "seed": seed,
+            "steps": self._parts(self._suite.seeds[0]).config.steps,
+        }
+
     def run(self, rates: Rates, seed: int) -> dict[str, Any]:
-        """Trains; returns the record of the run, see :mod:`benchmarks.tuning`.
+        """Trains; returns the other entries of its record.
 
         Raises:
             Late: At the deadline.
         """
-        started = time.monotonic()
         parts = self._parts(seed)
-        config, work = parts.config, parts.work
         traced = (jnp.asarray(rates, jnp.float32), jnp.uint32(seed))
         params = parts.initial_params()
         state = self._init(params, *traced)
         if self._compiled is None:
             batch = next(self._batches(parts))
-            lowered = self._step.lower(params, state, batch, *traced)
-            self._compiled = lowered.compile()
-        tokens, sums, ranks, curve, rank_curve = 0, RankSums(), [], [], []
-        found: dict[str, Any] = {}
+            self._compiled = self._step.lower(params, state, batch, *traced).compile()
+            # Compiled before its turn, as the step is.
+            self._evaluate(params, batch)
+        with self._turn:
+            return self._trained(parts, params, state, traced)
+
+    def _trained(self, parts, params, state, traced) -> dict[str, Any]:
+        config, work = parts.config, parts.work
+        sums, ranks, curve, rank_lines = RankSums(), [], [], []
+        step, tokens, seconds, found = 0, 0, 0.0, {}
         compaction, compacted = Compaction(), None
         looks = range(config.steps, 0, -config.compact_every)[:LOOKS]
+        started = time.monotonic()
         for step, batch in enumerate(self._batches(parts), 1):
             params, state, metrics = self._compiled(params, state, batch, *traced)
             ranks.append(metrics["ranks"])
@@ -93,38 +118,34 @@ class Method:
                 compacted = compaction.look(state, False, config.most_columns)
             if step % config.eval_every and step != config.steps:
                 continue
-            for x in ranks:
+            jax.block_until_ready(params)
+            seconds += time.monotonic() - started
+            for number, x in enumerate(map(np.asarray, ranks), step - len(ranks) + 1):
                 sums.add(x)
-            if len(ranks[-1]):
-                rank_curve.append((step, round(float(np.mean(ranks[-1])), 2)))
+                if number % _EVERY == 0 and len(x):
+                    rank_lines.append((number, x.tolist()))
             ranks = []
-            if int(metrics["rejected_in_a_row"]) or time.monotonic() > self._deadline:
+            if time.monotonic() > self._deadline:
+                raise Late
+            if int(metrics["rejected_in_a_row"]):
                 break
             found = self._validated(parts, params)
-            curve.append((tokens, None, found[self._suite.measure.line]))
-        if time.monotonic() > self._deadline:
-            raise Late
-        is_finished = step == config.steps and np.isfinite(
-            found.get("validation_loss", np.inf)
-        )
+            curve.append((tokens, seconds, found[self._suite.measure.line]))
+            started = time.monotonic()
+        ended = step == config.steps and np.isfinite(found["validation_loss"])
+        summary = self._summary(parts, params, compacted or state, sums, found)
         return {
-            "method": self._contender.name,
-            "flags": resolved(self._contender, self._suite),
-            "learning_rate": rates[0],
-            "block_learning_rate": rates[1],
-            "seed": seed,
-            "status": "finished" if is_finished else "diverged",
+            "status": "finished" if ended else "diverged",
             "step": step,
-            **(
-                self._summary(parts, params, compacted or state, sums, found)
-                if is_finished
-                else {}
-            ),
+            **(summary if ended else {}),
             "tokens": tokens,
+            "tokens_per_second": tokens / seconds,
+            "step_seconds": seconds / step,
+            "training_seconds": seconds,
             "best_metric": max((x[2] for x in curve), default=None),
             "validation_curve": curve,
-            "rank_curve": rank_curve,
-            "seconds_in_a_shared_device": time.monotonic() - started,
+            "rank_curve": [(i, round(float(np.mean(x)), 2)) for i, x in rank_lines],
+            "rank_lines": rank_lines,
         }
 
     def _assembled(self, seed: int) -> Parts[Any]:
@@ -139,7 +160,7 @@ class Method:
         config = self._suite.trainer.settings.options(**fields)
         return assemble(config, lambda line: None)
 
-    def _tx(self, rates: jax.Array, seed: jax.Array):
+    def _tx(self, rates: Any, seed: Any):
         parts = self._parts(self._suite.seeds[0])
         config = parts.config
         options = dataclasses.replace(config, learning_rate=1.0)
@@ -210,21 +231,17 @@ class Method:
         return {
             "task": config.task,
             "model": config.model_name,
-            "steps": config.steps,
             "epoch": work.epochs(config.steps),
             "metric": next(iter(metrics), None),
             "initial_metric": None,
             "last_metric": found.get("validation_metric"),
             "last_metrics": metrics,
             "validation_loss": found["validation_loss"],
-            "step_seconds": None,
             "compile_seconds": None,
             "step_peak_bytes": plan and plan["peak"],
             "last_ranks": ranks_by_name(state),
             "mean_ranks": ranks["effective_rank_by_layer"],
             **ranks,
-            "tokens_per_second": None,
-            "training_seconds": None,
             "optimizer_state_bytes": optimizer_state_bytes(state),
             "adamw_state_bytes": adamw_state_bytes(shapes),
             "block_state_bytes": optimizer_state_bytes(block_state(state)),

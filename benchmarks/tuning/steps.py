@@ -195,7 +195,8 @@ def _prepared(case: Case, flags, train: str, validation: str):
 def _filled(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """Returns an array of a batch in which every token counts."""
     if name in ("tokens", "inputs", "targets"):
-        return np.asarray(tokens(shape, 1_000))
+        examples, length = shape
+        return np.asarray(tokens((examples, length), 1_000))
     number = 1 if name in ("mask", "weights") else 0
     return np.full(shape, number, dtype)
 
