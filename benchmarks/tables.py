@@ -11,9 +11,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.tuning import pages
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
-PAGES = (ROOT / "docs/memory_and_speed.md", ROOT / "docs/recipes/memory_24gb.md")
+PAGES = tuple(
+    ROOT / f"docs/{name}.md"
+    for name in ("memory_and_speed", "recipes/memory_24gb", "finetuning")
+)
 # Card -> directories of its measurements.
 CARDS = {
     "H200": ("accelerator-h200", "accelerator-h200-second"),
@@ -248,6 +253,7 @@ TABLES: dict[str, Callable[[], Rows]] = {
     "renewal-accelerator": renewal_accelerator,
     "step-accelerator": step_accelerator,
     "24gb": inside_24gb,
+    **pages.TABLES,
 }
 
 

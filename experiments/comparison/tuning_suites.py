@@ -192,8 +192,8 @@ TUNING_SUITES: dict[str, Suite] = {
         "what adapts while MiniLM is tuned: rank, refresh, both or neither "
         "(AdaRankGrad's Tables 5 and 6)",
         {
-            "rank and refresh": {"threshold": 0.3, "min_rank": 1, **_ON_CONVERGENCE},
-            "rank only": {"threshold": 0.3, "min_rank": 1, **_FIXED_INTERVAL},
+            "rank and refresh": {"min_rank": 1, **_ON_CONVERGENCE},
+            "rank only": {"min_rank": 1, **_FIXED_INTERVAL},
             "refresh only": {"min_rank": 8, **_ON_CONVERGENCE},
             "neither": {"min_rank": 8, **_FIXED_INTERVAL},
         },

@@ -21,7 +21,7 @@ class Compaction:
 
     Attributes:
         looks: Looks at the state since the last decision.
-        peaks: Path of a leaf -> largest demand for columns since then.
+        peaks: Path of a leaf -> most columns that were wanted since then.
         done: One entry for each compaction: step, bytes before, bytes after.
     """
 
@@ -34,7 +34,9 @@ class Compaction:
 
         A rank rule measures demand inside the columns that there are, so that no rank
         rises above them. Where columns may grow again, a leaf therefore keeps at least
-        one column that it does not use. Its use shows that more columns are wanted.
+        one column beside the demand. A demand for this one shows that more columns are
+        wanted. Of the columns that a floor of the rank adds to the demand, none is
+        needed to see that.
 
         Args:
             opt_state: Optimizer state; the call reads its ranks.
@@ -44,9 +46,11 @@ class Compaction:
                 them. None: columns are freed for good, in buckets of :data:`BUCKET`.
         """
         self.looks += 1
-        bucket = BUCKET if most is None else 1
         for path, leaf in lowrank_optax.columns(opt_state).items():
-            wanted = leaf.wanted(bucket)
+            if most is None:
+                wanted = leaf.wanted(BUCKET)
+            else:
+                wanted = max(leaf.rank, math.ceil(leaf.demand) + 1)
             self.peaks[path] = max(wanted, self.peaks.get(path, 0))
         if self.looks < LOOKS:
             return opt_state
@@ -61,14 +65,14 @@ class Compaction:
 
 
 def _refitted(opt_state: Any, peaks: dict[str, int], most: int) -> Any:
-    """Returns the state with a column to spare beside the peaks, if that pays.
+    """Returns the state with the columns of the peaks, if that pays.
 
     A leaf that wants to grow always pays; the others are then cut beside it.
     """
     bucket = max(1, most // 8)
     found = lowrank_optax.columns(opt_state)
     wanted = {
-        path: min(most, leaf.most, bucket * math.ceil((peaks[path] + 1) / bucket))
+        path: min(most, leaf.most, bucket * math.ceil(peaks[path] / bucket))
         for path, leaf in found.items()
     }
     total = sum(leaf.capacity * leaf.bytes_per_column for leaf in found.values())

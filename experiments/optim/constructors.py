@@ -39,13 +39,14 @@ def adarankgrad(
     rank,
     threshold,
     min_rank,
+    rank_smoothing,
     min_refresh_interval,
     max_refresh_interval,
     power_iterations,
     **options,
 ):
     if isinstance(rank, int):
-        rank = lowrank_optax.energy_rank(rank, threshold, min_rank)
+        rank = lowrank_optax.energy_rank(rank, threshold, min_rank, rank_smoothing)
     return lowrank_optax.adarankgrad(
         learning_rate,
         rank=rank,

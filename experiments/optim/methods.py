@@ -70,6 +70,7 @@ OPTIMIZERS: dict[str, Method] = {
             "rank": None,
             "threshold": 0.0003,
             "min_rank": None,
+            "rank_smoothing": 0.5,
             "min_refresh_interval": 200,
             "max_refresh_interval": 300,
             "power_iterations": 2,

@@ -101,6 +101,10 @@ class OneMethodFlags:
     #: Least rank in use, in columns; 1 to --rank. None: seven eighths of --rank for
     #: adarankgrad, the only one that has it.
     min_rank: AtLeastOne | None = None
+    #: Weight of the past in the demand for columns, per refresh, which starts at
+    #: --rank; 0 or more and below 1. 0: the last gradient alone decides. None: 0.5 of
+    #: adarankgrad, the only one that has it.
+    rank_smoothing: Decay | None = None
     #: Least steps between two refreshes of a basis; at least 1. None: 200 of
     #: adarankgrad, the only one that has it.
     min_refresh_interval: AtLeastOne | None = None

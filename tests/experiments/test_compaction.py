@@ -42,13 +42,18 @@ def fresh() -> Any:
     return optimizer().init(PARAMS)
 
 
-def using(state: Any, rank: int) -> Any:
-    """Returns a state as behind refreshes by gradients of a rank."""
+def using(state: Any, rank: int, demand: float | None = None) -> Any:
+    """Returns a state as behind refreshes by gradients of a rank.
+
+    The demand is below the rank where a floor adds to it.
+    """
 
     def of(slot):
         used = min(rank, slot.basis.shape[-1])
+        wanted = used if demand is None else demand
         return slot._replace(
-            rank=jnp.full_like(slot.rank, used), demand=jnp.full_like(slot.demand, used)
+            rank=jnp.full_like(slot.rank, used),
+            demand=jnp.full_like(slot.demand, wanted),
         )
 
     is_slot = lambda x: isinstance(x, lowrank_optax.Subspace)  # noqa: E731
@@ -75,6 +80,14 @@ def test_columns_follow_the_rank_down_and_up_again_with_one_to_spare():
         seen.append(columns(state))
     # 3 and one to spare. 4 is all that there is: so on to the rank of the run.
     assert seen == [[n] * 3 for n in (4, 5, 6, 7, 8, 8, 8, 3)]
+
+
+@pytest.mark.parametrize(("demand", "kept"), [(2, 4), (3, 4), (3.5, 5)])
+def test_columns_of_the_floor_are_to_spare(demand, kept):
+    state, compaction = using(fresh(), 4, demand), Compaction()
+    for _ in range(LOOKS):
+        state = compaction.look(state, has_budget=False, most=RANK)
+    assert columns(state) == [kept] * 3
 
 
 def test_the_largest_rank_of_all_looks_is_kept():

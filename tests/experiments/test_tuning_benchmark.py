@@ -50,7 +50,7 @@ def method(flags):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed, rates", [(1, (3e-3, 6e-3)), (0, (1e-3, 1e-3))])
+@pytest.mark.parametrize(("seed", "rates"), [(1, (3e-3, 6e-3)), (0, (1e-3, 1e-3))])
 def test_runs_are_those_of_the_command(method, flags, tmp_path, seed, rates):
     # One program for both seeds and both rates.
     found = method.run(rates, seed)

@@ -1,0 +1,108 @@
+"""The tables of the page about fine-tuning, from ``benchmarks/results/``."""
+
+import json
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.tuning.records import Record, read
+from experiments.comparison.rows import Row, rows_of
+from experiments.comparison.suites import SUITES
+from experiments.comparison.tuning_report import last
+
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks/results"
+H200 = ("tuning-h200/glue", "tuning-h200/glue-second")
+CPU = ("tuning-cpu/threshold",)
+
+Rows = Iterator[list[str]]
+
+
+def tasks() -> Rows:
+    suite = SUITES["glue-small"]
+    records = [x for x in _records(H200) if x["suite"] == "glue-small"]
+    methods = [c.name for c in suite.contenders]
+    methods = [x for x in methods if x in {record["method"] for record in records}]
+    yield [
+        *("task", "metric", *methods),
+        *("block state, of GaLore's", "effective rank"),
+    ]
+    for task in suite.tasks:
+        of_task = [x for x in records if x["part"] == task.name]
+        rows = {row.method: row for row in rows_of(of_task, suite.measure)}
+        ours, theirs = rows["adarankgrad r=8"], rows["galore r=8"]
+        share = _mean(ours, "block_state_bytes") / _mean(theirs, "block_state_bytes")
+        yield [
+            task.name,
+            ours.runs[0]["metric"],
+            *(
+                f"{last(rows[x], suite.measure)} ({len(rows[x].losses)})"
+                for x in methods
+            ),
+            f"{share:.2f}",
+            f"{_mean(ours, 'effective_rank'):.2f}",
+        ]
+
+
+def thresholds() -> Rows:
+    yield [
+        *("threshold", "weight of the past", "floor", "seed", "F1", "accuracy"),
+        *("loss", "mean rank after step 10, 100, 300", "effective rank"),
+        "block state, bytes",
+    ]
+    for run in _records(CPU):
+        flags, metrics, ranks = run["flags"], run["last_metrics"], run["rank_curve"]
+        ranks = dict(map(tuple, ranks))
+        yield [
+            f"{flags['threshold']:g}",
+            # The first runs were before it was an option.
+            f"{flags.get('rank_smoothing', 0.5):g}",
+            f"{flags['min_rank']}",
+            f"{run['seed']}",
+            f"{metrics['f1']:.4f}",
+            f"{metrics['accuracy']:.4f}",
+            f"{run['validation_loss']:.4f}",
+            ", ".join(f"{ranks[step]:.1f}" for step in (10, 100, 300)),
+            f"{run['effective_rank']:.2f}",
+            f"{run['block_state_bytes']:,}",
+        ]
+
+
+def steps() -> Rows:
+    yield [
+        *("batch", "method", "ms a step", "against AdamW", "tokens a second"),
+        *("peak, MB", "state, MB"),
+    ]
+    for name in ("tuning-h200/steps", "tuning-cpu/steps"):
+        path = RESULTS / f"{name}.json"
+        found = json.loads(path.read_text())
+        device = found["device"].partition(": ")[2]
+        for case, methods in found["cases"].items():
+            timed = {k: x for k, x in methods.items() if "milliseconds" in x}
+            adamw = timed["adamw"]["milliseconds"]["median"]
+            for i, (method, x) in enumerate(timed.items()):
+                times = x["milliseconds"]
+                yield [
+                    f"{case}; {device}" if i == 0 else "",
+                    f"`{method}`",
+                    f"{times['median']:.2f} ({times['min']:.2f} to {times['max']:.2f})",
+                    f"{times['median'] / adamw:.2f}" if method != "adamw" else "",
+                    f"{x['tokens_per_second']:,.0f}",
+                    f"{x['peak_bytes'] / 1e6:,.0f}",
+                    f"{x['state_bytes'] / 1e6:,.1f}",
+                ]
+
+
+TABLES = {
+    "tuning-tasks": tasks,
+    "tuning-thresholds": thresholds,
+    "tuning-steps": steps,
+}
+
+
+def _records(names: tuple[str, ...]) -> list[Record]:
+    return read(RESULTS / f"{name}.jsonl" for name in names)
+
+
+def _mean(row: Row, name: str) -> Any:
+    return statistics.mean(run[name] for run in row.runs)
