@@ -3,6 +3,8 @@
 import argparse
 import multiprocessing
 import os
+import signal
+import sys
 import time
 from pathlib import Path
 
@@ -38,6 +40,8 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     # A worker of its own process: each starts JAX anew, and takes memory as it needs.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    # Ends the workers too: without it they would go on alone.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     turn = context.Lock()
     with context.Pool(options.workers, start_worker, (turn,)) as pool:
         work = [(options, job) for job in jobs]

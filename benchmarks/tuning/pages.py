@@ -47,7 +47,7 @@ def tasks() -> Rows:
 def thresholds() -> Rows:
     yield [
         *("threshold", "weight of the past", "floor", "seed", "F1", "accuracy"),
-        *("loss", "mean rank after step 10, 100, 300", "effective rank"),
+        *("loss", "mean rank at step 10, 100, 300", "effective rank"),
         "block state, bytes",
     ]
     for run in _records(CPU):
@@ -73,7 +73,7 @@ def steps() -> Rows:
         *("batch", "method", "ms a step", "against AdamW", "tokens a second"),
         *("peak, MB", "state, MB"),
     ]
-    for name in ("tuning-h200/steps", "tuning-cpu/steps"):
+    for name in ("tuning-h200/steps",):
         path = RESULTS / f"{name}.json"
         found = json.loads(path.read_text())
         device = found["device"].partition(": ")[2]

@@ -86,8 +86,8 @@ class OneMethodFlags(options.OneMethodFlags):
     #: Share of a gradient's squared norm that the rank may lose; in (0, 1). None:
     #: 0.5 of adarankgrad, the only one that has it.
     threshold: Inside | None = None
-    #: Least rank in use, in columns; 1 to --rank. None: a quarter of --rank for
-    #: adarankgrad, the only one that has it.
+    #: Least rank in use, in columns; 1 to --rank. None: half of --rank for adarankgrad,
+    #: the only one that has it.
     min_rank: AtLeastOne | None = None
     #: Weight of the past in the demand for columns, per refresh, which starts at
     #: --rank; 0 or more and below 1. None: 0 of adarankgrad, the only one that has it:
@@ -146,7 +146,7 @@ def with_tuning_defaults(flags: TuningOptions, *, steps: int) -> dict[str, Any]:
     """
     own = OPTIMIZERS[flags.optimizer].own
     rank = flags.rank or RANK
-    ranks = {"rank": rank, "min_rank": max(1, rank // 4)}
+    ranks = {"rank": rank, "min_rank": max(1, rank // 2)}
     return options.filled_in(
         flags,
         {

@@ -83,17 +83,17 @@ def test_a_new_head_has_its_own_rate():
     np.testing.assert_allclose(updates["classifier"], -0.5, rtol=1e-4)
 
 
-def test_ranks_are_eight_or_as_given_and_may_fall_to_a_quarter():
-    assert (filled().rank, filled().min_rank) == (8, 2)
+def test_ranks_are_eight_or_as_given_and_may_halve():
+    assert (filled().rank, filled().min_rank) == (8, 4)
     assert (filled(rank=1).rank, filled(rank=1).min_rank) == (1, 1)
     assert filled(rank=6, min_rank=2).min_rank == 2
     assert filled(optimizer="galore", rank=4).min_rank is None
     assert filled(block_state_bytes="1MB").rank is None
 
 
-@pytest.mark.parametrize(("weight", "rank"), [(None, 2), (0.5, 5)])
+@pytest.mark.parametrize(("weight", "rank"), [(None, 4), (0.5, 5)])
 def test_the_last_gradient_decides_the_rank_unless_the_past_has_weight(weight, rank):
-    # Of rank 1: the floor is 2, and the mean of 1 and 8 is 4.5.
+    # Of rank 1: the floor is 4, and the mean of 1 and 8 is 4.5.
     params = {"blocks": {"up": jnp.ones((1, 20, 20))}}
     tx = made(filled(rank_smoothing=weight))
     _, state = jax.jit(tx.update)(params, tx.init(params), params)
