@@ -27,6 +27,7 @@ from experiments.model.extraction import extract
 from experiments.run.files import CONFIG_FILE
 from experiments.tuning.assemble import assemble
 from experiments.tuning.config import TUNING
+from experiments.tuning.encoder_work import EncoderWork
 from experiments.tuning.results import WEIGHTS
 
 
@@ -41,9 +42,11 @@ def main() -> None:
     config = TUNING.parse([*flags, "--out", str(Path(tempfile.mkdtemp()) / "run")])
     parts = assemble(config, print)
     work = parts.work
+    if not isinstance(work, EncoderWork):
+        raise SystemExit(f"error: {options.run} has tuned no encoder")
     evaluate = jax.jit(work.evaluate)
 
-    def metrics(params: Any) -> dict[str, float]:
+    def metrics(params: Any) -> dict[str, Any]:
         found = work.validate(params, lambda batch: evaluate(params, batch))
         return {"loss": found["validation_loss"], **found["validation_metrics"]}
 
