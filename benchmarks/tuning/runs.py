@@ -106,7 +106,7 @@ class Method:
     def _trained(self, parts, params, state, traced) -> dict[str, Any]:
         config, work = parts.config, parts.work
         sums, ranks, curve, rank_lines = RankSums(), [], [], []
-        step, tokens, seconds, found = 0, 0, 0.0, {}
+        step, tokens, seconds, found, metrics = 0, 0, 0.0, {}, {}
         compaction, compacted = Compaction(), None
         looks = range(config.steps, 0, -config.compact_every)[:LOOKS]
         started = time.monotonic()
@@ -132,17 +132,21 @@ class Method:
             found = self._validated(parts, params)
             curve.append((tokens, seconds, found[self._suite.measure.line]))
             started = time.monotonic()
-        ended = step == config.steps and np.isfinite(found["validation_loss"])
-        summary = self._summary(parts, params, compacted or state, sums, found)
+        ended = step == config.steps and not int(metrics["rejected_in_a_row"])
+        ended = ended and np.isfinite(found["validation_loss"])
+        summary = {}
+        if ended:
+            summary = self._summary(parts, params, compacted or state, sums, found)
+        best = self._suite.measure.best([x[2] for x in curve]) if curve else None
         return {
             "status": "finished" if ended else "diverged",
             "step": step,
-            **(summary if ended else {}),
+            **summary,
             "tokens": tokens,
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds / step,
             "training_seconds": seconds,
-            "best_metric": max((x[2] for x in curve), default=None),
+            "best_metric": best,
             "validation_curve": curve,
             "rank_curve": [(i, round(float(np.mean(x)), 2)) for i, x in rank_lines],
             "rank_lines": rank_lines,

@@ -71,6 +71,13 @@ def test_runs_are_those_of_the_command(method, flags, tmp_path, seed, rates):
         assert found[name] == wanted[name], name
 
 
+@pytest.mark.slow
+def test_a_diverged_run_has_no_results(method):
+    found = method.run((1e30, 1e30), 0)
+    assert found["status"] == "diverged"
+    assert "validation_loss" not in found
+
+
 def test_the_end_of_the_time_ends_a_run(method, monkeypatch):
     monkeypatch.setattr(method, "_deadline", time.monotonic())
     with pytest.raises(Late):
