@@ -93,10 +93,23 @@ def steps() -> Rows:
                 ]
 
 
+def adapters() -> Rows:
+    yield ["model", "F1", "accuracy", "loss", "mean rank", "mean error", "adapter, MB"]
+    rows = json.loads((RESULTS / "tuning-cpu/adapters.json").read_text())["rows"]
+    for name, x in rows.items():
+        cells = [""] * 3
+        if "mean_rank" in x:
+            size = x["adapter_bytes"] / 1e6
+            cells = [f"{x['mean_rank']:.1f}", f"{x['mean_error']:.2g}", f"{size:.2f}"]
+        scores = (f"{x[key]:.4f}" for key in ("f1", "accuracy", "loss"))
+        yield [name, *scores, *cells]
+
+
 TABLES = {
     "tuning-tasks": tasks,
     "tuning-thresholds": thresholds,
     "tuning-steps": steps,
+    "tuning-adapters": adapters,
 }
 
 
