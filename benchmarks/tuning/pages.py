@@ -73,7 +73,7 @@ def steps() -> Rows:
         *("batch", "method", "ms a step", "against AdamW", "tokens a second"),
         *("peak, MB", "state, MB"),
     ]
-    for name in ("tuning-h200/steps",):
+    for name in ("tuning-h200/steps", "tuning-cpu/steps"):
         path = RESULTS / f"{name}.json"
         found = json.loads(path.read_text())
         device = found["device"].partition(": ")[2]
