@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from benchmarks.tuning.jobs import done, jobs_of, start_worker
+from experiments.comparison.outcome import commit_of_code
 
 
 def main() -> None:
@@ -33,10 +34,10 @@ def main() -> None:
     parser.add_argument("--model", help="in the place of the suites'")
     parser.add_argument("--minutes", type=float, default=8, help="to end within")
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--commit", default="unknown", help="to record")
+    parser.add_argument("--commit", help="to record; else git is asked")
     options = parser.parse_args()
+    options.commit = options.commit or commit_of_code()
     options.deadline = time.monotonic() + 60 * options.minutes
-    jobs = list(jobs_of(options))
     context = multiprocessing.get_context("spawn")
     # A worker of its own process: each starts JAX anew, and takes memory as it needs.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -44,7 +45,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     turn = context.Lock()
     with context.Pool(options.workers, start_worker, (turn,)) as pool:
-        work = [(options, job) for job in jobs]
+        work = [(options, job) for job in jobs_of(options)]
         for line in pool.imap_unordered(done, work, chunksize=1):
             left = options.deadline - time.monotonic()
             print(f"{left:5.0f} s left: {line}", flush=True)

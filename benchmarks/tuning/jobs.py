@@ -1,16 +1,18 @@
 """Jobs of the worker processes: the searches and seeds of a method on a task."""
 
 import argparse
+import dataclasses
 import json
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from benchmarks.tuning.records import matching, read
-from experiments.comparison.search import Point, best_point, next_point, rates_at
-from experiments.comparison.suite import Contender, Suite
+from experiments.comparison.ledger import matching
+from experiments.comparison.search import searched_rates
+from experiments.comparison.suite import Suite
 from experiments.comparison.suites import SUITES
+from experiments.run.files import read_lines
 
 
 class Job(NamedTuple):
@@ -31,8 +33,8 @@ def start_worker(turn: Any) -> None:
     _turn = turn
 
 
-def jobs_of(options: argparse.Namespace) -> Iterator[Job]:
-    """Yields the jobs, by the order of --only, then of suites and tasks."""
+def jobs_of(options: argparse.Namespace) -> list[Job]:
+    """Returns the jobs, by the order of --only, then of suites and tasks."""
     found = []
     for name in options.suites:
         suite = SUITES[name]
@@ -43,7 +45,7 @@ def jobs_of(options: argparse.Namespace) -> Iterator[Job]:
     if options.only:
         found = [job for job in found if job.method in options.only]
         found.sort(key=lambda job: options.only.index(job.method))
-    return iter(found)
+    return found
 
 
 def done(work: tuple[argparse.Namespace, Job]) -> str:
@@ -77,7 +79,7 @@ def _runs(options: argparse.Namespace, job: Job) -> Sequence[Mapping[str, Any]]:
         options.deadline,
         _turn,
     )
-    known = read(options.known) if options.known else []
+    known = [x for path in options.known or () for x in read_lines(path)]
     records: list[Mapping[str, Any]] = []
 
     def run(rates, seed):
@@ -90,13 +92,15 @@ def _runs(options: argparse.Namespace, job: Job) -> Sequence[Mapping[str, Any]]:
         records.append(record)
         return record
 
-    seeds = suite.seeds[: options.seeds]
-    most = suite.search if options.search is None else options.search
+    first, *others = suite.seeds[: options.seeds]
     try:
-        rates = options.rates or _searched(suite, contender, most, run, seeds[0])
-        for seed in seeds:
-            if options.rates or seed != seeds[0]:
-                run(tuple(rates), seed)
+        if options.rates:
+            rates = tuple(options.rates)
+            run(rates, first)
+        else:
+            rates = searched_rates(contender, suite, lambda rates: run(rates, first))
+        for seed in others:
+            run(rates, seed)
     except Late:
         pass
     return records
@@ -104,17 +108,9 @@ def _runs(options: argparse.Namespace, job: Job) -> Sequence[Mapping[str, Any]]:
 
 def _suite(options: argparse.Namespace, job: Job) -> Suite:
     suite = SUITES[job.suite].changed(steps=options.steps, model=options.model)
+    if options.search is not None:
+        suite = dataclasses.replace(suite, search=options.search)
     for task in suite.tasks:
         if task.name == job.part:
             return suite.of_task(task)
     return suite
-
-
-def _searched(suite: Suite, contender: Contender, most: int, run, seed: int):
-    """Returns the best rates, as a comparison searches them."""
-    costs: dict[Point, float] = {}
-    while True:
-        point = next_point(costs, most, has_blocks=contender.trains_blocks)
-        if point is None:
-            return rates_at(contender, best_point(costs))
-        costs[point] = suite.measure.cost(run(rates_at(contender, point), seed))

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tuning.records import Record, read
 from experiments.comparison.rows import Row, rows_of
 from experiments.comparison.suites import SUITES
 from experiments.comparison.tuning_report import last
+from experiments.run.files import read_lines
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks/results"
 H200 = ("tuning-h200/glue", "tuning-h200/glue-second")
@@ -74,8 +74,7 @@ def steps() -> Rows:
         *("peak, MB", "state, MB"),
     ]
     for name in ("tuning-h200/steps", "tuning-cpu/steps"):
-        path = RESULTS / f"{name}.json"
-        found = json.loads(path.read_text())
+        found = json.loads((RESULTS / f"{name}.json").read_text())
         device = found["device"].partition(": ")[2]
         for case, methods in found["cases"].items():
             timed = {k: x for k, x in methods.items() if "milliseconds" in x}
@@ -113,8 +112,9 @@ TABLES = {
 }
 
 
-def _records(names: tuple[str, ...]) -> list[Record]:
-    return read(RESULTS / f"{name}.jsonl" for name in names)
+def _records(names: tuple[str, ...]) -> list[dict[str, Any]]:
+    paths = [RESULTS / f"{name}.jsonl" for name in names]
+    return [record for path in paths for record in read_lines(path)]
 
 
 def _mean(row: Row, name: str) -> Any:

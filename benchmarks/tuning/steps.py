@@ -26,6 +26,7 @@ import lowrank_optax
 from benchmarks.accelerator.filled import state_like, tokens
 from benchmarks.accelerator.records import text_of
 from benchmarks.accelerator.rounds import in_turns
+from experiments.comparison.outcome import commit_of_code
 from experiments.optim.methods import OPTIMIZERS
 from experiments.run.memory import block_state, optimizer_state_bytes
 from experiments.run.step import make_train_step, shard_batch
@@ -97,14 +98,14 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, help="likewise")
     parser.add_argument("--seconds", type=float, default=20, help="for each case")
     parser.add_argument("--minutes", type=float, default=8, help="to end within")
-    parser.add_argument("--commit", default="unknown", help="to record")
+    parser.add_argument("--commit", help="to record; else git is asked")
     options = parser.parse_args()
     end = time.monotonic() + 60 * options.minutes
     device = jax.devices()[0]
     found: dict[str, Any] = {
         "device": f"{device.platform}: {device.device_kind}",
         "jax": jax.__version__,
-        "commit": options.commit,
+        "commit": options.commit or commit_of_code(),
         "cases": {},
     }
     for case in CASES:
@@ -128,7 +129,7 @@ def _measured(case: Case, options: argparse.Namespace, end: float) -> dict[str, 
     rows: dict[str, dict[str, Any]] = {}
     steps = {}
     for name, flags in case.methods.items():
-        # Two methods more take as long as this one.
+        # What is compiled has to be timed too.
         if time.monotonic() > end - options.seconds:
             rows[name] = {"skipped": "no time was left"}
             continue

@@ -1,22 +1,23 @@
 """Prints the tables of runs: ``python -m benchmarks.tuning.tables FILE...``."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from benchmarks.tuning.records import Record, read
 from experiments.comparison.joined import joined_table
 from experiments.comparison.rows import rows_of
 from experiments.comparison.suites import SUITES
 from experiments.comparison.tuning_report import tuning_table
+from experiments.run.files import read_lines
 
 
-def text(records: Sequence[Record]) -> str:
+def text(records: Sequence[Mapping[str, Any]]) -> str:
     """Returns the tables of some records in Markdown, a part for each suite."""
     parts = []
     for name in dict.fromkeys(record["suite"] for record in records):
         suite = SUITES[name]
-        tasks: dict[str, list[Record]] = {}
+        tasks: dict[str, list[Mapping[str, Any]]] = {}
         for record in records:
             if record["suite"] == name:
                 tasks.setdefault(record["part"], []).append(record)
@@ -31,7 +32,8 @@ def text(records: Sequence[Record]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tuning.tables")
     parser.add_argument("files", nargs="+", type=Path)
-    print(text(read(parser.parse_args().files)), end="")
+    files = parser.parse_args().files
+    print(text([x for path in files for x in read_lines(path)]), end="")
 
 
 if __name__ == "__main__":

@@ -58,10 +58,7 @@ class Ledger:
     def find(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
         """Returns the record with these entries, or None."""
         with self._lock:
-            for record in self.records:
-                if all(record.get(name) == value for name, value in key.items()):
-                    return record
-        return None
+            return matching(self.records, key)
 
     def add(self, record: dict[str, Any]) -> None:
         """Appends a record."""
@@ -69,6 +66,16 @@ class Ledger:
             self.records.append(record)
             with (self.directory / RESULTS_FILE).open("a") as file:
                 file.write(json.dumps(record) + "\n")
+
+
+def matching(
+    records: Iterable[dict[str, Any]], key: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """Returns the first record with these entries, or None."""
+    for record in records:
+        if all(record.get(name) == value for name, value in key.items()):
+            return record
+    return None
 
 
 def rates_of(directory: Path, measure: Measure) -> dict[str, tuple[float, float]]:

@@ -28,7 +28,7 @@ def outcome(directory: Path, suite: Suite) -> dict[str, Any]:
     return {
         "status": "finished" if is_finished else "diverged",
         "step": config["steps"] if is_finished else _last_good_step(directory),
-        "commit": _commit(),
+        "commit": commit_of_code(),
         "directory": directory.name,
         "validation_loss": summary.get("validation_loss"),
         **{name: summary.get(name) for name in suite.trainer.kept},
@@ -72,7 +72,7 @@ def _last_good_step(directory: Path) -> int:
     return max(good, default=0)
 
 
-def _commit() -> str:
+def commit_of_code() -> str:
     """Returns the commit of the code, with a + if the code has changed since."""
     try:
         return subprocess.run(

@@ -1,7 +1,6 @@
 """The runs of one suite in one directory: their order, and their outcomes."""
 
 import concurrent.futures
-import functools
 import hashlib
 import json
 import shutil
@@ -20,7 +19,7 @@ from experiments.comparison.options import Options, chosen_names
 from experiments.comparison.outcome import outcome
 from experiments.comparison.processes import Processes
 from experiments.comparison.report import write_report
-from experiments.comparison.search import Point, best_point, next_point, rates_at
+from experiments.comparison.search import searched_rates
 from experiments.comparison.suite import Contender, Suite
 from experiments.comparison.trainers import TUNER
 from experiments.comparison.tuning_report import write_tuning_report
@@ -144,14 +143,9 @@ class Comparison:
         if self._rates is not None or self._is_variant(contender):
             rates = self._rates_like(contender)
         else:
-            losses: dict[Point, float] = {}
-            search = functools.partial(
-                next_point, most=suite.search, has_blocks=contender.trains_blocks
+            rates = searched_rates(
+                contender, suite, lambda rates: self._result(contender, rates, first)
             )
-            while (point := search(losses)) is not None:
-                record = self._result(contender, rates_at(contender, point), first)
-                losses[point] = suite.measure.cost(record)
-            rates = rates_at(contender, best_point(losses))
         for seed in (first, *others):
             self._result(contender, rates, seed)
 

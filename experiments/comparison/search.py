@@ -1,13 +1,34 @@
 """The search over two learning rates, the same for every method."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from experiments.comparison.suite import Contender
+from experiments.comparison.suite import Contender, Suite
 
 # Doublings of two rates: that of embedding, head and norms, and that of the blocks.
 Point = tuple[int, int]
 _NEIGHBOURS: tuple[Point, ...] = ((0, 1), (0, -1), (1, 0), (-1, 0))
+
+
+def searched_rates(
+    contender: Contender,
+    suite: Suite,
+    run: Callable[[tuple[float, float]], Mapping[str, Any]],
+) -> tuple[float, float]:
+    """Returns the best rates of a method, of the rest and of the blocks.
+
+    Args:
+        contender: The method.
+        suite: With the number of runs, and what is compared.
+        run: Rates -> the record of the run with the first seed.
+    """
+    costs: dict[Point, float] = {}
+    while True:
+        point = next_point(costs, suite.search, has_blocks=contender.trains_blocks)
+        if point is None:
+            return rates_at(contender, best_point(costs))
+        costs[point] = suite.measure.cost(run(rates_at(contender, point)))
 
 
 def next_point(

@@ -29,7 +29,8 @@ TUNING: dict[str, Mapping[str, Any]] = {
     "adarankgrad": {
         **_LIFTED,
         # The paper has 0.48 for LLaMAs (its Table 4), and no average over refreshes.
-        # Both gave MiniLM fewer columns, and a worse end on the packaged texts.
+        # The two together gave MiniLM fewer columns, and a worse end on the packaged
+        # texts: docs/finetuning.md.
         "threshold": 0.3,
         "min_refresh_interval": 100,
         "max_refresh_interval": 200,

@@ -9,8 +9,8 @@ import pytest
 
 from benchmarks.tuning import tables
 from benchmarks.tuning.jobs import jobs_of
-from benchmarks.tuning.records import matching
 from benchmarks.tuning.runs import Late, Method
+from experiments.comparison.ledger import matching
 from experiments.comparison.measures import METRIC
 from experiments.comparison.suite import Contender, Suite
 from experiments.comparison.trainers import TUNER
@@ -24,8 +24,7 @@ def flags(tmp_path_factory):
     return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-@pytest.fixture(scope="module")
-def method(flags):
+def made(flags, optimizer: str) -> Method:
     names = dict(zip(flags[::2], flags[1::2], strict=True))
     suite = Suite(
         "one method",
@@ -41,34 +40,48 @@ def method(flags):
         trainer=TUNER,
         measure=METRIC,
     )
-    contender = Contender(
-        "adarankgrad", {"optimizer": "adarankgrad", "rank": 4}, 4.0, 1e-4
-    )
+    contender = Contender(optimizer, {"optimizer": optimizer, "rank": 4}, 4.0, 1e-4)
     data = {"train": names["--train"], "validation": names["--validation"]}
     deadline = time.monotonic() + 1_000
     return Method(suite, contender, data, deadline, contextlib.nullcontext())
+
+
+@pytest.fixture(scope="module")
+def method(flags):
+    return made(flags, "adarankgrad")
+
+
+def assert_as_the_command(method, flags, directory, optimizer, seed, rates):
+    found = method.run(rates, seed)
+
+    rest, blocks = rates
+    changed = ["--learning-rate", rest, "--block-scale", blocks / rest]
+    changed += ["--dropout", 0.0, "--seed", seed, "--out", directory / "run"]
+    changed += ["--optimizer", optimizer, "--rank", 4, "--eval-every", 4]
+    assert tune(*flags, *changed) == 0
+    wanted = json.loads((directory / "run" / "summary.json").read_text())
+    # Padding changes the order of sums in float32, and Adam divides by the square root
+    # of small numbers: the losses of the two agreed to 2e-6.
+    assert math.isclose(
+        found["validation_loss"], wanted["validation_loss"], rel_tol=1e-4
+    )
+    names = ("last_metrics", "tokens", "epoch", "effective_rank_by_layer")
+    bytes_of = ("block_state", "block_adamw_state", "optimizer_state", "adamw_state")
+    for name in (*names, *(f"{x}_bytes" for x in bytes_of)):
+        assert found[name] == wanted[name], name
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("seed", "rates"), [(1, (3e-3, 6e-3)), (0, (1e-3, 1e-3))])
 def test_runs_are_those_of_the_command(method, flags, tmp_path, seed, rates):
     # One program for both seeds and both rates.
-    found = method.run(rates, seed)
+    assert_as_the_command(method, flags, tmp_path, "adarankgrad", seed, rates)
 
-    rest, blocks = rates
-    changed = ["--learning-rate", rest, "--block-scale", blocks / rest]
-    changed += ["--dropout", 0.0, "--seed", seed, "--out", tmp_path / "run"]
-    changed += ["--optimizer", "adarankgrad", "--rank", 4, "--eval-every", 4]
-    assert tune(*flags, *changed) == 0
-    wanted = json.loads((tmp_path / "run" / "summary.json").read_text())
-    # Padding changes the order of sums in float32, and Adam divides by the square root
-    # of small numbers: the losses of the two agreed to 2e-6.
-    assert math.isclose(
-        found["validation_loss"], wanted["validation_loss"], rel_tol=1e-4
-    )
-    assert found["last_metrics"] == wanted["last_metrics"]
-    for name in ("tokens", "effective_rank_by_layer", "block_state_bytes", "epoch"):
-        assert found[name] == wanted[name], name
+
+@pytest.mark.slow
+def test_runs_with_adapters_are_those_of_the_command(flags, tmp_path):
+    method = made(flags, "lora")
+    assert_as_the_command(method, flags, tmp_path, "lora", 1, (1e-3, 2e-3))
 
 
 @pytest.mark.slow
