@@ -4,7 +4,6 @@ import fcntl
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,15 +11,12 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 
 
-def built_site(
-    directory: Path, notebooks: str = "off", left_out: Sequence[str] = ()
-) -> Path:
+def built_site(directory: Path, notebooks: str = "off") -> Path:
     """Returns the folder of the site's HTML.
 
     Args:
         directory: Where it is; processes that name the same one build it once.
         notebooks: "off", or "force" to run them.
-        left_out: Patterns of the notebooks that do not run.
 
     Raises:
         AssertionError: If Sphinx warns.
@@ -31,13 +27,7 @@ def built_site(
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not log.exists():
             command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-n", "-q"]
-            settings = {
-                "nb_execution_mode": notebooks,
-                "nb_execution_excludepatterns": ",".join(left_out),
-            }
-            for name, value in settings.items():
-                command += ["-D", f"{name}={value}"]
-            command += [DOCS, html]
+            command += ["-D", f"nb_execution_mode={notebooks}", DOCS, html]
             # Without the simulated devices and the compiler of the tests.
             environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
             done = subprocess.run(

