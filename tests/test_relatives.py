@@ -267,7 +267,9 @@ def test_values_out_of_range_are_refused(make):
 @pytest.mark.parametrize(
     ("name", "mode"),
     [
+        ("sumo", AxisType.Auto),
         ("sumo", AxisType.Explicit),
+        ("low_rank_muon", AxisType.Auto),
         ("low_rank_muon", AxisType.Explicit),
         ("fira", AxisType.Auto),
         ("fira", AxisType.Explicit),
@@ -276,7 +278,8 @@ def test_values_out_of_range_are_refused(make):
     ],
 )
 def test_sharded_updates_are_those_of_one_device(name, mode):
-    params = {"w": jnp.zeros((2, 16, 8)), "bias": jnp.zeros(8)}
+    # Four matrices, so that Newton-Schulz is shared out, with padding.
+    params = {"w": jnp.zeros((4, 16, 8)), "bias": jnp.zeros(8)}
     optimizer = METHODS[name]()
     expected, _ = states(optimizer, 4, params)
     mesh = jax.make_mesh((8,), ("x",), axis_types=(mode,))

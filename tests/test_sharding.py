@@ -2,7 +2,6 @@
 
 import functools
 import math
-import re
 from typing import NamedTuple
 
 import jax
@@ -14,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lowrank_optax
+from benchmarks.hlo import collectives
 from lowrank_optax import LowRankDimensionNumbers
 from tests.suite import types
 
@@ -292,67 +292,6 @@ def test_without_set_mesh_a_scan_carries_the_state_and_a_condition_chooses_it(ar
     # A code may fall the other way.
     tolerance = 1e-2 if around == "low_bit" else 1e-4
     np.testing.assert_allclose(trained(sharded(0, layout, mesh)), alone, atol=tolerance)
-
-
-class Collective(NamedTuple):
-    """A collective operation in a compiled program: its numbers, and its line."""
-
-    numbers: int
-    line: str
-
-
-KINDS = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter|ragged-all"
-COLLECTIVE = re.compile(rf" = (.*?) ({KINDS})[a-z-]*\(")
-COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*?^\}", re.MULTILINE | re.DOTALL)
-ARRAY = re.compile(r"[a-z]+\d*\[([\d,]*)\]")
-CALLED = re.compile(
-    r"(?:to_apply|calls|body|condition|called_computations)=\{?([^,}\s]+)"
-)
-BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-
-
-def collectives(hlo: str) -> tuple[list[Collective], list[Collective]]:
-    """Returns the collectives of an update outside a refresh, and inside one.
-
-    Outside is what the entry reaches through branch 0, the false one, of each
-    conditional; inside is the rest.
-    """
-    bodies, entry = {}, ""
-    for match in COMPUTATION.finditer(hlo):
-        bodies[match[2]] = match[0]
-        entry = match[2] if match[1] else entry
-    assert "true_computation" not in hlo, "a conditional with a form not known here"
-    outside, waiting = set(), [entry]
-    while waiting:
-        name = waiting.pop()
-        if name not in outside:
-            outside.add(name)
-            waiting += _called(bodies[name])
-    found = {name: _collectives_in(body) for name, body in bodies.items()}
-    return (
-        [x for name in found if name in outside for x in found[name]],
-        [x for name in found if name not in outside for x in found[name]],
-    )
-
-
-def _called(body: str) -> list[str]:
-    if_false = [names.split(",")[0] for names in BRANCHES.findall(body)]
-    return [name.strip().lstrip("%") for name in CALLED.findall(body) + if_false]
-
-
-def _collectives_in(body: str) -> list[Collective]:
-    found = []
-    for line in body.splitlines():
-        if match := COLLECTIVE.search(line):
-            arrays = ARRAY.findall(match[1])
-            numbers = sum(
-                math.prod(map(int, filter(None, x.split(",")))) for x in arrays
-            )
-            # Gathered and reduced arrays are whole on each device; the others' outputs
-            # are one device's part of what moves.
-            whole = match[2] in ("all-gather", "all-reduce")
-            found.append(Collective(numbers * (1 if whole else 8), line.strip()))
-    return found
 
 
 def _gathered(x):

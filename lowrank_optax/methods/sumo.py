@@ -5,14 +5,17 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from lowrank_optax.core import NumbersByPath
 from lowrank_optax.matrix.boxes import is_box
 from lowrank_optax.matrix.dimension_numbers import DimensionNumbers
-from lowrank_optax.matrix.view import matrix_view
+from lowrank_optax.matrix.shares import is_shared
+from lowrank_optax.matrix.view import MatrixView, matrix_view
 from lowrank_optax.methods.optimizer import Mask, as_optimizer
 from lowrank_optax.rules.bases import BasisRule, range_finder
+from lowrank_optax.rules.newton_schulz import orthogonalized, orthogonalized_by_factor
 from lowrank_optax.rules.ranks import RankRule
 from lowrank_optax.rules.rebase import RebaseRule
 from lowrank_optax.rules.residual_orthogonalized import check_orthogonalization
@@ -104,7 +107,9 @@ def scale_by_sumo(
     of full rank. The state is one moment and the basis: (a + b) r numbers, float32;
     Adam in the subspace has (2 a + b) r, AdamW 2 a b. Matrices at full size get Muon,
     leaves without a matrix get Adam, both with the same learning rate. Embedding and
-    head need another optimizer, by ``optax.partition``.
+    head need another optimizer, by ``optax.partition``. Compiled under
+    ``jax.set_mesh(mesh)``, each device orthogonalizes its share of a stack of layers,
+    and r^2 numbers are gathered for each matrix.
 
     Args:
         rank: Columns r of the bases, >= 1, or a rule.
@@ -136,12 +141,7 @@ def scale_by_sumo(
 
     def muon(numbers):
         return optax.chain(
-            optax.contrib.scale_by_muon(
-                beta=beta,
-                nesterov=nesterov,
-                ns_steps=ns_steps,
-                weight_dimension_numbers=functools.partial(_of_muon, numbers),
-            ),
+            _muon(numbers, beta, nesterov, ns_steps),
             optax.stateless(lambda tree, _: _scaled_by_sides(tree, numbers, rms)),
         )
 
@@ -182,6 +182,54 @@ def by_kind(
     return made
 
 
+def _muon(
+    numbers: NumbersByPath,
+    beta: jax.typing.ArrayLike,
+    nesterov: bool,
+    ns_steps: jax.typing.ArrayLike,
+) -> optax.GradientTransformation:
+    """Returns Muon; on a mesh, Muon's momentum, orthogonalized in shares."""
+
+    def made(**options):
+        return optax.contrib.scale_by_muon(
+            beta=beta,
+            nesterov=nesterov,
+            weight_dimension_numbers=functools.partial(_of_muon, numbers),
+            **options,
+        )
+
+    muon = made(ns_steps=ns_steps)
+    # This preconditioning is a part of the first iteration: without one there is none.
+    momentum = made(ns_steps=0, preconditioning="aol")
+
+    def orthogonal(path, leaf, coefficients):
+        view = _view(path, leaf, numbers)
+        matrices, is_exact = view.matrices(leaf), jnp.finfo(leaf.dtype).bits >= 32
+        if is_exact and is_shared(leaf, view.stack):
+            found = orthogonalized_by_factor(matrices, coefficients, ns_steps)
+        else:
+            found = orthogonalized(matrices, ns_steps)
+        return view.leaf(found)
+
+    def update(updates, state: Any, params=None):
+        leaves = jax.tree.leaves_with_path(updates)
+        if not any(is_shared(x, _view(path, x, numbers).stack) for path, x in leaves):
+            return muon.update(updates, state, params)
+        updates, state = momentum.update(updates, state, params)
+        updates = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: orthogonal(path, leaf, state.ns_coeffs), updates
+        )
+        return updates, state
+
+    return optax.GradientTransformation(muon.init, update)
+
+
+def _view(path: tuple, leaf: jax.Array, numbers: NumbersByPath) -> MatrixView:
+    axes = numbers[path]
+    assert axes is not None
+    return matrix_view(leaf.shape, axes, "short", "")
+
+
 def _of_muon(numbers: NumbersByPath, tree: Any) -> Any:
     """Returns Muon's dimension numbers of a tree."""
 
@@ -202,9 +250,7 @@ def _scaled_by_sides(
     """
 
     def scaled(path, leaf):
-        axes = numbers[path]
-        assert axes is not None
-        view = matrix_view(leaf.shape, axes, "short", "")
+        view = _view(path, leaf, numbers)
         return leaf * (rms * max(view.rows, view.columns) ** 0.5)
 
     return jax.tree_util.tree_map_with_path(scaled, tree)

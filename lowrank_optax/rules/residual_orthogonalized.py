@@ -3,9 +3,9 @@
 import dataclasses
 
 import jax
-import optax
 
 from lowrank_optax.matrix.view import MatrixView
+from lowrank_optax.rules.newton_schulz import orthogonalized
 from lowrank_optax.rules.residual import Pieces, Stateless, check_weight
 
 
@@ -33,16 +33,9 @@ class Orthogonalized(Stateless):
         return view.leaf(self._orthogonal(view.matrices(update)))
 
     def _orthogonal(self, matrices: jax.Array) -> jax.Array:
-        # With a decay of 0 Muon's momentum is its input: there is no state to keep.
-        muon = optax.contrib.scale_by_muon(
-            beta=0.0,
-            nesterov=False,
-            ns_steps=self.ns_steps,
-            weight_dimension_numbers=optax.contrib.MuonDimensionNumbers(-2, -1),
-        )
-        update, _ = muon.update(matrices, muon.init(matrices))
         # The longer side is kept, and has its full length in the subspace too.
-        return update * (self.rms * max(matrices.shape[-2:]) ** 0.5)
+        scale = self.rms * max(matrices.shape[-2:]) ** 0.5
+        return orthogonalized(matrices, self.ns_steps) * scale
 
 
 def orthogonalized_residual(
@@ -56,7 +49,8 @@ def orthogonalized_residual(
     and the longer side a. Every direction of a matrix gets a step of the same size.
     Matrices at full size are orthogonalized too. The rule has no state. It costs
     ``ns_steps`` Newton-Schulz iterations at full size, and needs the full gradient at
-    every update.
+    every update. Compiled under ``jax.set_mesh(mesh)``, each device orthogonalizes its
+    share of a stack of layers.
 
     Args:
         weight: Weight of the residual; >= 0.
