@@ -17,10 +17,12 @@ import optax
 
 import lowrank_optax
 from benchmarks import harness
+from experiments.distribution.mesh import whole
+from experiments.distribution.placement import initial_state, shard_batch
 from experiments.model.llama import apply
 from experiments.run.assemble import assemble
 from experiments.run.config import parse
-from experiments.run.step import initial_state, make_train_step, shard_batch
+from experiments.run.step import make_train_step
 
 BATCHES = 8
 
@@ -89,7 +91,7 @@ def main() -> None:
         words = [str(word) for pair in flags.items() for word in pair]
         parts = assemble(parse(words), print)
     params = parts.initial_params()
-    state = initial_state(parts.tx, params, parts.mesh)
+    state = initial_state(parts.tx, params, whole(parts.mesh))
     step = make_train_step(parts.work.loss, parts.tx, parts.mesh)
     batches = parts.work.data.train_iterator()
     for _ in range(arguments.steps):

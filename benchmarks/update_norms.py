@@ -17,10 +17,10 @@ import optax
 import lowrank_optax
 from benchmarks import harness
 from benchmarks.budget import gradient_function
+from experiments.distribution.placement import shard_batch
 from experiments.model.groups import parameter_groups
 from experiments.run.assemble import assemble
 from experiments.run.config import parse
-from experiments.run.step import shard_batch
 
 GAP = 200  # updates between two refreshes
 AFTER = (0, 10, 50, 100, 190)  # updates after a refresh

@@ -19,19 +19,14 @@ from rich.console import Console
 from experiments.arguments import check_ranges, parse_arguments, run_command
 from experiments.data.packing import Windows, padded_batches
 from experiments.data.pipeline import make_data, read_text
+from experiments.distribution.mesh import make_mesh
+from experiments.distribution.placement import replicate, shard_batch
 from experiments.errors import UserError
 from experiments.model.llama import apply
 from experiments.ranges import AtLeastOne
 from experiments.run.load import Loaded, SourceFlags, load
 from experiments.run.perplexity import bits_per_byte, perplexity
-from experiments.run.step import (
-    data_mesh,
-    make_eval_step,
-    mean_loss,
-    replicate,
-    shard_batch,
-    summed_token_loss,
-)
+from experiments.run.step import make_eval_step, mean_loss, summed_token_loss
 
 # Tokens per sequence of a model from elsewhere, at most.
 _LONGEST = 1024
@@ -108,7 +103,7 @@ def evaluate(
     if length is None:
         longest = min(loaded.model.max_positions, _LONGEST)
         length = config.sequence_length if config else longest
-    mesh = data_mesh(options.batch_size)
+    mesh = make_mesh(None, options.batch_size)
     name, windows, ratio = _text(options, loaded, length, report)
     wanted = options.tokens
     if wanted is None and config is not None and options.data is None:

@@ -27,9 +27,10 @@ from benchmarks.accelerator.filled import state_like, tokens
 from benchmarks.accelerator.records import text_of
 from benchmarks.accelerator.rounds import in_turns
 from experiments.comparison.outcome import commit_of_code
+from experiments.distribution.placement import shard_batch
 from experiments.optim.methods import OPTIMIZERS
 from experiments.run.memory import block_state, optimizer_state_bytes
-from experiments.run.step import make_train_step, shard_batch
+from experiments.run.step import make_train_step
 from experiments.tuning.assemble import assemble
 from experiments.tuning.flags import TuningConfig
 

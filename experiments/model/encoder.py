@@ -31,6 +31,7 @@ from flax import nnx
 
 from experiments.errors import UserError
 from experiments.model.encoder_shape import EncoderConfig
+from experiments.model.rows import keep_rows
 
 Params = dict[str, Any]
 
@@ -161,7 +162,7 @@ class Embeddings(nnx.Module):
         )
         # x is one matrix here and in the blocks. For a (B, T, n) operand XLA's CPU
         # backend transposes the cotangent in every kernel's gradient.
-        flat = total.reshape(-1, config.hidden_size)
+        flat = keep_rows(total.reshape(-1, config.hidden_size))
         normed = self.norm(flat).astype(config.compute_dtype)
         return _dropped(normed, config.hidden_dropout, key)
 
@@ -179,9 +180,9 @@ class Block(nnx.Module):
     def __call__(self, x: jax.Array, mask: jax.Array, key: jax.Array | None):
         scores_with, mixed_with, mlp_with = _split(key, 3)
         mixed = _dropped(self.attention(x, mask, scores_with), self.dropout, mixed_with)
-        x = self.attention_norm(x + mixed).astype(x.dtype)
+        x = keep_rows(self.attention_norm(x + mixed).astype(x.dtype))
         added = _dropped(self.mlp(x), self.dropout, mlp_with)
-        return self.mlp_norm(x + added).astype(x.dtype)
+        return keep_rows(self.mlp_norm(x + added).astype(x.dtype))
 
 
 class Attention(nnx.Module):

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from experiments.model.rows import keep_rows
 from experiments.model.shape import LlamaConfig
 
 Params = dict[str, Any]
@@ -118,7 +119,7 @@ class Llama(nnx.Module):
     def embed(self, tokens: jax.Array) -> jax.Array:
         """Returns what the first block reads, (B, T, d), of (B, T) integers."""
         hidden = jnp.take(self.embedding[...], tokens, axis=0)
-        return hidden.astype(self.config.compute_dtype)
+        return keep_rows(hidden.astype(self.config.compute_dtype))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Maps what the last block writes, (B, T, d), to (B, T, V) float32 logits."""
@@ -148,8 +149,9 @@ class Block(nnx.Module):
         """Returns the new x, and what ``attend`` keeps."""
         normed = _rms_norm(x, self.attention_norm[...], self.eps)
         mixed, kept = self.attention(normed, rotation, attend)
-        x = x + mixed
-        return x + self.mlp(_rms_norm(x, self.mlp_norm[...], self.eps)), kept
+        x = keep_rows(x + mixed)
+        x = x + self.mlp(_rms_norm(x, self.mlp_norm[...], self.eps))
+        return keep_rows(x), kept
 
 
 class Attention(nnx.Module):

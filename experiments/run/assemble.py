@@ -6,10 +6,13 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+import numpy as np
 
 from experiments.data.pipeline import make_data
 from experiments.data.tokenizers import find_tokenizer, load_tokenizer
+from experiments.distribution.mesh import make_mesh
+from experiments.distribution.placement import place
+from experiments.distribution.rules import on_mesh, parameter_shardings
 from experiments.model.hugging_face import load_llama
 from experiments.model.llama import init_params
 from experiments.optim.build import build_optimizer
@@ -25,7 +28,6 @@ from experiments.run.parts import (
     read_checkpoint,
     say_changes,
 )
-from experiments.run.step import data_mesh, replicate
 from experiments.run.text import TextWork
 
 
@@ -41,7 +43,7 @@ def assemble(config: Config, report: Callable[[str], None]) -> Parts[TextWork]:
             or the run to be resumed, or the directory holds another run.
     """
     directory = config.out or new_directory(config.model_name, config.optimizer)
-    mesh = data_mesh(config.batch_size, config.accumulate)
+    mesh = make_mesh(config.mesh, config.batch_size, config.accumulate)
     weights = config.initial_weights and load_llama(config.initial_weights)
     config = _with_tokenizer(config, report)
     tokenizer = load_tokenizer(config.tokenizer or "bytes")
@@ -65,7 +67,10 @@ def assemble(config: Config, report: Callable[[str], None]) -> Parts[TextWork]:
     tx = build_optimizer(config, schedule, config.seed, config.accumulate)
     params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     check_projects(config, params, tx, [model.hidden_size])
-    initial_params = functools.partial(_initial_params, model, config, weights, mesh)
+    start = functools.partial(_start, model, config)
+    first = (jax.random.key(config.seed), _weights(model, weights))
+    shapes = jax.eval_shape(start, *first)
+    shardings = parameter_shardings(shapes, mesh, report)
     return Parts(
         settings=PRETRAINING,
         config=config,
@@ -74,8 +79,8 @@ def assemble(config: Config, report: Callable[[str], None]) -> Parts[TextWork]:
         schedule=schedule,
         tx=tx,
         mesh=mesh,
-        initial_params=initial_params,
-        param_shapes=jax.eval_shape(initial_params),
+        make_params=functools.partial(_initial_params, start, *first),
+        param_shapes=on_mesh(shapes, shardings),
         resumed=resumed,
         changed=changed,
     )
@@ -91,15 +96,23 @@ def _with_tokenizer(config, report):
     return dataclasses.replace(config, tokenizer=str(found or "bytes"))
 
 
-def _initial_params(model, config, weights, mesh):
-    key = jax.random.key(config.seed)
-    if weights:
-        dtype = jnp.dtype(model.param_dtype)
-        params = jax.tree.map(lambda x: jnp.asarray(x, dtype), weights[1])
-        return replicate(parameterised(params, config, key), mesh)
-    whole = NamedSharding(mesh, PartitionSpec())
+def _weights(model, weights):
+    """Returns the initial weights in the run's dtype, on the host; None: none."""
+    if not weights:
+        return None
+    dtype = jnp.dtype(model.param_dtype)
+    return jax.tree.map(lambda x: np.asarray(x, dtype), weights[1])
 
-    def draw(key):
-        return parameterised(init_params(model, key), config, key)
 
-    return jax.jit(draw, out_shardings=whole)(key)
+def _start(model, config, key, weights):
+    """Returns the parameters of step 0; it is traced."""
+    params = init_params(model, key) if weights is None else weights
+    return parameterised(params, config, key)
+
+
+def _initial_params(start, key, weights, shardings):
+    """Returns the parameters of step 0, each device its share."""
+    if weights is not None:
+        mesh = jax.tree.leaves(shardings)[0].mesh
+        weights = place(weights, parameter_shardings(weights, mesh))
+    return jax.jit(start, out_shardings=shardings)(key, weights)

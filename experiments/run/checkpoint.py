@@ -14,6 +14,7 @@ import jax
 import orbax.checkpoint as ocp
 
 import lowrank_optax
+from experiments.distribution.processes import is_first, wait_for_all
 from experiments.errors import UserError
 from experiments.run.checksums import first_damage, write_checksums
 from experiments.run.files import CHECKPOINTS, checkpoint_steps
@@ -62,7 +63,8 @@ def read_record(directory: Path) -> RunRecord | None:
         return None
     *older, newest = steps
     path = _path(directory, newest)
-    damage = first_damage(path)
+    # Once for all processes: it reads everything.
+    damage = first_damage(path) if is_first() else None
     if damage is not None:
         paths = (_path(directory, step) for step in reversed(older))
         good = next((x for x in paths if first_damage(x) is None), None)
@@ -128,6 +130,7 @@ class Checkpoints:
         sys.unraisablehook = self._complain
         logging.getLogger("asyncio").addFilter(_is_no_echo)
         self._sweep()
+        wait_for_all(f"sweep of {directory}")
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -190,8 +193,9 @@ class Checkpoints:
         return [c.step in (*newest, self.best_step) for c in checkpoints]
 
     def _write_checksums(self) -> None:
-        for unfinished in self.directory.glob(_UNFINISHED):
-            write_checksums(unfinished)
+        if is_first():
+            for unfinished in self.directory.glob(_UNFINISHED):
+                write_checksums(unfinished)
 
     def _complain(self, unraisable) -> None:
         """Passes on what cannot be raised, but for the echoes of a failed save.
@@ -208,8 +212,9 @@ class Checkpoints:
         Orbax's own clean-up runs in a thread that complains when the command ends
         before it does.
         """
-        for unfinished in self.directory.glob(_UNFINISHED):
-            shutil.rmtree(unfinished, ignore_errors=True)
+        if is_first():
+            for unfinished in self.directory.glob(_UNFINISHED):
+                shutil.rmtree(unfinished, ignore_errors=True)
 
     @contextlib.contextmanager
     def _writing(self):

@@ -1,20 +1,29 @@
 """A training command from its arguments to its exit status."""
 
+import dataclasses
 import functools
 import logging
+import os
 import shlex
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from experiments.arguments import flag
+from experiments.distribution.agreement import check_agreement
+from experiments.distribution.placement import on_host
+from experiments.distribution.processes import count, is_first, is_joined, join
+from experiments.distribution.watch import leave, watched
 from experiments.errors import UserError
 from experiments.run.failures import told_in_a_line
-from experiments.run.lock import Lock
+from experiments.run.lock import Lock, Unlocked
 from experiments.run.parts import Parts
+from experiments.run.settings import to_json
 from experiments.run.train import Trained, train
 
 Assemble = Callable[[Any, Callable[[str], None]], Parts[Any]]
@@ -41,13 +50,37 @@ def run_training(
     # What Orbax logs, in pages of traceback, an error line says too.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
-        return run(parse(argv), Console())
+        status = _run_together(parse(argv), run)
     except UserError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        status = 2
     except KeyboardInterrupt:
         print("stopped by SIGINT", file=sys.stderr)
-        return 128 + signal.SIGINT
+        status = 128 + signal.SIGINT
+    except BaseException:
+        if is_joined():
+            traceback.print_exc()
+            leave(1)
+        raise
+    leave(status)
+    return status
+
+
+def _run_together(config: Any, run: Callable[[Any, Console], int]) -> int:
+    """Runs with the other processes, if there are any; the first one alone speaks."""
+    if config.coordinator is None:
+        return run(config, Console())
+    join(
+        config.coordinator,
+        config.num_processes,
+        config.process_id,
+        config.process_timeout,
+    )
+    advice = "start all again with --resume, from the last complete checkpoint"
+    with watched(config.process_timeout, advice):
+        check_agreement({flag(k): v for k, v in to_json(config).items()})
+        with open(os.devnull, "w") as nowhere:
+            return run(config, Console(file=None if is_first() else nowhere))
 
 
 def train_and_finish(
@@ -70,16 +103,25 @@ def train_and_finish(
     say = functools.partial(console.print, soft_wrap=True, highlight=False)
     parts = assemble(config, say)
     say(parts.work.description)
-    with told_in_a_line(parts), Lock(parts.directory) as lock:
+    with told_in_a_line(parts), lock_of(parts.directory) as lock:
         trained = train(parts, lock, console)
         lock.check()
         if trained.stopped_by is not None:
             _say_how_to_resume(parts, trained, say)
             is_term = trained.stopped_by == signal.SIGTERM
             return 0 if is_term else 128 + signal.SIGINT
-        finish(parts, trained, console)
+        if count() > 1:
+            trained = dataclasses.replace(trained, params=on_host(trained.params))
+            parts = parts.at_home()
+        if is_first():
+            finish(parts, trained, console)
         lock.check()
     return 0
+
+
+def lock_of(directory: Path) -> Lock | Unlocked:
+    """Returns the lock of a directory: the first process has it for all."""
+    return Lock(directory) if is_first() else Unlocked()
 
 
 def _say_how_to_resume(parts: Parts, trained: Trained, say) -> None:

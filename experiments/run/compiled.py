@@ -1,18 +1,19 @@
 """What is compiled for a run: its steps, by the bases they renew, and validation."""
 
+import contextlib
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
 
 import lowrank_optax
+from experiments.distribution.placement import shard_batch
 from experiments.model.adapters import restarted
 from experiments.optim.methods import OPTIMIZERS
 from experiments.run.parts import Parts
 from experiments.run.renewals import Renewals, Renewed
-from experiments.run.step import make_eval_step, make_train_step, shard_batch
+from experiments.run.step import make_eval_step, make_train_step
 from experiments.run.work import Batch
 
 # Names, shapes and dtypes of a batch's arrays.
@@ -45,10 +46,13 @@ class Programs:
         self._in_subspace = (
             config.gradients == "subspace" and method.takes_subspace_gradients
         )
-        whole = NamedSharding(parts.mesh, PartitionSpec())
-        self.restart = jax.jit(restarted, donate_argnums=(0, 1), out_shardings=whole)
+        self.restart = jax.jit(
+            restarted,
+            donate_argnums=(0, 1),
+            out_shardings=jax.tree.map(lambda x: x.sharding, (params, opt_state)),
+        )
         self.compile_seconds, self.compilations = 0.0, 0
-        self._eval_step = make_eval_step(parts.work.evaluate, parts.mesh)
+        self._eval_step = make_eval_step(parts.work.evaluate, parts.mesh, params)
         self._compiled_evals: dict[_Shapes, Any] = {}
         self.compile_train_steps(params, opt_state)
         for batch in parts.work.first_batches:
@@ -137,8 +141,10 @@ class Programs:
                 in_subspace=self._in_subspace and not full,
                 renewed=kind,
                 bases=self.bases,
+                placed=(params, opt_state),
             )
-            lowered = train_step.lower(params, opt_state, _abstract(batch))
+            with _known(self._parts.mesh):
+                lowered = train_step.lower(params, opt_state, _abstract(batch))
             self._train_steps[kind, shapes] = lowered.compile()
         self.compile_seconds += time.monotonic() - started
 
@@ -146,10 +152,16 @@ class Programs:
         shapes = _shapes(batch)
         if shapes not in self._compiled_evals:
             started = time.monotonic()
-            lowered = self._eval_step.lower(params, _abstract(batch))
+            with _known(self._parts.mesh):
+                lowered = self._eval_step.lower(params, _abstract(batch))
             self._compiled_evals[shapes] = lowered.compile()
             self.compile_seconds += time.monotonic() - started
         return self._compiled_evals[shapes]
+
+
+def _known(mesh: Any) -> contextlib.AbstractContextManager:
+    """Lets what is traced see the mesh, where there is more than one device."""
+    return jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext()
 
 
 def _shapes(batch: Batch) -> _Shapes:

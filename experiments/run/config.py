@@ -1,6 +1,7 @@
 """The configuration of a pre-training run: what its flags and its file may say."""
 
 import dataclasses
+import re
 from typing import Any
 
 import lowrank_optax
@@ -13,6 +14,7 @@ from experiments.run.flags import (
     CheckpointFlags,
     Config,
     DataFlags,
+    DeviceFlags,
     LoggingFlags,
     OutputFlags,
     SampleFlags,
@@ -59,6 +61,7 @@ PRETRAINING = Settings(
             *field_names(OutputFlags),
             *field_names(SampleFlags),
             *field_names(CheckpointFlags),
+            *field_names(DeviceFlags),
             *field_names(LoggingFlags),
             *field_names(ValidationFlags),
         }
@@ -93,8 +96,44 @@ def check_run(config: Any) -> None:
             f"--accumulate {config.accumulate} does not divide --batch-size "
             f"{config.batch_size}; choose a divisor"
         )
+    check_processes(config)
     if config.resume and config.out is None:
         raise UserError("--resume needs --out, the directory of the run to continue")
+
+
+def check_processes(config: Any) -> None:
+    """Checks the flags that join a process to others.
+
+    Raises:
+        UserError: If one is missing or cannot be.
+    """
+    given = {"num_processes": config.num_processes, "process_id": config.process_id}
+    if config.coordinator is None:
+        for name, value in given.items():
+            if value is not None:
+                raise UserError(
+                    f"{flag(name)} {value} needs --coordinator HOST:PORT, the address "
+                    "of process 0"
+                )
+        return
+    if config.coordinator == "auto":
+        return
+    if not re.fullmatch(r"\S+:\d{1,5}", config.coordinator):
+        raise UserError(
+            f"--coordinator {config.coordinator} is not HOST:PORT, nor auto; give the "
+            "address of process 0, like node0:1234"
+        )
+    for name, value in given.items():
+        if value is None:
+            raise UserError(
+                f"--coordinator {config.coordinator} needs {flag(name)}; or give "
+                "--coordinator auto, what JAX detects of the cluster"
+            )
+    if config.process_id >= config.num_processes:
+        raise UserError(
+            f"--process-id {config.process_id}: the processes have the numbers 0 to "
+            f"{config.num_processes - 1}, one less than --num-processes"
+        )
 
 
 def _check_budget(config: OptimizerOptions) -> None:

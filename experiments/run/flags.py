@@ -126,6 +126,28 @@ class CheckpointFlags:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DeviceFlags:
+    """The devices, and the processes that have them."""
+
+    #: Devices along each axis, like data=2,fsdp=4 or fsdp=4,tensor=2. data: copies of
+    #: the model. fsdp: shares of each copy's parameters and optimizer state; data and
+    #: fsdp share out the batch. tensor: shares of heads and of the MLP. data has what
+    #: is left. None: all devices are on data.
+    mesh: str | None = None
+    #: HOST:PORT of process 0, for a run of several processes, each of which is started
+    #: with this flag; or auto, what JAX detects of SLURM, Open MPI, Kubernetes or Cloud
+    #: TPU. None: one process.
+    coordinator: str | None = None
+    #: Processes in all; at least 1. None: detected.
+    num_processes: AtLeastOne | None = None
+    #: Number of this process, from 0 on. None: detected.
+    process_id: Count | None = None
+    #: Seconds without a sign of life after which a process counts as dead, and ends the
+    #: others; above 0. As long may the processes take to come.
+    process_timeout: Positive = 60.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class OutputFlags:
     """What the run leaves behind."""
 
@@ -149,6 +171,7 @@ class SampleFlags:
 class Config(
     SampleFlags,
     OutputFlags,
+    DeviceFlags,
     CheckpointFlags,
     LoggingFlags,
     ValidationFlags,

@@ -67,6 +67,19 @@ class MetricsLog:
             self._wandb.log(record["step"], found)
 
 
+class NoLog:
+    """In the place of :class:`MetricsLog`, where another process writes."""
+
+    def __enter__(self) -> "NoLog":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        pass
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """The other process writes."""
+
+
 def events(record: Mapping[str, Any]) -> Mapping[str, float]:
     """Returns a line's numbers by their names in TensorBoard and W&B."""
     numbers = {

@@ -4,14 +4,17 @@ import dataclasses
 import datetime
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 import lowrank_optax
+from experiments.distribution.mesh import mesh_of_one, whole
+from experiments.distribution.processes import of_first
+from experiments.distribution.rules import on_mesh, placed_shapes
 from experiments.errors import UserError
 from experiments.optim.methods import OPTIMIZERS
 from experiments.optim.options import OptimizerOptions
@@ -42,8 +45,8 @@ class Parts(Generic[SomeWork]):
         schedule: Learning rate of all but the block matrices by update.
         tx: The optimizer.
         mesh: The devices.
-        initial_params: Returns the parameters of step 0, one copy per device.
-        param_shapes: Their shapes and dtypes.
+        make_params: Returns the parameters of step 0; of a tree of their shardings.
+        param_shapes: Their shapes, dtypes and shardings.
         resumed: The record of the checkpoint to continue from; None: a fresh run.
         changed: What is computed otherwise from there on, see
             :mod:`experiments.run.changes`.
@@ -56,7 +59,7 @@ class Parts(Generic[SomeWork]):
     schedule: optax.Schedule
     tx: optax.GradientTransformation
     mesh: Mesh
-    initial_params: Callable[[], Any]
+    make_params: Callable[[Any], Any]
     param_shapes: Any
     resumed: RunRecord | None
     changed: Changes
@@ -66,19 +69,27 @@ class Parts(Generic[SomeWork]):
         """The step of the checkpoint to continue from; None: a fresh run."""
         return None if self.resumed is None else self.resumed.progress["step"]
 
+    def initial_params(self) -> Any:
+        """Returns the parameters of step 0, on the mesh."""
+        return self.make_params(jax.tree.map(lambda x: x.sharding, self.param_shapes))
+
+    def at_home(self) -> Self:
+        """Returns the parts with this process's first device alone as the mesh."""
+        mesh = mesh_of_one()
+        shardings = jax.tree.map(lambda _: whole(mesh), self.param_shapes)
+        shapes = on_mesh(self.param_shapes, shardings)
+        return dataclasses.replace(self, mesh=mesh, param_shapes=shapes)
+
     def abstract_state(self) -> tuple[Any, Any]:
         """Returns parameters and optimizer state as shapes with shardings."""
-        whole = NamedSharding(self.mesh, PartitionSpec())
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
-            (self.param_shapes, jax.eval_shape(self.tx.init, self.param_shapes)),
-        )
+        return placed_shapes(self.tx, self.param_shapes)
 
 
 def new_directory(*names: str) -> Path:
     """Returns a directory under runs/ for a run that starts now."""
     started = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    return Path("runs") / "-".join([started, *names])
+    # Processes start at different times.
+    return Path("runs") / "-".join([of_first("directory", started), *names])
 
 
 def read_checkpoint(

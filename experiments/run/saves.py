@@ -5,9 +5,10 @@ import math
 import time
 from typing import Any
 
+from experiments.distribution.processes import is_first
 from experiments.run.checkpoint import Checkpoints, RunRecord
 from experiments.run.files import CONFIG_FILE, write_json
-from experiments.run.lock import Lock
+from experiments.run.lock import Lock, Unlocked
 from experiments.run.parts import Parts
 from experiments.run.progress import Progress
 from experiments.run.settings import to_json
@@ -22,7 +23,7 @@ class Saves:
         checkpoints: Where they go.
     """
 
-    def __init__(self, parts: Parts, lock: Lock, checkpoints: Checkpoints):
+    def __init__(self, parts: Parts, lock: Lock | Unlocked, checkpoints: Checkpoints):
         self._parts, self._lock, self._checkpoints = parts, lock, checkpoints
         self._saved_at = time.monotonic()
 
@@ -79,5 +80,7 @@ class Saves:
         )
         # Not before: it says what the newest checkpoint was made with.
         past = {"changes": progress.changes} if progress.changes else {}
-        write_json(self._parts.directory / CONFIG_FILE, {**to_json(config), **past})
+        if is_first():
+            path = self._parts.directory / CONFIG_FILE
+            write_json(path, {**to_json(config), **past})
         self._saved_at = time.monotonic()

@@ -21,7 +21,9 @@ Config = TypeVar("Config")
 Flags = TypeVar("Flags")
 
 # What a configuration file says of the run that wrote it, and of no other.
-_OF_ONE_RUN = frozenset({"config", "out", "resume", "allow_changes"})
+# The processes come and go: a run does not end with those that it was started by.
+PROCESS_FIELDS = frozenset({"coordinator", "num_processes", "process_id"})
+_OF_ONE_RUN = frozenset({"config", "out", "resume", "allow_changes"}) | PROCESS_FIELDS
 _OF_ONE_METHOD = OWN_OPTIONS | {"block_scale"}
 
 
@@ -140,5 +142,6 @@ class Settings(Generic[Config]):
 def to_json(config: Any) -> dict[str, Any]:
     """Returns the fields of a configuration as values that JSON knows."""
     fields = dataclasses.asdict(config)
-    del fields["config"]
+    for name in ("config", *PROCESS_FIELDS):
+        del fields[name]
     return {k: str(v) if isinstance(v, Path) else v for k, v in fields.items()}

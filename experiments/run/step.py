@@ -1,4 +1,4 @@
-"""One training step and one validation, jitted, data parallel over local devices."""
+"""One training step and one validation, jitted, over the devices of a mesh."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 import lowrank_optax
-from experiments.errors import UserError
+from experiments.distribution.mesh import rows, whole
 from experiments.run.effective_rank import ranks_vector
 from experiments.run.renewals import AHEAD, Renewed
 
@@ -23,39 +23,6 @@ LossFn = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
 BATCH = {"inputs": np.int32, "targets": np.int32, "weights": np.float32}
 
 
-def data_mesh(batch_size: int, accumulate: int = 1) -> Mesh:
-    """Returns the local devices in a row; micro-batches are cut over them.
-
-    Raises:
-        UserError: If the sequences of a batch cannot be shared out evenly.
-    """
-    devices = jax.local_devices()
-    if batch_size % (len(devices) * accumulate):
-        times = f", times --accumulate {accumulate}" if accumulate > 1 else ""
-        raise UserError(
-            f"--batch-size {batch_size} is not a multiple of the {len(devices)} "
-            f"devices of this machine{times}; choose one that is"
-        )
-    return Mesh(np.asarray(devices), ("data",), axis_types=(AxisType.Auto,))
-
-
-def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Returns the tree with a whole copy of each leaf on each device."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
-
-
-def initial_state(tx: optax.GradientTransformation, params: Any, mesh: Mesh) -> Any:
-    """Returns the optimizer's state of step 0, a whole copy on each device."""
-    # Compiled as one program: eagerly, each of its hundreds of arrays is one.
-    whole = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(tx.init, out_shardings=whole)(params)
-
-
-def shard_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """Returns the batch on the devices, each having its share of the sequences."""
-    return jax.device_put(dict(batch), NamedSharding(mesh, PartitionSpec("data")))
-
-
 def make_train_step(
     loss_fn: LossFn,
     tx: Any,
@@ -65,6 +32,7 @@ def make_train_step(
     in_subspace: bool = False,
     renewed: Renewed = None,
     bases: Sequence[str] = (),
+    placed: tuple[Any, Any] | None = None,
 ):
     """Returns the jitted (params, opt_state, batch) -> (params, opt_state, metrics).
 
@@ -79,7 +47,7 @@ def make_train_step(
     Args:
         loss_fn: Returns the summed loss of a batch, and the sum of its weights.
         tx: From :func:`experiments.optim.build.build_optimizer`.
-        mesh: From :func:`data_mesh`.
+        mesh: From :func:`experiments.distribution.mesh.make_mesh`.
         accumulate: Micro-batches of a batch; above 1 ``tx`` is what
             ``lowrank_optax.accumulate`` returns.
         in_subspace: Whether gradients are computed inside the subspaces; random bases
@@ -87,6 +55,8 @@ def make_train_step(
         renewed: Key paths of the leaves whose bases are renewed where they are due, by
             their full gradients; (): no renewal is in the program. None: of all.
         bases: Key paths of the leaves that have bases.
+        placed: Parameters and state, or their shapes: the step leaves each array where
+            it is. None: each device has a whole copy of all.
     """
 
     def mean_loss(params, batch):
@@ -143,26 +113,34 @@ def make_train_step(
         }
         return params, opt_state, metrics
 
-    whole = NamedSharding(mesh, PartitionSpec())
-    cut = NamedSharding(mesh, PartitionSpec("data"))
+    everywhere = whole(mesh)
+    kept = (everywhere, everywhere)
+    if placed is not None:
+        kept = jax.tree.map(lambda x: x.sharding, placed)
     return jax.jit(
         step,
-        in_shardings=(whole, whole, cut),
-        out_shardings=whole,
+        in_shardings=(*kept, rows(mesh)),
+        out_shardings=(*kept, everywhere),
         donate_argnums=(0, 1),
     )
 
 
-def make_eval_step(evaluate: Callable[[Any, Batch], Any], mesh: Mesh):
+def make_eval_step(
+    evaluate: Callable[[Any, Batch], Any], mesh: Mesh, placed: Any = None
+):
     """Returns the jitted (params, batch) -> what ``evaluate`` returns, on all devices.
 
     Args:
         evaluate: Function of parameters and a batch.
-        mesh: From :func:`data_mesh`.
+        mesh: From :func:`experiments.distribution.mesh.make_mesh`.
+        placed: Parameters, or their shapes: each array is where it is. None: each
+            device has a whole copy of all.
     """
-    whole = NamedSharding(mesh, PartitionSpec())
-    cut = NamedSharding(mesh, PartitionSpec("data"))
-    return jax.jit(evaluate, in_shardings=(whole, cut), out_shardings=whole)
+    everywhere = whole(mesh)
+    kept = everywhere
+    if placed is not None:
+        kept = jax.tree.map(lambda x: x.sharding, placed)
+    return jax.jit(evaluate, in_shardings=(kept, rows(mesh)), out_shardings=everywhere)
 
 
 def mean_loss(summed: Iterable[tuple[Any, Any]]) -> float:

@@ -9,6 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from experiments.data.tokenizers import find_tokenizer, load_tokenizer
+from experiments.distribution.mesh import make_mesh
+from experiments.distribution.placement import place
+from experiments.distribution.rules import on_mesh, parameter_shardings
 from experiments.errors import UserError
 from experiments.model.adapters import check_adapter_rank, with_adapters
 from experiments.model.encoder_files import load_encoder, read_encoder_shape
@@ -26,7 +29,6 @@ from experiments.run.parts import (
     read_checkpoint,
     say_changes,
 )
-from experiments.run.step import data_mesh, replicate
 from experiments.tasks.answer_data import make_answer_data
 from experiments.tasks.answers import Prompts
 from experiments.tasks.embedded import embedded_rows
@@ -61,7 +63,7 @@ def assemble(
     directory = config.out or new_directory(
         config.model_name, config.task, config.optimizer
     )
-    mesh = data_mesh(config.batch_size, config.accumulate)
+    mesh = make_mesh(config.mesh, config.batch_size, config.accumulate)
     path, task = find_model_for(config.task, config.model), TASKS[config.task]
     rows, validation = _rows(config, task)
     make = _answer_work if task.kind == "answer" else _encoder_work
@@ -71,8 +73,9 @@ def assemble(
     check_same_data(resumed, work, config, TUNING, directory)
     schedule = make_schedule(config, config.steps or 1)
     say_changes(resumed, changed, schedule, report)
-    initial_params = functools.partial(_initial_params, config, load, mesh)
-    params = jax.eval_shape(initial_params)
+    start = functools.partial(_start, config, load)
+    params = jax.eval_shape(start)
+    shardings = parameter_shardings(params, mesh, report)
     check_frozen(config, params)
     if config.save_adapter is not None and config.save_adapter >= 1:
         check_adapter_rank(params, int(config.save_adapter))
@@ -94,8 +97,8 @@ def assemble(
         schedule=schedule,
         tx=tx,
         mesh=mesh,
-        initial_params=initial_params,
-        param_shapes=params,
+        make_params=lambda shardings: place(start(), shardings),
+        param_shapes=on_mesh(params, shardings),
         resumed=resumed,
         changed=changed,
     )
@@ -224,7 +227,8 @@ def _head_schedule(config: TuningConfig, task: TaskKind):
     )
 
 
-def _initial_params(config: TuningConfig, load: Callable[[], Any], mesh) -> Any:
+def _start(config: TuningConfig, load: Callable[[], Any]) -> Any:
+    """Returns the parameters of step 0."""
     params = load()
     if config.param_dtype is not None:
         dtype = jnp.dtype(config.param_dtype)
@@ -236,7 +240,7 @@ def _initial_params(config: TuningConfig, load: Callable[[], Any], mesh) -> Any:
     if kind is not None:
         key = jax.random.fold_in(jax.random.key(config.seed), 1)
         params = with_adapters(params, kind, config.rank or 1, key, "uniform")
-    return replicate(params, mesh)
+    return params
 
 
 def _is_head(path: tuple) -> bool:

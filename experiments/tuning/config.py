@@ -8,7 +8,12 @@ from experiments.arguments import check_choice, field_names
 from experiments.errors import UserError
 from experiments.optim.tuning import with_tuning_defaults
 from experiments.run.config import FIXED, check_orders, check_run
-from experiments.run.flags import CheckpointFlags, LoggingFlags, OutputFlags
+from experiments.run.flags import (
+    CheckpointFlags,
+    DeviceFlags,
+    LoggingFlags,
+    OutputFlags,
+)
 from experiments.run.settings import Settings
 from experiments.run.unused import OF_ALL_RUNS, Rule, check_unused, unused_by
 from experiments.tasks.table import TASKS
@@ -111,6 +116,7 @@ TUNING = Settings(
             *field_names(OutputFlags),
             *field_names(AdapterFlags),
             *field_names(CheckpointFlags),
+            *field_names(DeviceFlags),
             *field_names(LoggingFlags),
             *field_names(ValidationFlags),
             "epochs",

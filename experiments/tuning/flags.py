@@ -8,7 +8,12 @@ import tyro
 
 from experiments.optim.tuning import TuningOptions
 from experiments.ranges import AtLeastOne, Decay, Positive, Seed
-from experiments.run.flags import CheckpointFlags, LoggingFlags, OutputFlags
+from experiments.run.flags import (
+    CheckpointFlags,
+    DeviceFlags,
+    LoggingFlags,
+    OutputFlags,
+)
 from experiments.tasks.table import TASKS
 
 
@@ -125,6 +130,7 @@ class AdapterFlags:
 class TuningConfig(
     AdapterFlags,
     OutputFlags,
+    DeviceFlags,
     CheckpointFlags,
     LoggingFlags,
     ValidationFlags,

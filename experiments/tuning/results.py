@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from experiments.distribution.placement import replicate, shard_batch
 from experiments.model.adapters import merged
 from experiments.model.encoder_files import save_encoder
 from experiments.model.extraction import extract
@@ -12,7 +13,7 @@ from experiments.model.peft import save_peft_adapter
 from experiments.model.pretrained import find_model
 from experiments.optim.methods import OPTIMIZERS
 from experiments.run.parts import Parts
-from experiments.run.step import make_eval_step, replicate, shard_batch
+from experiments.run.step import make_eval_step
 from experiments.run.train import Trained
 from experiments.tuning.encoder_work import EncoderWork
 from experiments.tuning.numbers import in_words

@@ -5,10 +5,10 @@ from typing import Any
 
 import jax
 
+from experiments.distribution.placement import shard_batch
 from experiments.optim.methods import OPTIMIZERS
 from experiments.run.parts import Parts
 from experiments.run.spectra import Spectra, first_spectra, load_spectra, save_spectra
-from experiments.run.step import shard_batch
 
 SPECTRA_FILE = "first_spectra.npz"
 

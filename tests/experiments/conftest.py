@@ -70,7 +70,7 @@ def inputs(tmp_path_factory, compiled_programs, fast_compilation):
 def one_device(monkeypatch):
     """Shows the command one of the simulated devices."""
     device = jax.local_devices()[:1]
-    monkeypatch.setattr(jax, "local_devices", lambda: device)
+    monkeypatch.setattr("experiments.distribution.mesh.all_devices", lambda: device)
 
 
 @pytest.fixture

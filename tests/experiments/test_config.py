@@ -165,7 +165,7 @@ def test_help_groups_flags_by_subject(help_text):
     titles = re.findall(r"^ +([\w-]+) options *$", help_text, re.MULTILINE)
     assert titles == [
         *("model", "data", "optimizer", "schedule", "one-method", "memory"),
-        *("run", "validation", "logging", "checkpoint", "output", "sample"),
+        *("run", "validation", "logging", "checkpoint", "device", "output", "sample"),
     ]
     groups = dict(zip(titles, re.split(r" options *\n", help_text)[2:], strict=True))
     for name, title in {
@@ -178,6 +178,7 @@ def test_help_groups_flags_by_subject(help_text):
         "config": "run",
         "log_every": "logging",
         "resume": "checkpoint",
+        "mesh": "device",
         "sample_tokens": "sample",
     }.items():
         assert re.search(rf"\n +{flag(name)}[ ,]", groups[title]), name

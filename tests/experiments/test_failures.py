@@ -99,7 +99,7 @@ def exhausted(*arguments, **options):
 
 
 MEMORY = {
-    "at the start": "experiments.run.train.initial_state",
+    "at the start": "experiments.run.loop.initial_state",
     "compiling": "experiments.run.compiled.make_train_step",
     "on a step": "experiments.run.compiled.Programs.train_step",
 }
@@ -125,7 +125,7 @@ def test_another_error_of_the_device_is_none_of_memory(flags, monkeypatch):
     def broken(*arguments, **options):
         raise JaxRuntimeError("INTERNAL: something else")
 
-    monkeypatch.setattr("experiments.run.train.initial_state", broken)
+    monkeypatch.setattr("experiments.run.loop.initial_state", broken)
     with pytest.raises(JaxRuntimeError, match="something else"):
         run(*flags)
 

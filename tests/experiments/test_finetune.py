@@ -45,7 +45,7 @@ def tuned(flags, tmp_path_factory):
     saved = ["--save-weights", "--save-adapter", 4, "--checkpoint-every", 4]
     with pytest.MonkeyPatch.context() as patch:
         device = jax.local_devices()[:1]
-        patch.setattr(jax, "local_devices", lambda: device)
+        patch.setattr("experiments.distribution.mesh.all_devices", lambda: device)
         assert tune(*flags, *saved, "--out", out) == 0
     return out
 

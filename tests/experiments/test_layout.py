@@ -19,11 +19,15 @@ BELOW = {
     "arguments": {"errors", "ranges"},
     "data": {"errors"},
     "model": {"errors", "data"},
+    "distribution": {"errors", "model"},
     "tasks": {"errors", "ranges", "data", "model"},
     "optim": {"errors", "ranges", "model"},
-    "run": {"errors", "ranges", "arguments", "data", "model", "optim"},
+    "run": {
+        *("errors", "ranges", "arguments", "data", "model", "distribution", "optim"),
+    },
     "tuning": {
         *("errors", "ranges", "arguments", "data", "model", "tasks", "optim", "run"),
+        "distribution",
     },
     "comparison": {
         *("errors", "ranges", "arguments", "data", "model", "tasks", "optim", "run"),
@@ -34,7 +38,9 @@ BELOW = {
     "pretrain_llama": {"model", "run"},
     "finetune": {"run", "tuning"},
     "generate": {"errors", "ranges", "arguments", "model", "run"},
-    "evaluate": {"errors", "ranges", "arguments", "data", "model", "run"},
+    "evaluate": {
+        *("errors", "ranges", "arguments", "data", "model", "distribution", "run"),
+    },
     "export": {"arguments", "model", "run"},
     "plan_memory": {"errors", "ranges", "arguments", "data", "run"},
     "compare": {"errors", "arguments", "comparison"},

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.distribution.mesh import make_mesh
 from experiments.model.flops import training_flops_per_token
 from experiments.model.llama import init_params
 from experiments.run import measures, memory_use, summary
@@ -13,7 +14,6 @@ from experiments.run.measures import Measures
 from experiments.run.metrics import events
 from experiments.run.peaks import peak_flops
 from experiments.run.quantities import LINE, SUMMARY, markdown_table
-from experiments.run.step import data_mesh
 from experiments.run.text import TextWork
 from tests.experiments.small_runs import MODEL
 
@@ -26,7 +26,7 @@ def small():
     )
     parts = types.SimpleNamespace(
         config=config,
-        mesh=data_mesh(8),
+        mesh=make_mesh(None, 8),
         work=TextWork(
             config=config,
             model=MODEL,

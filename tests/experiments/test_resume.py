@@ -31,7 +31,7 @@ def finished(flags, tmp_path_factory):
         import jax
 
         device = jax.local_devices()[:1]
-        patch.setattr(jax, "local_devices", lambda: device)
+        patch.setattr("experiments.distribution.mesh.all_devices", lambda: device)
         assert run(*flags, "--out", out) == 0
     return out
 

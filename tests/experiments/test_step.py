@@ -6,17 +6,15 @@ import numpy as np
 import optax
 import pytest
 
+from experiments.distribution.mesh import make_mesh, whole
+from experiments.distribution.placement import initial_state, replicate, shard_batch
 from experiments.errors import UserError
 from experiments.optim.build import build_optimizer
 from experiments.optim.options import OptimizerOptions
 from experiments.run.step import (
-    data_mesh,
-    initial_state,
     make_eval_step,
     make_train_step,
     mean_loss,
-    replicate,
-    shard_batch,
     summed_token_loss,
 )
 
@@ -57,7 +55,7 @@ def train_twice(mesh, learning_rate=0.1):
     tx = build_optimizer(OptimizerOptions(optimizer="adamw"), lambda _: learning_rate)
     step = make_train_step(token_loss, tx, mesh)
     params = replicate(random_params(), mesh)
-    opt_state = initial_state(tx, params, mesh)
+    opt_state = initial_state(tx, params, whole(mesh))
     for seed in (1, 2):
         params, opt_state, metrics = step(
             params, opt_state, shard_batch(random_batch(seed), mesh)
@@ -66,7 +64,7 @@ def train_twice(mesh, learning_rate=0.1):
 
 
 def test_validation_loss_is_the_mean_over_tokens_not_over_batches():
-    params, mesh = random_params(), data_mesh(8)
+    params, mesh = random_params(), make_mesh(None, 8)
     full, padded = random_batch(1), random_batch(2)
     padded["weights"][1:] = 0
     padded["weights"][0, 2:] = 0
@@ -81,7 +79,7 @@ def test_validation_loss_is_the_mean_over_tokens_not_over_batches():
 
 
 def test_padded_tokens_give_no_gradient():
-    mesh = data_mesh(8)
+    mesh = make_mesh(None, 8)
     tx = optax.apply_if_finite(optax.sgd(1.0), 1)
     step = make_train_step(token_loss, tx, mesh)
     batch = random_batch(1)
@@ -97,11 +95,12 @@ def test_padded_tokens_give_no_gradient():
 
 
 def test_eight_devices_train_like_one(monkeypatch):
-    assert len(data_mesh(8).devices) == 8
-    eight, _, metrics = train_twice(data_mesh(8))
+    assert len(make_mesh(None, 8).devices.flat) == 8
+    eight, _, metrics = train_twice(make_mesh(None, 8))
     assert len(eight["embedding"].sharding.device_set) == 8
-    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
-    one, _, metrics_of_one = train_twice(data_mesh(8))
+    device = jax.devices()[:1]
+    monkeypatch.setattr("experiments.distribution.mesh.all_devices", lambda: device)
+    one, _, metrics_of_one = train_twice(make_mesh(None, 8))
 
     # Sums of float32 in another order.
     np.testing.assert_allclose(metrics["loss"], metrics_of_one["loss"], rtol=1e-5)
@@ -110,7 +109,7 @@ def test_eight_devices_train_like_one(monkeypatch):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "projfactor"])
 def test_micro_batches_train_like_the_whole_batch(optimizer):
-    mesh = data_mesh(16, 2)
+    mesh = make_mesh(None, 16, 2)
     options = OptimizerOptions(
         optimizer=optimizer, rank=1, granularity=1, update_proj_gap=2
     )
@@ -120,7 +119,7 @@ def test_micro_batches_train_like_the_whole_batch(optimizer):
         step = make_train_step(token_loss, tx, mesh, accumulate)
         params = replicate(random_params(), mesh)
         params["blocks"] = {"unused": replicate(jnp.zeros((2, 4, 3)), mesh)}
-        state = initial_state(tx, params, mesh)
+        state = initial_state(tx, params, whole(mesh))
         for seed in (1, 2, 3):
             batch = random_batch(seed, batch_size=16)
             # Micro-batches with unequal numbers of tokens.
@@ -134,12 +133,12 @@ def test_micro_batches_train_like_the_whole_batch(optimizer):
 
 
 def test_a_non_finite_micro_batch_changes_nothing_and_is_counted():
-    mesh = data_mesh(16, 2)
+    mesh = make_mesh(None, 16, 2)
     options = OptimizerOptions(optimizer="adamw")
     tx = build_optimizer(options, lambda _: 0.1, accumulate=2)
     step = make_train_step(token_loss, tx, mesh, 2)
     params = replicate(random_params(), mesh)
-    state = initial_state(tx, params, mesh)
+    state = initial_state(tx, params, whole(mesh))
     broken = random_batch(1, batch_size=16)
     broken["weights"][0, 0] = np.inf
     before = jax.device_get(params)
@@ -154,11 +153,11 @@ def test_a_non_finite_micro_batch_changes_nothing_and_is_counted():
 
 
 def test_a_non_finite_gradient_changes_nothing_and_is_counted():
-    mesh = data_mesh(8)
+    mesh = make_mesh(None, 8)
     tx = build_optimizer(OptimizerOptions(optimizer="adamw"), lambda _: 0.1)
     step = make_train_step(token_loss, tx, mesh)
     params = replicate(random_params(), mesh)
-    state = initial_state(tx, params, mesh)
+    state = initial_state(tx, params, whole(mesh))
     broken = random_batch(1)
     broken["weights"][0, 0] = np.inf
 
@@ -176,6 +175,6 @@ def test_a_non_finite_gradient_changes_nothing_and_is_counted():
 
 def test_a_batch_that_devices_cannot_share_is_refused():
     with pytest.raises(UserError, match=r"--batch-size 12 is not a multiple of the 8"):
-        data_mesh(12)
-    with pytest.raises(UserError, match=r"devices of this machine, times --accum"):
-        data_mesh(24, 2)
+        make_mesh(None, 12)
+    with pytest.raises(UserError, match=r"devices, times --accum"):
+        make_mesh(None, 24, 2)
