@@ -328,6 +328,26 @@ def test_the_parser_finds_collectives(program, outside, inside):
     assert [x.numbers for x in found_inside] == inside
 
 
+def test_the_parser_finds_groups_runs_and_bytes():
+    mesh = jax.make_mesh((2, 4), ("x", "y"), (AxisType.Auto,) * 2)
+
+    def program(x):
+        x = jax.lax.fori_loop(0, 3, lambda i, x: jnp.tanh(x @ (x.T @ x)), x)
+        moved = jax.lax.with_sharding_constraint(x, P("x", "y"))
+        return jax.lax.with_sharding_constraint(moved, P("x", None)), moved
+
+    x = jnp.ones((64, 48), jnp.float32, device=NamedSharding(mesh, P("y", None)))
+    with jax.set_mesh(mesh):
+        hlo = jax.jit(program).lower(x).compile().as_text()
+    found = {x.kind: x for x in collectives(hlo)[0]}
+    summed, gathered = found["all-reduce"], found["all-gather"]
+    assert (summed.numbers, summed.group, summed.trips) == (48 * 48, 4, 3)
+    assert (gathered.numbers, gathered.group, gathered.trips) == (32 * 48, 4, 1)
+    # A ring sends each part but one, and to add up it does so twice.
+    assert summed.sent == 2 * 3 / 4 * (4 * 48 * 48)
+    assert gathered.sent == 3 / 4 * (4 * 32 * 48)
+
+
 @both_modes
 @every_pair
 def test_outside_a_refresh_no_collective_comes_near_the_size_of_a_gradient(

@@ -175,3 +175,28 @@ def test_an_operand_that_all_devices_have_is_not_moved_before_the_work():
     program, _ = compiled("sumo", layers=8, spec=P())
     (only,) = collectives(program.as_text())[0]
     assert (only.kind, only.numbers) == ("all-gather", 8 * RANK**2)
+
+
+def test_data_parallel_steps_move_no_more_than_both_sides_times_the_rank():
+    mesh, tx = mesh_of((8,)), lowrank_optax.sumo(0.1, RANK)
+    sharding = NamedSharding(mesh, P())
+    params = {"w": jnp.ones((8, ROWS, ROWS), device=sharding)}
+    state = jax.device_put(tx.init(params), sharding)
+    x = jnp.ones((16, ROWS), device=NamedSharding(mesh, P("data")))
+
+    def loss(params, x):
+        return jnp.sum(jax.lax.scan(lambda x, w: (x @ w, None), x, params["w"])[0])
+
+    def step(params, state, x):
+        gradient = lowrank_optax.subspace_value_and_grad(loss, tx)
+        _, grads, state = gradient.keeping(params, state, x)
+        updates, state = tx.update(grads, state, params, refresh=False)
+        return optax.apply_updates(params, updates), state
+
+    with jax.set_mesh(mesh):
+        jitted = jax.jit(step, out_shardings=sharding)
+        program = jitted.lower(params, state, x).compile()
+    found = collectives(program.as_text())[0]
+    # The gradient's a r numbers, which the backward loop adds up, and r^2.
+    moved = sum(x.numbers * (x.trips or 0) for x in found)
+    assert moved == 8 * (ROWS * RANK + RANK**2)
