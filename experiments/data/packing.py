@@ -2,7 +2,8 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any
 
 import grain
 import numpy as np
@@ -117,6 +118,36 @@ class Windows:
         weights = np.zeros(self.length, np.float32)
         weights[: len(piece) - 1] = 1
         return {"inputs": padded[:-1], "targets": padded[1:], "weights": weights}
+
+
+class OwnRows(grain.MapDataset):
+    """Windows of which only some are read; the others are of zeros.
+
+    Element i is sequence i % batch_size of its batch.
+
+    Args:
+        windows: All of them, in the order of the run.
+        batch_size: Windows per batch.
+        rows: Those of each batch that are read.
+    """
+
+    def __init__(
+        self, windows: grain.MapDataset, batch_size: int, rows: Collection[int]
+    ):
+        super().__init__(windows)
+        self._batch_size, self._rows = batch_size, rows
+        like: Any = windows[next(iter(rows))]
+        self._empty = {name: np.zeros_like(x) for name, x in like.items()}
+
+    def __len__(self) -> int:
+        return len(self._parent)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        if index % self._batch_size in self._rows:
+            return self._parent[index]
+        return self._empty
 
 
 def padded_batches(

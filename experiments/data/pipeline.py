@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import grain
@@ -12,6 +12,7 @@ import numpy as np
 from experiments.data.overlap import Overlap
 from experiments.data.packing import (
     JoinedDocuments,
+    OwnRows,
     Windows,
     join_documents,
     padded_batches,
@@ -102,6 +103,7 @@ def make_data(
     seed: int,
     validation_spec: str | None = None,
     text_column: str = "text",
+    rows: Collection[int] | None = None,
     report: Callable[[str], None] | None = None,
 ) -> Data:
     """Reads, tokenizes and packs text.
@@ -119,6 +121,9 @@ def make_data(
             their own; of the hub's others, the last file is held out; of files here,
             the last 5 % of the tokens, at least one window and at most 500,000.
         text_column: Of JSON lines, Parquet and the hub's data sets, that holds text.
+        rows: Sequences of each training batch that this process has to read, from 0 on;
+            the others are of zeros. Which text a sequence has does not depend on them.
+            Streamed text is read whole. None: all.
         report: Called with a line of progress every few seconds while tokenizing.
 
     Raises:
@@ -154,7 +159,8 @@ def make_data(
     else:
         identity = train
         _check_enough(train, sequence_length, source.name)
-        dataset = _shuffled_batches(Windows(train, sequence_length), batch_size, seed)
+        windows = Windows(train, sequence_length)
+        dataset = _shuffled_batches(windows, batch_size, seed, rows)
     return Data(
         description=description,
         train_tokens=None if train is None else len(train),
@@ -267,12 +273,14 @@ def _check_enough(tokens, targets, name):
         )
 
 
-def _shuffled_batches(windows, batch_size, seed):
+def _shuffled_batches(windows, batch_size, seed, rows):
     """Returns endless batches: all windows once per epoch, each in a new order."""
     # `seed` before `shuffle` hashes the seed; `shuffle(seed)` would give epoch 1 of
     # seed 0 the order of epoch 0 of seed 1. A batch may hold the end of one epoch and
     # the beginning of the next, so that none is cut short.
     dataset = grain.MapDataset.source(windows).seed(seed).shuffle().repeat()
+    if rows is not None and len(rows) < batch_size:
+        dataset = OwnRows(dataset, batch_size, rows)
     return dataset.batch(batch_size).to_iter_dataset(_READ_OPTIONS)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from experiments.data.pipeline import make_data
 from experiments.data.tokenizers import find_tokenizer, load_tokenizer
 from experiments.distribution.mesh import make_mesh
-from experiments.distribution.placement import place
+from experiments.distribution.placement import own_rows, place
 from experiments.distribution.rules import on_mesh, parameter_shardings
 from experiments.model.hugging_face import load_llama
 from experiments.model.llama import init_params
@@ -58,6 +58,7 @@ def assemble(config: Config, report: Callable[[str], None]) -> Parts[TextWork]:
         seed=config.seed,
         validation_spec=config.validation_data,
         text_column=config.text_column,
+        rows=own_rows(mesh, config.batch_size),
         report=report,
     )
     work = TextWork(config=config, data=data, model=model, tokenizer=tokenizer)

@@ -27,6 +27,7 @@ from experiments.run.progress import Progress, note_validation, saved_progress
 from experiments.run.renewals import AHEAD
 from experiments.run.saves import Saves
 from experiments.run.terminal import TrainingProgress
+from experiments.run.waits import Waits, teller
 from experiments.run.work import ended
 
 _REJECTED_IN_A_ROW = 20
@@ -76,6 +77,10 @@ class Loop:
         profile: Profile,
     ) -> signal.Signals | None:
         """Trains to the last step or to a signal, and saves; returns the signal."""
+        with Waits(teller(shown.say)) as self.waits:
+            return self._run(log, shown, stop, profile)
+
+    def _run(self, log, shown, stop, profile) -> signal.Signals | None:
         config, progress = self.parts.config, self.progress
         if progress.step == 0:
             position = self.measures.position(progress)
@@ -107,7 +112,8 @@ class Loop:
     def _step(self) -> dict[str, jax.Array]:
         """Hands one update to the device."""
         try:
-            batch = next(self.batches)
+            with self.waits(f"the next batch of {self.parts.work.data_flag}"):
+                batch = next(self.batches)
         except StopIteration:
             raise ended(self.parts.work, self.progress.step) from None
         renewed = self.renewals.next(self.progress.step)
@@ -222,4 +228,6 @@ class Loop:
         self._check_all()
         self.progress.renewals = self.renewals.saved()
         data_state = self.batches.get_state()
-        self.saves.save(self.progress, self.params, self.opt_state, data_state)
+        # Until the one before is written, and this one is copied.
+        with self.waits(f"a checkpoint in {self.parts.directory}"):
+            self.saves.save(self.progress, self.params, self.opt_state, data_state)
