@@ -27,7 +27,7 @@ from experiments.errors import UserError
 from experiments.ranges import AtLeastOne
 from experiments.run.config import PRETRAINING, check
 from experiments.run.flags import Config
-from experiments.run.plans import adamw_of, every_optimizer, plan_of
+from experiments.run.plans import adamw_of, every_optimizer, on_a_device, plan_of
 
 _BESIDE = (
     "Beside the plan a process takes: activations, which grow with --batch-size over "
@@ -43,14 +43,15 @@ _BESIDE = (
 class PlanFlags:
     """The plan."""
 
-    #: Memory of the device with its unit, like 24GB.
+    #: Memory of one device with its unit, like 24GB.
     memory: str = "24GB"
     #: Tokens of the vocabulary; at least 1. None: of --initial-weights or --tokenizer,
     #: else 257 for tiny, which reads bytes, and 32,000 for other models.
     vocabulary_size: AtLeastOne | None = None
     #: Print the plan of one row alone, leaf by leaf: a name from the first column.
     leaves_of: str | None = None
-    #: Write the plans to this JSON file too.
+    #: Write the plans to this JSON file too; with --mesh, per_device has the bytes of
+    #: one device.
     json: Path | None = None
 
 
@@ -59,7 +60,9 @@ class Options(PlanFlags, Config):
     """Plans the bytes of parameters, gradients and optimizer state of a run.
 
     It takes the flags of pretrain_llama, and --config. Without --optimizer and --config
-    it lists every optimizer, each with those of the flags that it has.
+    it lists every optimizer, each with those of the flags that it has. With --mesh it
+    plans for one of the mesh's devices, whatever devices there are here; data is 1
+    unless it is given. Other flags of devices have no effect.
     """
 
 
@@ -89,7 +92,10 @@ def _run(argv: Sequence[str]) -> None:
         check_choice("--leaves-of", options.leaves_of, runs)
         runs = {options.leaves_of: runs[options.leaves_of]}
     vocab_size = _vocab_size(options)
-    plans = {name: plan_of(run, vocab_size) for name, run in runs.items()}
+    said: dict[str, None] = {}
+    plans = {name: plan_of(x, vocab_size, said.setdefault) for name, x in runs.items()}
+    for line in said:
+        print(line)
     if options.leaves_of is None:
         _print_table(plans, plan_of(adamw_of(config), vocab_size), options)
     else:
@@ -120,26 +126,27 @@ def _vocab_size(options: Options) -> int:
 def _print_table(plans: Mapping[str, Any], plain: Any, options: Options) -> None:
     memory = lowrank_optax.budget(options.memory).limit
     dtype = next(iter(plain.leaves)).dtype
-    is_large = plain.parameter_bytes >= 1e9
+    of_plain = on_a_device(plain)
+    is_large = of_plain[0] >= 1e9
     unit, size_of_unit = ("GB (10^9)", 1e9) if is_large else ("MB (10^6)", 1e6)
 
     def in_units(size: int) -> str:
         return f"{size / size_of_unit:,.2f}" if size >= 0 else "does not fit"
 
-    table = Table(title=f"LLaMA {options.model_name}, {dtype}, in {unit}")
+    where = "" if options.mesh is None else f"one device of --mesh {options.mesh}, "
+    table = Table(title=f"LLaMA {options.model_name}, {dtype}, {where}in {unit}")
     table.add_column("optimizer")
     columns = ("parameters", "gradients", "state", "of AdamW's", "left", "left *")
     for name in columns:
         table.add_column(name, justify="right")
     for name, plan in plans.items():
-        lasting = plan.parameter_bytes + plan.optimizer_bytes
-        sizes = (plan.parameter_bytes, plan.gradient_bytes, plan.optimizer_bytes)
+        parameters, gradients, state = on_a_device(plan)
         table.add_row(
             name,
-            *map(in_units, sizes),
-            f"{plan.optimizer_bytes / plain.optimizer_bytes:.3f}",
-            in_units(memory - lasting - plan.gradient_bytes),
-            in_units(memory - lasting),
+            *map(in_units, (parameters, gradients, state)),
+            f"{state / of_plain[2]:.3f}",
+            in_units(memory - parameters - state - gradients),
+            in_units(memory - parameters - state),
         )
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)

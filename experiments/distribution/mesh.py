@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from experiments.errors import UserError
 from experiments.model.rows import BATCH_AXES
@@ -83,6 +83,20 @@ def make_mesh(text: str | None, batch_size: int, accumulate: int = 1) -> Mesh:
             "one that is"
         )
     return mesh
+
+
+def planned_mesh(text: str) -> AbstractMesh:
+    """Returns a mesh of devices that this machine need not have.
+
+    Args:
+        text: The flag ``--mesh``. As many devices are planned as it has: an axis
+            without a size has 1, data too.
+
+    Raises:
+        UserError: See :func:`axis_sizes`.
+    """
+    sizes = axis_sizes(text, math.prod(_parsed(text).values()))
+    return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def all_devices() -> Sequence[Any]:

@@ -11,6 +11,7 @@ from jax.errors import JaxRuntimeError
 import lowrank_optax
 from experiments.errors import UserError
 from experiments.run.parts import Parts
+from experiments.run.plans import on_a_device
 
 _OF_A_DISK = {
     errno.ENOSPC,
@@ -48,6 +49,39 @@ def told_in_a_line(parts: Parts, compiled: Sequence[Any] = ()) -> Iterator[None]
         raise UserError(out_of_memory(parts, compiled)) from error
 
 
+def check_fits(parts: Parts) -> None:
+    """Raises UserError if a device cannot hold its share of parameters and state.
+
+    Args:
+        parts: Of the run; nothing of it is on a device yet.
+    """
+    plan = lowrank_optax.memory_plan(parts.tx, parts.param_shapes)
+    parameters, _, state = on_a_device(plan)
+    if parts.resumed is not None:
+        # Its state may have been compacted since.
+        for done in parts.resumed.progress["compaction"]["done"][-1:]:
+            state = state * done["bytes_after"] // plan.optimizer_bytes
+    device = parts.mesh.devices.flat[0]
+    has, needed, who = _bytes_of(device), parameters + state, "each device"
+    if device.platform == "cpu":
+        # Its devices share the memory of the machine.
+        count = len(parts.mesh.local_devices)
+        needed, who = count * needed, "this machine"
+        if count > 1:
+            who += f", as {count} devices,"
+    if needed <= has:
+        return
+    sizes = ", ".join(f"{name} {size}" for name, size in parts.mesh.shape.items())
+    config = parts.config
+    raise UserError(
+        f"the run does not fit: on the mesh {sizes}, {who} needs {needed / 1e9:.3f} GB "
+        f"for parameters and the state of {config.optimizer}, by the plan, but has "
+        f"{has / 1e9:.3f} GB; give a larger fsdp in --mesh, or another --optimizer "
+        f"than {config.optimizer}: python -m experiments.plan_memory lists what each "
+        "takes"
+    )
+
+
 def out_of_memory(parts: Parts, compiled: Sequence[Any] = ()) -> str:
     """Returns what takes the memory, and which flags take less.
 
@@ -57,11 +91,8 @@ def out_of_memory(parts: Parts, compiled: Sequence[Any] = ()) -> str:
     """
     params, _ = parts.abstract_state()
     plan = lowrank_optax.memory_plan(parts.tx, params)
-    planned = {
-        "of parameters": plan.parameter_bytes,
-        "of gradients": plan.gradient_bytes,
-        "of optimizer state": plan.optimizer_bytes,
-    }
+    kinds = ("of parameters", "of gradients", "of optimizer state")
+    planned: dict[str, int] = dict(zip(kinds, on_a_device(plan), strict=True))
     peaks = [_peak(parts, params, step) for step in compiled]
     if peaks:
         planned["at the peak of the compiled step"] = max(peaks)

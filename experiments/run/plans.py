@@ -1,13 +1,15 @@
 """The memory of a run beforehand: its optimizer on the shapes of its parameters."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import optax
 
 import lowrank_optax
+from experiments.distribution.mesh import planned_mesh
+from experiments.distribution.rules import on_mesh, parameter_shardings
 from experiments.errors import UserError
 from experiments.model.hugging_face import read_shape
 from experiments.model.llama import init_params
@@ -22,19 +24,25 @@ from experiments.run.unused import unused
 _LOW_BIT = {"moment_bits": 8, "basis_bits": 8, "vocabulary_optimizer": "low_bit"}
 
 
-def plan_of(config: Config, vocab_size: int) -> Any:
+def plan_of(
+    config: Config,
+    vocab_size: int,
+    report: Callable[[str], None] | None = None,
+) -> Any:
     """Returns what a run keeps: parameters, gradients and the optimizer's state.
 
     Args:
-        config: Of the run, checked.
+        config: Of the run, checked. With a mesh the plan has the bytes of one device
+            too, whatever devices there are here.
         vocab_size: Tokens of its tokenizer.
+        report: Called with a line for each leaf that the mesh does not cut.
 
     Returns:
         What :func:`lowrank_optax.memory_plan` returns.
 
     Raises:
-        UserError: If two values contradict each other, or the optimizer's state does
-            not fit ``--block-state-bytes``.
+        UserError: If two values contradict each other, the mesh does not divide an
+            axis, or the optimizer's state does not fit ``--block-state-bytes``.
     """
     model = _model(config, vocab_size)
     config = complete(config, model.hidden_size)
@@ -42,6 +50,9 @@ def plan_of(config: Config, vocab_size: int) -> Any:
         lambda key: parameterised(init_params(model, key), config, key),
         jax.random.key(0),
     )
+    if config.mesh is not None:
+        mesh = planned_mesh(config.mesh)
+        params = on_mesh(params, parameter_shardings(params, mesh, report))
     schedule = optax.constant_schedule(config.learning_rate)
     tx = build_optimizer(config, schedule, config.seed, config.accumulate)
     try:
@@ -50,10 +61,24 @@ def plan_of(config: Config, vocab_size: int) -> Any:
         raise UserError(f"{config.optimizer}: {error}") from error
 
 
+def on_a_device(plan: Any) -> tuple[int, int, int]:
+    """Returns the bytes that one device has of parameters, gradients and state.
+
+    Args:
+        plan: From :func:`lowrank_optax.memory_plan`; where it knows no shardings, one
+            device has everything.
+    """
+    found = plan.per_device
+    if found is None:
+        return plan.parameter_bytes, plan.gradient_bytes, plan.optimizer_bytes
+    return found.parameters, found.gradients, found.optimizer
+
+
 def adamw_of(config: Config) -> Config:
     """Returns the run with plain AdamW for all parameters."""
     plain = Config()
     kept = {"model", "initial_weights", "kv_heads", "tied_embeddings", "param_dtype"}
+    kept |= {"mesh"}
     same = {name: getattr(config, name) for name in kept}
     return dataclasses.replace(plain, optimizer="adamw", **same)
 

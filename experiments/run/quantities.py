@@ -107,7 +107,9 @@ STEP = (
     ),
     _PEAK_MEMORY,
     Quantity(
-        "optimizer_state_bytes", "bytes", "Bytes of the optimizer's state per device."
+        "optimizer_state_bytes",
+        "bytes",
+        "Bytes of the optimizer's state, each array counted once.",
     ),
     Quantity(
         "rejected_updates",
@@ -212,7 +214,9 @@ COSTS = (
         "nothing was compiled.",
     ),
     Quantity(
-        "optimizer_state_bytes", "bytes", "Bytes of the optimizer's state per device."
+        "optimizer_state_bytes",
+        "bytes",
+        "Bytes of the optimizer's state, each array counted once.",
     ),
     Quantity(
         "adamw_state_bytes", "bytes", "Bytes that AdamW's state of the model would be."
@@ -230,9 +234,14 @@ COSTS = (
     Quantity(
         "memory",
         "bytes",
-        "Bytes per device of parameters, gradients and state by kind.",
+        "Bytes of parameters, gradients and state by kind, each array counted once.",
     ),
     Quantity("adamw_memory", "bytes", "The same with AdamW for all parameters."),
+    Quantity(
+        "bytes_per_device",
+        "bytes",
+        "What one device has of parameters, gradients and optimizer_state at the end.",
+    ),
     Quantity(
         "mean_ranks",
         "columns",
@@ -246,6 +255,8 @@ COSTS = (
     ),
     Quantity("data", "", "What was trained and validated on."),
     Quantity("device", "", "Number and kind of the devices."),
+    Quantity("mesh", "", "Devices on data, fsdp and tensor."),
+    Quantity("processes", "", "Processes that had the devices."),
     Quantity("versions", "", "Versions of Python and of the packages."),
 )
 # Of pre-training.

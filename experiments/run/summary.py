@@ -1,6 +1,7 @@
 """What a finished run says of itself: summary.json, a table and a sample of text."""
 
 import importlib.metadata
+import math
 import platform
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,7 @@ import optax
 from rich.console import Console
 from rich.table import Table
 
+from experiments.distribution.processes import count
 from experiments.model.adapters import merged
 from experiments.model.generate import generate
 from experiments.run.effective_rank import effective_ranks
@@ -91,6 +93,7 @@ def costs(
         "block_adamw_state_bytes": adamw_state_bytes(block_leaves(model)),
         "memory": memory_by_kind(params, opt_state),
         "adamw_memory": adamw_memory_by_kind(model),
+        "bytes_per_device": trained.bytes_per_device,
         "mean_ranks": mean_ranks(records),
         **effective_ranks(
             progress.rank_sums, opt_state, params, getattr(parts.config, "rank", None)
@@ -98,6 +101,8 @@ def costs(
         "rejected_updates": int(optax.tree.get(opt_state, "total_notfinite")),
         "data": parts.work.description,
         "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
+        "mesh": trained.mesh,
+        "processes": count(),
         "versions": {
             "python": platform.python_version(),
             **{name: _version(name) for name in _PACKAGES},
@@ -197,6 +202,15 @@ def _peak_memory(summary):
     )
 
 
+def _on_each_device(summary):
+    found = summary["bytes_per_device"]
+    sizes = ", ".join(f"{name} {size}" for name, size in summary["mesh"].items())
+    return (
+        f"{found['parameters']:,} bytes of parameters, {found['optimizer_state']:,} "
+        f"of optimizer state (mesh: {sizes})"
+    )
+
+
 def cost_rows(summary: Mapping[str, Any]) -> dict[str, str]:
     """Returns the rows of the table on time, bytes and ranks."""
     ours, adamw = summary["optimizer_state_bytes"], summary["adamw_state_bytes"]
@@ -218,6 +232,8 @@ def cost_rows(summary: Mapping[str, Any]) -> dict[str, str]:
             f"{blocks:,} bytes, {blocks / adamw_blocks:.2f} of AdamW's {adamw_blocks:,}"
         ),
     }
+    if math.prod(summary["mesh"].values()) > 1:
+        rows["on each device"] = _on_each_device(summary)
     if summary["mean_ranks"]:
         ranks = np.concatenate([np.ravel(r) for r in summary["mean_ranks"].values()])
         rows["mean rank"] = (

@@ -10,9 +10,10 @@ from typing import Any
 from rich.console import Console
 
 from experiments.distribution.processes import is_first
+from experiments.distribution.rules import bytes_per_device
 from experiments.errors import UserError
 from experiments.run.checkpoint import Checkpoints
-from experiments.run.failures import told_in_a_line
+from experiments.run.failures import check_fits, told_in_a_line
 from experiments.run.files import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -38,6 +39,8 @@ class Trained:
     Attributes:
         params: Parameters.
         opt_state: Optimizer state.
+        bytes_per_device: Of both, and of gradients like the parameters, at the end.
+        mesh: Devices along each of its axes.
         progress: How far it came.
         compile_seconds: For the steps of training and validation, in this process.
         compilations: Of the training step, in this process.
@@ -48,6 +51,8 @@ class Trained:
 
     params: Any
     opt_state: Any
+    bytes_per_device: dict[str, int]
+    mesh: dict[str, int]
     progress: Progress
     compile_seconds: float
     compilations: int
@@ -67,10 +72,12 @@ def train(parts: Parts, lock: Lock | Unlocked, console: Console) -> Trained:
         console: Where to show progress.
 
     Raises:
-        UserError: If gradients stay non-finite, the data ends, or a file cannot be
-            written or restored.
+        UserError: If the devices have too little memory for parameters and state,
+            gradients stay non-finite, the data ends, or a file cannot be written or
+            restored.
     """
     config, directory = parts.config, parts.directory
+    check_fits(parts)
     checkpoints = Checkpoints(directory / CHECKPOINTS, config.keep_checkpoints)
     batches = contextlib.closing(parts.work.train_iterator())
     say = functools.partial(console.print, soft_wrap=True, highlight=False)
@@ -94,9 +101,17 @@ def train(parts: Parts, lock: Lock | Unlocked, console: Console) -> Trained:
             profile,
         ):
             stopped_by = loop.run(metrics, shown, stop, profile)
+    size = bytes_per_device(loop.params)
+    state = bytes_per_device(loop.opt_state)
     return Trained(
         params=loop.params,
         opt_state=loop.opt_state,
+        bytes_per_device={
+            "parameters": size,
+            "gradients": size,
+            "optimizer_state": state,
+        },
+        mesh=dict(parts.mesh.shape),
         progress=loop.progress,
         compile_seconds=loop.programs.compile_seconds,
         compilations=loop.programs.compilations,

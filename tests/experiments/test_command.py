@@ -17,6 +17,7 @@ import tokenizers
 from experiments.model.hugging_face import load_llama
 from experiments.pretrain_llama import main
 from experiments.run.quantities import LINE, SUMMARY
+from experiments.run.summary import cost_rows
 from tests.experiments.small_runs import (
     MODEL,
     TIMES,
@@ -78,6 +79,15 @@ def test_a_run_writes_all_its_results_and_ends_with_a_table_and_a_sample(
     assert lines[-1]["validation_loss"] == summary["validation_loss"]
     assert lines[2]["tokens"] == 2 * 8 * 8
     assert lines[1]["ranks"]["blocks/mlp/up"] != []
+    assert summary["mesh"] == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert summary["bytes_per_device"] == {
+        "parameters": summary["memory"]["parameters"],
+        "gradients": summary["memory"]["gradients"],
+        "optimizer_state": summary["optimizer_state_bytes"],
+    }
+    assert "on each device" not in cost_rows(summary)
+    cut = cost_rows({**summary, "mesh": {"data": 2, "fsdp": 4, "tensor": 1}})
+    assert "(mesh: data 2, fsdp 4, tensor 1)" in cut["on each device"]
     assert json.loads((out / "config.json").read_text())["rank"] == 4
     assert set().union(*lines) | TIMES == {quantity.name for quantity in LINE}
     assert summary.keys() == {quantity.name for quantity in SUMMARY}

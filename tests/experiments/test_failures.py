@@ -121,6 +121,20 @@ def test_memory_that_is_used_up_is_one_line_with_the_plan_and_the_flags(
     assert f"{jax.devices()[0].device_kind} has" in error
 
 
+def test_a_model_that_does_not_fit_is_refused_before_it_is_made(
+    flags, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("experiments.run.failures._bytes_of", lambda device: 1e5)
+    monkeypatch.setattr("experiments.run.loop.Loop.__init__", exhausted)
+    assert run(*flags) == 2
+    error = one_error_line(capsys)
+    # 12,144 parameters, three times in float32, and counters.
+    assert "this machine needs 0.000 GB" in error
+    assert "the state of adamw" in error
+    assert "a larger fsdp in --mesh" in error
+    assert not (tmp_path / "out/config.json").exists()
+
+
 def test_another_error_of_the_device_is_none_of_memory(flags, monkeypatch):
     def broken(*arguments, **options):
         raise JaxRuntimeError("INTERNAL: something else")

@@ -5,6 +5,7 @@ import json
 import jax
 import pytest
 
+from experiments.distribution.rules import bytes_per_device
 from experiments.plan_memory import main
 from experiments.run.assemble import assemble
 from experiments.run.config import check, parse
@@ -83,6 +84,34 @@ def test_the_plan_is_what_the_run_keeps(name, tmp_path, capsys):
     assert (plan["parameter_bytes"], plan["optimizer_bytes"]) == (params, state)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "galore"])
+def test_on_a_mesh_the_plan_is_what_one_device_of_the_run_keeps(
+    optimizer, tmp_path, capsys
+):
+    flags = ["--optimizer", optimizer, "--mesh", "fsdp=2,tensor=2"]
+    parts = assemble(parse([*write_inputs(tmp_path), *flags]), lambda text: None)
+    (tmp_path / "config.json").write_text(json.dumps(to_json(parts.config)))
+    json_file = tmp_path / "plans.json"
+    assert run("--config", tmp_path / "config.json", "--json", json_file) == 0
+    plan = json.loads(json_file.read_text())["this run"]
+    of_device = plan["per_device"]
+    kept = [bytes_per_device(tree) for tree in parts.abstract_state()]
+    assert [of_device["parameters"], sum(of_device["state"].values())] == kept
+    assert of_device["parameters"] < 0.6 * plan["parameter_bytes"]
+    said = capsys.readouterr().out
+    assert "vocab, 257 of embedding (257, 16), is not cut" in said
+
+
+def test_a_mesh_that_is_not_here_is_planned_for_one_of_its_devices(capsys):
+    flags = ("--model", "7b", "--param-dtype", "bfloat16", "--optimizer", "adamw")
+    assert run(*flags, "--mesh", "data=8,fsdp=8") == 0
+    said = capsys.readouterr().out
+    assert "one device of --mesh data=8,fsdp=8" in said
+    # An eighth of 13.48 and 26.95; 24 - 1.69 - 3.37 are left.
+    assert rows(said)["adamw"][:3] == ["1.69", "1.69", "3.37"]
+    assert rows(said)["adamw"][5] == "18.94"
+
+
 def test_one_optimizer_leaf_by_leaf_and_as_json(capsys, tmp_path):
     path = tmp_path / "plans.json"
     flags = ("--model", "60m", "--leaves-of", "galore", "--json", path)
@@ -102,6 +131,8 @@ def test_one_optimizer_leaf_by_leaf_and_as_json(capsys, tmp_path):
         (["--memory", "24"], "--memory 24 has no unit; give one, like 24GB"),
         (["--leaves-of", "sgd"], "--leaves-of 'sgd' is not known; choose one of adamw"),
         (["--rank", "0"], "--rank must be at least 1"),
+        (["--mesh", "fsdp=3"], "--mesh fsdp=3 does not divide embed, 128 of blocks"),
+        (["--mesh", "fsdp"], "--mesh fsdp: 'fsdp' is not one of data, fsdp, tensor"),
         (["--vocabulary-size", "0"], "--vocabulary-size must be at least 1"),
         (["--optimizer", "muon", "--rank", "4"], "--rank has no effect: muon has no"),
         (["--block-state-bytes", "10"], "adarankgrad: "),
