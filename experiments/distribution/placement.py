@@ -29,6 +29,21 @@ def place(tree: Any, shardings: Any) -> Any:
     return jax.device_put(tree, shardings)
 
 
+def place_like(tree: Any, old: Any, mesh: Mesh) -> Any:
+    """Returns the tree with each leaf where the old tree has the one of its path.
+
+    Args:
+        tree: Arrays.
+        old: Arrays, which may have other lengths along axes that are not cut.
+        mesh: Where leaves lie that the old tree has not: each device has them whole.
+    """
+    known = {path: x.sharding for path, x in jax.tree.leaves_with_path(old)}
+    shardings = jax.tree_util.tree_map_with_path(
+        lambda path, _: known.get(path, whole(mesh)), tree
+    )
+    return jax.device_put(tree, shardings)
+
+
 def initial_state(tx: optax.GradientTransformation, params: Any, shardings: Any) -> Any:
     """Returns the optimizer's state of step 0.
 

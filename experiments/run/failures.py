@@ -61,7 +61,7 @@ def check_fits(parts: Parts) -> None:
         # Its state may have been compacted since.
         for done in parts.resumed.progress["compaction"]["done"][-1:]:
             state = state * done["bytes_after"] // plan.optimizer_bytes
-    device = parts.mesh.devices.flat[0]
+    device = parts.mesh.local_devices[0]
     has, needed, who = _bytes_of(device), parameters + state, "each device"
     if device.platform == "cpu":
         # Its devices share the memory of the machine.
@@ -97,7 +97,7 @@ def out_of_memory(parts: Parts, compiled: Sequence[Any] = ()) -> str:
     if peaks:
         planned["at the peak of the compiled step"] = max(peaks)
     sizes = ", ".join(f"{size / 1e9:.3f} GB {what}" for what, size in planned.items())
-    device = parts.mesh.devices.flat[0]
+    device = parts.mesh.local_devices[0]
     config = parts.config
     mends = [
         f"a --batch-size below {config.batch_size}",

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from experiments.distribution.placement import initial_state, place
+from experiments.distribution.placement import initial_state, place_like
 from experiments.distribution.signals import SharedSignal
 from experiments.errors import UserError
 from experiments.optim.methods import OPTIMIZERS
@@ -157,9 +157,8 @@ class Loop:
             self.clock.start()
             return
         before, after = map(optimizer_state_bytes, (old, self.opt_state))
-        # Of other columns, which are never cut.
-        shardings = jax.tree.map(lambda x: x.sharding, old)
-        self.opt_state = place(self.opt_state, shardings)
+        # Columns, of which it has fewer, are never cut.
+        self.opt_state = place_like(self.opt_state, old, self.parts.mesh)
         del old
         self.programs.compile_train_steps(self.params, self.opt_state)
         entry = {"step": progress.step, "bytes_before": before, "bytes_after": after}
