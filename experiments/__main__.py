@@ -7,6 +7,7 @@ COMMANDS = {
     "evaluate": "loss, perplexity and bits per byte of a trained model on a text",
     "export": "write a checkpoint as a Hugging Face directory",
     "compare": "run many methods side by side, with a search over their rates",
+    "launch": "start a training command in several processes on this machine",
     "plan_memory": "the memory of a run, beforehand, by optimizer",
 }
 

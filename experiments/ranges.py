@@ -22,6 +22,7 @@ _NOT_NEGATIVE = Range(lambda x: 0 <= x < math.inf, "0 or more and finite")
 
 AtLeastOne = Annotated[int, Range(lambda x: x >= 1, "at least 1")]
 Count = Annotated[int, _NOT_NEGATIVE]
+Port = Annotated[int, Range(lambda x: 1 <= x <= 65535, "from 1 to 65535")]
 Positive = Annotated[float, Range(lambda x: 0 < x < math.inf, "above 0 and finite")]
 NotNegative = Annotated[float, _NOT_NEGATIVE]
 Fraction = Annotated[float, Range(lambda x: 0 <= x <= 1, "from 0 to 1")]

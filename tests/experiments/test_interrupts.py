@@ -115,7 +115,7 @@ def wait_for(path, process):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", sorted({*COMMANDS} - {"compare"}))
+@pytest.mark.parametrize("command", sorted({*COMMANDS} - {"compare", "launch"}))
 def test_ctrl_c_while_importing_is_one_line(command):
     process = start([], command)
     # Python has begun, and the imports take longer.

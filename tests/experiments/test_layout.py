@@ -43,6 +43,7 @@ BELOW = {
     },
     "export": {"arguments", "model", "run"},
     "plan_memory": {"errors", "ranges", "arguments", "data", "run"},
+    "launch": {"errors", "ranges", "arguments", "distribution"},
     "compare": {"errors", "arguments", "comparison"},
 }
 FILES = sorted(EXPERIMENTS.rglob("*.py"))
