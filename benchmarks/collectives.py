@@ -11,16 +11,23 @@ from typing import Any
 
 import jax
 import optax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 import lowrank_optax
 from benchmarks import harness
 from benchmarks.hlo import collectives
-from benchmarks.sharded_llama import compiled_step, model_of, sharded_params
+from benchmarks.sharded_llama import (
+    SEQUENCES,
+    compiled_step,
+    model_of,
+    sharded_params,
+)
+from experiments.distribution.mesh import make_mesh
 
 RANK = 32  # c * r, of a hidden size of 256
 LAYERS = (2, 8, 16)
-MESHES = {"data 8": (8, 1), "data 2, fsdp 4": (2, 4)}
+DATA_PARALLEL = "data=8"
+MESHES = (DATA_PARALLEL, "data=2,fsdp=4")
 # Measured without clipping too, with gradients at full size and in subspaces.
 CLIPPED = (("optax.adamw", "full"), ("galore", "subspace"))
 NOTE = """\
@@ -149,8 +156,8 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
     found: dict[str, list[dict[str, Any]]] = {}
-    for label, shape in MESHES.items():
-        mesh = jax.make_mesh(shape, ("data", "fsdp"), (AxisType.Auto,) * 2)
+    for label in MESHES:
+        mesh = make_mesh(label, SEQUENCES)
         found[label] = [
             measurement(name, tx, gradients, mesh)
             for name, tx in optimizers().items()
@@ -164,7 +171,7 @@ def main() -> None:
         print(
             f"Mesh {label}. Operations by layers; MB of a step at {LAYERS[1]} layers.\n"
         )
-        print(table(measurements, is_data_parallel=label == "data 8"))
+        print(table(measurements, label == DATA_PARALLEL))
         for one in measurements:
             if clipping := one.get("clipping"):
                 print(
