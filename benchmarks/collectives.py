@@ -6,7 +6,6 @@ devices, and reads the collectives in their programs. No step runs.
 
 import json
 from collections import Counter
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ from jax.sharding import Mesh
 
 import lowrank_optax
 from benchmarks import harness
+from benchmarks.collectives_tables import clipping, operations, table, total
 from benchmarks.hlo import collectives
 from benchmarks.sharded_llama import (
     SEQUENCES,
@@ -22,12 +22,12 @@ from benchmarks.sharded_llama import (
     model_of,
     sharded_params,
 )
+from benchmarks.tables import markdown
 from experiments.distribution.mesh import make_mesh
 
 RANK = 32  # c * r, of a hidden size of 256
 LAYERS = (2, 8, 16)
-DATA_PARALLEL = "data=8"
-MESHES = (DATA_PARALLEL, "data=2,fsdp=4")
+MESHES = ("data=8", "data=2,fsdp=4")
 # Measured without clipping too, with gradients at full size and in subspaces.
 CLIPPED = (("optax.adamw", "full"), ("galore", "subspace"))
 NOTE = """\
@@ -87,16 +87,6 @@ def measured(
     ]
 
 
-def operations(rows: Iterable[dict[str, Any]]) -> int:
-    """Returns the operations in the program."""
-    return sum(row["operations"] for row in rows)
-
-
-def total(rows: Iterable[dict[str, Any]], field: str) -> float:
-    """Returns the sum of a field over all runs of the operations."""
-    return sum(row[field] * row["operations"] * row["trips"] for row in rows)
-
-
 def per_layer(rows: dict[int, Rows]) -> float:
     """Returns the numbers that one layer's matrices move.
 
@@ -113,14 +103,12 @@ def measurement(
     """Returns all that is said of one optimizer on one mesh."""
     clipped = optax.chain(optax.clip_by_global_norm(1.0), tx)
     rows = {n: measured(clipped, n, mesh, gradients) for n in LAYERS}
-    blocks = jax.tree.leaves(sharded_params(model_of(1), mesh)["blocks"])
-    bound = RANK * sum(sum(x.shape[1:]) for x in blocks if x.ndim == 3)
-    found: dict[str, Any] = {
-        "optimizer": name,
-        "gradients": gradients,
-        "numbers_per_layer": per_layer(rows),
-        "of_a_plus_b_times_r": per_layer(rows) / bound,
-    }
+    found: dict[str, Any] = {"optimizer": name, "gradients": gradients}
+    if mesh.shape["data"] == mesh.size:
+        # Nothing is cut: no parameters are among what a layer's matrices move.
+        blocks = jax.tree.leaves(sharded_params(model_of(1), mesh)["blocks"])
+        bound = RANK * sum(sum(x.shape[1:]) for x in blocks if x.ndim == 3)
+        found["of_a_plus_b_times_r"] = per_layer(rows) / bound
     if (name, gradients) in CLIPPED:
         plain = measured(tx, LAYERS[1], mesh, gradients)
         with_norm = rows[LAYERS[1]]
@@ -129,27 +117,6 @@ def measurement(
             "operations": operations(with_norm) - operations(plain),
         }
     return {**found, "collectives": rows}
-
-
-def table(measurements: list[dict[str, Any]], is_data_parallel: bool) -> str:
-    """Returns the rows of one mesh as Markdown."""
-    heads = ["optimizer", "gradients", *(f"{n} layers" for n in LAYERS)]
-    heads += ["in loops", "all-reduce", "all-gather", "all-to-all", "sent"]
-    heads += ["of (a + b) r"] if is_data_parallel else []
-    lines = [" | ".join(heads), " | ".join("---" for _ in heads)]
-    for one in measurements:
-        rows = one["collectives"][LAYERS[1]]
-        cells = [one["optimizer"], one["gradients"]]
-        cells += [str(operations(one["collectives"][n])) for n in LAYERS]
-        cells.append(str(operations(x for x in rows if x["trips"] > 1)))
-        for kind in ("all-reduce", "all-gather", "all-to-all"):
-            size = total((x for x in rows if x["kind"] == kind), "bytes")
-            cells.append(f"{size / 1e6:.2f}")
-        cells.append(f"{total(rows, 'sent') / 1e6:.2f}")
-        if is_data_parallel:
-            cells.append(f"{one['of_a_plus_b_times_r']:.2f}")
-        lines.append(" | ".join(cells))
-    return "\n".join(f"| {line} |" for line in lines)
 
 
 def main() -> None:
@@ -167,19 +134,9 @@ def main() -> None:
     path = harness.RESULTS / "collectives.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(NOTE)
-    for label, measurements in found.items():
-        print(
-            f"Mesh {label}. Operations by layers; MB of a step at {LAYERS[1]} layers.\n"
-        )
-        print(table(measurements, label == DATA_PARALLEL))
-        for one in measurements:
-            if clipping := one.get("clipping"):
-                print(
-                    f"\nClipping by the norm, {one['optimizer']}, {one['gradients']} "
-                    f"gradients: {clipping['numbers']:.0f} numbers more, "
-                    f"{clipping['operations']} operations more."
-                )
-        print()
+    written = json.loads(path.read_text())["measurements"]
+    for rows in (*(table(mesh, written) for mesh in MESHES), clipping(written)):
+        print(markdown(rows))
 
 
 if __name__ == "__main__":

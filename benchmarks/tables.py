@@ -1,9 +1,10 @@
-"""The tables of pages about memory and speed, from ``benchmarks/results/``.
+"""The tables of pages about memory, speed and devices, from ``benchmarks/results/``.
 
 ``python -m benchmarks.tables`` writes each table anew between its two comments. A test
 compares the pages with the files.
 """
 
+import functools
 import json
 import re
 import statistics
@@ -11,13 +12,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks import collectives_tables
 from benchmarks.tuning import pages
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
 PAGES = tuple(
     ROOT / f"docs/{name}.md"
-    for name in ("memory_and_speed", "recipes/memory_24gb", "finetuning")
+    for name in (
+        "memory_and_speed",
+        "recipes/memory_24gb",
+        "recipes/sharded",
+        "finetuning",
+    )
 )
 # Card -> directories of its measurements.
 CARDS = {
@@ -243,6 +250,14 @@ def _ratio(median: float, least: float, most: float) -> str:
     return middle if low == high else f"{middle} ({low} to {high})"
 
 
+def _collectives(mesh: str) -> Rows:
+    return collectives_tables.table(mesh, measurements("collectives"))
+
+
+def _clipping() -> Rows:
+    return collectives_tables.clipping(measurements("collectives"))
+
+
 TABLES: dict[str, Callable[[], Rows]] = {
     "memory": memory,
     "step-cpu": step_cpu,
@@ -253,6 +268,9 @@ TABLES: dict[str, Callable[[], Rows]] = {
     "renewal-accelerator": renewal_accelerator,
     "step-accelerator": step_accelerator,
     "24gb": inside_24gb,
+    "collectives-data": functools.partial(_collectives, "data=8"),
+    "collectives-fsdp": functools.partial(_collectives, "data=2,fsdp=4"),
+    "collectives-clipping": _clipping,
     **pages.TABLES,
 }
 
