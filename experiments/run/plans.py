@@ -44,21 +44,36 @@ def plan_of(
         UserError: If two values contradict each other, the mesh does not divide an
             axis, or the optimizer's state does not fit ``--block-state-bytes``.
     """
-    model = _model(config, vocab_size)
+    _, tx, params = shapes_of(config, _model(config, vocab_size))
+    if config.mesh is not None:
+        mesh = planned_mesh(config.mesh)
+        params = on_mesh(params, parameter_shardings(params, mesh, report))
+    try:
+        return lowrank_optax.memory_plan(tx, params)
+    except ValueError as error:
+        raise UserError(f"{config.optimizer}: {error}") from error
+
+
+def shapes_of(
+    config: Config, model: LlamaConfig
+) -> tuple[Config, optax.GradientTransformation, Any]:
+    """Returns the completed configuration, the optimizer and the parameters' shapes.
+
+    Args:
+        config: Of the run, checked.
+        model: Shape of its model.
+
+    Raises:
+        UserError: If two values contradict each other.
+    """
     config = complete(config, model.hidden_size)
     params = jax.eval_shape(
         lambda key: parameterised(init_params(model, key), config, key),
         jax.random.key(0),
     )
-    if config.mesh is not None:
-        mesh = planned_mesh(config.mesh)
-        params = on_mesh(params, parameter_shardings(params, mesh, report))
     schedule = optax.constant_schedule(config.learning_rate)
     tx = build_optimizer(config, schedule, config.seed, config.accumulate)
-    try:
-        return lowrank_optax.memory_plan(tx, params)
-    except ValueError as error:
-        raise UserError(f"{config.optimizer}: {error}") from error
+    return config, tx, params
 
 
 def on_a_device(plan: Any) -> tuple[int, int, int]:
