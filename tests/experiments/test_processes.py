@@ -68,6 +68,8 @@ def running(words, processes=2, devices=2, own=()):
     finally:
         for process in found:
             process.kill()
+            for pipe in (process.stdout, process.stderr):
+                pipe.close()
             process.wait()
 
 
@@ -160,6 +162,7 @@ def endless(tmp_path_factory):
         *write_inputs(tmp_path_factory.mktemp("inputs")),
         *("--optimizer", "adamw", "--mesh", "fsdp=4", "--checkpoint-every", 4),
         *("--steps", 100_000, "--eval-every", 100_000, "--log-every", 100),
+        *("--warmup-steps", 0),
     ]
 
 
