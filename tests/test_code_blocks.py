@@ -109,7 +109,10 @@ def test_a_command_exists(words):
     elif words[0].endswith("python") and words[1:2] == ["-m"]:
         assert importlib.util.find_spec(words[2])
         if words[2].startswith("experiments."):
-            _check_flags(words[2], " ".join(words[3:]))
+            own, _, launched = " ".join(words[3:]).partition(" -- ")
+            _check_flags(words[2], own)
+            if launched:
+                _check_flags(*launched.split(" ", 1))
     else:
         assert words[0] in {"cd", "git", "pip", "tensorboard"}, words
 
