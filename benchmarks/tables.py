@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import collectives_tables
+from benchmarks import bytes_moved, collectives_tables
 from benchmarks.tuning import pages
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -271,6 +271,7 @@ TABLES: dict[str, Callable[[], Rows]] = {
     "collectives-data": functools.partial(_collectives, "data=8"),
     "collectives-fsdp": functools.partial(_collectives, "data=2,fsdp=4"),
     "collectives-clipping": _clipping,
+    **bytes_moved.TABLES,
     **pages.TABLES,
 }
 
