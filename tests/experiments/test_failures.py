@@ -1,19 +1,26 @@
 """A full disk and memory that is used up: one line, and the last checkpoint whole."""
 
+import dataclasses
 import errno
 import io
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import pytest
 from jax.errors import JaxRuntimeError
 from tensorboardX.record_writer import RecordWriter
 
+from experiments.errors import UserError
 from experiments.run import figures, metrics
+from experiments.run.assemble import assemble
 from experiments.run.checkpoint import read_record
+from experiments.run.config import parse
+from experiments.run.failures import check_fits
 from tests.experiments.small_runs import one_error_line, run
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -133,6 +140,20 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_made(
     assert "the state of adamw" in error
     assert "a larger fsdp in --mesh" in error
     assert not (tmp_path / "out/config.json").exists()
+
+
+def test_what_is_left_of_a_compacted_state_counts(flags, monkeypatch):
+    parts = assemble(parse([*map(str, flags), "--mesh", "data=1"]), lambda text: None)
+    # Parameters of 48,576 bytes, and a state of twice as many and counters.
+    monkeypatch.setattr("experiments.run.failures._bytes_of", lambda device: 60_000)
+    with pytest.raises(UserError, match="by the plan, but has"):
+        check_fits(parts)
+    progress = {"compaction": {"done": [{"bytes_after": 11_000}]}}
+    compacted: Any = SimpleNamespace(progress=progress)
+    check_fits(dataclasses.replace(parts, resumed=compacted))
+    progress["compaction"]["done"].append({"bytes_after": 12_000})
+    with pytest.raises(UserError, match="does not fit"):
+        check_fits(dataclasses.replace(parts, resumed=compacted))
 
 
 def test_another_error_of_the_device_is_none_of_memory(flags, monkeypatch):
