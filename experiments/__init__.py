@@ -1,7 +1,8 @@
 """LLaMA pre-training with low-rank optimizers: its commands, every part importable.
 
 ``python -m experiments`` lists the commands. Below them, a room imports only those that
-come before it: ``data``, ``model``, ``optim``, ``run`` and ``comparison``.
+come before it: ``data``, ``model``, ``distribution``, ``tasks``, ``optim``, ``run``,
+``tuning`` and ``comparison``.
 """
 
 import os

@@ -87,8 +87,6 @@ def test_a_pod_is_done_only_when_the_run_is(run, status, tmp_path):
     )
     while not (tmp_path / "started").exists():
         time.sleep(0.02)
-    # The shell, which is the first process of the pod, passes it on.
     if "trap" in run:
-        time.sleep(0.2)
         pod.send_signal(signal.SIGTERM)
     assert pod.wait(timeout=60) == status

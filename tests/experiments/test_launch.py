@@ -20,7 +20,7 @@ LAUNCHER = """
 import json, os, sys
 from experiments.distribution import children
 settings = json.loads(sys.argv[1])
-children._SECONDS_TO_TERMINATE = 0.3
+children._SECONDS_TO_TERMINATE = 1.0
 commands = [[sys.executable, "-c", program] for program in sys.argv[2:]]
 environments = [dict(os.environ)] * len(commands)
 sys.exit(children.run_together(commands, environments, **settings))
@@ -176,7 +176,9 @@ def test_no_process_outlives_a_launcher_that_is_killed(tmp_path):
     launcher.wait()
     assert all(map(ends, found))
     launcher.communicate(timeout=60)
-    assert {Path(path).read_text() for path in paths} == {f"{int(signal.SIGTERM)} "}
+    # Linux may send it again, at the end of each thread of the launcher.
+    for path in paths:
+        assert {*Path(path).read_text().split()} == {str(int(signal.SIGTERM))}
 
 
 @pytest.fixture
