@@ -58,6 +58,12 @@ def make_train_step(
         placed: Parameters and state, or their shapes: the step leaves each array where
             it is. None: each device has a whole copy of all.
     """
+    everywhere = whole(mesh)
+    kept: tuple[Any, Any] = (everywhere, everywhere)
+    if placed is not None:
+        kept = jax.tree.map(lambda x: x.sharding, placed)
+    shardings = jax.tree.leaves(kept[0])
+    is_cut = not in_subspace and not all(x.is_fully_replicated for x in shardings)
 
     def mean_loss(params, batch):
         summed, weight = loss_fn(params, batch)
@@ -75,6 +81,10 @@ def make_train_step(
 
     def whole_batch(params, opt_state, batch):
         (loss, _), grads, opt_state = gradient(params, opt_state, batch)
+        if is_cut:
+            # No array of a state in blocks says how a gradient is cut. The compiler
+            # would add up whole gradients on each device.
+            grads = jax.lax.with_sharding_constraint(grads, kept[0])
         updates, opt_state = tx.update(grads, opt_state, params, refresh=renews)
         return loss, optax.tree.norm(grads), updates, opt_state
 
@@ -113,10 +123,6 @@ def make_train_step(
         }
         return params, opt_state, metrics
 
-    everywhere = whole(mesh)
-    kept = (everywhere, everywhere)
-    if placed is not None:
-        kept = jax.tree.map(lambda x: x.sharding, placed)
     return jax.jit(
         step,
         in_shardings=(*kept, rows(mesh)),
