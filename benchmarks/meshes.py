@@ -97,7 +97,7 @@ def table(found: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Runs, prints the table, and writes it if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--methods", nargs="+", default=METHODS)
