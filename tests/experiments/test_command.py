@@ -121,7 +121,7 @@ def test_a_run_writes_all_its_results_and_ends_with_a_table_and_a_sample(
         (["--initial-weights", "nowhere"], "nowhere"),
         (["--tokenizer", "nowhere.model"], "nowhere.model"),
         (["--accumulate", "3"], "--accumulate 3 does not divide --batch-size 8"),
-        (["--accumulate", "2"], "8 devices of this machine, times --accumulate 2"),
+        (["--accumulate", "2"], "8 devices, times --accumulate 2"),
         (["--block-state-bytes", "1kB"], "--block-state-bytes 1kB: a budget of 1,000"),
         (
             ["--optimizer", "projfactor", "--rank", "4", "--granularity", "4"],
