@@ -3,24 +3,30 @@
 import importlib.metadata
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from experiments.distribution import processes
 from experiments.errors import UserError
 
+# What is computed, or stored, may depend on them.
 _PACKAGES = ("jax", "jaxlib", "numpy", "optax", "flax", "grain", "orbax-checkpoint")
 
 
-def versions() -> dict[str, str]:
-    """Returns the versions that what is computed, or stored, may depend on."""
-    found = {"Python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Returns the versions of Python and of packages, by their names.
+
+    Args:
+        packages: Names of distributions. One that is imported may not be installed.
+    """
+    return {"python": platform.python_version(), **{x: _version(x) for x in packages}}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def check_agreement(settings: Mapping[str, Any]) -> None:
@@ -32,7 +38,7 @@ def check_agreement(settings: Mapping[str, Any]) -> None:
     Raises:
         UserError: If they differ, in all processes. It names each difference.
     """
-    own = {**{k: str(v) for k, v in settings.items()}, **versions()}
+    own = {**{k: str(v) for k, v in settings.items()}, **versions(_PACKAGES)}
     first, *others = map(json.loads, processes.of_all("agreement", json.dumps(own)))
     found = [
         f"process {i} has {name} {other.get(name)}, process 0 has {first.get(name)}"

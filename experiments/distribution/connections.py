@@ -27,12 +27,11 @@ class Connections:
     def __init__(self, lost: Callable[[int], None]):
         self._lost = lost
         self._sockets: list[socket.socket] = []
-        self._server: socket.socket | None = None
         if processes.is_first():
-            self._server = socket.create_server(("", 0), backlog=processes.count())
-            address = [socket.gethostname(), str(self._server.getsockname()[1])]
+            server = socket.create_server(("", 0), backlog=processes.count())
+            address = [socket.gethostname(), str(server.getsockname()[1])]
             processes.of_first(_ADDRESS, " ".join(address))
-            self._start(self._accept, self._server)
+            self._start(self._accept, server)
             return
         host, port = processes.of_first(_ADDRESS, "").split(" ")
         with contextlib.suppress(OSError):

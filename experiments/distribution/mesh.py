@@ -14,6 +14,7 @@ from experiments.model.rows import BATCH_AXES
 # data: copies of the model, each with its share of the batch. fsdp: the same, but each
 # has a share of the parameters too. tensor: shares of heads and of the MLP.
 AXES = (*BATCH_AXES, "tensor")
+_AUTOMATIC = (AxisType.Auto,) * len(AXES)
 
 
 def axis_sizes(text: str | None, devices: int) -> tuple[int, ...]:
@@ -66,12 +67,7 @@ def make_mesh(text: str | None, batch_size: int, accumulate: int = 1) -> Mesh:
             be shared out evenly.
     """
     devices = all_devices()
-    mesh = jax.make_mesh(
-        axis_sizes(text, len(devices)),
-        AXES,
-        axis_types=(AxisType.Auto,) * len(AXES),
-        devices=devices,
-    )
+    mesh = _mesh(axis_sizes(text, len(devices)), devices)
     shares = math.prod(mesh.shape[name] for name in BATCH_AXES)
     if batch_size % (shares * accumulate):
         times = f", times --accumulate {accumulate}" if accumulate > 1 else ""
@@ -96,7 +92,7 @@ def planned_mesh(text: str) -> AbstractMesh:
         UserError: See :func:`axis_sizes`.
     """
     sizes = axis_sizes(text, math.prod(_parsed(text).values()))
-    return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return AbstractMesh(sizes, AXES, axis_types=_AUTOMATIC)
 
 
 def all_devices() -> Sequence[Any]:
@@ -106,12 +102,11 @@ def all_devices() -> Sequence[Any]:
 
 def mesh_of_one() -> Mesh:
     """Returns the mesh of this process's first device alone."""
-    return jax.make_mesh(
-        (1,) * len(AXES),
-        AXES,
-        axis_types=(AxisType.Auto,) * len(AXES),
-        devices=jax.local_devices()[:1],
-    )
+    return _mesh((1,) * len(AXES), jax.local_devices()[:1])
+
+
+def _mesh(sizes: tuple[int, ...], devices: Sequence[Any]) -> Mesh:
+    return jax.make_mesh(sizes, AXES, axis_types=_AUTOMATIC, devices=devices)
 
 
 def whole(mesh: Mesh) -> NamedSharding:

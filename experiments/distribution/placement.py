@@ -19,16 +19,6 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     return jax.device_put(tree, whole(mesh))
 
 
-def place(tree: Any, shardings: Any) -> Any:
-    """Returns the tree on the mesh; no device gets more than its share.
-
-    Args:
-        tree: Arrays of the host, equal in all processes, or of devices.
-        shardings: A tree like it, or one sharding for all leaves.
-    """
-    return jax.device_put(tree, shardings)
-
-
 def place_like(tree: Any, old: Any, mesh: Mesh) -> Any:
     """Returns the tree with each leaf where the old tree has the one of its path.
 

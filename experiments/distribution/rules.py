@@ -1,14 +1,15 @@
 """How parameters and optimizer state lie on the mesh: one table of rules."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 import lowrank_optax
+from experiments.distribution.mesh import whole
 from experiments.errors import UserError
 from experiments.model.logical_axes import logical_axes
 
@@ -78,17 +79,16 @@ def placed_shapes(tx: optax.GradientTransformation, params: Any) -> tuple[Any, A
     shapes = jax.eval_shape(tx.init, params)
     mesh = jax.tree.leaves(params)[0].sharding.mesh
     cut = any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(params))
-    if not cut:
-        everywhere = NamedSharding(mesh, PartitionSpec())
-        shardings = jax.tree.map(lambda _: everywhere, shapes)
-    else:
+    if cut:
         shardings = lowrank_optax.state_shardings(tx, params)
+    else:
+        shardings = jax.tree.map(lambda _: whole(mesh), shapes)
     return params, on_mesh(shapes, shardings)
 
 
 def bytes_per_device(shapes: Any) -> int:
     """Returns the bytes that one device has of arrays, or of shapes with shardings."""
     return sum(
-        int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
         for x in jax.tree.leaves(shapes)
     )

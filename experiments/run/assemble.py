@@ -11,7 +11,7 @@ import numpy as np
 from experiments.data.pipeline import make_data
 from experiments.data.tokenizers import find_tokenizer, load_tokenizer
 from experiments.distribution.mesh import make_mesh
-from experiments.distribution.placement import own_rows, place
+from experiments.distribution.placement import own_rows
 from experiments.distribution.rules import on_mesh, parameter_shardings
 from experiments.model.hugging_face import load_llama
 from experiments.model.llama import init_params
@@ -115,5 +115,5 @@ def _initial_params(start, key, weights, shardings):
     """Returns the parameters of step 0, each device its share."""
     if weights is not None:
         mesh = jax.tree.leaves(shardings)[0].mesh
-        weights = place(weights, parameter_shardings(weights, mesh))
+        weights = jax.device_put(weights, parameter_shardings(weights, mesh))
     return jax.jit(start, out_shardings=shardings)(key, weights)

@@ -6,6 +6,7 @@ from typing import Any
 
 import lowrank_optax
 from experiments.arguments import check_choice, check_ranges, field_names, flag
+from experiments.distribution.processes import AUTOMATIC
 from experiments.errors import UserError
 from experiments.model.shape import MODELS
 from experiments.optim.methods import BUDGETED, OPTIMIZERS
@@ -116,7 +117,7 @@ def check_processes(config: Any) -> None:
                     "of process 0"
                 )
         return
-    if config.coordinator == "auto":
+    if config.coordinator == AUTOMATIC:
         return
     if not re.fullmatch(r"\S+:\d{1,5}", config.coordinator):
         raise UserError(

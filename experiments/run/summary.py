@@ -1,8 +1,6 @@
 """What a finished run says of itself: summary.json, a table and a sample of text."""
 
-import importlib.metadata
 import math
-import platform
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +10,7 @@ import optax
 from rich.console import Console
 from rich.table import Table
 
+from experiments.distribution.agreement import versions
 from experiments.distribution.processes import count
 from experiments.model.adapters import merged
 from experiments.model.generate import generate
@@ -103,19 +102,8 @@ def costs(
         "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
         "mesh": trained.mesh,
         "processes": count(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: _version(name) for name in _PACKAGES},
-        },
+        "versions": versions(_PACKAGES),
     }
-
-
-def _version(package: str) -> str:
-    """Returns the version of a package, which may be imported and not installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _peak(records, now):

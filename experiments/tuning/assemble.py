@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from experiments.data.tokenizers import find_tokenizer, load_tokenizer
 from experiments.distribution.mesh import make_mesh
-from experiments.distribution.placement import place
 from experiments.distribution.rules import on_mesh, parameter_shardings
 from experiments.errors import UserError
 from experiments.model.adapters import check_adapter_rank, with_adapters
@@ -97,7 +96,7 @@ def assemble(
         schedule=schedule,
         tx=tx,
         mesh=mesh,
-        make_params=lambda shardings: place(start(), shardings),
+        make_params=lambda shardings: jax.device_put(start(), shardings),
         param_shapes=on_mesh(params, shardings),
         resumed=resumed,
         changed=changed,

@@ -6,10 +6,11 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.distribution.agreement import versions
 from experiments.distribution.mesh import make_mesh
 from experiments.model.flops import training_flops_per_token
 from experiments.model.llama import init_params
-from experiments.run import measures, memory_use, summary
+from experiments.run import measures, memory_use
 from experiments.run.measures import Measures
 from experiments.run.metrics import events
 from experiments.run.peaks import peak_flops
@@ -178,5 +179,6 @@ def test_each_quantity_is_explained_once(quantities):
 
 def test_a_package_that_is_not_installed_costs_no_summary():
     # As in a checkout on PYTHONPATH.
-    assert summary._version("no-such-package") == "not installed"
-    assert summary._version("jax") == jax.__version__
+    found = versions(["no-such-package", "jax"])
+    assert found["no-such-package"] == "not installed"
+    assert found["jax"] == jax.__version__
