@@ -10,6 +10,7 @@ import numpy as np
 
 from experiments.data.pipeline import make_data
 from experiments.data.tokenizers import find_tokenizer, load_tokenizer
+from experiments.distribution.host_memory import check_memory
 from experiments.distribution.mesh import make_mesh
 from experiments.distribution.placement import own_rows
 from experiments.distribution.rules import on_mesh, parameter_shardings
@@ -44,6 +45,7 @@ def assemble(config: Config, report: Callable[[str], None]) -> Parts[TextWork]:
     """
     directory = config.out or new_directory(config.model_name, config.optimizer)
     mesh = make_mesh(config.mesh, config.batch_size, config.accumulate)
+    check_memory(config.state_memory, mesh)
     weights = config.initial_weights and load_llama(config.initial_weights)
     config = _with_tokenizer(config, report)
     tokenizer = load_tokenizer(config.tokenizer or "bytes")

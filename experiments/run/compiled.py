@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 import lowrank_optax
+from experiments.distribution.host_memory import on_devices
 from experiments.distribution.placement import shard_batch
 from experiments.model.adapters import restarted
 from experiments.optim.methods import OPTIMIZERS
@@ -46,10 +47,13 @@ class Programs:
         self._in_subspace = (
             config.gradients == "subspace" and method.takes_subspace_gradients
         )
+        kept = jax.tree.map(lambda x: x.sharding, (params, opt_state))
         self.restart = jax.jit(
-            restarted,
+            lambda params, state, key: restarted(
+                params, on_devices(state, kept[1]), key
+            ),
             donate_argnums=(0, 1),
-            out_shardings=jax.tree.map(lambda x: x.sharding, (params, opt_state)),
+            out_shardings=kept,
         )
         self.compile_seconds, self.compilations = 0.0, 0
         self._eval_step = make_eval_step(parts.work.evaluate, parts.mesh, params)

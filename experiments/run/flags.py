@@ -134,6 +134,9 @@ class DeviceFlags:
     #: fsdp share out the batch. tensor: shares of heads and of the MLP. data has what
     #: is left. None: all devices are on data.
     mesh: str | None = None
+    #: Memory that the optimizer's state is in: device; or pinned_host, the host's, from
+    #: which each step moves arrays of 64 KiB and more to the devices for their use.
+    state_memory: Literal["device", "pinned_host"] = "device"
     #: HOST:PORT of process 0, for a run of several processes, each of which is started
     #: with this flag; or auto, what JAX detects of SLURM, Open MPI, Kubernetes or Cloud
     #: TPU. None: one process.

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from experiments.distribution.host_memory import on_devices
 from experiments.distribution.placement import initial_state, place_like
 from experiments.distribution.signals import SharedSignal
 from experiments.errors import UserError
@@ -152,14 +153,16 @@ class Loop:
         config = self.parts.config
         has_budget = config.block_state_bytes is not None
         progress.seconds = self._wait()
-        self.opt_state = progress.compaction.look(old, has_budget, config.most_columns)
-        if self.opt_state is old:
+        # Arrays of the host cannot be cut.
+        seen = on_devices(old, jax.tree.map(lambda x: x.sharding, old))
+        found = progress.compaction.look(seen, has_budget, config.most_columns)
+        if found is seen:
             self.clock.start()
             return
-        before, after = map(optimizer_state_bytes, (old, self.opt_state))
+        before, after = map(optimizer_state_bytes, (old, found))
         # Columns, of which it has fewer, are never cut.
-        self.opt_state = place_like(self.opt_state, old, self.parts.mesh)
-        del old
+        self.opt_state = place_like(found, old, self.parts.mesh)
+        del old, seen, found
         self.programs.compile_train_steps(self.params, self.opt_state)
         entry = {"step": progress.step, "bytes_before": before, "bytes_after": after}
         progress.compaction.done.append(entry)

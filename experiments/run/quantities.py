@@ -240,7 +240,8 @@ COSTS = (
     Quantity(
         "bytes_per_device",
         "bytes",
-        "What one device has of parameters, gradients and optimizer_state at the end.",
+        "What one device has of parameters, gradients and optimizer_state at the end; "
+        "optimizer_state_in_host_memory: its share of what --state-memory moved there.",
     ),
     Quantity(
         "mean_ranks",

@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 import lowrank_optax
+from experiments.distribution.host_memory import moved_late, on_devices
 from experiments.distribution.mesh import rows, whole
 from experiments.run.effective_rank import ranks_vector
 from experiments.run.renewals import AHEAD, Renewed
@@ -56,7 +57,8 @@ def make_train_step(
             their full gradients; (): no renewal is in the program. None: of all.
         bases: Key paths of the leaves that have bases.
         placed: Parameters and state, or their shapes: the step leaves each array where
-            it is. None: each device has a whole copy of all.
+            it is; what of the state is in the host's memory is on the devices around
+            its uses alone. None: each device has a whole copy of all.
     """
     everywhere = whole(mesh)
     kept: tuple[Any, Any] = (everywhere, everywhere)
@@ -80,11 +82,13 @@ def make_train_step(
         gradient = subspace.renewing(*(renewed or ()))
 
     def whole_batch(params, opt_state, batch):
-        (loss, _), grads, opt_state = gradient(params, opt_state, batch)
+        used = on_devices(opt_state, kept[1])
+        (loss, _), grads, left = gradient(params, used, batch)
         if is_cut:
             # No array of a state in blocks says how a gradient is cut. The compiler
             # would add up whole gradients on each device.
             grads = jax.lax.with_sharding_constraint(grads, kept[0])
+        opt_state = moved_late(opt_state, kept[1], used, left, grads)
         updates, opt_state = tx.update(grads, opt_state, params, refresh=renews)
         return loss, optax.tree.norm(grads), updates, opt_state
 
@@ -96,6 +100,7 @@ def make_train_step(
             return (opt_state, nats + loss * weight, tokens + weight), None
 
         # Every k-th sequence: each device cuts up its own share.
+        opt_state = on_devices(opt_state, kept[1])
         cut = jax.tree.map(
             lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch
         )

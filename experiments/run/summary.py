@@ -193,9 +193,11 @@ def _peak_memory(summary):
 def _on_each_device(summary):
     found = summary["bytes_per_device"]
     sizes = ", ".join(f"{name} {size}" for name, size in summary["mesh"].items())
+    on_host = found["optimizer_state_in_host_memory"]
+    beside = f", {on_host:,} more in the host's memory" if on_host else ""
     return (
         f"{found['parameters']:,} bytes of parameters, {found['optimizer_state']:,} "
-        f"of optimizer state (mesh: {sizes})"
+        f"of optimizer state{beside} (mesh: {sizes})"
     )
 
 
@@ -220,7 +222,8 @@ def cost_rows(summary: Mapping[str, Any]) -> dict[str, str]:
             f"{blocks:,} bytes, {blocks / adamw_blocks:.2f} of AdamW's {adamw_blocks:,}"
         ),
     }
-    if math.prod(summary["mesh"].values()) > 1:
+    on_host = summary["bytes_per_device"]["optimizer_state_in_host_memory"]
+    if math.prod(summary["mesh"].values()) > 1 or on_host:
         rows["on each device"] = _on_each_device(summary)
     if summary["mean_ranks"]:
         ranks = np.concatenate([np.ravel(r) for r in summary["mean_ranks"].values()])

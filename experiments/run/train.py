@@ -7,8 +7,10 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
 
+from experiments.distribution.host_memory import is_pinned
 from experiments.distribution.processes import is_first
 from experiments.distribution.rules import bytes_per_device
 from experiments.errors import UserError
@@ -39,7 +41,8 @@ class Trained:
     Attributes:
         params: Parameters.
         opt_state: Optimizer state.
-        bytes_per_device: Of both, and of gradients like the parameters, at the end.
+        bytes_per_device: Of both, and of gradients like the parameters, at the end;
+            of the state beside it what is in the host's memory.
         mesh: Devices along each of its axes.
         progress: How far it came.
         compile_seconds: For the steps of training and validation, in this process.
@@ -103,13 +106,17 @@ def train(parts: Parts, lock: Lock | Unlocked, console: Console) -> Trained:
             stopped_by = loop.run(metrics, shown, stop, profile)
     size = bytes_per_device(loop.params)
     state = bytes_per_device(loop.opt_state)
+    on_host = bytes_per_device(
+        [x for x in jax.tree.leaves(loop.opt_state) if is_pinned(x)]
+    )
     return Trained(
         params=loop.params,
         opt_state=loop.opt_state,
         bytes_per_device={
             "parameters": size,
             "gradients": size,
-            "optimizer_state": state,
+            "optimizer_state": state - on_host,
+            "optimizer_state_in_host_memory": on_host,
         },
         mesh=dict(parts.mesh.shape),
         progress=loop.progress,

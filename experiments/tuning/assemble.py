@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.data.tokenizers import find_tokenizer, load_tokenizer
+from experiments.distribution.host_memory import check_memory
 from experiments.distribution.mesh import make_mesh
 from experiments.distribution.rules import on_mesh, parameter_shardings
 from experiments.errors import UserError
@@ -63,6 +64,7 @@ def assemble(
         config.model_name, config.task, config.optimizer
     )
     mesh = make_mesh(config.mesh, config.batch_size, config.accumulate)
+    check_memory(config.state_memory, mesh)
     path, task = find_model_for(config.task, config.model), TASKS[config.task]
     rows, validation = _rows(config, task)
     make = _answer_work if task.kind == "answer" else _encoder_work
