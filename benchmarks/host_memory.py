@@ -1,4 +1,4 @@
-"""The training step with the optimizer's state in the host's memory, beside the device's.
+"""The training step with the optimizer's state in the host's memory, or the device's.
 
     python -m benchmarks.host_memory --model 350m --optimizers adamw adarankgrad
 
@@ -54,6 +54,7 @@ class Step:
     row: dict[str, Any]
 
     def __call__(self) -> Any:
+        """Makes the next step; returns its loss, not waited for."""
         params, state, metrics = self.program(*self.held, self.batch)
         self.held[:] = params, state
         return metrics["loss"]

@@ -89,7 +89,8 @@ def test_over_a_mesh_each_device_moves_its_share(inputs):
     kinds = {x.sharding.memory_kind for x in jax.tree.leaves(state)}
     assert kinds == {"device", PINNED}
     large = [x for x in jax.tree.leaves(state) if is_pinned(x) and x.ndim == 3]
-    assert large and not any(x.sharding.is_fully_replicated for x in large)
+    assert large
+    assert not any(x.sharding.is_fully_replicated for x in large)
 
 
 def test_small_arrays_stay_on_the_devices():
