@@ -22,20 +22,28 @@ class Connections:
     Args:
         lost: Called with the number of a process whose connection was closed before it
             said good-bye; on another thread.
+        host: Where the first process is, which the others have reached there. None: at
+            the name that its machine has.
     """
 
-    def __init__(self, lost: Callable[[int], None]):
+    def __init__(self, lost: Callable[[int], None], host: str | None = None):
         self._lost = lost
         self._sockets: list[socket.socket] = []
         if processes.is_first():
-            server = socket.create_server(("", 0), backlog=processes.count())
-            address = [socket.gethostname(), str(server.getsockname()[1])]
+            family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+            server = socket.create_server(
+                ("", 0),
+                family=family,
+                backlog=processes.count(),
+                dualstack_ipv6=family == socket.AF_INET6,
+            )
+            address = [host or socket.getfqdn(), str(server.getsockname()[1])]
             processes.of_first(_ADDRESS, " ".join(address))
             self._start(self._accept, server)
             return
-        host, port = processes.of_first(_ADDRESS, "").split(" ")
+        named, port = processes.of_first(_ADDRESS, "").split(" ")
         with contextlib.suppress(OSError):
-            found = socket.create_connection((host, int(port)), timeout=_SECONDS)
+            found = socket.create_connection((host or named, int(port)), _SECONDS)
             found.settimeout(None)
             found.sendall(processes.index().to_bytes(4, "big"))
             self._sockets.append(found)
@@ -63,10 +71,11 @@ class Connections:
                 self._listen(found, int.from_bytes(number, "big"))
 
     def _listen(self, found: socket.socket, index: int) -> None:
-        try:
-            said = found.recv(1)
-        except OSError:
-            said = b""
+        with found:
+            try:
+                said = found.recv(1)
+            except OSError:
+                said = b""
         if said != _BYE:
             self._lost(index)
 

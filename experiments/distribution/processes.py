@@ -75,13 +75,20 @@ def join(
         ) from error
 
 
+def host_of(coordinator: str) -> str | None:
+    """Returns the host of process 0 as the others have reached it; None: detected."""
+    if coordinator == AUTOMATIC:
+        return None
+    return coordinator.rpartition(":")[0].strip("[]")
+
+
 def _knock(coordinator: str, timeout: float) -> None:
     """Waits until someone listens."""
-    host, _, port = coordinator.rpartition(":")
+    host, port = host_of(coordinator) or "", coordinator.rpartition(":")[2]
     ends = time.monotonic() + timeout
     while True:
         try:
-            with socket.create_connection((host.strip("[]"), int(port)), timeout=2):
+            with socket.create_connection((host, int(port)), timeout=2):
                 return
         except OSError as error:
             if time.monotonic() > ends:

@@ -33,11 +33,16 @@ class Watch:
     Args:
         timeout: Seconds without a sign of life after which a process counts as dead.
         advice: Told at the end of the line.
+        host: Where the first process is; None: at the name that it gives itself.
         end: Ends this process; called with the line.
     """
 
     def __init__(
-        self, timeout: float, advice: str, end: Callable[[str], None] | None = None
+        self,
+        timeout: float,
+        advice: str,
+        host: str | None = None,
+        end: Callable[[str], None] | None = None,
     ):
         self._timeout, self._advice = timeout, advice
         self._interval = min(2.0, timeout / 5)
@@ -46,7 +51,7 @@ class Watch:
         self._seen: dict[str, tuple[str, float]] = {}
         self._is_over = threading.Event()
         self._ending = threading.Lock()
-        self._connections = Connections(self._lost)
+        self._connections = Connections(self._lost, host)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -146,7 +151,7 @@ class Watch:
 
 
 @contextlib.contextmanager
-def watched(timeout: float, advice: str) -> Iterator[None]:
+def watched(timeout: float, advice: str, host: str | None) -> Iterator[None]:
     """Watches over the processes of a run, if there are several.
 
     An error of this process is told to the others, who end too. One that is the echo of
@@ -155,11 +160,12 @@ def watched(timeout: float, advice: str) -> Iterator[None]:
     Args:
         timeout: See :class:`Watch`.
         advice: See :class:`Watch`.
+        host: See :class:`Watch`.
     """
     if processes.count() == 1:
         yield
         return
-    watch = Watch(timeout, advice)
+    watch = Watch(timeout, advice, host)
     try:
         yield
     except JaxRuntimeError as error:

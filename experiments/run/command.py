@@ -17,7 +17,7 @@ from rich.console import Console
 from experiments.arguments import flag
 from experiments.distribution.agreement import check_agreement
 from experiments.distribution.placement import on_host
-from experiments.distribution.processes import count, is_first, is_joined, join
+from experiments.distribution.processes import count, host_of, is_first, is_joined, join
 from experiments.distribution.watch import leave, watched
 from experiments.errors import UserError
 from experiments.run.failures import told_in_a_line
@@ -77,7 +77,7 @@ def _run_together(config: Any, run: Callable[[Any, Console], int]) -> int:
         config.process_timeout,
     )
     advice = "start all again with --resume, from the last complete checkpoint"
-    with watched(config.process_timeout, advice):
+    with watched(config.process_timeout, advice, host_of(config.coordinator)):
         check_agreement({flag(k): v for k, v in to_json(config).items()})
         with open(os.devnull, "w") as nowhere:
             return run(config, Console(file=None if is_first() else nowhere))
@@ -128,10 +128,14 @@ def _say_how_to_resume(parts: Parts, trained: Trained, say) -> None:
     # Its config.json says the rest.
     program = parts.settings.program
     words = [*_command(program), "--out", str(parts.directory), "--resume"]
+    how = f"continue with\n  {shlex.join(words)}"
+    if count() > 1:
+        # What started the processes is not known here.
+        how = f"start all {count()} processes again, with {shlex.join(words[-3:])}"
     assert trained.stopped_by is not None
     say(
         f"stopped by {trained.stopped_by.name} and saved at step "
-        f"{trained.progress.step}; continue with\n  {shlex.join(words)}"
+        f"{trained.progress.step}; {how}"
     )
 
 
