@@ -9,6 +9,7 @@ from typing import Any
 from jax.errors import JaxRuntimeError
 
 import lowrank_optax
+from experiments.distribution.rules import memory_plan
 from experiments.errors import UserError
 from experiments.run.parts import Parts
 from experiments.run.plans import on_a_device
@@ -55,7 +56,7 @@ def check_fits(parts: Parts) -> None:
     Args:
         parts: Of the run; nothing of it is on a device yet.
     """
-    plan = lowrank_optax.memory_plan(parts.tx, parts.param_shapes)
+    plan = memory_plan(parts.tx, parts.param_shapes)
     parameters, _, state = on_a_device(plan)
     if parts.resumed is not None:
         # Its state may have been compacted since.
@@ -90,7 +91,7 @@ def out_of_memory(parts: Parts, compiled: Sequence[Any] = ()) -> str:
         compiled: Its compiled steps.
     """
     params, _ = parts.abstract_state()
-    plan = lowrank_optax.memory_plan(parts.tx, params)
+    plan = memory_plan(parts.tx, params)
     kinds = ("of parameters", "of gradients", "of optimizer state")
     planned: dict[str, int] = dict(zip(kinds, on_a_device(plan), strict=True))
     peaks = [_peak(parts, params, step) for step in compiled]

@@ -7,9 +7,8 @@ from typing import Any
 import jax
 import optax
 
-import lowrank_optax
 from experiments.distribution.mesh import planned_mesh
-from experiments.distribution.rules import on_mesh, parameter_shardings
+from experiments.distribution.rules import memory_plan, on_mesh, parameter_shardings
 from experiments.errors import UserError
 from experiments.model.hugging_face import read_shape
 from experiments.model.llama import init_params
@@ -49,7 +48,7 @@ def plan_of(
         mesh = planned_mesh(config.mesh)
         params = on_mesh(params, parameter_shardings(params, mesh, report))
     try:
-        return lowrank_optax.memory_plan(tx, params)
+        return memory_plan(tx, params)
     except ValueError as error:
         raise UserError(f"{config.optimizer}: {error}") from error
 
