@@ -155,6 +155,20 @@ def _parts(sharding: NamedSharding, ndim: int) -> _Parts:
     return [x if isinstance(x, tuple) else () if x is None else (x,) for x in spec]
 
 
+def dividing(leaf: Any, sharding: Any) -> Any:
+    """Returns a sharding without the cuts that do not divide an array's shape.
+
+    Args:
+        leaf: Array, or its shape.
+        sharding: Of an array with as many axes; on no mesh it is returned as it is.
+    """
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    mesh, parts = sharding.mesh, _parts(sharding, leaf.ndim)
+    pairs = zip(leaf.shape, parts, strict=True)
+    return _sharding([x if n % _shards(x, mesh) == 0 else () for n, x in pairs], mesh)
+
+
 def memory_plan(tx: optax.GradientTransformation, params: Any) -> Any:
     """Returns the plan of :func:`lowrank_optax.memory_plan`, the state placed as here.
 

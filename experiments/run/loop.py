@@ -157,7 +157,6 @@ class Loop:
             self.clock.start()
             return
         before, after = map(optimizer_state_bytes, (old, self.opt_state))
-        # Columns, of which it has fewer, are never cut.
         self.opt_state = place_like(self.opt_state, old, self.parts.mesh)
         del old
         self.programs.compile_train_steps(self.params, self.opt_state)
