@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import optax
+from jax.sharding import NamedSharding
 
 from lowrank_optax.binding.moments import KNOWN_FIELDS, Kind, owner_and_field
 from lowrank_optax.binding.optimizer import bind
@@ -40,13 +41,13 @@ def memory_plan(
             ``NamedSharding``, the plan has the bytes on one device too.
         compiled: Compiled training step, ``jax.jit(step, donate_argnums=...)
             .lower(...).compile()``. The plan then has XLA's own numbers, of one device.
-        state_shardings: A tree like the state, of the sharding of each array; the
-            parameters then need a ``NamedSharding`` too. None: what
+        state_shardings: A tree like the state, with a ``NamedSharding`` for each array;
+            each parameter then needs one too. None: what
             :func:`lowrank_optax.state_shardings` returns.
 
     Raises:
         TypeError: If a leaf is neither an array nor a number, or one of
-            ``state_shardings`` is no sharding.
+            ``state_shardings`` is no ``NamedSharding``.
         ValueError: If the compiled step has no memory analysis on its backend, or if
             ``state_shardings`` do not fit the state.
 
@@ -158,12 +159,14 @@ def _sharded_state(optimizer, params: Any, state: Any, given: Any) -> Any:
 
     def with_sharding(path, leaf, sharding):
         where = f"state_shardings{jax.tree_util.keystr(path)}"
-        if not isinstance(sharding, jax.sharding.Sharding):
-            raise TypeError(f"{where} is {sharding!r}, which is no sharding.")
+        if not isinstance(sharding, NamedSharding):
+            raise TypeError(f"{where} is {sharding!r}, and no NamedSharding.")
         try:
+            # The first counts the axes, the second divides them.
+            sharding.check_compatible_aval(leaf.shape)
             sharding.shard_shape(leaf.shape)
         except ValueError as error:
-            told = f"{where} is {sharding}, which does not divide {leaf.shape}."
+            told = f"{where} is {sharding}, which does not fit {leaf.shape}."
             raise ValueError(told) from error
         return struct_of(leaf, sharding)
 

@@ -109,7 +109,7 @@ def test_a_mesh_that_is_not_here_is_planned_for_one_of_its_devices(capsys):
     assert "one device of --mesh data=8,fsdp=8" in said
     # An eighth of 13.48 and 26.95; 24 - 1.69 - 3.37 are left.
     assert rows(said)["adamw"][:3] == ["1.69", "1.69", "3.37"]
-    assert rows(said)["adamw"][5] == "18.94"
+    assert rows(said)["adamw"][5] == "18.95"
 
 
 def test_one_optimizer_leaf_by_leaf_and_as_json(capsys, tmp_path):
@@ -131,7 +131,7 @@ def test_one_optimizer_leaf_by_leaf_and_as_json(capsys, tmp_path):
         (["--memory", "24"], "--memory 24 has no unit; give one, like 24GB"),
         (["--leaves-of", "sgd"], "--leaves-of 'sgd' is not known; choose one of adamw"),
         (["--rank", "0"], "--rank must be at least 1"),
-        (["--mesh", "fsdp=3"], "--mesh fsdp=3 does not divide embed, 128 of blocks"),
+        (["--mesh", "fsdp=3"], "--mesh fsdp=3 does not divide embed, 128 or heads"),
         (["--mesh", "fsdp"], "--mesh fsdp: 'fsdp' is not one of data, fsdp, tensor"),
         (["--vocabulary-size", "0"], "--vocabulary-size must be at least 1"),
         (["--optimizer", "muon", "--rank", "4"], "--rank has no effect: muon has no"),
