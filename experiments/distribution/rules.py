@@ -123,7 +123,7 @@ def placed_shapes(tx: optax.GradientTransformation, params: Any) -> tuple[Any, A
     :func:`lowrank_optax.state_shardings`. Bases are whole then where fsdp cuts the kept
     side of their matrix. An array of at least :data:`LEAST_BYTES` that fsdp does not
     cut is cut along its longest axis that fsdp divides. Such a basis is gathered for
-    its use.
+    its use. An array with the shape of a whole parameter, such as a norm, stays whole.
 
     Args:
         tx: The optimizer.
@@ -134,20 +134,26 @@ def placed_shapes(tx: optax.GradientTransformation, params: Any) -> tuple[Any, A
     cut = any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(params))
     if cut:
         shardings = lowrank_optax.state_shardings(tx, params)
-        shardings = jax.tree.map(_cut_further, shapes, shardings)
+        kept = {x.shape for x in jax.tree.leaves(params) if not _is_cut(x.sharding)}
+        shardings = jax.tree.map(
+            lambda x, y: y if x.shape in kept else _cut_further(x, y), shapes, shardings
+        )
     else:
         shardings = jax.tree.map(lambda _: whole(mesh), shapes)
     return params, on_mesh(shapes, shardings)
 
 
 def _cut_further(leaf: Any, sharding: NamedSharding) -> NamedSharding:
-    parts = _parts(sharding, leaf.ndim)
     size = math.prod(leaf.shape) * leaf.dtype.itemsize
-    is_cut = any("fsdp" in names for names in parts)
-    if is_cut or size < LEAST_BYTES or sharding.mesh.shape["fsdp"] == 1:
+    if _is_cut(sharding) or size < LEAST_BYTES or sharding.mesh.shape["fsdp"] == 1:
         return sharding
+    parts = _parts(sharding, leaf.ndim)
     _cut_over_fsdp(parts, leaf.shape, range(leaf.ndim), sharding.mesh)
     return _sharding(parts, sharding.mesh)
+
+
+def _is_cut(sharding: NamedSharding) -> bool:
+    return any("fsdp" in names for names in _parts(sharding, len(sharding.spec)))
 
 
 def _parts(sharding: NamedSharding, ndim: int) -> _Parts:

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
@@ -169,6 +170,17 @@ def test_no_large_array_of_any_optimizer_is_whole(name):
         is_cut = "fsdp" in str(leaf.sharding.spec)
         size = leaf.size * leaf.dtype.itemsize
         assert is_cut or size < LEAST_BYTES, jax.tree_util.keystr(path)
+
+
+def test_a_moment_of_a_whole_parameter_is_whole_however_large():
+    shapes = {"norm": (4, LEAST_BYTES), "gate": (4, 64, 128)}
+    params = {
+        "blocks": {k: jax.ShapeDtypeStruct(x, "float32") for k, x in shapes.items()}
+    }
+    params = on_mesh(params, parameter_shardings(params, mesh_of(4)))
+    _, (state, *_) = placed_shapes(optax.adam(1e-3), params)
+    specs = {k: tuple(x.sharding.spec) for k, x in state.mu["blocks"].items()}
+    assert specs == {"norm": (None, None), "gate": (None, None, "fsdp")}
 
 
 @pytest.mark.usefixtures("fast_compilation")
