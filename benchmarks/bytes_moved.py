@@ -29,7 +29,8 @@ class Numbers(NamedTuple):
 
     Attributes:
         parameters: Of parameters that are gathered.
-        bases: Of bases that are gathered.
+        bases: Of bases that are gathered for gradients in subspaces. The update gathers
+            them again.
         gradients: Of gradients at full size.
         projected: Of gradients in subspaces.
     """
@@ -65,17 +66,17 @@ def sent(
 def _of_leaf(leaf, data, fsdp, in_subspace, scatters) -> Numbers:
     shape, cut, rank = leaf["shape"], leaf["cut"], leaf["rank"]
     size = math.prod(shape)
-    # Backward recomputes the blocks, and reads the head again; a lookup has no product.
-    times = 1 if leaf["path"] == "embedding" else 2
-    gathered = 0 if cut is None else times * _gathered(size, fsdp)
+    if leaf["path"] == "embedding" and cut is not None:
+        # Devices along fsdp exchange words, and each has its share of the gradient.
+        return Numbers(0, 0, 2 * _gathered(size // fsdp, data), 0)
+    # Backward recomputes the blocks, and reads the head again.
+    gathered = 0 if cut is None else 2 * _gathered(size, fsdp)
     if rank is None or not in_subspace:
         added = _added_up(size, cut is not None, data, fsdp, scatters)
         return Numbers(gathered, 0, added, 0)
     (kept,) = leaf["kept"]
     stack, kept_length = shape[0], shape[kept]
-    basis = 0
-    if cut is not None and cut != kept:
-        basis = _gathered(stack * rank * size // (stack * kept_length), fsdp)
+    basis = _gathered(rank * size // kept_length, fsdp)
     coordinates = stack * kept_length * rank
     added = _added_up(coordinates, cut == kept, data, fsdp, scatters)
     return Numbers(gathered, basis, 0, added)

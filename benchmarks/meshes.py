@@ -17,7 +17,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
 from benchmarks.harness import RESULTS
+from experiments.model.hugging_face import save_llama
+from experiments.model.llama import init_params
+from experiments.model.shape import preset
 
 ROOT = Path(__file__).resolve().parent.parent
 MESHES = (
@@ -27,6 +33,7 @@ MESHES = (
 METHODS = ("adamw", "adarankgrad", "sumo", "low_rank_muon", "projfactor")
 FILE = RESULTS / "meshes.json"
 DEVICES = 8
+VOCABULARY = 257  # bytes, and the end of a text
 
 
 def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -40,7 +47,8 @@ def _run(method: str, mesh: str | None, arguments) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / "out"
         words = [
-            *("--model", arguments.model, "--optimizer", method, "--out", str(out)),
+            *_model(arguments, Path(directory)),
+            *("--optimizer", method, "--out", str(out)),
             *("--steps", str(arguments.steps), "--eval-every", "100000"),
             *("--eval-tokens", "4096", "--sample-tokens", "0"),
             *(["--mesh", mesh] if mesh else []),
@@ -61,7 +69,7 @@ def _run(method: str, mesh: str | None, arguments) -> dict[str, Any]:
         lines = [json.loads(x) for x in (out / "metrics.jsonl").open()]
         summary = json.loads((out / "summary.json").read_text())
     return {
-        "model": arguments.model,
+        "model": _name(arguments),
         "flags": arguments.flags,
         "optimizer": method,
         "mesh": mesh,
@@ -71,6 +79,21 @@ def _run(method: str, mesh: str | None, arguments) -> dict[str, Any]:
         "validation_loss": lines[-1]["validation_loss"],
         "bytes_per_device": summary["bytes_per_device"],
     }
+
+
+def _model(arguments: argparse.Namespace, directory: Path) -> list[str]:
+    """Returns the flags of the model; one with fewer layers is written down first."""
+    if arguments.layers is None:
+        return ["--model", arguments.model]
+    model = preset(arguments.model, VOCABULARY, num_layers=arguments.layers)
+    params = init_params(model, jax.random.key(0))
+    save_llama(directory / "model", model, jax.tree.map(np.asarray, params))
+    return ["--initial-weights", str(directory / "model")]
+
+
+def _name(arguments: argparse.Namespace) -> str:
+    layers = arguments.layers
+    return arguments.model if layers is None else f"{arguments.model}, {layers} layers"
 
 
 def table(found: list[dict[str, Any]]) -> str:
@@ -99,11 +122,13 @@ def main() -> None:
     """Runs, prints the table, and writes it if asked to."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default="tiny")
+    parser.add_argument("--layers", type=int, help="fewer than the model's own")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--save", action="store_true")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[])
     arguments = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
     known = json.loads(FILE.read_text()) if arguments.save and FILE.exists() else []
     found = []
     for row in rows(arguments):

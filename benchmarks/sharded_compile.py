@@ -24,6 +24,7 @@ from benchmarks.hlo import Collective, collectives
 from experiments.distribution.mesh import make_mesh, planned_mesh
 from experiments.distribution.rules import (
     bytes_per_device,
+    memory_plan,
     on_mesh,
     parameter_shardings,
     placed_shapes,
@@ -64,7 +65,7 @@ def measured(config: Config, model: LlamaConfig, renews: bool) -> dict[str, Any]
     mesh = make_mesh(config.mesh, config.batch_size)
     placed = on_mesh(shapes, parameter_shardings(shapes, mesh))
     params, state = placed_shapes(tx, placed)
-    plan = on_a_device(lowrank_optax.memory_plan(tx, params))
+    plan = on_a_device(memory_plan(tx, params))
     own = bytes_per_device(params), bytes_per_device(state)
     assert (plan[0], plan[2]) == own, (plan, own)
     method = OPTIMIZERS[config.optimizer]

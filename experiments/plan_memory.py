@@ -23,6 +23,7 @@ from rich.table import Table
 import lowrank_optax
 from experiments.arguments import check_choice, check_ranges, given_flags, run_command
 from experiments.data.tokenizers import load_tokenizer
+from experiments.distribution.host_memory import DEVICE
 from experiments.errors import UserError
 from experiments.ranges import AtLeastOne
 from experiments.run.config import PRETRAINING, check
@@ -62,7 +63,8 @@ class Options(PlanFlags, Config):
     It takes the flags of pretrain_llama, and --config. Without --optimizer and --config
     it lists every optimizer, each with those of the flags that it has. With --mesh it
     plans for one of the mesh's devices, whatever devices there are here; data is 1
-    unless it is given. Other flags of devices have no effect.
+    unless it is given. What --state-memory keeps on the host is not counted. Other
+    flags of devices have no effect.
     """
 
 
@@ -134,6 +136,8 @@ def _print_table(plans: Mapping[str, Any], plain: Any, options: Options) -> None
         return f"{size / size_of_unit:,.2f}" if size >= 0 else "does not fit"
 
     where = "" if options.mesh is None else f"one device of --mesh {options.mesh}, "
+    if options.state_memory != DEVICE:
+        where += f"large arrays of the state in {options.state_memory}, "
     table = Table(title=f"LLaMA {options.model_name}, {dtype}, {where}in {unit}")
     table.add_column("optimizer")
     columns = ("parameters", "gradients", "state", "of AdamW's", "left", "left *")

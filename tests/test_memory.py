@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lowrank_optax
@@ -191,6 +191,70 @@ def test_a_device_holds_what_the_plan_says(name, mode):
     assert plan.per_device.optimizer == on_first_device(state)
     assert plan.per_device.parameters == on_first_device(sharded)
     assert "on each device" in str(plan)
+
+
+@pytest.fixture
+def cut_rows():
+    """Parameters whose rows are cut, by which the bases of their columns are whole."""
+    mesh = AbstractMesh((4,), ("x",))
+    rows = NamedSharding(mesh, P(None, "x"))
+    return {"w": jax.ShapeDtypeStruct((3, 64, 48), jnp.float32, sharding=rows)}
+
+
+def _with_basis(shardings, basis):
+    subspace = shardings.subspaces["w"]._replace(basis=basis)
+    return shardings._replace(subspaces={"w": subspace})
+
+
+def test_a_device_has_what_the_given_shardings_leave_it(cut_rows):
+    tx = lowrank_optax.galore(0.1, 8)
+    shardings = lowrank_optax.state_shardings(tx, cut_rows)
+    plan = memory_plan(tx, cut_rows)
+    assert memory_plan(tx, cut_rows, state_shardings=shardings) == plan
+    first = _with_basis(shardings[0], cut_rows["w"].sharding)
+    found = memory_plan(tx, cut_rows, state_shardings=(first, *shardings[1:]))
+    basis = 4 * 3 * 48 * 8
+    assert plan.per_device.state["basis"] == basis
+    assert found.per_device.state == {**plan.per_device.state, "basis": basis // 4}
+    assert found.optimizer_bytes == plan.optimizer_bytes
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda x: x[0], ValueError, "not a tree like the state; start from"),
+        (
+            lambda x: jax.tree.map(lambda s: s.update(spec=P("x")), x),
+            ValueError,
+            r"^state_shardings\[0\].count is NamedSharding.* not fit \(\)\.$",
+        ),
+        (
+            lambda x: (_with_basis(x[0], x[0].count.update(spec=P("x"))), *x[1:]),
+            ValueError,
+            r"basis is NamedSharding.* not fit \(3, 48, 8\)\.$",
+        ),
+        (
+            lambda x: jax.tree.map(lambda s: s.spec, x),
+            TypeError,
+            r"^state_shardings\[0\].count is P.*, and no NamedSharding\.$",
+        ),
+    ],
+)
+def test_shardings_that_do_not_fit_the_state_are_refused(
+    cut_rows, change, error, message
+):
+    tx = lowrank_optax.galore(0.1, 8)
+    given = change(lowrank_optax.state_shardings(tx, cut_rows))
+    with pytest.raises(error, match=message):
+        memory_plan(tx, cut_rows, state_shardings=given)
+
+
+def test_shardings_of_a_state_need_those_of_its_parameters(cut_rows):
+    tx = lowrank_optax.galore(0.1, 8)
+    given = lowrank_optax.state_shardings(tx, cut_rows)
+    params = {"w": jnp.zeros((3, 64, 48))}
+    with pytest.raises(ValueError, match="need parameters with a NamedSharding"):
+        memory_plan(tx, params, state_shardings=given)
 
 
 @pytest.mark.parametrize(

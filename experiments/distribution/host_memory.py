@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 from experiments.errors import UserError
 
-PINNED = "pinned_host"
+DEVICE, PINNED = "device", "pinned_host"
 # What is smaller stays on the devices: counters, keys, ranks, the state of norms.
 LEAST_BYTES = 65_536
 
@@ -16,7 +16,7 @@ def check_memory(kind: str, mesh: Mesh) -> None:
     """Raises UserError if the devices have no memory of this kind.
 
     Args:
-        kind: ``device`` or :data:`PINNED`.
+        kind: :data:`DEVICE` or :data:`PINNED`.
         mesh: The devices.
     """
     if kind != PINNED:
@@ -103,4 +103,4 @@ def moved_late(tree: Any, shardings: Any, used: Any, left: Any, after: Any) -> A
 
 
 def _moved(sharding: Any) -> Any:
-    return sharding.with_memory_kind("device")
+    return sharding.with_memory_kind(DEVICE)

@@ -10,6 +10,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from experiments.distribution.mesh import rows, whole
+from experiments.distribution.rules import dividing
 
 Batch = Mapping[str, Any]
 
@@ -24,12 +25,13 @@ def place_like(tree: Any, old: Any, mesh: Mesh) -> Any:
 
     Args:
         tree: Arrays.
-        old: Arrays, which may have other lengths along axes that are not cut.
+        old: Arrays, which may have other lengths. An axis whose new length its cut does
+            not divide becomes whole.
         mesh: Where leaves lie that the old tree has not: each device has them whole.
     """
     known = {path: x.sharding for path, x in jax.tree.leaves_with_path(old)}
     shardings = jax.tree_util.tree_map_with_path(
-        lambda path, _: known.get(path, whole(mesh)), tree
+        lambda path, x: dividing(x, known.get(path, whole(mesh))), tree
     )
     return jax.device_put(tree, shardings)
 

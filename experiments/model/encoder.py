@@ -31,7 +31,7 @@ from flax import nnx
 
 from experiments.errors import UserError
 from experiments.model.encoder_shape import EncoderConfig
-from experiments.model.rows import keep_rows
+from experiments.model.rows import from_table, keep_rows
 
 Params = dict[str, Any]
 
@@ -162,7 +162,7 @@ class Embeddings(nnx.Module):
         )
         # x is one matrix here and in the blocks. For a (B, T, n) operand XLA's CPU
         # backend transposes the cotangent in every kernel's gradient.
-        flat = keep_rows(total.reshape(-1, config.hidden_size))
+        flat = from_table(total.reshape(-1, config.hidden_size))
         normed = self.norm(flat).astype(config.compute_dtype)
         return _dropped(normed, config.hidden_dropout, key)
 

@@ -1,5 +1,7 @@
 """Activations on a mesh: every device keeps the sequences that it has."""
 
+from typing import Any
+
 import jax
 from jax.sharding import PartitionSpec
 
@@ -17,8 +19,25 @@ def keep_rows(x: jax.Array) -> jax.Array:
         x: Activations, in a program that is traced under :func:`jax.set_mesh`. Without
             a mesh, or where no parameter is cut, x is returned as it is.
     """
+    return _cut(x, BATCH_AXES)
+
+
+def from_table(x: jax.Array) -> jax.Array:
+    """Returns rows that were looked up, (B, T, d) or (B T, d), cut along B alone.
+
+    fsdp cuts the table along d. Each device looks up its share of d for the sequences
+    of its neighbours along fsdp too, and they exchange the shares. Otherwise the
+    compiler would add up the gradient of the whole table over all devices.
+
+    Args:
+        x: As for :func:`keep_rows`.
+    """
+    return keep_rows(_cut(x, "data", *[None] * (x.ndim - 2), "fsdp"))
+
+
+def _cut(x: jax.Array, *spec: Any) -> jax.Array:
     shape = dict(jax.sharding.get_abstract_mesh().shape)
     others = [size for name, size in shape.items() if name != "data"]
     if not set(BATCH_AXES) <= shape.keys() or max(others) == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))

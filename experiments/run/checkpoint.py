@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 
 import lowrank_optax
 from experiments.distribution.processes import is_first, wait_for_all
+from experiments.distribution.rules import dividing, on_mesh
 from experiments.errors import UserError
 from experiments.run.checksums import first_damage, write_checksums
 from experiments.run.files import CHECKPOINTS, checkpoint_steps
@@ -102,7 +103,8 @@ def restore_state(
             raise UserError(
                 f"the checkpoint {path} does not fit this run: {error}"
             ) from error
-        restored = checkpointer.restore(path / "state", target)
+        places = jax.tree.map(lambda x: dividing(x, x.sharding), target)
+        restored = checkpointer.restore(path / "state", on_mesh(target, places))
     return restored["params"], restored["opt_state"]
 
 

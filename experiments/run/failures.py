@@ -9,6 +9,8 @@ from typing import Any
 from jax.errors import JaxRuntimeError
 
 import lowrank_optax
+from experiments.distribution.host_memory import DEVICE
+from experiments.distribution.rules import memory_plan
 from experiments.errors import UserError
 from experiments.run.parts import Parts
 from experiments.run.plans import on_a_device
@@ -55,13 +57,15 @@ def check_fits(parts: Parts) -> None:
     Args:
         parts: Of the run; nothing of it is on a device yet.
     """
-    plan = lowrank_optax.memory_plan(parts.tx, parts.param_shapes)
+    device, memory = parts.mesh.local_devices[0], parts.config.state_memory
+    # A CPU's memories are the machine's.
+    memory = DEVICE if device.platform == "cpu" else memory
+    plan = memory_plan(parts.tx, parts.param_shapes, memory)
     parameters, _, state = on_a_device(plan)
     if parts.resumed is not None:
         # Its state may have been compacted since.
         for done in parts.resumed.progress["compaction"]["done"][-1:]:
             state = state * done["bytes_after"] // plan.optimizer_bytes
-    device = parts.mesh.local_devices[0]
     has, needed, who = _bytes_of(device), parameters + state, "each device"
     if device.platform == "cpu":
         # Its devices share the memory of the machine.
@@ -90,7 +94,7 @@ def out_of_memory(parts: Parts, compiled: Sequence[Any] = ()) -> str:
         compiled: Its compiled steps.
     """
     params, _ = parts.abstract_state()
-    plan = lowrank_optax.memory_plan(parts.tx, params)
+    plan = memory_plan(parts.tx, params, parts.config.state_memory)
     kinds = ("of parameters", "of gradients", "of optimizer state")
     planned: dict[str, int] = dict(zip(kinds, on_a_device(plan), strict=True))
     peaks = [_peak(parts, params, step) for step in compiled]

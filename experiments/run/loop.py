@@ -160,7 +160,6 @@ class Loop:
             self.clock.start()
             return
         before, after = map(optimizer_state_bytes, (old, found))
-        # Columns, of which it has fewer, are never cut.
         self.opt_state = place_like(found, old, self.parts.mesh)
         del old, seen, found
         self.programs.compile_train_steps(self.params, self.opt_state)

@@ -12,7 +12,6 @@ import optax
 from jax.sharding import Mesh
 
 import lowrank_optax
-from experiments.distribution.host_memory import PINNED, in_host_memory
 from experiments.distribution.mesh import mesh_of_one, whole
 from experiments.distribution.processes import of_first
 from experiments.distribution.rules import on_mesh, placed_shapes
@@ -83,9 +82,7 @@ class Parts(Generic[SomeWork]):
 
     def abstract_state(self) -> tuple[Any, Any]:
         """Returns parameters and optimizer state as shapes with shardings."""
-        params, state = placed_shapes(self.tx, self.param_shapes)
-        is_pinned = self.config.state_memory == PINNED
-        return params, in_host_memory(state) if is_pinned else state
+        return placed_shapes(self.tx, self.param_shapes, self.config.state_memory)
 
 
 def new_directory(*names: str) -> Path:

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import optax
 
-import lowrank_optax
+from experiments.distribution.host_memory import DEVICE
 from experiments.distribution.mesh import planned_mesh
-from experiments.distribution.rules import on_mesh, parameter_shardings
+from experiments.distribution.rules import memory_plan, on_mesh, parameter_shardings
 from experiments.errors import UserError
 from experiments.model.hugging_face import read_shape
 from experiments.model.llama import init_params
@@ -45,11 +45,13 @@ def plan_of(
             axis, or the optimizer's state does not fit ``--block-state-bytes``.
     """
     _, tx, params = shapes_of(config, _model(config, vocab_size))
-    if config.mesh is not None:
-        mesh = planned_mesh(config.mesh)
+    # Of one device, what is not in its memory counts nothing.
+    text = config.mesh or (config.state_memory != DEVICE and "data=1")
+    if text:
+        mesh = planned_mesh(text)
         params = on_mesh(params, parameter_shardings(params, mesh, report))
     try:
-        return lowrank_optax.memory_plan(tx, params)
+        return memory_plan(tx, params, config.state_memory)
     except ValueError as error:
         raise UserError(f"{config.optimizer}: {error}") from error
 

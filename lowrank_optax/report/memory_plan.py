@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import optax
+from jax.sharding import NamedSharding
 
 from lowrank_optax.binding.moments import KNOWN_FIELDS, Kind, owner_and_field
 from lowrank_optax.binding.optimizer import bind
@@ -23,7 +24,10 @@ _SUMS = {"sums", "acc_grads"}
 
 
 def memory_plan(
-    optimizer: optax.GradientTransformation, params: Any, compiled: Any = None
+    optimizer: optax.GradientTransformation,
+    params: Any,
+    compiled: Any = None,
+    state_shardings: Any = None,
 ) -> MemoryPlan:
     """Returns the bytes of training with an optimizer, leaf by leaf.
 
@@ -37,10 +41,16 @@ def memory_plan(
             ``NamedSharding``, the plan has the bytes on one device too.
         compiled: Compiled training step, ``jax.jit(step, donate_argnums=...)
             .lower(...).compile()``. The plan then has XLA's own numbers, of one device.
+        state_shardings: A tree like the state, with a ``NamedSharding`` for each array;
+            each parameter then needs one too. An array whose sharding has another
+            memory kind than ``"device"`` has no bytes on the device. None: what
+            :func:`lowrank_optax.state_shardings` returns.
 
     Raises:
-        TypeError: If a leaf is neither an array nor a number.
-        ValueError: If the compiled step has no memory analysis on its backend.
+        TypeError: If a leaf is neither an array nor a number, or one of
+            ``state_shardings`` is no ``NamedSharding``.
+        ValueError: If the compiled step has no memory analysis on its backend, or if
+            ``state_shardings`` do not fit the state.
 
     Example:
         >>> import jax.numpy as jnp, lowrank_optax
@@ -57,7 +67,7 @@ def memory_plan(
     kinds = dict(KNOWN_FIELDS)
     for who in bind(optimizer, shapes).transformations:
         kinds.update(who.parts.moments)
-    sharded = _sharded_state(optimizer, params)
+    sharded = _sharded_state(optimizer, params, state, state_shardings)
     leaves = leaves_by_path(params)
     fields: dict[tuple, dict[str, int]] = {path: {} for path in leaves}
     on_device: dict[tuple, dict[str, int]] = {path: {} for path in leaves}
@@ -133,17 +143,41 @@ def _at_full_rank(leaf: Any, field: str, node: Any, kinds: Mapping[str, Kind]) -
     return math.prod(leaf.shape) * max(4, leaf.dtype.itemsize)
 
 
-def _sharded_state(optimizer, params: Any) -> Any:
+def _sharded_state(optimizer, params: Any, state: Any, given: Any) -> Any:
     """Returns the state's shapes with shardings; None, if shardings are not known."""
     shardings = [named_sharding(leaf) for leaf in jax.tree.leaves(params)]
     meshes = [sharding.mesh for sharding in shardings if sharding is not None]
-    if not meshes or len(meshes) < len(shardings):
-        return None
-    return sharded_state(optimizer, params, meshes[0])
+    is_known = bool(meshes) and len(meshes) == len(shardings)
+    if given is None:
+        return sharded_state(optimizer, params, meshes[0]) if is_known else None
+    if not is_known:
+        raise ValueError("state_shardings need parameters with a NamedSharding each.")
+    if jax.tree.structure(given) != jax.tree.structure(state):
+        raise ValueError(
+            "state_shardings are not a tree like the state; start from "
+            "lowrank_optax.state_shardings(optimizer, params)."
+        )
+
+    def with_sharding(path, leaf, sharding):
+        where = f"state_shardings{jax.tree_util.keystr(path)}"
+        if not isinstance(sharding, NamedSharding):
+            raise TypeError(f"{where} is {sharding!r}, and no NamedSharding.")
+        try:
+            # The first counts the axes, the second divides them.
+            sharding.check_compatible_aval(leaf.shape)
+            sharding.shard_shape(leaf.shape)
+        except ValueError as error:
+            told = f"{where} is {sharding}, which does not fit {leaf.shape}."
+            raise ValueError(told) from error
+        return struct_of(leaf, sharding)
+
+    return jax.tree_util.tree_map_with_path(with_sharding, state, given)
 
 
 def _shard_bytes(leaf: Any) -> int:
     sharding = getattr(leaf, "sharding", None)
+    if sharding is not None and sharding.memory_kind not in (None, "device"):
+        return 0
     shape = tuple(leaf.shape) if sharding is None else sharding.shard_shape(leaf.shape)
     return math.prod(shape) * leaf.dtype.itemsize
 

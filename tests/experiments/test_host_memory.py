@@ -17,9 +17,11 @@ from experiments.distribution.host_memory import (
     moved_late,
     on_devices,
 )
+from experiments.distribution.rules import bytes_per_device, memory_plan
 from experiments.errors import UserError
 from experiments.run.assemble import assemble
 from experiments.run.config import parse
+from experiments.run.plans import on_a_device
 from tests.experiments.small_runs import read_lines, run
 
 ADAPTIVE = [
@@ -85,12 +87,19 @@ def test_a_run_with_its_state_in_host_memory_is_the_same_bit_for_bit(
 def test_over_a_mesh_each_device_moves_its_share(inputs):
     words = [*map(str, inputs), "--optimizer", "adamw", "--mesh", "fsdp=4"]
     words += ["--state-memory", PINNED]
-    _, state = assemble(parse(words), lambda text: None).abstract_state()
+    parts = assemble(parse(words), lambda text: None)
+    _, state = parts.abstract_state()
     kinds = {x.sharding.memory_kind for x in jax.tree.leaves(state)}
     assert kinds == {"device", PINNED}
     large = [x for x in jax.tree.leaves(state) if is_pinned(x) and x.ndim == 3]
     assert large
     assert not any(x.sharding.is_fully_replicated for x in large)
+    # The plan has what is left on a device.
+    plan = memory_plan(parts.tx, parts.param_shapes, PINNED)
+    left = [x for x in jax.tree.leaves(state) if not is_pinned(x)]
+    assert on_a_device(plan)[2] == bytes_per_device(left)
+    whole = memory_plan(parts.tx, parts.param_shapes)
+    assert on_a_device(whole)[2] == bytes_per_device(state)
 
 
 def test_small_arrays_stay_on_the_devices():

@@ -131,7 +131,7 @@ def test_one_optimizer_leaf_by_leaf_and_as_json(capsys, tmp_path):
         (["--memory", "24"], "--memory 24 has no unit; give one, like 24GB"),
         (["--leaves-of", "sgd"], "--leaves-of 'sgd' is not known; choose one of adamw"),
         (["--rank", "0"], "--rank must be at least 1"),
-        (["--mesh", "fsdp=3"], "--mesh fsdp=3 does not divide embed, 128 of blocks"),
+        (["--mesh", "fsdp=3"], "--mesh fsdp=3 does not divide embed, 128 or heads"),
         (["--mesh", "fsdp"], "--mesh fsdp: 'fsdp' is not one of data, fsdp, tensor"),
         (["--vocabulary-size", "0"], "--vocabulary-size must be at least 1"),
         (["--optimizer", "muon", "--rank", "4"], "--rank has no effect: muon has no"),
