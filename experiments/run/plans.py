@@ -45,9 +45,11 @@ def plan_of(
             axis, or the optimizer's state does not fit ``--block-state-bytes``.
     """
     _, tx, params = shapes_of(config, _model(config, vocab_size))
-    # Of one device, what is not in its memory counts nothing.
-    text = config.mesh or (config.state_memory != DEVICE and "data=1")
-    if text:
+    text = config.mesh
+    if text is None and config.state_memory != DEVICE:
+        # Of one device: what is not in its memory counts nothing.
+        text = "data=1"
+    if text is not None:
         mesh = planned_mesh(text)
         params = on_mesh(params, parameter_shardings(params, mesh, report))
     try:
