@@ -101,11 +101,13 @@ def _shards(names: Iterable[str], mesh: Any) -> int:
     return math.prod(mesh.shape[name] for name in names)
 
 
-def _sharding(parts: _Parts, mesh: Any) -> NamedSharding:
+def _sharding(
+    parts: _Parts, mesh: Any, memory_kind: str | None = None
+) -> NamedSharding:
     cut = [x[0] if len(x) == 1 else x or None for x in parts]
     while cut and cut[-1] is None:
         cut.pop()
-    return NamedSharding(mesh, PartitionSpec(*cut))
+    return NamedSharding(mesh, PartitionSpec(*cut), memory_kind=memory_kind)
 
 
 def on_mesh(shapes: Any, shardings: Any) -> Any:
@@ -179,7 +181,7 @@ def dividing(leaf: Any, sharding: Any) -> Any:
     mesh, parts = sharding.mesh, _parts(sharding, leaf.ndim)
     pairs = zip(leaf.shape, parts, strict=True)
     kept = [x if n % _shards(x, mesh) == 0 else () for n, x in pairs]
-    return _sharding(kept, mesh).with_memory_kind(sharding.memory_kind)
+    return _sharding(kept, mesh, sharding.memory_kind)
 
 
 def memory_plan(
