@@ -40,14 +40,24 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yields what each run says of itself at its end."""
     for method in arguments.methods:
         for mesh in (None, *MESHES):
-            yield _run(method, mesh, arguments)
+            yield run(method, mesh, arguments)
 
 
-def _run(method: str, mesh: str | None, arguments) -> dict[str, Any]:
+def run(
+    method: str, mesh: str | None, arguments: argparse.Namespace, noise: float = 0.0
+) -> dict[str, Any]:
+    """Returns what a run says of itself at its end.
+
+    Args:
+        method: The optimizer.
+        mesh: The mesh; None: one device.
+        arguments: Of the command.
+        noise: Relative size of a change of the initial weights.
+    """
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / "out"
         words = [
-            *_model(arguments, Path(directory)),
+            *_model(arguments, Path(directory), noise),
             *("--optimizer", method, "--out", str(out)),
             *("--steps", str(arguments.steps), "--eval-every", "100000"),
             *("--eval-tokens", "4096", "--sample-tokens", "0"),
@@ -81,13 +91,19 @@ def _run(method: str, mesh: str | None, arguments) -> dict[str, Any]:
     }
 
 
-def _model(arguments: argparse.Namespace, directory: Path) -> list[str]:
-    """Returns the flags of the model; one with fewer layers is written down first."""
-    if arguments.layers is None:
+def _model(arguments: argparse.Namespace, directory: Path, noise: float) -> list[str]:
+    """Returns the flags of the model; one that is no preset is written down first."""
+    if arguments.layers is None and not noise:
         return ["--model", arguments.model]
-    model = preset(arguments.model, VOCABULARY, num_layers=arguments.layers)
-    params = init_params(model, jax.random.key(0))
-    save_llama(directory / "model", model, jax.tree.map(np.asarray, params))
+    layers = {} if arguments.layers is None else {"num_layers": arguments.layers}
+    model = preset(arguments.model, VOCABULARY, **layers)
+    params = jax.tree.map(np.asarray, init_params(model, jax.random.key(0)))
+    draws = np.random.default_rng(0)
+
+    def changed(x):
+        return x * (1 + noise * draws.standard_normal(x.shape, np.float32))
+
+    save_llama(directory / "model", model, jax.tree.map(changed, params))
     return ["--initial-weights", str(directory / "model")]
 
 

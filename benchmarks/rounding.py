@@ -1,0 +1,53 @@
+"""How much a loss hangs on rounding: runs on one device, with weights changed by 1e-7.
+
+``python -m benchmarks.rounding --save`` runs each optimizer of
+:mod:`benchmarks.meshes` from the same weights, and from weights that are changed by
+1e-7 of their size: about the rounding of float32. It writes
+``benchmarks/results/rounding.json``. A mesh adds up in another order, and can be no
+nearer to one device than these runs are to each other.
+"""
+
+import argparse
+import json
+
+import jax
+
+from benchmarks.harness import RESULTS
+from benchmarks.meshes import METHODS, run
+
+FILE = RESULTS / "rounding.json"
+NOISE = 1e-7
+
+
+def main() -> None:
+    """Runs, prints, and writes the differences if asked to."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--layers", type=int, help="fewer than the model's own")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--save", action="store_true")
+    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[])
+    arguments = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    found = json.loads(FILE.read_text()) if arguments.save and FILE.exists() else []
+    for method in arguments.methods:
+        # A change of 1e-30 is none: the weights are written down in both runs.
+        pair = [run(method, None, arguments, noise) for noise in (1e-30, NOISE)]
+        one, other = (row["losses"] for row in pair)
+        row = {
+            "model": pair[0]["model"],
+            "optimizer": method,
+            "noise": NOISE,
+            "relative": {step: other[step] / one[step] - 1 for step in one},
+        }
+        print(json.dumps(row), flush=True)
+        names = ("model", "optimizer")
+        found = [x for x in found if any(x[name] != row[name] for name in names)]
+        found.append(row)
+        if arguments.save:
+            FILE.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
