@@ -31,7 +31,7 @@ from flax import nnx
 
 from experiments.errors import UserError
 from experiments.model.encoder_shape import EncoderConfig
-from experiments.model.rows import from_table, keep_rows
+from experiments.model.rows import for_table, from_table, keep_rows
 
 Params = dict[str, Any]
 
@@ -156,9 +156,9 @@ class Embeddings(nnx.Module):
         config = self.config
         places = config.first_position + jnp.arange(tokens.shape[1])
         total = (
-            _looked_up(self.word, tokens)
+            _looked_up(self.word, for_table(tokens))
             + _looked_up(self.position, places)
-            + _looked_up(self.segment, segments)
+            + _looked_up(self.segment, for_table(segments))
         )
         # x is one matrix here and in the blocks. For a (B, T, n) operand XLA's CPU
         # backend transposes the cotangent in every kernel's gradient.

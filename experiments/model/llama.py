@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments.model.rows import from_table, keep_rows
+from experiments.model.rows import for_table, from_table, keep_rows
 from experiments.model.shape import LlamaConfig
 
 Params = dict[str, Any]
@@ -118,7 +118,7 @@ class Llama(nnx.Module):
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """Returns what the first block reads, (B, T, d), of (B, T) integers."""
-        hidden = jnp.take(self.embedding[...], tokens, axis=0)
+        hidden = jnp.take(self.embedding[...], for_table(tokens), axis=0)
         return from_table(hidden.astype(self.config.compute_dtype))
 
     def logits(self, hidden: jax.Array) -> jax.Array:

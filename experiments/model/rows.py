@@ -22,15 +22,24 @@ def keep_rows(x: jax.Array) -> jax.Array:
     return _cut(x, BATCH_AXES)
 
 
+def for_table(tokens: jax.Array) -> jax.Array:
+    """Returns tokens to be looked up, (B, T), each with the neighbours along fsdp.
+
+    fsdp cuts the table along d. A device looks up its share of d for the sequences of
+    its neighbours too, and :func:`from_table` lets them exchange the shares. Otherwise
+    the compiler may gather the table, and add up its gradient over all devices.
+
+    Args:
+        tokens: In a program as for :func:`keep_rows`.
+    """
+    return _cut(tokens, "data")
+
+
 def from_table(x: jax.Array) -> jax.Array:
     """Returns rows that were looked up, (B, T, d) or (B T, d), cut along B alone.
 
-    fsdp cuts the table along d. Each device looks up its share of d for the sequences
-    of its neighbours along fsdp too, and they exchange the shares. Otherwise the
-    compiler would add up the gradient of the whole table over all devices.
-
     Args:
-        x: As for :func:`keep_rows`.
+        x: Rows of a table, by :func:`for_table`.
     """
     return keep_rows(_cut(x, "data", *[None] * (x.ndim - 2), "fsdp"))
 
