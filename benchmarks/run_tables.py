@@ -1,8 +1,11 @@
-"""Tables of what a run does beside its step: a state on the host, checkpoints."""
+"""Tables of whole runs: a state on the host, checkpoints, meshes."""
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
+
+from benchmarks.meshes import METHODS
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -57,4 +60,37 @@ def saving() -> Rows:
         ]
 
 
-TABLES = {"host-memory": host_memory, "saving": saving}
+def meshes() -> Rows:
+    """Yields the rows of ``results/meshes.json`` beside ``results/rounding.json``."""
+    fsdp = {2: "data=4,fsdp=2", 4: "data=2,fsdp=4", 8: "fsdp=8"}
+    yield [
+        *("model", "optimizer", "largest difference of the loss"),
+        *("of one device, by 1e-7", "the same, at any step"),
+        *(f"state, fsdp {size}" for size in fsdp),
+    ]
+    rounding = {
+        (row["model"], row["optimizer"]): row["relative"]
+        for row in json.loads((RESULTS / "rounding.json").read_text())
+    }
+    found = json.loads((RESULTS / "meshes.json").read_text())
+    found.sort(key=lambda x: (x["model"], METHODS.index(x["optimizer"])))
+    for name, group in itertools.groupby(
+        found, lambda row: (row["model"], row["optimizer"])
+    ):
+        one, *others = group
+        state = {x["mesh"]: x["bytes_per_device"]["optimizer_state"] for x in others}
+        largest = max(abs(x["loss"] / one["loss"] - 1) for x in others)
+        own = [abs(x) for x in rounding.get(name, {}).values()]
+        yield [
+            name[0],
+            f"`{name[1]}`",
+            f"{largest:.1e}",
+            *([f"{own[-1]:.1e}", f"{max(own):.1e}"] if own else ["", ""]),
+            *(
+                f"{state[mesh] / one['bytes_per_device']['optimizer_state']:.3f}"
+                for mesh in fsdp.values()
+            ),
+        ]
+
+
+TABLES = {"host-memory": host_memory, "saving": saving, "meshes": meshes}

@@ -24,6 +24,7 @@ PAGES = tuple(
         "recipes/memory_24gb",
         "recipes/sharded",
         "finetuning",
+        "many_devices",
     )
 )
 # Card -> directories of its measurements.
