@@ -30,8 +30,9 @@ LOCAL_DEVICES = "JAX_LOCAL_DEVICE_IDS"
 _EXAMPLE = (
     "python -m experiments.launch --processes 2 -- experiments.pretrain_llama --steps 9"
 )
-# How long the processes are waited for beyond their own --process-timeout.
-_MORE_SECONDS = 10.0
+# The processes notice the end of one in less. One that never joined the others, because
+# its first one had ended, would wait for --process-timeout.
+_SECONDS = 20.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,8 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ]
         for index in range(options.processes)
     ]
-    seconds = _process_timeout(words) + _MORE_SECONDS
-    return run_together(commands, environments, seconds, options.verbose)
+    return run_together(commands, environments, _SECONDS, options.verbose)
 
 
 def _parse(argv: list[str]) -> tuple[Options, list[str]]:
@@ -160,13 +160,6 @@ def gpus_of(environment: Mapping[str, str]) -> list[str]:
 def _free_port() -> int:
     with socket.create_server(("", 0)) as found:
         return found.getsockname()[1]
-
-
-def _process_timeout(words: Sequence[str]) -> float:
-    """Returns the seconds of the command's own flag, or its default."""
-    text = " ".join(words).replace("_", "-")
-    found = re.findall(r"--process-timeout[ =]([\d.]+)(?= |$)", text)
-    return float(found[-1]) if found else 60.0
 
 
 if __name__ == "__main__":
