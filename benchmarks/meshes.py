@@ -134,17 +134,26 @@ def table(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Runs, prints the table, and writes it if asked to."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+def arguments_of(description: str | None) -> argparse.Namespace:
+    """Returns the arguments of a command that calls :func:`run`, on the CPU.
+
+    Args:
+        description: Docstring of its module.
+    """
+    parser = argparse.ArgumentParser(description=(description or "").split("\n")[0])
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--layers", type=int, help="fewer than the model's own")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--save", action="store_true")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[])
-    arguments = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Runs, prints the table, and writes it if asked to."""
+    arguments = arguments_of(__doc__)
     known = json.loads(FILE.read_text()) if arguments.save and FILE.exists() else []
     found = []
     for row in rows(arguments):

@@ -7,13 +7,10 @@
 nearer to one device than these runs are to each other.
 """
 
-import argparse
 import json
 
-import jax
-
 from benchmarks.harness import RESULTS
-from benchmarks.meshes import METHODS, run
+from benchmarks.meshes import arguments_of, run
 
 FILE = RESULTS / "rounding.json"
 NOISE = 1e-7
@@ -21,15 +18,7 @@ NOISE = 1e-7
 
 def main() -> None:
     """Runs, prints, and writes the differences if asked to."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--model", default="tiny")
-    parser.add_argument("--layers", type=int, help="fewer than the model's own")
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--methods", nargs="+", default=METHODS)
-    parser.add_argument("--save", action="store_true")
-    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[])
-    arguments = parser.parse_args()
-    jax.config.update("jax_platforms", "cpu")
+    arguments = arguments_of(__doc__)
     found = json.loads(FILE.read_text()) if arguments.save and FILE.exists() else []
     for method in arguments.methods:
         # A change of 1e-30 is none: the weights are written down in both runs.
