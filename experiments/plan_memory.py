@@ -23,7 +23,6 @@ from rich.table import Table
 import lowrank_optax
 from experiments.arguments import check_choice, check_ranges, given_flags, run_command
 from experiments.data.tokenizers import load_tokenizer
-from experiments.distribution.host_memory import DEVICE
 from experiments.errors import UserError
 from experiments.ranges import AtLeastOne
 from experiments.run.config import PRETRAINING, check
@@ -136,7 +135,7 @@ def _print_table(plans: Mapping[str, Any], plain: Any, options: Options) -> None
         return f"{size / size_of_unit:,.2f}" if size >= 0 else "does not fit"
 
     where = "" if options.mesh is None else f"one device of --mesh {options.mesh}, "
-    if options.state_memory != DEVICE:
+    if options.state_memory != Config.state_memory:
         where += f"large arrays of the state in {options.state_memory}, "
     table = Table(title=f"LLaMA {options.model_name}, {dtype}, {where}in {unit}")
     table.add_column("optimizer")
