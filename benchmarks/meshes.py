@@ -44,7 +44,10 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def run(
-    method: str, mesh: str | None, arguments: argparse.Namespace, noise: float = 0.0
+    method: str,
+    mesh: str | None,
+    arguments: argparse.Namespace,
+    noise: float | None = None,
 ) -> dict[str, Any]:
     """Returns what a run says of itself at its end.
 
@@ -52,7 +55,8 @@ def run(
         method: The optimizer.
         mesh: The mesh; None: one device.
         arguments: Of the command.
-        noise: Relative size of a change of the initial weights.
+        noise: Relative size of a change of initial weights that are written down for
+            the run; None: they are drawn by the run.
     """
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / "out"
@@ -91,9 +95,11 @@ def run(
     }
 
 
-def _model(arguments: argparse.Namespace, directory: Path, noise: float) -> list[str]:
+def _model(
+    arguments: argparse.Namespace, directory: Path, noise: float | None
+) -> list[str]:
     """Returns the flags of the model; one that is no preset is written down first."""
-    if arguments.layers is None and not noise:
+    if arguments.layers is None and noise is None:
         return ["--model", arguments.model]
     layers = {} if arguments.layers is None else {"num_layers": arguments.layers}
     model = preset(arguments.model, VOCABULARY, **layers)
@@ -101,7 +107,7 @@ def _model(arguments: argparse.Namespace, directory: Path, noise: float) -> list
     draws = np.random.default_rng(0)
 
     def changed(x):
-        return x * (1 + noise * draws.standard_normal(x.shape, np.float32))
+        return x * (1 + (noise or 0.0) * draws.standard_normal(x.shape, np.float32))
 
     save_llama(directory / "model", model, jax.tree.map(changed, params))
     return ["--initial-weights", str(directory / "model")]

@@ -88,8 +88,6 @@ def moved_late(tree: Any, shardings: Any, used: Any, left: Any, after: Any) -> A
         return left
     flat, structure = jax.tree.flatten(tree)
     kinds, befores, afters = map(jax.tree.leaves, (shardings, used, left))
-    if len(afters) != len(flat):
-        return left
     same = [
         is_pinned(kind) and x is y
         for kind, x, y in zip(kinds, befores, afters, strict=True)

@@ -42,8 +42,8 @@ def memory_plan(
         compiled: Compiled training step, ``jax.jit(step, donate_argnums=...)
             .lower(...).compile()``. The plan then has XLA's own numbers, of one device.
         state_shardings: A tree like the state, with a ``NamedSharding`` for each array;
-            each parameter then needs one too. An array whose sharding has another
-            memory kind than ``"device"`` has no bytes on the device. None: what
+            each parameter then needs one too. An array whose sharding has the memory
+            kind ``"pinned_host"`` has no bytes on the device. None: what
             :func:`lowrank_optax.state_shardings` returns.
 
     Raises:
@@ -176,7 +176,7 @@ def _sharded_state(optimizer, params: Any, state: Any, given: Any) -> Any:
 
 def _shard_bytes(leaf: Any) -> int:
     sharding = getattr(leaf, "sharding", None)
-    if sharding is not None and sharding.memory_kind not in (None, "device"):
+    if sharding is not None and sharding.memory_kind == "pinned_host":
         return 0
     shape = tuple(leaf.shape) if sharding is None else sharding.shard_shape(leaf.shape)
     return math.prod(shape) * leaf.dtype.itemsize
