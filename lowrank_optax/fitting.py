@@ -6,23 +6,36 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax.codes import decode, encode
+from lowrank_optax.projected import Sketch
 from lowrank_optax.rules.bases import captured_energies
 from lowrank_optax.rules.power_iteration import PowerIteration
 from lowrank_optax.rules.random_bases import RandomBasis
 from lowrank_optax.subspace import Projector, Subspace
 
 
+def matrix_of(gradient: jax.Array | Sketch, projector: Projector) -> jax.Array:
+    """Returns the rows to which a basis is fitted, (*stack, rows, b/c).
+
+    Args:
+        gradient: Full gradient, or its sketch.
+        projector: Projector of the leaf.
+    """
+    if isinstance(gradient, Sketch):
+        return gradient.rows.astype(projector.dtype)
+    return projector.view.oriented(gradient).astype(projector.dtype)
+
+
 def blended(
-    gradient: jax.Array,
+    gradient: jax.Array | Sketch,
     means: Sequence[jax.Array],
     subspace: Subspace,
     projector: Projector,
     count: jax.Array,
-) -> jax.Array:
-    """Returns the array to which a basis is fitted: for most rules, the gradient.
+) -> jax.Array | Sketch:
+    """Returns what a basis is fitted to: for most rules, the gradient or its sketch.
 
     Args:
-        gradient: Full gradient.
+        gradient: Full gradient, or its sketch.
         means: First moments in the basis in use, (*stack, a*c, r) each; may be empty.
         subspace: Subspace with the basis in use.
         projector: Projector of the leaf.
@@ -31,6 +44,7 @@ def blended(
     rule = projector.parts.basis
     if not isinstance(rule, PowerIteration) or not means:
         return gradient
+    assert not isinstance(gradient, Sketch)
     momentum = projector.view.lift(
         means[0].astype(projector.dtype), decode(subspace.basis)
     )
@@ -38,12 +52,15 @@ def blended(
 
 
 def with_basis_of(
-    gradient: jax.Array, subspace: Subspace, projector: Projector, name_hash: jax.Array
+    gradient: jax.Array | Sketch,
+    subspace: Subspace,
+    projector: Projector,
+    name_hash: jax.Array,
 ) -> tuple[Subspace, jax.Array]:
     """Returns the subspace with a basis of the gradient, and where one was found."""
     parts = projector.parts
     assert not isinstance(parts.basis, RandomBasis)
-    matrix = projector.view.oriented(gradient).astype(projector.dtype)
+    matrix = matrix_of(gradient, projector)
     seeds = projector.seeds(subspace.refreshes - 1, name_hash)
     columns = parts.basis.compute(matrix, decode(subspace.basis), seeds)
     # Sums of squares keep NaN. XLA's maximum may lose NaN (jaxlib 0.10 and 0.11, CPU).

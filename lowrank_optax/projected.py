@@ -1,4 +1,4 @@
-"""``Projected``: the type of a gradient inside its leaf's subspace."""
+"""``Projected`` and ``Sketch``: what may stand in the place of a full gradient."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -65,6 +65,22 @@ class Projected:
         return child if isinstance(child, _LABELS) else cls(child)
 
 
+class Sketch(NamedTuple):
+    """A sketch of a gradient, in the gradient's place for the renewal of a basis.
+
+    With the gradient A (a*c, b/c) and a random test matrix Omega (a*c, k), whose
+    entries have mean 0 and variance 1 / k, a sketch is Y = Omega^T A. The Gram matrix
+    Y^T Y estimates A^T A without bias, so that Y has nearly the same leading right
+    singular vectors, energies and norm as A. A sketch is linear in the gradient:
+    sketches of several micro-batches with one test matrix are added up.
+
+    Attributes:
+        rows: Y; (*stack, k, b/c), float32 or wider.
+    """
+
+    rows: Any
+
+
 class ProjectedSum(NamedTuple):
     """A sum of projected gradients in a state, in place of the full sum.
 
@@ -81,9 +97,16 @@ def is_projected(node: Any) -> bool:
 
 
 def gradients_by_path(gradients: Any) -> dict[tuple, Any]:
-    """Returns each gradient, an array or :class:`Projected`, by its leaf's key path."""
-    leaves = jax.tree.leaves_with_path(unboxed(gradients), is_leaf=is_projected)
-    return dict(leaves)
+    """Returns each gradient by its leaf's key path.
+
+    Args:
+        gradients: Arrays, with :class:`Projected` or :class:`Sketch` in place of some.
+    """
+
+    def stands_in(node):
+        return isinstance(node, (Projected, Sketch))
+
+    return dict(jax.tree.leaves_with_path(unboxed(gradients), is_leaf=stands_in))
 
 
 def full_size(gradients: Any, params: Any) -> Any:

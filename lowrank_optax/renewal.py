@@ -23,7 +23,7 @@ from lowrank_optax.binding.states import (
 from lowrank_optax.codes import coded_record, decode, encode, is_coded
 from lowrank_optax.due import asked
 from lowrank_optax.fitting import below, blended, with_basis_of
-from lowrank_optax.projected import gradients_by_path, is_projected
+from lowrank_optax.projected import Sketch, gradients_by_path, is_projected
 from lowrank_optax.rules.products import is_usable
 from lowrank_optax.rules.rebase import random_transfer, rebased, transfer
 from lowrank_optax.subspace import (
@@ -42,8 +42,9 @@ def renewed(
     """Returns the state with due bases renewed and the moments re-based.
 
     Args:
-        gradients: Tree like the parameters, of full gradients. A leaf with a
-            :class:`Projected` gradient keeps its basis. Random bases need no gradient.
+        gradients: Tree like the parameters, of full gradients or their sketches. A leaf
+            with a :class:`Projected` gradient keeps its basis. Random bases need no
+            gradient.
         state: State of the transformation.
         projectors: Projectors of the projected leaves.
         again: Whether an earlier micro-batch of the same update came before; see
@@ -136,7 +137,7 @@ class _Leaf(NamedTuple):
     Attributes:
         projector: Projector of the leaf.
         moments: Place and kind of each moment.
-        gradient: Full gradient; None for a random basis.
+        gradient: Full gradient, or its sketch; None for a random basis.
         due: Whether each matrix is due; bool (*stack,).
         renewable: The state to renew.
     """
@@ -200,6 +201,8 @@ def _has_basis(leaf: _Leaf) -> jax.Array:
     """Returns the matrices that can have a basis (finite, not zero), bool (*stack,)."""
     if leaf.gradient is None:
         return jnp.ones_like(leaf.due)
+    if isinstance(leaf.gradient, Sketch):
+        return is_usable(leaf.gradient.rows)[..., 0, 0]
     return is_usable(leaf.projector.view.matrices(leaf.gradient))[..., 0, 0]
 
 

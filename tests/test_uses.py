@@ -12,6 +12,7 @@ import pytest
 import lowrank_optax
 from lowrank_optax import subspace_value_and_grad
 from lowrank_optax.projected import is_projected
+from tests.sketched import assert_sketched
 from tests.suite import random_like
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -62,6 +63,8 @@ def assert_projected(optimizer, function, params, *args, rounding=ROUNDING):
         error = np.linalg.norm(kind - expected)
         assert error <= rounding * np.linalg.norm(expected), name
     assert any(plan.is_projected for plan in plans.values())
+    *_, sketches = jax.jit(gradient.sketching())(params, state, *args)
+    assert_sketched(optimizer, params, full, state, sketches, rounding)
     return functools.partial(gradient, params, state, *args)
 
 

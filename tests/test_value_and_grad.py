@@ -18,6 +18,7 @@ import lowrank_optax
 from lowrank_optax import LowRankDimensionNumbers, subspace_value_and_grad
 from lowrank_optax.matrix.view import matrix_view
 from lowrank_optax.projected import is_projected
+from tests.sketched import assert_sketched
 from tests.suite import random_like
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -33,7 +34,7 @@ def low_rank(rank=RANK, **options):
 
 
 def assert_projected(optimizer, function, params, *args, rounding=ROUNDING):
-    """Asserts value and gradients; returns the latter."""
+    """Asserts value, gradients and sketches; returns the gradients."""
     grads = jax.jit(jax.grad(function))(params, *args)
     _, state = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
     gradient = subspace_value_and_grad(function, optimizer)
@@ -41,6 +42,8 @@ def assert_projected(optimizer, function, params, *args, rounding=ROUNDING):
     np.testing.assert_allclose(value, function(params, *args), rtol=rounding)
     plans = lowrank_optax.projections(optimizer, params)
     subspaces = lowrank_optax.subspaces(state)
+    *_, sketches = jax.jit(gradient.sketching())(params, state, *args)
+    assert_sketched(optimizer, params, grads, state, sketches, rounding)
     paths = jax.tree.leaves_with_path(grads)
     kinds = jax.tree.leaves(actual, is_leaf=is_projected)
     for (path, full), kind in zip(paths, kinds, strict=True):

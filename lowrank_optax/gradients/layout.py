@@ -1,8 +1,9 @@
-"""The projected gradient of a parameter, spread over the parameter's own axes."""
+"""Projected gradients and sketches, spread over the axes of their parameter."""
 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -14,6 +15,10 @@ from lowrank_optax.matrix.view import MatrixView
 # The atoms of each dimension of an array made of a parameter: their sizes, all above 1,
 # the outermost first. The product of the sizes is the length of the dimension.
 Dims = tuple[tuple[int, ...], ...]
+# The atoms along which coordinates and test matrices vary, bases, and sketches.
+_KEPT = ("stack", "kept", "block")
+_PROJECTED = ("stack", "projected")
+_WHOLE = ("stack", "block", "projected")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +36,9 @@ class Layout:
 
     Both get one axis per atom, in the parameter's order, and the rank. An array has the
     atom's size where it varies along the atom, else 1. The gradient G of the parameter
-    is then sum_r coordinates * basis, broadcast, whatever the axes mean.
+    is then sum_r coordinates * basis, broadcast, whatever the axes mean. A sketch
+    Omega^T G and its test matrix Omega are laid out in the same way, with the sides of
+    the matrix exchanged.
 
     Attributes:
         view: The parameter as matrices.
@@ -83,38 +90,86 @@ class Layout:
 
         Blocks without atoms become columns: r is then the granularity times the rank.
         """
-        return self._zeros(leaf, self._rank(rank), dtype, ("stack", "kept", "block"))
+        return self._zeros(leaf, self._rank(rank), dtype, _KEPT)
+
+    def sketch_zeros(self, leaf: Any, width: int, dtype: Any) -> jax.Array:
+        """Returns a sketch of zeros, (*atoms, k), with the leaf's sharding.
+
+        It is a sketch of each block: a program may scale the blocks differently. Blocks
+        without atoms become columns, as in :meth:`zeros`.
+        """
+        return self._zeros(leaf, self._rank(width), dtype, _WHOLE)
 
     def basis(self, leaf: Any, basis: jax.Array) -> jax.Array:
         """Returns a basis (*stack, b/c, r) as (*atoms, r), with the leaf's sharding."""
-        sides = ("stack", "projected")
-        rank = self._rank(basis.shape[-1])
-        like = self._zeros(leaf, rank, basis.dtype, sides)
-        order, shape = self._order(sides)
 
-        def spread(basis):
-            if self._cut is None:
-                # One basis per block, in columns of its own.
-                eye = jnp.eye(self.view.granularity, dtype=basis.dtype)
-                basis = jnp.einsum("ij,...br->...ibjr", eye, basis)
-            basis = basis.reshape(*shape, rank)
-            inverse = sorted(range(len(order)), key=order.__getitem__)
-            return basis.transpose(*inverse, len(order)).reshape(like.shape)
+        def apart(basis):
+            # One basis per block, in columns of its own.
+            eye = jnp.eye(self.view.granularity, dtype=basis.dtype)
+            return jnp.einsum("ij,...br->...ibjr", eye, basis)
 
-        return with_automatic_axes(spread, like, basis)
+        return self._spread(leaf, basis, _PROJECTED, apart)
+
+    def test_matrix(self, leaf: Any, omega: jax.Array) -> jax.Array:
+        """Returns Omega (*stack, a*c, k) as (*atoms, k), with the leaf's sharding."""
+
+        def apart(omega):
+            # The rows of each block, in columns of their own.
+            return omega.reshape(*self.view.stack, -1, self._rank(omega.shape[-1]))
+
+        return self._spread(leaf, omega, _KEPT, apart)
 
     def public(self, like: jax.Array, coordinates: jax.Array) -> jax.Array:
         """Returns coordinates (*atoms, r) as (*stack, a*c, r), sharded as ``like``."""
-        order, shape = self._order(("stack", "kept", "block"))
-        rank = coordinates.shape[-1]
 
         def gathered(coordinates):
-            sizes = [shape[order.index(i)] for i in sorted(order)]
-            places = [sorted(order).index(i) for i in order]
-            found = coordinates.reshape(*sizes, rank)
-            return found.transpose(*places, len(order)).reshape(like.shape)
+            return self._gathered(coordinates, _KEPT).reshape(like.shape)
 
         return with_automatic_axes(gathered, like, coordinates)
+
+    def public_sketch(self, like: jax.Array, sketch: jax.Array) -> jax.Array:
+        """Returns a sketch (*atoms, k) as (*stack, k, b/c), sharded as ``like``."""
+
+        def gathered(sketch):
+            view, found = self.view, self._gathered(sketch, _WHOLE)
+            blocks = (*view.stack, view.granularity, view.projected_size)
+            if self._cut is None:
+                # Of each block, the columns of its own rows.
+                found = found.reshape(*blocks, view.granularity, like.shape[-2])
+                return jnp.einsum("...ibik->...kb", found)
+            found = found.reshape(*blocks, like.shape[-2]).sum(-3)
+            return jnp.swapaxes(found, -1, -2)
+
+        return with_automatic_axes(gathered, like, sketch)
+
+    def _spread(self, leaf: Any, array: jax.Array, sides, apart: Callable) -> jax.Array:
+        """Returns (*stack, side, r) as (*atoms, r), with the leaf's sharding.
+
+        Args:
+            leaf: The parameter.
+            array: A basis or a test matrix.
+            sides: Along which the array varies.
+            apart: Applied to the array if its blocks have no atoms.
+        """
+        rank = self._rank(array.shape[-1])
+        like = self._zeros(leaf, rank, array.dtype, sides)
+        order, shape = self._order(sides)
+
+        def spread(array):
+            array = apart(array) if self._cut is None else array
+            array = array.reshape(*shape, rank)
+            inverse = sorted(range(len(order)), key=order.__getitem__)
+            return array.transpose(*inverse, len(order)).reshape(like.shape)
+
+        return with_automatic_axes(spread, like, array)
+
+    def _gathered(self, array: jax.Array, sides) -> jax.Array:
+        """Returns (*atoms, r) with the axes of these sides alone, side after side."""
+        order, shape = self._order(sides)
+        sizes = [shape[order.index(i)] for i in sorted(order)]
+        places = [sorted(order).index(i) for i in order]
+        found = array.reshape(*sizes, array.shape[-1])
+        return found.transpose(*places, len(order))
 
     def _rank(self, rank: int) -> int:
         return rank * self.view.granularity if self._cut is None else rank

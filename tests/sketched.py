@@ -1,0 +1,40 @@
+"""What a sketch of a gradient has to be."""
+
+import jax
+import numpy as np
+
+import lowrank_optax
+from lowrank_optax.binding.optimizer import bind
+from lowrank_optax.binding.states import low_rank_states, slots_of
+from lowrank_optax.sketch import omega_of, width_of
+
+
+def assert_sketched(optimizer, params, gradients, state, sketches, rounding=1e-5):
+    """Asserts Y = Omega^T A in float64, for each leaf with a computed basis.
+
+    Args:
+        optimizer: With low-rank transformations.
+        params: Parameters.
+        gradients: Full gradients.
+        state: State that the sketches belong to.
+        sketches: Key path -> sketch.
+        rounding: Largest relative error, by the Frobenius norm.
+    """
+    binding, seen = bind(optimizer, params), set()
+    full = dict(jax.tree.leaves_with_path(gradients))
+    for node in low_rank_states(state):
+        slots = slots_of(node)
+        for path, projector in binding.projectors(params, node).items():
+            name = jax.tree_util.keystr(path)
+            if projector.parts.is_random:
+                continue
+            omega = omega_of(projector, slots[path], width_of(projector, None))
+            matrix = np.asarray(projector.view.oriented(full[path]), np.float64)
+            expected = np.einsum("...ak,...ab->...kb", omega, matrix)
+            found = sketches[name].rows
+            assert found.shape == expected.shape, name
+            error = np.linalg.norm(found - expected)
+            assert error <= rounding * np.linalg.norm(expected), name
+            seen.add(name)
+    assert seen == set(sketches)
+    assert seen <= lowrank_optax.projections(optimizer, params).keys()
