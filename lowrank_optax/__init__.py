@@ -24,7 +24,7 @@ from lowrank_optax.methods.projfactor import (
 )
 from lowrank_optax.methods.sumo import scale_by_sumo, sumo
 from lowrank_optax.methods.vlorp import scale_by_vlorp, vlorp
-from lowrank_optax.projected import Projected
+from lowrank_optax.projected import Projected, Sketch
 from lowrank_optax.report.memory_plan import memory_plan
 from lowrank_optax.report.projections import projections
 from lowrank_optax.report.ranks import ranks, subspaces
@@ -48,6 +48,9 @@ from lowrank_optax.subspace import ScaleByLowRankState, Subspace
 from lowrank_optax.training.accumulate import accumulate
 from lowrank_optax.training.by_role import by_role
 from lowrank_optax.training.finite import apply_if_finite
+from lowrank_optax.training.programs import TrainStep
+from lowrank_optax.training.step import TrainState
+from lowrank_optax.training.train_step import train_step
 from lowrank_optax.transform import scale_by_low_rank
 
 __all__ = [
@@ -57,7 +60,10 @@ __all__ = [
     "RebaseRule",
     "ScaleByLowRankState",
     "ScaleByProjfactorState",
+    "Sketch",
     "Subspace",
+    "TrainState",
+    "TrainStep",
     "accumulate",
     "adarankgrad",
     "apollo",
@@ -112,6 +118,7 @@ __all__ = [
     "subspace_value_and_grad",
     "subspaces",
     "sumo",
+    "train_step",
     "vlorp",
 ]
 

@@ -1,8 +1,12 @@
 """Decides when the basis of a matrix is due."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
+from lowrank_optax.binding.optimizer import Binding
+from lowrank_optax.binding.states import low_rank_states, slots_of
 from lowrank_optax.parts import Parts
 from lowrank_optax.subspace import Subspace
 
@@ -50,3 +54,51 @@ def asked(
     retried &= again & (subspace.refreshes == 0) & (not parts.is_random)
     failures = jnp.where(retried, failures, subspace.failures)
     return (due & ~again) | retried, subspace._replace(failures=failures)
+
+
+def due_by_path(
+    binding: Binding, state: Any, ahead: int = 0, *, drawn: bool = False
+) -> dict[str, jax.Array]:
+    """Returns, for each leaf with a basis, whether an update has to renew it.
+
+    Args:
+        binding: Binding of the optimizer.
+        state: State of the optimizer.
+        ahead: Updates between this state and the update in question. The answer is
+            exact for ``every``; ``on_convergence`` knows only the norms so far.
+        drawn: Whether to list leaves with random bases too.
+
+    Returns:
+        Key path -> bool, (): whether a basis of the leaf's stack is due.
+    """
+    due = {}
+    for node in low_rank_states(state):
+        for path, slot in slots_of(node).items():
+            parts = binding.of(node).parts
+            if parts.is_random and not drawn:
+                continue
+            later = slot._replace(age=slot.age + ahead)
+            found = is_due(later, node.count + ahead, parts)
+            due[jax.tree_util.keystr(path)] = jnp.any(found)
+    return due
+
+
+def due_again(binding: Binding, state: Any, within: int) -> dict[str, jax.Array]:
+    """Returns, for each leaf with a basis, whether a new basis is soon due again.
+
+    Args:
+        binding: Binding of the optimizer.
+        state: State of the optimizer.
+        within: Updates behind a renewal.
+
+    Returns:
+        Key path -> bool, (): whether a basis is due at one of these updates.
+    """
+    found = {}
+    for node in low_rank_states(state):
+        for path, slot in slots_of(node).items():
+            rule = binding.of(node).parts.refresh
+            ages = [jnp.full_like(slot.age, age) for age in range(1, within + 1)]
+            each = [jnp.any(rule.is_due(age, slot.trend)) for age in ages]
+            found[jax.tree_util.keystr(path)] = jnp.any(jnp.array(each))
+    return found

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lowrank_optax.binding.optimizer import bind
 from lowrank_optax.binding.states import low_rank_states, slots_of
-from lowrank_optax.due import is_due
+from lowrank_optax.due import due_by_path
 from lowrank_optax.gradients.evaluation import evaluated
 from lowrank_optax.gradients.leaves import ProjectedLeaf
 from lowrank_optax.matrix.boxes import leaves_by_path, unboxed
@@ -150,19 +150,7 @@ class SubspaceValueAndGrad:
         Returns:
             Key path -> bool, (): whether a basis of the leaf's stack is due.
         """
-        binding = bind(self._optimizer, params)
-        due = {}
-        for node in low_rank_states(state):
-            if not slots_of(node):
-                continue
-            if binding.of(node).parts.is_random and not drawn:
-                continue
-            for path, slot in slots_of(node).items():
-                later = slot._replace(age=slot.age + ahead)
-                parts = binding.of(node).parts
-                found = is_due(later, node.count + ahead, parts)
-                due[jax.tree_util.keystr(path)] = jnp.any(found)
-        return due
+        return due_by_path(bind(self._optimizer, params), state, ahead, drawn=drawn)
 
     def _evaluated(self, params, state, args, kwargs, draws=True, wanted=None):
         state, leaves = self._prepared(params, state, draws, wanted)

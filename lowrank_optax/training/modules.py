@@ -1,0 +1,76 @@
+"""Modules of Flax NNX, taken apart for a step and put together again."""
+
+import sys
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import NamedSharding
+
+
+class Model(NamedTuple):
+    """A model as a step takes it.
+
+    Attributes:
+        params: The parameters: what the optimizer changes.
+        carried: Other arrays of a module, such as statistics and counters of random
+            draws; () for a tree of parameters.
+        graph: Static part of a module; None for a tree of parameters.
+    """
+
+    params: Any
+    carried: Any
+    graph: Any
+
+
+def taken_apart(model: Any) -> Model:
+    """Returns a module's parameters apart from the rest, or a tree as it is."""
+    if not _is_module(model):
+        return Model(model, (), None)
+    nnx = sys.modules["flax.nnx"]
+    graph, params, carried = nnx.split(model, nnx.Param, ...)
+    return Model(params, carried, graph)
+
+
+def put_together(model: Any, params: Any, carried: Any) -> Any:
+    """Returns the module with new arrays, changed in place, or the new tree."""
+    if not _is_module(model):
+        return params
+    sys.modules["flax.nnx"].update(model, params, carried)
+    return model
+
+
+def called(
+    function: Any, graph: Any, params: Any, carried: Any, *args: Any
+) -> tuple[Any, Any]:
+    """Returns function(model, *args), and what the model carries behind the call."""
+    if graph is None:
+        return function(params, *args), carried
+    nnx = sys.modules["flax.nnx"]
+    # Variables of this trace: those of another one may not be changed.
+    module = nnx.merge(graph, params, carried, copy=True)
+    result = function(module, *args)
+    return result, nnx.split(module, nnx.Param, ...)[2]
+
+
+def _is_module(model: Any) -> bool:
+    # Whoever has such a module has imported Flax.
+    nnx = sys.modules.get("flax.nnx")
+    return nnx is not None and isinstance(model, nnx.Module)
+
+
+def shapes_of(tree: Any) -> tuple[Any, ...]:
+    """Returns structure, shapes, dtypes and shardings of a tree, to be compared."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, tuple(_shape_of(leaf) for leaf in leaves)
+
+
+def _shape_of(leaf: Any) -> tuple[Any, ...]:
+    sharding = getattr(leaf, "sharding", None)
+    if isinstance(sharding, NamedSharding):
+        place = (sharding.spec, sharding.mesh, sharding.memory_kind)
+    else:
+        place = None
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf.shape, leaf.dtype, False, place
+    kind = jax.typeof(leaf)
+    return kind.shape, kind.dtype, kind.weak_type, place

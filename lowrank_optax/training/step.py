@@ -1,0 +1,274 @@
+"""One step of training, to be compiled: gradients, update, renewal."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence, Set
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax.binding.optimizer import Binding, bind
+from lowrank_optax.due import due_again, due_by_path
+from lowrank_optax.gradients.variants import SubspaceValueAndGrad
+from lowrank_optax.projected import Sketch
+from lowrank_optax.rules.power_iteration import PowerIteration
+from lowrank_optax.training.accumulate import Accumulation
+from lowrank_optax.training.host_memory import moved_late, on_devices
+from lowrank_optax.training.renewals import AHEAD, ALWAYS, next_register
+
+Refresh = Literal["sketch", "full"]
+# (params, carried, batch, *args) -> loss, (carried, aux)
+Loss = Callable[..., tuple[jax.Array, tuple[Any, Any]]]
+
+
+class TrainState(NamedTuple):
+    """State of :func:`lowrank_optax.train_step`.
+
+    Attributes:
+        optimizer: State of the optimizer.
+        due: What this and the next steps have to renew; int8 (3, bases). The order of
+            the bases is that of ``TrainStep.bases``.
+    """
+
+    optimizer: Any
+    due: jax.Array
+
+
+class Placed(NamedTuple):
+    """Where arrays are between steps: trees of shardings.
+
+    Attributes:
+        params: Of the parameters.
+        optimizer: Of the optimizer's state. What is in the host's memory is on the
+            devices around its uses alone.
+    """
+
+    params: Any
+    optimizer: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What a step computes; see :func:`lowrank_optax.train_step`.
+
+    Attributes:
+        loss: The function; ``carried`` is a pytree of arrays that each micro-batch
+            hands on to the next one.
+        optimizer: The optimizer; an :class:`Accumulation` for several micro-batches.
+        micro_batches: Micro-batches of a batch.
+        weight: (batch, aux) -> weight of a micro-batch's loss and gradients.
+        metrics: (params, optimizer state) -> more metrics.
+        refresh: What a computed basis is renewed from.
+        oversample: See ``SubspaceValueAndGrad.sketching``.
+        full_gradients: Key paths of leaves that get full gradients; None: all.
+    """
+
+    loss: Loss
+    optimizer: optax.GradientTransformationExtraArgs
+    micro_batches: int
+    weight: Callable[[Any, Any], Any]
+    metrics: Callable[[Any, Any], Mapping[str, Any]]
+    refresh: Refresh
+    oversample: int | None
+    full_gradients: tuple[str, ...] | None
+
+    @property
+    def _gradient(self) -> SubspaceValueAndGrad:
+        paths = self.full_gradients or ()
+        return SubspaceValueAndGrad(self.loss, self.optimizer, True, paths)
+
+    def due(self, params: Any, state: Any) -> dict[str, jax.Array]:
+        """Returns what the step has to renew that comes AHEAD steps after the next one.
+
+        A sketch makes the basis of the next step, so that it is computed one earlier.
+
+        Returns:
+            Key path -> int8, (), see :mod:`lowrank_optax.training.renewals`; for each
+            leaf with a basis.
+        """
+        binding = bind(self.optimizer, params)
+        soon, later = (
+            due_by_path(binding, state, AHEAD + more, drawn=True) for more in (0, 1)
+        )
+        again = due_again(binding, state, AHEAD)
+        sketched = self._sketched(binding, state)
+        due = {path: (later if path in sketched else soon)[path] for path in soon}
+        return {
+            path: jnp.where(again[path], ALWAYS, x.astype(jnp.int8)).astype(jnp.int8)
+            for path, x in due.items()
+        }
+
+    def _sketched(self, binding: Binding, state: Any) -> Set[str]:
+        """Returns the key paths of the leaves whose bases are renewed from sketches."""
+        if self.full_gradients is None or self.refresh == "full":
+            return set()
+        return due_by_path(binding, state).keys() - set(self.full_gradients)
+
+    def run(
+        self,
+        renews: bool,
+        placed: Placed,
+        params: Any,
+        carried: Any,
+        state: TrainState,
+        batch: Any,
+        args: Sequence[Any],
+    ) -> tuple[Any, Any, TrainState, dict[str, Any]]:
+        """Returns parameters, what is carried, state and metrics behind a step.
+
+        Args:
+            renews: Whether the step renews the bases that are due.
+            placed: Where the arrays are.
+            params: Parameters.
+            carried: What the loss function hands on.
+            state: State.
+            batch: Of the step.
+            args: Further arguments of the loss function.
+        """
+        way = self._micro_batches if self.micro_batches > 1 else self._whole
+        found = way(renews, placed, params, carried, state.optimizer, batch, args)
+        params = optax.apply_updates(params, found.updates)
+        optimizer = found.optimizer
+        if found.sketches:
+            renewed = self._gradient.renewed
+            optimizer = renewed(params, optimizer, found.sketches)
+        due = jnp.array(list(self.due(params, optimizer).values()), jnp.int8)
+        metrics = {
+            "loss": found.loss,
+            "grad_norm": found.grad_norm,
+            "aux": found.aux,
+            "due": due,
+            **self.metrics(params, optimizer),
+        }
+        register = next_register(state.due, renews, due)
+        return params, found.carried, TrainState(optimizer, register), metrics
+
+    def _gradients(self, renews: bool, params: Any, state: Any) -> Callable[..., Any]:
+        """Returns the function of value, gradients, state and sketches."""
+        if self.full_gradients is None:
+            return _with_sketches(self._gradient.full)
+        if not renews:
+            return _with_sketches(self._gradient.keeping)
+        binding = bind(self.optimizer, params)
+        if self._sketched(binding, state):
+            return self._gradient.sketching(oversample=self.oversample)
+        computed = due_by_path(binding, state).keys()
+        if computed == due_by_path(binding, state, drawn=True).keys():
+            return _with_sketches(self._gradient.full)
+        return _with_sketches(self._gradient.renewing(*computed))
+
+    def _whole(self, renews, placed, params, carried, state, batch, args) -> "_Found":
+        used = on_devices(state, placed.optimizer)
+        gradients = self._gradients(renews, params, used)
+        (loss, (carried, aux)), grads, left, sketches = gradients(
+            params, used, carried, batch, *args
+        )
+        if self.full_gradients is None and placed.params is not None:
+            # No array of a state in blocks says how a gradient is cut. The compiler
+            # would add up whole gradients on each device.
+            grads = jax.lax.with_sharding_constraint(grads, placed.params)
+        state = moved_late(state, placed.optimizer, used, left, grads)
+        updates, state = self.optimizer.update(grads, state, params, refresh=renews)
+        norm = optax.tree.norm(grads)
+        return _Found(loss, norm, carried, aux, updates, state, sketches)
+
+    def _micro_batches(
+        self, renews, placed, params, carried, state, batch, args
+    ) -> "_Found":
+        state = on_devices(state, placed.optimizer)
+        gradients = self._gradients(renews, params, state)
+        optimizer = self.optimizer
+        assert isinstance(optimizer, Accumulation)
+
+        def of_one(carried, state, number, batch):
+            """Returns losses and gradients of a micro-batch, both times its weight."""
+            own = jax.tree.map(lambda x: _of_micro_batch(x, number), args)
+            (loss, (carried, aux)), grads, state, sketches = gradients(
+                params, state, carried, batch, *own
+            )
+            weight = jnp.asarray(self.weight(batch, aux), jnp.float32)
+            state = optimizer.add(grads, state, weight, params, refresh=renews)
+            sums = jax.tree.map(lambda x: x * weight.astype(x.dtype), (loss, sketches))
+            return carried, state, aux, (*sums, weight)
+
+        def add(carry, numbered):
+            carried, state, sums = carry
+            carried, state, aux, more = of_one(carried, state, *numbered)
+            return (carried, state, jax.tree.map(jnp.add, sums, more)), aux
+
+        # Every k-th example: each device cuts up its own share.
+        cut = jax.tree.map(self._cut, batch)
+        numbers = jnp.arange(self.micro_batches)
+        first = jax.tree.map(lambda x: x[0], (numbers, cut))
+        shapes = jax.eval_shape(of_one, carried, state, *first)[-1]
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        (carried, state, sums), aux = jax.lax.scan(
+            add, (carried, state, zeros), (numbers, cut)
+        )
+        summed, sketches, weight = sums
+        norm = optax.tree.norm(state.sums) / weight
+        updates, state = optimizer.finish(state, params, refresh=renews)
+        return _Found(summed / weight, norm, carried, aux, updates, state, sketches)
+
+    def _cut(self, x: jax.Array) -> jax.Array:
+        """Returns a batch's array as (micro_batches, examples, ...)."""
+        k = self.micro_batches
+        if not x.ndim or x.shape[0] % k:
+            raise ValueError(
+                f"a batch of shape {x.shape} cannot be cut into {k} micro-batches; "
+                f"its first axis must be a multiple of {k}."
+            )
+        return x.reshape(-1, k, *x.shape[1:]).swapaxes(0, 1)
+
+
+class _Found(NamedTuple):
+    """What the gradients and the update of a step return."""
+
+    loss: jax.Array
+    grad_norm: jax.Array
+    carried: Any
+    aux: Any
+    updates: Any
+    optimizer: Any
+    sketches: Mapping[str, Sketch]
+
+
+def _with_sketches(gradient: Callable[..., tuple[Any, Any, Any]]) -> Callable[..., Any]:
+    """Returns the function with no sketches as its fourth result."""
+    return lambda *args: (*gradient(*args), {})
+
+
+def _of_micro_batch(x: Any, number: jax.Array) -> Any:
+    """Returns an argument for a micro-batch: a random key of its own."""
+    is_key = isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return jax.random.fold_in(x, number) if is_key else x
+
+
+def full_gradients_of(
+    optimizer: optax.GradientTransformation, params: Any, named: Sequence[str]
+) -> tuple[str, ...] | None:
+    """Returns the projected leaves that get full gradients.
+
+    Args:
+        optimizer: With low-rank transformations, or none.
+        params: Parameters, or their shapes.
+        named: Key paths of leaves that get full gradients in any case.
+
+    Returns:
+        Key paths, of the named leaves and of those whose methods need full gradients;
+        None: no leaf has a gradient inside a subspace.
+    """
+    binding = bind(optimizer, params)
+    projected = binding.projected.keys()
+    full = {
+        path
+        for who in binding.transformations
+        for path in who.projected
+        if who.parts.needs_full_gradients or isinstance(who.parts.basis, PowerIteration)
+    }
+    full |= binding.shared & projected
+    names = {jax.tree_util.keystr(path) for path in full} | set(named)
+    if names >= {jax.tree_util.keystr(path) for path in projected}:
+        return None
+    return tuple(sorted(names))

@@ -1,0 +1,427 @@
+"""``train_step``: its programs, their order, its state, and what it refuses."""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import lowrank_optax
+from lowrank_optax import train_step
+from lowrank_optax.training import renewals
+from tests.suite import random_like
+
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+
+SHAPES = {"up": (8, 20), "bias": (20,), "down": (20, 6)}
+RANK = 2
+# Sums in another order, float32.
+ROUNDING = 1e-5
+
+
+def loss_fn(params, batch):
+    hidden = jnp.tanh(batch @ params["up"] + params["bias"])
+    return jnp.mean(jnp.sin(hidden @ params["down"]) ** 2)
+
+
+def batches(count, shape=(12, 8)):
+    return [random_like({"x": shape}, seed)["x"] for seed in range(count)]
+
+
+def low_rank(interval=4, **options):
+    return optax.chain(
+        lowrank_optax.scale_by_low_rank(
+            optax.scale_by_adam(),
+            RANK,
+            refresh=lowrank_optax.every(interval, stagger=False),
+            **options,
+        ),
+        optax.scale_by_learning_rate(1e-2),
+    )
+
+
+def trained(step, params, xs, state=None):
+    """Returns parameters, state and metrics of all steps."""
+    state = step.init(params) if state is None else state
+    # Donated, and the tests use them again.
+    params, found = jax.tree.map(jnp.copy, params), []
+    for x in xs:
+        params, state, metrics = step(params, state, x)
+        found.append(metrics)
+    return params, state, found
+
+
+def assert_same(first, second):
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def assert_close(first, second, rtol=ROUNDING):
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol),
+        first,
+        second,
+    )
+
+
+def ages(state):
+    found = lowrank_optax.subspaces(state.optimizer).values()
+    return [(int(slot.age), int(slot.refreshes)) for slot in found]
+
+
+def test_any_optimizer_trains_as_by_hand():
+    params, xs = random_like(SHAPES), batches(3)
+    optimizer = optax.adamw(1e-2)
+    found, _, metrics = trained(train_step(loss_fn, optimizer), params, xs)
+    state = optimizer.init(params)
+    for x, seen in zip(xs, metrics, strict=True):
+        loss, grads = jax.value_and_grad(loss_fn)(params, x)
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        np.testing.assert_allclose(seen["loss"], loss, rtol=ROUNDING)
+        np.testing.assert_allclose(
+            seen["grad_norm"], optax.tree.norm(grads), rtol=ROUNDING
+        )
+    assert_close(found, params)
+
+
+def test_full_gradients_train_as_by_hand():
+    """With refresh="full" the updates are those of full gradients, renewals too."""
+    params, xs = random_like(SHAPES), batches(10)
+    optimizer = low_rank()
+    expected, state = params, optimizer.init(params)
+    update = jax.jit(optimizer.update)
+    for x in xs:
+        grads = jax.grad(loss_fn)(expected, x)
+        updates, state = update(grads, state, expected)
+        expected = optax.apply_updates(expected, updates)
+    for options in ({"gradients": "full"}, {"refresh": "full"}):
+        step = train_step(loss_fn, optimizer, **options)
+        found, after, _ = trained(step, params, xs)
+        # Small entries of Adam's second moment turn roundings into more.
+        assert_close(found, expected, 1e-4)
+        assert ages(after) == [
+            (int(x.age), int(x.refreshes))
+            for x in lowrank_optax.subspaces(state).values()
+        ]
+
+
+def test_sketches_renew_on_the_updates_on_which_full_gradients_would():
+    params, xs = random_like(SHAPES), batches(11)
+    seen = {}
+    for refresh in ("sketch", "full"):
+        step = train_step(loss_fn, low_rank(4), refresh=refresh)
+        state, of_run = step.init(params), []
+        own = jax.tree.map(jnp.copy, params)
+        for x in xs:
+            own, state, _ = step(own, state, x)
+            of_run.append(ages(state)[0])
+        seen[refresh] = of_run
+        assert step.compilations == 2
+    # The basis for an update is made behind the update before.
+    assert [age for age, _ in seen["full"]] == [1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 3]
+    assert [age for age, _ in seen["sketch"]] == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2]
+    assert [count for _, count in seen["sketch"]] == [1] * 4 + [2] * 4 + [3] * 3
+
+
+def test_a_sketch_of_a_gradient_of_low_rank_gives_its_basis():
+    """Exact where the gradient has no more directions than the basis has columns."""
+    x = jnp.ones((4, 8)) * jnp.arange(1.0, 5)[:, None]
+    params = {"w": random_like({"w": (8, 6)})["w"]}
+    step = train_step(lambda p, x: jnp.sum((x @ p["w"]) ** 2), low_rank())
+    grads = jax.grad(lambda p: jnp.sum((x @ p["w"]) ** 2))(params)["w"]
+    _, state, _ = trained(step, params, [x])
+    basis = lowrank_optax.subspaces(state.optimizer)["['w']"].basis
+    kept = grads @ basis @ basis.T
+    assert jnp.linalg.norm(kept - grads) < ROUNDING * jnp.linalg.norm(grads)
+
+
+@pytest.mark.parametrize("refresh", ["sketch", "full"])
+def test_a_run_from_a_saved_state_is_the_same_run(refresh):
+    params, xs = random_like(SHAPES), batches(12)
+    rule = lowrank_optax.on_convergence(3, 5, 0.99, check_interval=1)
+    optimizer = lowrank_optax.adarankgrad(
+        1e-2, rank=RANK, refresh=rule, basis=lowrank_optax.range_finder()
+    )
+    step = train_step(loss_fn, optimizer, refresh=refresh)
+    expected = trained(step, params, xs)
+    for stop in (1, 5):
+        own, state, _ = trained(step, params, xs[:stop])
+        saved = jax.tree.map(np.asarray, (own, state))
+        own, state = jax.tree.map(jnp.asarray, saved)
+        again = train_step(loss_fn, optimizer, refresh=refresh)
+        found = trained(again, own, xs[stop:], state)
+        assert_same(found[:2], expected[:2])
+
+
+def test_a_short_interval_is_renewed_at_every_step():
+    """A basis that is due again before the host can know it, as LDAdam's."""
+    params, xs = random_like(SHAPES), batches(6)
+    for interval in (1, 2):
+        step = train_step(loss_fn, low_rank(interval), refresh="full")
+        _, state, _ = trained(step, params, xs)
+        assert ages(state)[0][1] == 6 // interval
+
+
+def test_micro_batches_are_the_whole_batch():
+    params, xs = random_like(SHAPES), batches(9)
+    found = {
+        k: trained(train_step(loss_fn, low_rank(), micro_batches=k), params, xs)
+        for k in (1, 3)
+    }
+    losses = {k: [float(m["loss"]) for m in x[2]] for k, x in found.items()}
+    np.testing.assert_allclose(losses[3], losses[1], rtol=1e-4)
+    norms = {k: [float(m["grad_norm"]) for m in x[2]] for k, x in found.items()}
+    np.testing.assert_allclose(norms[3], norms[1], rtol=1e-4)
+    # Sketches too are those of the whole batch: the bases span the same.
+    one, three = (
+        lowrank_optax.subspaces(found[k][1].optimizer)["['up']"].basis for k in (1, 3)
+    )
+    np.testing.assert_allclose(three @ three.T, one @ one.T, atol=1e-3)
+
+
+def test_weights_of_micro_batches():
+    """Padding counts nothing: the mean is by token."""
+
+    def summed(params, batch):
+        x, weights = batch
+        values = jnp.sum(jnp.sin(x @ params["up"]) ** 2, -1)
+        weight = jnp.sum(weights)
+        return jnp.sum(values * weights) / jnp.maximum(weight, 1), weight
+
+    params = {"up": random_like(SHAPES)["up"]}
+    batch = batches(1)[0], (jnp.arange(12) % 3 > 0) * jnp.arange(12.0)
+    step = train_step(
+        summed,
+        optax.sgd(1.0),
+        has_aux=True,
+        micro_batches=3,
+        weight=lambda batch, weight: weight,
+    )
+    found, _, (metrics,) = trained(step, params, [batch])
+    (loss, total), grads = jax.value_and_grad(summed, has_aux=True)(params, batch)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=ROUNDING)
+    assert metrics["aux"].shape == (3,)
+    assert metrics["aux"].sum() == total
+    assert_close(found, jax.tree.map(jnp.subtract, params, grads))
+
+
+def test_keys_and_further_arguments():
+    """A key reaches the function; each micro-batch has a key of its own."""
+
+    def loss(params, batch, key, scale):
+        noise = jax.random.normal(key)
+        return scale * jnp.mean(batch @ params["up"]) + 0 * noise, noise
+
+    params = {"up": random_like(SHAPES)["up"]}
+    key = jax.random.key(3)
+    for k in (1, 3):
+        step = train_step(loss, optax.sgd(1.0), has_aux=True, micro_batches=k)
+        metrics = step(
+            jax.tree.map(jnp.copy, params), step.init(params), batches(1)[0], key, 2.0
+        )[-1]
+        expected = [jax.random.normal(jax.random.fold_in(key, i)) for i in range(3)]
+        if k == 1:
+            expected = jax.random.normal(key)
+        np.testing.assert_array_equal(metrics["aux"], jnp.array(expected))
+
+
+def test_modules_of_nnx_are_trained_in_place():
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.up = nnx.Linear(8, 20, rngs=rngs)
+            self.norm = nnx.BatchNorm(20, rngs=rngs)
+            self.dropout = nnx.Dropout(0.5, rngs=rngs)
+            self.down = nnx.Linear(20, 6, rngs=rngs)
+
+        def __call__(self, x):
+            return self.down(self.dropout(jnp.tanh(self.norm(self.up(x)))))
+
+    def loss(model, batch):
+        return jnp.mean(model(batch) ** 2)
+
+    model = Net(nnx.Rngs(0))
+    before = nnx.state(model, nnx.Param)["up"]["kernel"][...] + 0
+    step = train_step(loss, low_rank(), micro_batches=2)
+    state = step.init(model)
+    seen = []
+    for x in batches(4):
+        same, state, metrics = step(model, state, x)
+        assert same is model
+        seen.append(float(metrics["loss"]))
+    assert jnp.max(jnp.abs(model.up.kernel[...] - before)) > 0
+    assert jnp.max(jnp.abs(model.norm.mean[...])) > 0  # statistics are kept
+    assert int(model.dropout.rngs.count[...]) == 8  # one draw for each micro-batch
+    assert np.all(np.isfinite(seen))
+    assert len(step.bases) == 2
+
+
+def test_leaves_of_other_methods_get_full_gradients():
+    """A method that needs full gradients beside one that does not."""
+    optimizer = optax.partition(
+        {
+            "a": lowrank_optax.low_rank_muon(1e-2, rank=RANK),
+            "b": low_rank(2),
+            "c": optax.adamw(1e-2),
+        },
+        {"up": "a", "down": "b", "bias": "c"},
+    )
+    params, xs = random_like(SHAPES), batches(6)
+    step = train_step(loss_fn, optimizer)
+    found, state, metrics = trained(step, params, xs)
+    slots = lowrank_optax.subspaces(state.optimizer)
+    assert int(slots["['up']"].refreshes) == 1
+    assert int(slots["['down']"].refreshes) == 3
+    assert all(jnp.max(jnp.abs(found[x] - params[x])) > 1e-3 for x in params)
+
+
+def test_no_step_waits_for_the_last_two(monkeypatch):
+    """The host reads what the step before the last two has said, and nothing else."""
+    read = []
+
+    class Said:
+        def __init__(self, number, array):
+            self.number, self.array = number, array
+
+        def __array__(self, dtype=None, copy=None):
+            read.append((len(steps), self.number))
+            return np.asarray(self.array)
+
+    steps = []
+    observe = renewals.Renewals.observe
+    monkeypatch.setattr(
+        renewals.Renewals,
+        "observe",
+        lambda self, due: observe(self, Said(len(steps), due)),
+    )
+    step = train_step(loss_fn, low_rank(3))
+    params = random_like(SHAPES)
+    state = step.init(params)
+    with jax.transfer_guard_device_to_host("disallow"):
+        for x in batches(9):
+            params, state, _ = step(params, state, x)
+            steps.append(x)
+    assert read == [(number, number - 3) for number in range(3, 9)]
+
+
+def test_a_state_on_a_mesh_stays_there():
+    mesh = jax.make_mesh((1,), ("data",))
+    whole = jax.NamedSharding(mesh, jax.P())
+    params = jax.device_put(random_like(SHAPES), whole)
+    step = train_step(loss_fn, low_rank())
+    state = jax.device_put(step.init(params), whole)
+    params, state, _ = step(params, state, jax.device_put(batches(1)[0], whole))
+    assert all(x.sharding == whole for x in jax.tree.leaves((params, state)))
+
+
+def test_compiled_before_the_first_step():
+    params, xs = random_like(SHAPES), batches(5)
+    step = train_step(loss_fn, low_rank(2))
+    state = step.init(params)
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, state, xs[0])
+    )
+    step.compile(*like)
+    assert step.compilations == len(step.programs) == 2
+    assert step.is_compiled(xs[0])
+    assert not step.is_compiled(xs[0][:6])
+    trained(step, params, xs)
+    assert step.compilations == 2
+
+
+def test_metrics_of_ones_own():
+    step = train_step(
+        loss_fn,
+        low_rank(),
+        metrics=lambda params, state: {
+            "rank": lowrank_optax.subspaces(state)["['up']"].rank
+        },
+    )
+    *_, (metrics,) = trained(step, random_like(SHAPES), batches(1))
+    assert int(metrics["rank"]) == RANK
+
+
+def test_new_shapes_compile_and_are_told(caplog):
+    step = train_step(loss_fn, low_rank())
+    params = random_like(SHAPES)
+    with caplog.at_level(logging.WARNING):
+        params, state, _ = trained(step, params, batches(2))
+        assert not caplog.records
+        trained(step, params, batches(2, (6, 8)), state)
+    assert [record.getMessage() for record in caplog.records] == [
+        "compiling for batches of new shapes (number 1): (6, 8)"
+    ]
+
+
+def test_new_shapes_may_be_refused():
+    step = train_step(loss_fn, low_rank(), new_shapes="refuse")
+    params, state, _ = trained(step, random_like(SHAPES), batches(2))
+    with pytest.raises(ValueError, match=r"new shapes, \(6, 8\).*pad the batch"):
+        step(params, state, batches(1, (6, 8))[0])
+    # Nothing is lost: the next batch trains.
+    step(params, state, batches(1)[0])
+
+
+def test_a_refused_use_is_named_and_may_get_its_full_gradient():
+    def loss(params, x):
+        return jnp.mean((x @ jnp.tanh(params["up"])) ** 2 @ params["down"])
+
+    params = random_like({"up": (8, 20), "down": (20, 6)})
+    with pytest.raises(ValueError, match=r"\['up'\] is used.*full_gradients"):
+        trained(train_step(loss, low_rank()), params, batches(1))
+    step = train_step(loss, low_rank(2), full_gradients=("['up']",))
+    _, state, _ = trained(step, params, batches(6))
+    assert {count for _, count in ages(state)} == {3}
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda: train_step(loss_fn, low_rank(), micro_batches=0), ValueError, "int"),
+        (lambda: train_step(loss_fn, low_rank(), refresh="no"), ValueError, "'no'"),
+        (lambda: train_step(loss_fn, low_rank(), oversample=-1), ValueError, ">= 0"),
+        (
+            lambda: trained(
+                train_step(lambda p, x: x @ p["up"], low_rank()),
+                random_like(SHAPES),
+                batches(1),
+            ),
+            TypeError,
+            r"scalar, not shape \(12, 20\)",
+        ),
+        (
+            lambda: trained(
+                train_step(loss_fn, low_rank(), has_aux=True),
+                random_like(SHAPES),
+                batches(1),
+            ),
+            TypeError,
+            "has_aux",
+        ),
+        (
+            lambda: trained(
+                train_step(loss_fn, low_rank(), micro_batches=5),
+                random_like(SHAPES),
+                batches(1),
+            ),
+            ValueError,
+            "multiple of 5",
+        ),
+        (
+            lambda: train_step(loss_fn, low_rank())(
+                random_like(SHAPES),
+                train_step(loss_fn, low_rank())
+                .init(random_like(SHAPES))
+                ._replace(due=jnp.zeros((3, 1), jnp.int8)),
+                batches(1)[0],
+            ),
+            ValueError,
+            "make it by init",
+        ),
+    ],
+)
+def test_bad_calls_are_refused(make, error, words):
+    with pytest.raises(error, match=words):
+        make()
