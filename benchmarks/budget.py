@@ -91,12 +91,14 @@ def main() -> None:
         words = [str(word) for pair in flags.items() for word in pair]
         parts = assemble(parse(words), print)
     params = parts.initial_params()
+    step = make_train_step(parts.work.loss, parts.tx)
     state = initial_state(parts.tx, params, whole(parts.mesh))
-    step = make_train_step(parts.work.loss, parts.tx, parts.mesh)
+    state = step.state_of(params, state)
     batches = parts.work.data.train_iterator()
     for _ in range(arguments.steps):
         batch = shard_batch(next(batches), parts.mesh)
         params, state, _ = step(params, state, batch)
+    state = state.optimizer
     gradient = gradient_function(parts)
     seen = [
         jax.device_get(gradient(params, shard_batch(next(batches), parts.mesh)))

@@ -55,7 +55,8 @@ class Step:
 
     def __call__(self) -> Any:
         """Makes the next step; returns its loss, not waited for."""
-        params, state, metrics = self.program(*self.held, self.batch)
+        params, state = self.held
+        params, _, state, metrics, _ = self.program(params, (), state, self.batch, ())
         self.held[:] = params, state
         return metrics["loss"]
 
@@ -94,11 +95,9 @@ def prepared(optimizer: str, kind: str, options: argparse.Namespace) -> Step:
     step = make_train_step(
         functools.partial(summed_token_loss, functools.partial(apply, model)),
         tx,
-        mesh,
-        in_subspace=method.takes_subspace_gradients and config.gradients == "subspace",
-        renewed=(),
-        placed=(params, state),
+        gradients=config.gradients if method.takes_subspace_gradients else "full",
     )
+    state = step.state_of(params, state)
     shape = (options.batch_size, options.sequence_length)
     tokens = filled.tokens(shape, options.vocabulary)
     batch = {
@@ -107,12 +106,12 @@ def prepared(optimizer: str, kind: str, options: argparse.Namespace) -> Step:
         "weights": jnp.ones(shape, jnp.float32),
     }
     started = time.monotonic()
-    program = step.lower(params, state, batch).compile()
+    program = step.lower(params, state, batch, renews=False).compile()
     plan = lowrank_optax.memory_plan(tx, params, program).compiled
     row = {
         "compile_seconds": time.monotonic() - started,
         "planned_bytes": plan,
-        "state_bytes": bytes_per_device(state),
+        "state_bytes": bytes_per_device(state.optimizer),
     }
     return Step(program, [_filled(params), _filled(state)], batch, row)
 

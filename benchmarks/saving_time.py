@@ -50,12 +50,11 @@ def rounds(options: argparse.Namespace, directory: Path) -> Iterator[dict[str, A
     with contextlib.closing(parts.work.train_iterator()) as batches:
         batch = next(batches)
         # Renews the bases that the first step has to have.
-        first = None if programs.bases else ()
-        *held[:], _ = programs.train_step(first, held[0], held[1], batch)
+        *held[:], _ = programs.train_step(held[0], held[1], batch)
 
         def step() -> float:
             started = time.perf_counter()
-            *held[:], metrics = programs.train_step((), held[0], held[1], batch)
+            *held[:], metrics = programs.train_step(held[0], held[1], batch)
             jax.block_until_ready((held, metrics))
             return time.perf_counter() - started
 

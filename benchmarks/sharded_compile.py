@@ -22,6 +22,7 @@ import lowrank_optax
 from benchmarks import harness
 from benchmarks.hlo import Collective, collectives
 from experiments.distribution.mesh import make_mesh, planned_mesh
+from experiments.distribution.mesh import rows as cut_by_rows
 from experiments.distribution.rules import (
     bytes_per_device,
     memory_plan,
@@ -69,36 +70,29 @@ def measured(config: Config, model: LlamaConfig, renews: bool) -> dict[str, Any]
     own = bytes_per_device(params), bytes_per_device(state)
     assert (plan[0], plan[2]) == own, (plan, own)
     method = OPTIMIZERS[config.optimizer]
-    gradient = lowrank_optax.subspace_value_and_grad(lambda: None, tx)
-    bases, computed = (
-        list(jax.eval_shape(functools.partial(gradient.due, drawn=x), params, state))
-        for x in (True, False)
-    )
     programs: dict[str, Any] = {}
-    kinds = {"without renewal": ()} | (
-        {"with renewal": None} if bases and renews else {}
+    kinds = {"without renewal": False} | ({"with renewal": True} if renews else {})
+    gradients = config.gradients if method.takes_subspace_gradients else "full"
+    step = make_train_step(
+        lambda p, batch: summed_token_loss(
+            lambda p, tokens: apply(model, merged(p), tokens), p, batch
+        ),
+        tx,
+        gradients=gradients,
+        refresh=config.refresh,
     )
-    for name, renewed in kinds.items():
-        in_subspace = method.takes_subspace_gradients and not (
-            renewed is None and computed
-        )
-        step = make_train_step(
-            lambda p, batch: summed_token_loss(
-                lambda p, tokens: apply(model, merged(p), tokens), p, batch
-            ),
-            tx,
-            mesh,
-            in_subspace=in_subspace,
-            renewed=renewed,
-            bases=bases,
-            placed=(params, state),
-        )
+    state = step.state_of(params, state)
+    for name, renewing in kinds.items():
         batch_shape = (config.batch_size, config.sequence_length)
-        batch = {k: jax.ShapeDtypeStruct(batch_shape, t) for k, t in BATCH.items()}
-        found = compiled(step, mesh, params, state, batch)
+        batch = {
+            k: jax.ShapeDtypeStruct(batch_shape, t, sharding=cut_by_rows(mesh))
+            for k, t in BATCH.items()
+        }
+        lower = functools.partial(step.lower, renews=renewing)
+        found = compiled(lower, mesh, params, state, batch)
         planned = sum(own) + sum(x.size * 4 for x in batch.values()) // mesh.size
         programs[name] = {
-            "gradients": "subspace" if in_subspace else "full",
+            "gradients": gradients,
             "planned_arguments": planned,
             "of_plan": found["bytes"]["arguments"] / planned,
             **found,
@@ -127,11 +121,11 @@ def leaves(tx: optax.GradientTransformation, params: Any) -> Iterator[dict[str, 
         }
 
 
-def compiled(step, mesh, params, state, batch) -> dict[str, Any]:
+def compiled(lower, mesh, params, state, batch) -> dict[str, Any]:
     """Returns seconds, bytes of one device and collectives of a step."""
     start = time.perf_counter()
     with jax.set_mesh(mesh):
-        lowered = step.lower(params, state, batch)
+        lowered = lower(params, state, batch)
     lowered_at = time.perf_counter()
     program = lowered.compile()
     done = time.perf_counter()

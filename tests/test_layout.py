@@ -100,6 +100,7 @@ ORDER = [
     "training.renewals",
     "training.host_memory",
     "training.modules",
+    "training.placed",
     "training.step",
     "training.programs",
     "training.train_step",

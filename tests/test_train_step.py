@@ -270,7 +270,7 @@ def test_leaves_of_other_methods_get_full_gradients():
     )
     params, xs = random_like(SHAPES), batches(6)
     step = train_step(loss_fn, optimizer)
-    found, state, metrics = trained(step, params, xs)
+    found, state, _ = trained(step, params, xs)
     slots = lowrank_optax.subspaces(state.optimizer)
     assert int(slots["['up']"].refreshes) == 1
     assert int(slots["['down']"].refreshes) == 3
@@ -325,8 +325,8 @@ def test_compiled_before_the_first_step():
     )
     step.compile(*like)
     assert step.compilations == len(step.programs) == 2
-    assert step.is_compiled(xs[0])
-    assert not step.is_compiled(xs[0][:6])
+    assert not step.will_compile(params, state, xs[0])
+    assert step.will_compile(params, state, xs[0][:6])
     trained(step, params, xs)
     assert step.compilations == 2
 

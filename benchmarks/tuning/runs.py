@@ -188,8 +188,11 @@ class Method:
         parts = self._parts(self._suite.seeds[0])
         config = dataclasses.replace(parts.config, seed=seed)
         work = dataclasses.replace(parts.work, config=config)
-        step = make_train_step(work.loss, self._tx(rates, seed), parts.mesh)
-        return step(params, state, batch)
+        step = make_train_step(work.loss, self._tx(rates, seed))
+        state = step.state_of(params, state)
+        run = step.function(renews=True)
+        params, state, metrics = run(params, state, batch)
+        return params, state.optimizer, metrics
 
     def _batches(self, parts: Parts[Any]) -> Iterator[Mapping[str, Any]]:
         iterator = parts.work.train_iterator()

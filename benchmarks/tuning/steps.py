@@ -171,11 +171,12 @@ def _prepared(case: Case, flags, train: str, validation: str):
     train_step = make_train_step(
         work.loss,
         parts.tx,
-        parts.mesh,
-        in_subspace=subspace and config.gradients == "subspace",
-        renewed=(),
+        gradients=config.gradients if subspace else "full",
     )
-    program = train_step.lower(params, state, batch).compile()
+    on_device = shard_batch(batch, parts.mesh)
+    held = [params, train_step.state_of(params, state)]
+    lowered = train_step.lower(*held, on_device, renews=False)
+    program = lowered.compile()
     plan = lowrank_optax.memory_plan(parts.tx, *parts.abstract_state()[:1], program)
     row = {
         "peak_bytes": plan.compiled and plan.compiled["peak"],
@@ -183,11 +184,10 @@ def _prepared(case: Case, flags, train: str, validation: str):
         "block_state_bytes": optimizer_state_bytes(block_state(state)),
         "batch": {name: list(x.shape) for name, x in batch.items()},
     }
-    held = [params, state]
-    on_device = shard_batch(batch, parts.mesh)
 
     def step():
-        held[0], held[1], metrics = program(held[0], held[1], on_device)
+        params, _, state, metrics, _ = program(held[0], (), held[1], on_device, ())
+        held[:] = params, state
         return metrics
 
     step()

@@ -143,15 +143,14 @@ class MemoryFlags:
     #: same update; a divisor of --batch-size. Their gradients are added up inside the
     #: subspaces.
     accumulate: AtLeastOne = 1
-    #: Gradients of projected matrices: subspace, computed inside their subspaces, but
-    #: for steps that renew a basis (norms, and clipping by them, then see the projected
-    #: gradients); or full. Methods without subspaces, or that look at more than them
+    #: Gradients of projected matrices: subspace, computed inside their subspaces (see
+    #: --refresh; norms, and clipping by them, then see the projected gradients); or
+    #: full. Methods without subspaces, or that look at more than them
     #: (fira, apollo, ldadam, low_rank_muon, optax_galore), have full ones anyway.
     gradients: Literal["subspace", "full"] = "subspace"
-    #: With gradients inside subspaces: renew all bases that are due on the same step,
-    #: which holds full gradients of everything; or apart, one leaf's a step, which
-    #: holds that leaf's only and compiles a step for each leaf.
-    refresh: Literal["together", "apart"] = "together"
+    #: With gradients inside subspaces: what computed bases are renewed from: a sketch,
+    #: so that no step holds the full gradient of a projected matrix; or full gradients.
+    refresh: Literal["sketch", "full"] = "full"
     #: Bits of the moments of the block matrices' method: 8, in blocks of 256 values
     #: (arrays of fewer than 4,096 values stay in float32). None: float32.
     moment_bits: Literal[8] | None = None

@@ -1,19 +1,20 @@
-"""What is compiled for a run: its steps, by the bases they renew, and validation."""
+"""What is compiled for a run: its steps and its validation."""
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 import lowrank_optax
 from experiments.distribution.host_memory import on_devices
+from experiments.distribution.mesh import rows
 from experiments.distribution.placement import shard_batch
 from experiments.model.adapters import restarted
 from experiments.optim.methods import OPTIMIZERS
 from experiments.run.parts import Parts
-from experiments.run.renewals import Renewals, Renewed
 from experiments.run.step import make_eval_step, make_train_step
 from experiments.run.work import Batch
 
@@ -33,20 +34,14 @@ class Programs:
         opt_state: Optimizer state.
 
     Attributes:
-        bases: Key paths of the leaves that have bases.
         restart: :func:`experiments.model.adapters.restarted`.
         compile_seconds: For the steps of training and validation.
         compilations: Of the training step: one for each shape of a batch, and one more
-            for each after the state has changed its shapes.
+            for each after the state has changed its shapes. Two programs count as one.
     """
 
     def __init__(self, parts: Parts, params: Any, opt_state: Any):
         self._parts = parts
-        config = parts.config
-        method = OPTIMIZERS[config.optimizer]
-        self._in_subspace = (
-            config.gradients == "subspace" and method.takes_subspace_gradients
-        )
         kept = jax.tree.map(lambda x: x.sharding, (params, opt_state))
         self.restart = jax.jit(
             lambda params, state, key: restarted(
@@ -55,6 +50,15 @@ class Programs:
             donate_argnums=(0, 1),
             out_shardings=kept,
         )
+        config, method = parts.config, OPTIMIZERS[parts.config.optimizer]
+        self._step = make_train_step(
+            parts.work.loss,
+            parts.tx,
+            config.accumulate,
+            gradients=config.gradients if method.takes_subspace_gradients else "full",
+            refresh=config.refresh,
+        )
+        self._due = self._step.state_of(params, opt_state).due
         self.compile_seconds, self.compilations = 0.0, 0
         self._eval_step = make_eval_step(parts.work.evaluate, parts.mesh, params)
         self._compiled_evals: dict[_Shapes, Any] = {}
@@ -64,38 +68,25 @@ class Programs:
 
     def compile_train_steps(self, params: Any, opt_state: Any) -> None:
         """Forgets the steps, which another state has had, and compiles the first."""
-        gradient = lowrank_optax.subspace_value_and_grad(lambda: None, self._parts.tx)
-
-        def names(drawn):
-            return list(
-                jax.eval_shape(
-                    lambda p, s: gradient.due(p, s, drawn=drawn), params, opt_state
-                )
-            )
-
-        self.bases, self._computed = names(drawn=True), names(drawn=False)
-        self._kinds: list[Renewed] = [()]
-        is_apart = self._parts.config.refresh == "apart"
-        if self._in_subspace and self._computed and is_apart:
-            self._kinds += [(path,) for path in self.bases]
-        elif self.bases:
-            self._kinds += [None]
-        self._train_steps: dict[tuple[Renewed, _Shapes], Any] = {}
+        self._seen: set[_Shapes] = set()
         for batch in self._parts.work.first_batches:
-            self._compile(self._kinds, params, opt_state, batch)
+            with self._compiling(batch):
+                state = lowrank_optax.TrainState(opt_state, self._due)
+                self._step.compile(params, state, self._abstract(batch))
 
-    def renewals(self, known: dict[str, Any] | None) -> Renewals:
-        """Returns what says which program is next.
+    @property
+    def due(self) -> list[list[int]]:
+        """What the next steps have to renew, for a checkpoint; waits for all steps."""
+        return np.asarray(self._due).tolist()
 
-        Args:
-            known: Of a checkpoint; None: the run starts.
-        """
-        return Renewals(self.bases, None in self._kinds, known)
+    def go_on(self, due: list[list[int]]) -> None:
+        """Takes what :attr:`due` was when a checkpoint was written."""
+        self._due = jax.device_put(np.asarray(due, self._due.dtype), self._due.sharding)
 
     @property
     def train_steps(self) -> Sequence[Any]:
         """The training programs that are compiled."""
-        return list(self._train_steps.values())
+        return self._step.programs
 
     @property
     def peak_bytes(self) -> int | None:
@@ -107,57 +98,56 @@ class Programs:
         ]
         return max((plan["peak"] for plan in plans if plan is not None), default=None)
 
-    def is_compiled(self, renewed: Renewed, batch: Batch) -> bool:
-        """Returns whether there is a program for the step of a batch."""
-        return (renewed, _shapes(batch)) in self._train_steps
+    def will_compile(self, params: Any, opt_state: Any, batch: Batch) -> bool:
+        """Returns whether the next step, on this batch, has to be compiled first."""
+        state = lowrank_optax.TrainState(opt_state, self._due)
+        return self._step.will_compile(params, state, self._abstract(batch))
 
-    def train_step(self, renewed: Renewed, params: Any, opt_state: Any, batch: Batch):
-        """Returns parameters, state and metrics behind a step that renews these bases.
+    def train_step(self, params: Any, opt_state: Any, batch: Batch):
+        """Returns parameters, state and metrics behind a step.
 
         Args:
-            renewed: Key paths of the leaves whose bases are renewed.
             params: Parameters; donated.
             opt_state: Optimizer state; donated.
             batch: Arrays of NumPy.
         """
-        if not self.is_compiled(renewed, batch):
-            self._compile([renewed], params, opt_state, batch)
-        step = self._train_steps[renewed, _shapes(batch)]
-        return step(params, opt_state, shard_batch(batch, self._parts.mesh))
+        state = lowrank_optax.TrainState(opt_state, self._due)
+        placed = shard_batch(batch, self._parts.mesh)
+        with self._compiling(batch):
+            params, state, metrics = self._step(params, state, placed)
+        self._due = state.due
+        return params, state.optimizer, metrics
 
     def evaluate(self, params: Any, batch: Batch) -> Any:
         """Returns what a validation needs of a batch of NumPy arrays."""
         step = self._compiled_eval(params, batch)
         return step(params, shard_batch(batch, self._parts.mesh))
 
-    def _compile(self, kinds: Sequence[Renewed], params, opt_state, batch) -> None:
-        """Compiles the steps of these kinds for batches of one shape."""
-        started, shapes = time.monotonic(), _shapes(batch)
-        self.compilations += not any(x == shapes for _, x in self._train_steps)
-        for kind in kinds:
-            # A computed basis is renewed by a full gradient.
-            full = kind is None and bool(self._computed)
-            train_step = make_train_step(
-                self._parts.work.loss,
-                self._parts.tx,
-                self._parts.mesh,
-                self._parts.config.accumulate,
-                in_subspace=self._in_subspace and not full,
-                renewed=kind,
-                bases=self.bases,
-                placed=(params, opt_state),
-            )
-            with _known(self._parts.mesh):
-                lowered = train_step.lower(params, opt_state, _abstract(batch))
-            self._train_steps[kind, shapes] = lowered.compile()
-        self.compile_seconds += time.monotonic() - started
+    @contextlib.contextmanager
+    def _compiling(self, batch: Batch) -> Iterator[None]:
+        """Lets a step be compiled inside, for batches of one shape, and counts it."""
+        before = self._step.compile_seconds
+        with _known(self._parts.mesh):
+            yield
+        self.compile_seconds += self._step.compile_seconds - before
+        if _shapes(batch) not in self._seen:
+            self._seen.add(_shapes(batch))
+            self.compilations += 1
+
+    def _abstract(self, batch: Batch) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns the shapes of a batch on the devices."""
+        sharding = rows(self._parts.mesh)
+        return {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+            for name, x in batch.items()
+        }
 
     def _compiled_eval(self, params, batch):
         shapes = _shapes(batch)
         if shapes not in self._compiled_evals:
             started = time.monotonic()
             with _known(self._parts.mesh):
-                lowered = self._eval_step.lower(params, _abstract(batch))
+                lowered = self._eval_step.lower(params, self._abstract(batch))
             self._compiled_evals[shapes] = lowered.compile()
             self.compile_seconds += time.monotonic() - started
         return self._compiled_evals[shapes]
@@ -170,7 +160,3 @@ def _known(mesh: Any) -> contextlib.AbstractContextManager:
 
 def _shapes(batch: Batch) -> _Shapes:
     return tuple((name, x.shape, str(x.dtype)) for name, x in sorted(batch.items()))
-
-
-def _abstract(batch: Batch) -> dict[str, jax.ShapeDtypeStruct]:
-    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+import lowrank_optax
 from experiments.distribution.host_memory import on_devices
 from experiments.distribution.placement import initial_state, place_like
 from experiments.distribution.signals import SharedSignal
@@ -25,13 +26,15 @@ from experiments.run.metrics import MetricsLog, NoLog
 from experiments.run.parts import Parts
 from experiments.run.profile import Profile
 from experiments.run.progress import Progress, note_validation, saved_progress
-from experiments.run.renewals import AHEAD
 from experiments.run.saves import Saves
 from experiments.run.terminal import TrainingProgress
 from experiments.run.waits import Waits, teller
 from experiments.run.work import ended
 
 _REJECTED_IN_A_ROW = 20
+# So far may Python run ahead of the device: enough to keep it busy, and few enough that
+# a signal is answered soon.
+_AHEAD = lowrank_optax.TrainStep.ahead
 
 
 class Loop:
@@ -68,7 +71,8 @@ class Loop:
         self.in_flight = collections.deque()
         self.logged = dataclasses.replace(self.progress)
         self.programs = Programs(parts, self.params, self.opt_state)
-        self.renewals = self.programs.renewals(self.progress.renewals)
+        if self.progress.renewals is not None:
+            self.programs.go_on(self.progress.renewals)
 
     def run(
         self,
@@ -90,7 +94,7 @@ class Loop:
             if warning:
                 shown.say(warning)
         stop.can_save = True
-        shared = SharedSignal(lambda: stop.signal, self.parts.mesh, AHEAD)
+        shared = SharedSignal(lambda: stop.signal, self.parts.mesh, _AHEAD)
         heard = shared.heard()
         while progress.step < config.steps and heard is None:
             profile.before(progress.step + 1, self._wait)
@@ -117,22 +121,17 @@ class Loop:
                 batch = next(self.batches)
         except StopIteration:
             raise ended(self.parts.work, self.progress.step) from None
-        renewed = self.renewals.next(self.progress.step)
-        is_compiled = self.programs.is_compiled(renewed, batch)
-        if not is_compiled:
+        if self.programs.will_compile(self.params, self.opt_state, batch):
             self.progress.seconds = self._wait()
         self.params, self.opt_state, metrics = self.programs.train_step(
-            renewed, self.params, self.opt_state, batch
+            self.params, self.opt_state, batch
         )
         self.clock.start()
-        self.renewals.observe(metrics["due"])
         self.progress.step += 1
         self.progress.tokens += self.parts.work.tokens_of(batch)
         self._restart()
         self.in_flight.append(metrics)
-        # So far may Python run ahead of the device: enough to keep it busy, and few
-        # enough that a signal is answered soon.
-        if len(self.in_flight) > AHEAD:
+        if len(self.in_flight) > _AHEAD:
             self._check()
         return metrics
 
@@ -227,7 +226,7 @@ class Loop:
     def _save(self) -> None:
         self.progress.seconds = self._wait()
         self._check_all()
-        self.progress.renewals = self.renewals.saved()
+        self.progress.renewals = self.programs.due
         data_state = self.batches.get_state()
         # Until the one before is written, and this one is copied.
         with self.waits(f"a checkpoint in {self.parts.directory}"):

@@ -26,7 +26,8 @@ class Progress:
         rank_sums: Of the ranks of all steps.
         changes: What was changed when the run was resumed: the ``step`` of the
             checkpoint, and by name ``settings`` before and after.
-        renewals: Which bases the next steps renew; None before the first checkpoint.
+        renewals: What the next steps have to renew, see ``Programs.due``; None before
+            the first checkpoint.
     """
 
     step: int = 0
@@ -38,12 +39,16 @@ class Progress:
     compaction: Compaction = dataclasses.field(default_factory=Compaction)
     rank_sums: RankSums = dataclasses.field(default_factory=RankSums)
     changes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    renewals: dict[str, Any] | None = None
+    renewals: list[list[int]] | None = None
 
 
 def saved_progress(saved: Mapping[str, Any]) -> Progress:
     """Returns the progress that a checkpoint holds as a dict."""
+    # Earlier versions wrote names. All bases then count as due, and a step asks the
+    # state, which knows better.
+    known = saved.get("renewals")
     parts = {
+        "renewals": known if isinstance(known, list) else None,
         "compaction": Compaction(**saved["compaction"]),
         "rank_sums": RankSums(**saved["rank_sums"]),
     }

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import time
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -20,17 +21,20 @@ from lowrank_optax.training.modules import (
     shapes_of,
     taken_apart,
 )
+from lowrank_optax.training.placed import Placed, mesh_of, placed_of
 from lowrank_optax.training.renewals import AHEAD, Renewals, first_register
 from lowrank_optax.training.step import (
-    Placed,
     Step,
     TrainState,
     full_gradients_of,
+    jitted,
 )
 
 _log = logging.getLogger(__name__)
 
 NewShapes = Literal["compile", "refuse"]
+_NOTHING: Any = None
+_NO_STATE = TrainState(_NOTHING, _NOTHING)
 
 
 class _Program(NamedTuple):
@@ -51,7 +55,12 @@ class TrainStep:
     Attributes:
         bases: Key paths of the leaves with bases; known from the first model on.
         compilations: Programs compiled so far.
+        compile_seconds: Seconds that this took.
+        ahead: Steps that may be in flight while a step is handed to the device: a step
+            waits for the one before these.
     """
+
+    ahead = AHEAD
 
     def __init__(self, loss_fn: Any, step: Step, has_aux: bool, new_shapes: NewShapes):
         self._loss_fn = loss_fn
@@ -60,7 +69,7 @@ class TrainStep:
         self._new_shapes = new_shapes
         self._forget()
         self.bases: tuple[str, ...] = ()
-        self.compilations = 0
+        self.compilations, self.compile_seconds = 0, 0.0
 
     def init(self, params: Any) -> TrainState:
         """Returns the state before the first step.
@@ -76,15 +85,29 @@ class TrainStep:
         """Returns the state with an optimizer's state, and with all bases due.
 
         Use it where the optimizer's state was made elsewhere, with shardings of its
-        own for instance.
+        own for instance. Shapes give shapes.
 
         Args:
             params: Parameters, or a module of Flax NNX.
             optimizer: State of the optimizer, as ``self.optimizer`` makes it.
         """
-        binding = bind(self._given.optimizer, taken_apart(params).params)
-        again = list(due_again(binding, optimizer, AHEAD).values())
-        return TrainState(optimizer, first_register(jnp.array(again, bool)))
+        arrays = taken_apart(params).params
+        binding = bind(self._given.optimizer, arrays)
+
+        def register(state):
+            again = list(due_again(binding, state, AHEAD).values())
+            return first_register(jnp.array(again, bool))
+
+        mesh = mesh_of(arrays, optimizer)
+        whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+        due: Any
+        leaves = jax.tree.leaves(optimizer)
+        if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
+            due = jax.eval_shape(register, optimizer)
+            due = jax.ShapeDtypeStruct(due.shape, due.dtype, sharding=whole)
+        else:
+            due = jax.device_put(register(optimizer), whole)
+        return TrainState(optimizer, due)
 
     @property
     def optimizer(self) -> optax.GradientTransformationExtraArgs:
@@ -109,18 +132,19 @@ class TrainStep:
                 random keys among them.
         """
         model = taken_apart(params)
-        if state.due is not self._due:
-            self._adopt(model, state)
-        assert self._renewals is not None
-        # What comes now may fail, and the step would then not be counted.
-        renewals, self._due = self._renewals, None
-        renews = bool(renewals.next().any())
-        program = self._compiled(renews, model, state, batch, args)
-        arrays, carried, state, scalars, aux = program(
+        renews = self._next(model, state)
+        key = _Program(renews, shapes_of((batch, args)))
+        if key not in self._programs:
+            self._say_new_shapes(key, batch)
+            self._compile(key, model, state, batch, args)
+        # If the step fails, the next one reads its state anew.
+        self._last = _NO_STATE
+        arrays, carried, state, scalars, aux = self._programs[key](
             model.params, model.carried, state, batch, args
         )
-        renewals.observe(scalars.pop("due"))
-        self._due = state.due
+        assert self._renewals is not None
+        self._renewals.observe(scalars.pop("due"))
+        self._last, self._renews = state, None
         metrics = {**scalars, "aux": aux} if self._has_aux else scalars
         return put_together(params, arrays, carried), state, metrics
 
@@ -133,17 +157,71 @@ class TrainStep:
         if shapes_of((model, state)) != self._shapes:
             self._adopt_shapes(model, state)
         for renews in (False, True)[: 2 if self.bases else 1]:
-            self._compiled(renews, model, state, batch, args)
+            key = _Program(renews, shapes_of((batch, args)))
+            if key not in self._programs:
+                self._compile(key, model, state, batch, args)
 
-    def is_compiled(self, batch: Any, *args: Any) -> bool:
-        """Returns whether no step on a batch of these shapes has to compile."""
-        shapes = shapes_of((batch, args))
-        kinds = (False, True)[: 2 if self.bases else 1]
-        return all(_Program(renews, shapes) in self._programs for renews in kinds)
+    def will_compile(
+        self, params: Any, state: TrainState, batch: Any, *args: Any
+    ) -> bool:
+        """Returns whether the next step has to compile a program first.
+
+        Args: as of the step; shapes are enough for the batch and what follows.
+        """
+        renews = self._next(taken_apart(params), state)
+        return _Program(renews, shapes_of((batch, args))) not in self._programs
+
+    def lower(
+        self, params: Any, state: TrainState, batch: Any, *args: Any, renews: bool
+    ) -> Any:
+        """Returns a program before its compilation (``jax.stages.Lowered``).
+
+        Args: as of a step, or shapes; and whether the program renews bases.
+        """
+        model = taken_apart(params)
+        step, placed = self._made(model), placed_of(model.params, state.optimizer)
+        program = jitted(step, placed, renews)
+        return program.lower(model.params, model.carried, state, batch, args)
+
+    def function(self, *, renews: bool) -> Callable[..., Any]:
+        """Returns a step as a pure function, to be traced into a program of one's own.
+
+        Args:
+            renews: Whether the function renews the bases that are due.
+
+        Returns:
+            (params, state, batch, *args) -> params, state, metrics.
+        """
+
+        def step(params, state, batch, *args):
+            model = taken_apart(params)
+            run, nowhere = self._made(model).run, Placed(None, None)
+            arrays, carried, state, metrics = run(
+                renews, nowhere, model.params, model.carried, state, batch, args
+            )
+            metrics.pop("due")
+            if not self._has_aux:
+                metrics.pop("aux")
+            return put_together(params, arrays, carried), state, metrics
+
+        return step
+
+    def _next(self, model: Model, state: TrainState) -> bool:
+        """Returns whether the step from a state renews bases."""
+        if (
+            state.due is not self._last.due
+            or state.optimizer is not self._last.optimizer
+        ):
+            self._adopt(model, state)
+        if self._renews is None:
+            assert self._renewals is not None
+            self._renews = bool(self._renewals.next().any())
+        return self._renews
 
     def _forget(self) -> None:
-        self._due: Any = None
+        self._last = _NO_STATE
         self._renewals: Renewals | None = None
+        self._renews: bool | None = None
         self._shapes: Any = None
         self._step: Step = self._given
         self._placed = Placed(None, None)
@@ -158,7 +236,7 @@ class TrainStep:
         """Takes a state that no step of this object has returned last; it is read."""
         if shapes_of((model, state)) != self._shapes:
             self._adopt_shapes(model, state)
-        self._renewals = Renewals(state.due)
+        self._renewals, self._renews, self._last = Renewals(state.due), None, state
 
     def _adopt_shapes(self, model: Model, state: TrainState) -> None:
         """Takes a model and a state of new shapes, and forgets the old programs."""
@@ -170,17 +248,17 @@ class TrainStep:
                 f"state has {len(self.bases)}; make it by init or state_of of this "
                 "train_step."
             )
-        if self._given.full_gradients is None:
-            full = None
-        else:
-            full = full_gradients_of(
-                self._given.optimizer, model.params, self._given.full_gradients
-            )
-        self._step = dataclasses.replace(
-            self._given, loss=self._loss(model.graph), full_gradients=full
-        )
-        self._placed = _placed(model.params, state.optimizer)
+        self._step = self._made(model)
+        self._placed = placed_of(model.params, state.optimizer)
         self._shapes = shapes_of((model, state))
+
+    def _made(self, model: Model) -> Step:
+        """Returns the step for a model."""
+        full = self._given.full_gradients
+        if full is not None:
+            full = full_gradients_of(self._given.optimizer, model.params, full)
+        loss = self._loss(model.graph)
+        return dataclasses.replace(self._given, loss=loss, full_gradients=full)
 
     def _loss(self, graph: Any) -> Callable[..., Any]:
         """Returns the loss function as a step calls it."""
@@ -193,24 +271,20 @@ class TrainStep:
                     f"{type(found).__name__}."
                 )
             value, aux = found if self._has_aux else (found, None)
-            if jnp.shape(value) != ():
+            if getattr(value, "shape", ()) != ():
                 what = jax.tree.map(jnp.shape, value)
                 raise TypeError(f"loss_fn must return a scalar, not shape {what}.")
             return value, (carried, aux)
 
         return loss
 
-    def _compiled(self, renews: bool, model: Model, state, batch, args) -> Any:
-        """Returns the program for a step, compiled if it is not."""
-        key = _Program(renews, shapes_of((batch, args)))
-        if key not in self._programs:
-            self._say_new_shapes(key, batch)
-            lowered = self._jitted(renews, model).lower(
-                model.params, model.carried, state, batch, args
-            )
-            self._programs[key] = lowered.compile()
-            self.compilations += 1
-        return self._programs[key]
+    def _compile(self, key: _Program, model: Model, state, batch, args) -> None:
+        started = time.monotonic()
+        program = jitted(self._step, self._placed, key.renews)
+        lowered = program.lower(model.params, model.carried, state, batch, args)
+        self._programs[key] = lowered.compile()
+        self.compilations += 1
+        self.compile_seconds += time.monotonic() - started
 
     def _say_new_shapes(self, key: _Program, batch: Any) -> None:
         """Tells or refuses a batch of new shapes; of the first shapes nothing."""
@@ -225,33 +299,3 @@ class TrainStep:
                 "batch, or leave new_shapes out."
             )
         _log.warning("compiling for batches of new shapes (number %d): %s", known, what)
-
-    def _jitted(self, renews: bool, model: Model) -> Any:
-        step, placed = self._step, self._placed
-
-        def run(params, carried, state, batch, args):
-            *new, metrics = step.run(
-                renews, placed, params, carried, state, batch, args
-            )
-            aux = metrics.pop("aux")
-            return *new, metrics, aux
-
-        shardings = None
-        if placed.params is not None:
-            mesh = jax.tree.leaves(placed.params)[0].mesh
-            whole = NamedSharding(mesh, PartitionSpec())
-            state = TrainState(placed.optimizer, whole)
-            shardings = (placed.params, None, state, whole, None)
-        return jax.jit(run, out_shardings=shardings, donate_argnums=(0, 1, 2))
-
-
-def _placed(params: Any, optimizer: Any) -> Placed:
-    """Returns the shardings of arrays that all are on a mesh."""
-    shardings = jax.tree.map(
-        lambda x: getattr(x, "sharding", None), (params, optimizer)
-    )
-    leaves = jax.tree.leaves((params, optimizer))
-    found = [getattr(x, "sharding", None) for x in leaves]
-    if not all(isinstance(x, NamedSharding) for x in found):
-        return Placed(None, None)
-    return Placed(*shardings)

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lowrank_optax.binding.optimizer import Binding, bind
 from lowrank_optax.due import due_again, due_by_path
@@ -15,6 +16,7 @@ from lowrank_optax.projected import Sketch
 from lowrank_optax.rules.power_iteration import PowerIteration
 from lowrank_optax.training.accumulate import Accumulation
 from lowrank_optax.training.host_memory import moved_late, on_devices
+from lowrank_optax.training.placed import Placed
 from lowrank_optax.training.renewals import AHEAD, ALWAYS, next_register
 
 Refresh = Literal["sketch", "full"]
@@ -33,19 +35,6 @@ class TrainState(NamedTuple):
 
     optimizer: Any
     due: jax.Array
-
-
-class Placed(NamedTuple):
-    """Where arrays are between steps: trees of shardings.
-
-    Attributes:
-        params: Of the parameters.
-        optimizer: Of the optimizer's state. What is in the host's memory is on the
-            devices around its uses alone.
-    """
-
-    params: Any
-    optimizer: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,3 +261,20 @@ def full_gradients_of(
     if names >= {jax.tree_util.keystr(path) for path in projected}:
         return None
     return tuple(sorted(names))
+
+
+def jitted(step: Step, placed: Placed, renews: bool) -> Any:
+    """Returns a step to be compiled: its arrays stay where they are, donated."""
+
+    def run(params, carried, state, batch, args):
+        *new, metrics = step.run(renews, placed, params, carried, state, batch, args)
+        aux = metrics.pop("aux")
+        return *new, metrics, aux
+
+    shardings = None
+    if placed.params is not None:
+        mesh = jax.tree.leaves(placed.params)[0].mesh
+        whole: Any = NamedSharding(mesh, PartitionSpec())
+        state = TrainState(placed.optimizer, whole)
+        shardings = (placed.params, None, state, whole, None)
+    return jax.jit(run, out_shardings=shardings, donate_argnums=(0, 1, 2))

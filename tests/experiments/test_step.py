@@ -53,14 +53,14 @@ def nats(params, batch):
 
 def train_twice(mesh, learning_rate=0.1):
     tx = build_optimizer(OptimizerOptions(optimizer="adamw"), lambda _: learning_rate)
-    step = make_train_step(token_loss, tx, mesh)
+    step = make_train_step(token_loss, tx)
     params = replicate(random_params(), mesh)
-    opt_state = initial_state(tx, params, whole(mesh))
+    state = step.state_of(params, initial_state(tx, params, whole(mesh)))
     for seed in (1, 2):
-        params, opt_state, metrics = step(
-            params, opt_state, shard_batch(random_batch(seed), mesh)
+        params, state, metrics = step(
+            params, state, shard_batch(random_batch(seed), mesh)
         )
-    return params, opt_state, metrics
+    return params, state, metrics
 
 
 def test_validation_loss_is_the_mean_over_tokens_not_over_batches():
@@ -81,7 +81,7 @@ def test_validation_loss_is_the_mean_over_tokens_not_over_batches():
 def test_padded_tokens_give_no_gradient():
     mesh = make_mesh(None, 8)
     tx = optax.apply_if_finite(optax.sgd(1.0), 1)
-    step = make_train_step(token_loss, tx, mesh)
+    step = make_train_step(token_loss, tx)
     batch = random_batch(1)
     batch["weights"][:, 3:] = 0
     other = {name: array.copy() for name, array in batch.items()}
@@ -90,7 +90,8 @@ def test_padded_tokens_give_no_gradient():
     results = []
     for each in (batch, other):
         params = replicate(random_params(), mesh)
-        results.append(step(params, tx.init(params), shard_batch(each, mesh))[0])
+        state = step.init(params)
+        results.append(step(params, state, shard_batch(each, mesh))[0])
     np.testing.assert_array_equal(*(result["embedding"] for result in results))
 
 
@@ -116,10 +117,10 @@ def test_micro_batches_train_like_the_whole_batch(optimizer):
     found = {}
     for accumulate in (1, 2):
         tx = build_optimizer(options, lambda _: 0.1, accumulate=accumulate)
-        step = make_train_step(token_loss, tx, mesh, accumulate)
+        step = make_train_step(token_loss, tx, accumulate)
         params = replicate(random_params(), mesh)
         params["blocks"] = {"unused": replicate(jnp.zeros((2, 4, 3)), mesh)}
-        state = initial_state(tx, params, whole(mesh))
+        state = step.state_of(params, initial_state(tx, params, whole(mesh)))
         for seed in (1, 2, 3):
             batch = random_batch(seed, batch_size=16)
             # Micro-batches with unequal numbers of tokens.
@@ -136,9 +137,9 @@ def test_a_non_finite_micro_batch_changes_nothing_and_is_counted():
     mesh = make_mesh(None, 16, 2)
     options = OptimizerOptions(optimizer="adamw")
     tx = build_optimizer(options, lambda _: 0.1, accumulate=2)
-    step = make_train_step(token_loss, tx, mesh, 2)
+    step = make_train_step(token_loss, tx, 2)
     params = replicate(random_params(), mesh)
-    state = initial_state(tx, params, whole(mesh))
+    state = step.state_of(params, initial_state(tx, params, whole(mesh)))
     broken = random_batch(1, batch_size=16)
     broken["weights"][0, 0] = np.inf
     before = jax.device_get(params)
@@ -155,9 +156,9 @@ def test_a_non_finite_micro_batch_changes_nothing_and_is_counted():
 def test_a_non_finite_gradient_changes_nothing_and_is_counted():
     mesh = make_mesh(None, 8)
     tx = build_optimizer(OptimizerOptions(optimizer="adamw"), lambda _: 0.1)
-    step = make_train_step(token_loss, tx, mesh)
+    step = make_train_step(token_loss, tx)
     params = replicate(random_params(), mesh)
-    state = initial_state(tx, params, whole(mesh))
+    state = step.state_of(params, initial_state(tx, params, whole(mesh)))
     broken = random_batch(1)
     broken["weights"][0, 0] = np.inf
 

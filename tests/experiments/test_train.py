@@ -10,7 +10,6 @@ import pytest
 
 from experiments.optim import compaction
 from experiments.run.files import checkpoint_steps
-from experiments.run.renewals import AHEAD, Renewals
 from tests.experiments.small_runs import (
     assert_same_run,
     read_lines,
@@ -101,62 +100,6 @@ def test_memory_is_resumed_bit_for_bit(name, inputs, tmp_path, stop_at, monkeypa
     else:
         assert changes == []
         assert len(set(sizes)) == 1
-
-
-def _renewed(together, due_at, steps, known=None, start=0):
-    """Returns what each step renews, where a basis is due at some steps by its path.
-
-    As a state does: what is due says so until it has been renewed, AHEAD steps before.
-    """
-    renewals = Renewals(["a", "b"], together, known)
-    found, waiting = [], {path: list(steps) for path, steps in due_at.items()}
-    for step in range(start, steps):
-        renewed = renewals.next(step)
-        found.append(renewed)
-        done = ("a", "b") if renewed is None else renewed
-        for path in done:
-            waiting[path] = [x for x in waiting[path] if x > step]
-        asked = step + 1 + AHEAD
-        renewals.observe([bool(waiting[p]) and waiting[p][0] <= asked for p in "ab"])
-    return found, renewals
-
-
-def test_bases_are_renewed_once_each_time_they_are_due():
-    due_at = {"a": [0, 10], "b": [0, 6, 12]}
-    found, _ = _renewed(True, due_at, 16)
-    assert [step for step, x in enumerate(found) if x is None] == [0, 6, 10, 12]
-    found, _ = _renewed(False, due_at, 16)
-    assert {step: x for step, x in enumerate(found) if x} == {
-        0: ("a",),
-        1: ("b",),
-        6: ("b",),
-        10: ("a",),
-        12: ("b",),
-    }
-
-
-def test_renewals_go_on_after_a_checkpoint_as_they_would_have():
-    due_at = {"a": [0, 10], "b": [0, 6, 12]}
-    whole, _ = _renewed(True, due_at, 16)
-    for stop in range(1, 12):
-        first, renewals = _renewed(True, due_at, stop)
-        left = {path: [x for x in due_at[path] if x >= stop] for path in due_at}
-        known = json.loads(json.dumps(renewals.saved()))
-        second, _ = _renewed(True, left, 16, known, start=stop)
-        assert first + second == whole, stop
-
-
-def test_a_step_does_not_wait_for_the_two_before_it():
-    renewals = Renewals(["a"], True)
-
-    class Pending:
-        def __array__(self, *args, **kwargs):
-            raise AssertionError("waited for")
-
-    for step in range(AHEAD):
-        renewals.next(step)
-        renewals.observe(Pending())
-    renewals.next(AHEAD)
 
 
 def _parameters(directory, *steps):
