@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 class Placed(NamedTuple):
@@ -33,3 +33,18 @@ def placed_of(params: Any, optimizer: Any) -> Placed:
     if mesh_of(params, optimizer) is None:
         return Placed(None, None)
     return Placed(*jax.tree.map(lambda x: x.sharding, (params, optimizer)))
+
+
+def whole_on(mesh: Any) -> NamedSharding:
+    """Returns the sharding of an array that each device has a whole copy of."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def on_mesh(tree: Any, mesh: Any) -> Any:
+    """Returns the arrays, those that are on no mesh copied to each device."""
+
+    def of_leaf(x):
+        is_there = isinstance(x.sharding, NamedSharding)
+        return x if is_there else jax.device_put(x, whole_on(mesh))
+
+    return jax.tree.map(of_leaf, tree)

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from lowrank_optax.binding.optimizer import bind
 from lowrank_optax.due import due_again, due_by_path
@@ -21,7 +20,7 @@ from lowrank_optax.training.modules import (
     shapes_of,
     taken_apart,
 )
-from lowrank_optax.training.placed import Placed, mesh_of, placed_of
+from lowrank_optax.training.placed import Placed, mesh_of, on_mesh, placed_of, whole_on
 from lowrank_optax.training.renewals import AHEAD, Renewals, first_register
 from lowrank_optax.training.step import (
     Step,
@@ -78,8 +77,11 @@ class TrainStep:
             params: Parameters, or a module of Flax NNX.
         """
         arrays = taken_apart(params).params
-        optimizer = jax.jit(self._given.optimizer.init)(arrays)
-        return self.state_of(params, optimizer)
+        mesh = mesh_of(arrays)
+        if mesh is None:
+            # As one program: eagerly, each of its hundreds of arrays is one.
+            return self.state_of(params, jax.jit(self._given.optimizer.init)(arrays))
+        return self.state_of(params, on_mesh(self._given.optimizer.init(arrays), mesh))
 
     def state_of(self, params: Any, optimizer: Any) -> TrainState:
         """Returns the state with an optimizer's state, and with all bases due.
@@ -99,7 +101,7 @@ class TrainStep:
             return first_register(jnp.array(again, bool))
 
         mesh = mesh_of(arrays, optimizer)
-        whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+        whole = None if mesh is None else whole_on(mesh)
         due: Any
         leaves = jax.tree.leaves(optimizer)
         if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):

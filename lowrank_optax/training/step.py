@@ -7,7 +7,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from lowrank_optax.binding.optimizer import Binding, bind
 from lowrank_optax.due import due_again, due_by_path
@@ -16,7 +15,7 @@ from lowrank_optax.projected import Sketch
 from lowrank_optax.rules.power_iteration import PowerIteration
 from lowrank_optax.training.accumulate import Accumulation
 from lowrank_optax.training.host_memory import moved_late, on_devices
-from lowrank_optax.training.placed import Placed
+from lowrank_optax.training.placed import Placed, whole_on
 from lowrank_optax.training.renewals import AHEAD, ALWAYS, next_register
 
 Refresh = Literal["sketch", "full"]
@@ -273,8 +272,7 @@ def jitted(step: Step, placed: Placed, renews: bool) -> Any:
 
     shardings = None
     if placed.params is not None:
-        mesh = jax.tree.leaves(placed.params)[0].mesh
-        whole: Any = NamedSharding(mesh, PartitionSpec())
+        whole: Any = whole_on(jax.tree.leaves(placed.params)[0].mesh)
         state = TrainState(placed.optimizer, whole)
         shardings = (placed.params, None, state, whole, None)
     return jax.jit(run, out_shardings=shardings, donate_argnums=(0, 1, 2))
