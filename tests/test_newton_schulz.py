@@ -9,7 +9,6 @@ import optax
 import pytest
 
 import lowrank_optax
-from lowrank_optax.rules import newton_schulz
 from lowrank_optax.rules.newton_schulz import (
     MUON,
     POLAR_EXPRESS,
@@ -266,8 +265,3 @@ def test_a_state_of_the_default_is_that_of_optax():
 
 def _is_muon(node):
     return isinstance(node, optax.contrib.MuonState)
-
-
-def test_three_steps_share_a_gram_matrix():
-    # What the docstring says; tolerance() holds for no more.
-    assert newton_schulz.GRAM_STEPS == 3
