@@ -9,8 +9,10 @@ and so each singular value s to a s + b s^3 + c s^5. It begins with X / ||X||_F.
 Several steps in a row need no X between them: G becomes p G p and their polynomials p
 are multiplied, all (r, r). This is the Gram form. G has the squares of the singular
 values, and float32 loses those under 3e-4 of the norm, which five steps enlarge 485
-times. So G is made again from X after every third step. The errors are then those of
-the plain form (``tests/test_newton_schulz.py``).
+times. So G is made again from X after every third step. The error in float32, the
+spectral norm of the difference to float64, was then at most 2e-5 after five of Muon's
+steps, as in the plain form; after five of Polar Express 2e-4, in the plain form 4e-5;
+without a new G 3e-3 and 2e-2. The spectra are those of tests/test_newton_schulz.py.
 """
 
 from collections.abc import Sequence
