@@ -217,8 +217,10 @@ def _muon(
 
     def init(params):
         # What is saved has the coefficients too, as optax.contrib's state has.
-        table = jnp.asarray(coefficients if len(coefficients) > 1 else coefficients[0])
-        return optax.contrib.scale_by_muon().init(params)._replace(ns_coeffs=table)
+        table = jnp.asarray(coefficients)
+        table = table[0] if len(table) == 1 else table
+        zero, mu = jnp.zeros([], jnp.int32), optax.tree.zeros_like(params)
+        return optax.contrib.MuonState(count=zero, mu=mu, ns_coeffs=table)
 
     def update(updates, state: Any, params=None):
         del params

@@ -15,6 +15,7 @@ steps, as in the plain form; after five of Polar Express 2e-4, in the plain form
 without a new G 3e-3 and 2e-2. The spectra are those of tests/test_newton_schulz.py.
 """
 
+import contextlib
 from collections.abc import Sequence
 
 import jax
@@ -70,10 +71,9 @@ def coefficients_of(ns_coefficients: Coefficients) -> Triples:
     """
     if isinstance(ns_coefficients, str) and ns_coefficients in NAMED:
         return NAMED[ns_coefficients]
-    try:
+    table: np.ndarray = np.empty((0, 0))
+    with contextlib.suppress(TypeError, ValueError):
         table = np.atleast_2d(np.asarray(ns_coefficients, np.float64))
-    except (TypeError, ValueError):
-        table = np.empty(0)
     is_table = table.ndim == 2 and table.shape[1] == 3 and table.size
     if is_table and np.all(np.isfinite(table)):
         return tuple((a, b, c) for a, b, c in table.tolist())
