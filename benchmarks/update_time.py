@@ -33,9 +33,10 @@ def measure_against(
     theirs: optax.GradientTransformation,
     rounds: int,
     stacked: bool = True,
+    size: str = "60m",
 ) -> dict:
     """Times the whole optimizer of ours and of theirs."""
-    params, grads = (llama.block_gradients("60m", seed=seed) for seed in (1, 0))
+    params, grads = (llama.block_gradients(size, seed=seed) for seed in (1, 0))
     if not stacked:
         params, grads = llama.unstacked(params), llama.unstacked(grads)
     return _compared(

@@ -435,11 +435,19 @@ def orthogonalized_momentum(beta: float = 0.95, rms: float = 0.2) -> Inner:
 def orthogonalized(x: np.ndarray, rms: float) -> np.ndarray:
     """Five Newton-Schulz steps; of full rank it would have this root mean square."""
     size = rms * np.sqrt(max(x.shape))
+    return size * newton_schulz(x, 5, [(3.4445, -4.7750, 2.0315)])
+
+
+def newton_schulz(
+    x: np.ndarray, steps: int, coefficients: Sequence[Sequence[float]]
+) -> np.ndarray:
+    """X <- X (a I + b G + c G^2), G = X^T X; the last coefficients are repeated."""
     x = x / np.linalg.norm(x)
-    for _ in range(5):
+    for k in range(steps):
+        a, b, c = coefficients[min(k, len(coefficients) - 1)]
         gram = x.T @ x
-        x = 3.4445 * x + x @ (-4.7750 * gram + 2.0315 * gram @ gram)
-    return size * x
+        x = a * x + x @ (b * gram + c * gram @ gram)
+    return x
 
 
 def nesterov(beta: float = 0.95) -> Inner:

@@ -65,12 +65,11 @@ def test_a_split_leaves_each_device_the_fewest_matrices(stack, mesh, expected):
 @pytest.mark.parametrize("spec", [P(), CUT], ids=["on all", "cut"])
 def test_orthogonal_factors_are_those_of_one_device(stack, spec):
     x, mesh = stack_of(*stack, 16, 40), mesh_of()
-    coefficients = optax.contrib.scale_by_muon().init(x).ns_coeffs
 
     def both(x):
         tall = jnp.swapaxes(x, -1, -2)
-        of_tall = orthogonalized_by_factor(tall, coefficients, 5)
-        of_wide = orthogonalized_by_factor(x, coefficients, 5)
+        of_tall = orthogonalized_by_factor(tall, 5)
+        of_wide = orthogonalized_by_factor(x, 5)
         return orthogonalized(x, 5), of_wide, jnp.swapaxes(of_tall, -1, -2)
 
     expected = jax.jit(lambda x: orthogonalized(x, 5))(x)

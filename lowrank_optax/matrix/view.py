@@ -126,8 +126,10 @@ class MatrixView:
             return jnp.einsum(f"{sides},...br->...ar", matrices, basis)
         blocks = matrices.reshape(self._blocks)
         if self.projects_rows:
-            each = jnp.einsum("...ba,...br->...ar", blocks, self._each(basis))
-            narrow = jnp.swapaxes(each, -2, -3)
+            # A product of rows, and its transposition, take less time on a CPU than a
+            # product of columns.
+            each = jnp.einsum("...br,...ba->...ra", self._each(basis), blocks)
+            narrow = jnp.moveaxis(each, -1, -3)
         else:
             narrow = jnp.einsum("...acb,...br->...acr", blocks, basis)
         return narrow.reshape(*self.stack, self.kept_size, basis.shape[-1])

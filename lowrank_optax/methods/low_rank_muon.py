@@ -7,6 +7,7 @@ from lowrank_optax.matrix.dimension_numbers import DimensionNumbers
 from lowrank_optax.methods.optimizer import Mask, as_optimizer
 from lowrank_optax.methods.sumo import by_kind, check_beta
 from lowrank_optax.rules.bases import BasisRule, range_finder
+from lowrank_optax.rules.newton_schulz import Coefficients
 from lowrank_optax.rules.ranks import RankRule
 from lowrank_optax.rules.rebase import RebaseRule
 from lowrank_optax.rules.residual_orthogonalized import orthogonalized_residual
@@ -24,6 +25,7 @@ def low_rank_muon(
     residual: jax.typing.ArrayLike = 4.0,
     nesterov: bool = True,
     ns_steps: int = 5,
+    ns_coefficients: Coefficients = "muon",
     rms: jax.typing.ArrayLike = 0.2,
     basis: BasisRule | None = None,
     refresh: RefreshRule | None = None,
@@ -42,7 +44,8 @@ def low_rank_muon(
         weight_decay: Decoupled decay of the parameters, times the learning rate; >= 0.
         mask: Tree of bools, True for each leaf that decays, or a function from the
             parameters to such a tree. None: all leaves decay.
-        residual, nesterov, ns_steps, rms: see :func:`scale_by_low_rank_muon`.
+        residual, nesterov, ns_steps, ns_coefficients, rms: see
+            :func:`scale_by_low_rank_muon`.
         basis, refresh, rebase: see :func:`scale_by_low_rank_muon`.
         dimension_numbers, seed: see :func:`scale_by_low_rank_muon`.
 
@@ -64,6 +67,7 @@ def low_rank_muon(
         residual=residual,
         nesterov=nesterov,
         ns_steps=ns_steps,
+        ns_coefficients=ns_coefficients,
         rms=rms,
         basis=basis,
         refresh=refresh,
@@ -81,6 +85,7 @@ def scale_by_low_rank_muon(
     residual: jax.typing.ArrayLike = 4.0,
     nesterov: bool = True,
     ns_steps: int = 5,
+    ns_coefficients: Coefficients = "muon",
     rms: jax.typing.ArrayLike = 0.2,
     basis: BasisRule | None = None,
     refresh: RefreshRule | None = None,
@@ -117,8 +122,9 @@ def scale_by_low_rank_muon(
             :func:`scale_by_sumo` is cheaper. Losses at 3 to 6 were alike
             (``docs/results.md``).
         nesterov: Whether to add the gradient once more before the orthogonalization.
-        ns_steps: Newton-Schulz iterations, >= 1. Five of them bring singular values to
+        ns_steps: Newton-Schulz steps, >= 1. Five of them bring singular values to
             0.7 ... 1.2, and those under 1/500 of the norm to less.
+        ns_coefficients: Coefficients of these steps; see :func:`scale_by_sumo`.
         rms: Root mean square of an update of full rank, in [0, 1).
         basis: Basis rule; None: ``range_finder(power_iterations=1)``.
         refresh: Refresh rule; None: ``every(200)``.
@@ -148,7 +154,7 @@ def scale_by_low_rank_muon(
         basis=range_finder(power_iterations=1) if basis is None else basis,
         refresh=every(200) if refresh is None else refresh,
         rebase=rebase,
-        residual=orthogonalized_residual(residual, ns_steps, rms),
+        residual=orthogonalized_residual(residual, ns_steps, rms, ns_coefficients),
         dimension_numbers=dimension_numbers,
         seed=seed,
     )

@@ -246,8 +246,8 @@ class FactoredAtFullSize(NamedTuple):
             mu = self.b1 * mu + (1 - self.b1) * gradient
             v_row = self.b2 * v_row + (1 - self.b2) * rows
             v_col = self.b2 * v_col + (1 - self.b2) * columns
-            step = self._step(mu * correction, v_row, v_col, basis, projector)
-            updates[index] = step
+            lifting = correction * basis  # the smaller factor of the lift
+            updates[index] = self._step(mu, v_row, v_col, lifting, projector)
             for moment, new in zip(moments, (mu, v_row, v_col), strict=True):
                 moment[index] = new.astype(moment[index].dtype)
         mu, v_row, v_col = map(treedef.unflatten, moments)

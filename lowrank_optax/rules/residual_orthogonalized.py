@@ -5,7 +5,13 @@ import dataclasses
 import jax
 
 from lowrank_optax.matrix.view import MatrixView
-from lowrank_optax.rules.newton_schulz import orthogonalized
+from lowrank_optax.rules.newton_schulz import (
+    Coefficients,
+    Triples,
+    check_orthogonalization,
+    coefficients_of,
+    orthogonalized,
+)
 from lowrank_optax.rules.residual import Pieces, Stateless, check_weight
 
 
@@ -16,6 +22,7 @@ class Orthogonalized(Stateless):
     weight: jax.typing.ArrayLike
     ns_steps: jax.typing.ArrayLike
     rms: jax.typing.ArrayLike
+    coefficients: Triples
 
     def update(self, pieces: Pieces, state: tuple[()]) -> tuple[jax.Array, tuple[()]]:
         """Returns scale orth(N P^T + w E); see :class:`ResidualRule`."""
@@ -35,28 +42,30 @@ class Orthogonalized(Stateless):
     def _orthogonal(self, matrices: jax.Array) -> jax.Array:
         # The longer side is kept, and has its full length in the subspace too.
         scale = self.rms * max(matrices.shape[-2:]) ** 0.5
-        return orthogonalized(matrices, self.ns_steps) * scale
+        return orthogonalized(matrices, self.ns_steps, self.coefficients) * scale
 
 
 def orthogonalized_residual(
     weight: jax.typing.ArrayLike = 4.0,
     ns_steps: jax.typing.ArrayLike = 5,
     rms: jax.typing.ArrayLike = 0.2,
+    ns_coefficients: Coefficients = "muon",
 ) -> Orthogonalized:
     r"""The residual, orthogonalized together with the part inside the subspace.
 
     U = scale rms sqrt(a) orth(N P^T + weight (G - R P^T)), with orth(U S V^T) = U V^T
     and the longer side a. Every direction of a matrix gets a step of the same size.
     Matrices at full size are orthogonalized too. The rule has no state. It costs
-    ``ns_steps`` Newton-Schulz iterations at full size, and needs the full gradient at
+    ``ns_steps`` Newton-Schulz steps at full size, and needs the full gradient at
     every update. Compiled under ``jax.set_mesh(mesh)``, each device orthogonalizes its
     share of a stack of layers.
 
     Args:
         weight: Weight of the residual; >= 0.
-        ns_steps: Newton-Schulz iterations, >= 1. Five of them bring singular values to
+        ns_steps: Newton-Schulz steps, >= 1. Five of them bring singular values to
             0.7 ... 1.2, and those under 1/500 of the norm to less.
         rms: Root mean square of an update of full rank, in [0, 1).
+        ns_coefficients: See :func:`lowrank_optax.scale_by_sumo`.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -66,15 +75,4 @@ def orthogonalized_residual(
     """
     check_weight(weight)
     check_orthogonalization(ns_steps, rms)
-    return Orthogonalized(weight, ns_steps, rms)
-
-
-def check_orthogonalization(
-    ns_steps: jax.typing.ArrayLike, rms: jax.typing.ArrayLike
-) -> None:
-    """Raises ValueError if a hyperparameter of Muon is out of its range."""
-    if isinstance(rms, (int, float)) and not 0 <= rms < 1:
-        raise ValueError(f"rms must be inside [0, 1), got {rms}.")
-    is_traced = isinstance(ns_steps, jax.Array)
-    if not is_traced and not (isinstance(ns_steps, int) and ns_steps >= 1):
-        raise ValueError(f"ns_steps must be an int >= 1, got {ns_steps!r}.")
+    return Orthogonalized(weight, ns_steps, rms, coefficients_of(ns_coefficients))
