@@ -313,59 +313,6 @@ def test_refreshes_are_known_ahead():
     assert found == [False] * 4 + [True] * 2
 
 
-def test_bases_are_renewed_one_leaf_at_a_time():
-    optimizer = low_rank(refresh=lowrank_optax.every(5, stagger=False))
-    params = random_like(CHAIN)
-    x = random_like({"x": (TOKENS, 8)}, seed=1)["x"]
-    gradient = subspace_value_and_grad(chain, optimizer)
-    full = jax.grad(chain)(params, x)
-    state = optimizer.init(params)
-    for waiting, name in ((2, "down"), (1, "up")):
-        due = gradient.due(params, state)
-        assert list(due) == ["['down']", "['up']"]
-        assert sum(map(bool, due.values())) == waiting
-        one = gradient.renewing(f"['{name}']")
-        _, grads, state = one(params, state, x)
-        np.testing.assert_allclose(grads[name], full[name], rtol=1e-4, atol=1e-6)
-        other = "up" if name == "down" else "down"
-        assert grads[other].coordinates.shape[-1] == RANK
-        updates, state = optimizer.update(grads, state, params)
-        assert jnp.any(updates[name] != 0)
-        # What has no basis yet does not move, and that is all.
-        assert bool(jnp.any(updates[other] != 0)) == (waiting == 1)
-    assert not any(map(bool, gradient.due(params, state).values()))
-    with pytest.raises(ValueError, match="full_gradients names nothing, which"):
-        gradient.renewing("nothing")(params, state, x)
-
-
-def test_a_step_that_renews_one_leaf_holds_no_other_full_gradient():
-    names = [f"w{i}" for i in range(6)]
-    params = random_like(dict.fromkeys(names, (128, 128)))
-
-    def loss(params, x):
-        for name in names:
-            x = jnp.tanh(x @ params[name])
-        return squares(x)
-
-    optimizer = low_rank()
-    gradient = subspace_value_and_grad(loss, optimizer)
-
-    def temporaries(gradient):
-        def step(params, state, x):
-            _, grads, state = gradient(params, state, x)
-            updates, state = optimizer.update(grads, state, params)
-            return optax.apply_updates(params, updates), state
-
-        shapes = jax.eval_shape(lambda: (params, optimizer.init(params)))
-        x = jax.ShapeDtypeStruct((4, 128), jnp.float32)
-        compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*shapes, x).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
-
-    whole, one = temporaries(gradient.full), temporaries(gradient.renewing("['w2']"))
-    # Four full gradients less, at least: the refresh itself has temporaries of one.
-    assert whole - one > 4 * params["w0"].nbytes
-
-
 def test_being_late_does_no_harm():
     optimizer = low_rank(refresh=lowrank_optax.every(1))
     params, x = random_like(CHAIN), jnp.ones((TOKENS, 8)) / 2

@@ -52,10 +52,12 @@ def subspace_value_and_grad(
     - a scan with a parameter as carry, or a conditional with a parameter as result;
     - ``shard_map``, and functions with a derivative of their own (``custom_vjp``).
 
-    A computed basis is renewed from a full gradient. Where :meth:`refresh_due` is true,
-    call ``.full``, in a step of its own; it returns the same three values. A random
-    basis needs no full gradient. An update with projected gradients never renews a
-    computed basis; a renewal that is some updates late does no harm::
+    A computed basis is renewed from sketches, which :meth:`~SubspaceValueAndGrad
+    .sketching` computes in the same pass, or from full gradients: where
+    :meth:`~SubspaceValueAndGrad.refresh_due` is true, call ``.full``, which returns the
+    same three values. A random basis needs neither. An update with projected gradients
+    never renews a computed basis; a renewal that is some updates late does no harm.
+    :func:`lowrank_optax.train_step` does all this in a loop. By hand::
 
         gradient = subspace_value_and_grad(loss_fn, optimizer)
 
@@ -70,10 +72,6 @@ def subspace_value_and_grad(
         for batch in batches:
             run = refresh_step if due(params, state) else step
             params, state, loss = run(params, state, batch)
-
-    The refresh step holds the full gradients of all leaves. Where memory is short,
-    renew each leaf in a step of its own by :meth:`~SubspaceValueAndGrad.renewing`, on
-    an update for which :meth:`~SubspaceValueAndGrad.due` names the leaf.
 
     Norms, and clipping by norms, see the projected gradients. For orthonormal bases
     these norms are at most those of the full gradients. Sums over the batch are in

@@ -47,22 +47,6 @@ class SubspaceValueAndGrad:
         value, gradients = gradient(params, *args, **kwargs)
         return value, gradients, state
 
-    def renewing(self, *paths: str) -> "SubspaceValueAndGrad":
-        """Returns the same function with full gradients of the named leaves alone.
-
-        Use it for an update that renews the bases of a few leaves: no other leaf then
-        has a full gradient. A basis may wait for its turn, even the first basis of a
-        leaf. A leaf without a basis does not move.
-
-        Args:
-            paths: Key paths, as :meth:`due` returns them. Without paths, the update
-                renews no basis.
-        """
-        full_gradients = (*self._full_gradients, *paths)
-        return SubspaceValueAndGrad(
-            self._function, self._optimizer, self._has_aux, full_gradients
-        )
-
     def sketching(
         self, *paths: str, oversample: int | None = None
     ) -> Callable[..., tuple[Any, Any, Any, dict[str, Sketch]]]:

@@ -1,6 +1,7 @@
 """Modules of Flax NNX, taken apart for a step and put together again."""
 
 import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -39,7 +40,33 @@ def put_together(model: Any, params: Any, carried: Any) -> Any:
     return model
 
 
-def called(
+def loss_of(function: Any, has_aux: bool, graph: Any) -> Callable[..., Any]:
+    """Returns a loss function as a step calls it.
+
+    The result is (params, carried, batch, *args) -> loss, (carried, aux).
+
+    Args:
+        function: (model, batch, *args) -> scalar, or (scalar, aux).
+        has_aux: Whether the function returns aux too.
+        graph: Of the model.
+    """
+
+    def loss(params, carried, *args):
+        found, carried = _called(function, graph, params, carried, *args)
+        if has_aux and not (isinstance(found, tuple) and len(found) == 2):
+            raise TypeError(
+                "loss_fn must return (scalar, aux), as has_aux=True says, not "
+                f"{type(found).__name__}."
+            )
+        value, aux = found if has_aux else (found, None)
+        if getattr(value, "shape", ()) != ():
+            raise TypeError(f"loss_fn must return a scalar, not shape {value.shape}.")
+        return value, (carried, aux)
+
+    return loss
+
+
+def _called(
     function: Any, graph: Any, params: Any, carried: Any, *args: Any
 ) -> tuple[Any, Any]:
     """Returns function(model, *args), and what the model carries behind the call."""

@@ -15,7 +15,7 @@ from lowrank_optax.binding.optimizer import bind
 from lowrank_optax.due import due_again, due_by_path
 from lowrank_optax.training.modules import (
     Model,
-    called,
+    loss_of,
     put_together,
     shapes_of,
     taken_apart,
@@ -259,26 +259,8 @@ class TrainStep:
         full = self._given.full_gradients
         if full is not None:
             full = full_gradients_of(self._given.optimizer, model.params, full)
-        loss = self._loss(model.graph)
+        loss = loss_of(self._loss_fn, self._has_aux, model.graph)
         return dataclasses.replace(self._given, loss=loss, full_gradients=full)
-
-    def _loss(self, graph: Any) -> Callable[..., Any]:
-        """Returns the loss function as a step calls it."""
-
-        def loss(params, carried, batch, *args):
-            found, carried = called(self._loss_fn, graph, params, carried, batch, *args)
-            if self._has_aux and not (isinstance(found, tuple) and len(found) == 2):
-                raise TypeError(
-                    "loss_fn must return (scalar, aux), as has_aux=True says, not "
-                    f"{type(found).__name__}."
-                )
-            value, aux = found if self._has_aux else (found, None)
-            if getattr(value, "shape", ()) != ():
-                what = jax.tree.map(jnp.shape, value)
-                raise TypeError(f"loss_fn must return a scalar, not shape {what}.")
-            return value, (carried, aux)
-
-        return loss
 
     def _compile(self, key: _Program, model: Model, state, batch, args) -> None:
         started = time.monotonic()

@@ -144,7 +144,10 @@ class Step:
         computed = due_by_path(binding, state).keys()
         if computed == due_by_path(binding, state, drawn=True).keys():
             return _with_sketches(self._gradient.full)
-        return _with_sketches(self._gradient.renewing(*computed))
+        full = (*self.full_gradients, *computed)
+        return _with_sketches(
+            SubspaceValueAndGrad(self.loss, self.optimizer, True, full)
+        )
 
     def _whole(self, renews, placed, params, carried, state, batch, args) -> "_Found":
         used = on_devices(state, placed.optimizer)
