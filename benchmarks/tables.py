@@ -25,6 +25,7 @@ PAGES = tuple(
         "recipes/sharded",
         "finetuning",
         "many_devices",
+        "concepts/refresh",
     )
 )
 # Card -> directories of its measurements.
@@ -70,27 +71,55 @@ def memory() -> Rows:
         yield [f"`{name}`", *(f"{part / 1e6:,.1f}" for part in parts)]
 
 
+_STEPS = (("step-60m-cpu", ""), ("step-60m-remat-cpu", ", recomputed"))
+
+
 def step_cpu() -> Rows:
     yield [
         "one step of 60m",
         "time against AdamW",
         "against `contrib.galore`",
-        "peak, MB",
-        "AdamW's",
-        "`contrib.galore`'s",
-        "peak of a step that renews all bases",
-        "that renews one stack",
+        "limit against AdamW",
+        "compilation against AdamW",
     ]
-    for name, after in (("step-60m-cpu", ""), ("step-60m-remat-cpu", ", recomputed")):
-        for rank, x in measurements(name).items():
-            kinds = ("subspace", "adamw", "contrib.galore", "refresh", "refresh apart")
-            peaks = (x["memory"][kind]["peak"] / 1e6 for kind in kinds)
-            ratios = (x["against_adamw"], x["against_contrib.galore"])
+    for file, after in _STEPS:
+        for rank, x in measurements(file).items():
+            kinds = ("against_adamw", "against_contrib.galore", "limit_against_adamw")
+            ratios = (x[kind] for kind in kinds)
+            compiled = x["compile_seconds"]
             yield [
                 rank + after,
                 *(_ratio(r["median"], r["least"], r["most"]) for r in ratios),
-                *(f"{peak:,.1f}" for peak in peaks),
+                f"{compiled['subspace'] / compiled['adamw']:.2f}",
             ]
+
+
+def step_memory_cpu() -> Rows:
+    yield [
+        "peak of one step of 60m, MB",
+        "usual step",
+        "that renews from sketches",
+        "from full gradients",
+        "AdamW",
+        "`contrib.galore`",
+    ]
+    for file, after in _STEPS:
+        for rank, x in measurements(file).items():
+            kinds = (
+                *("subspace", "renewal by sketches", "renewal by full gradients"),
+                *("adamw", "contrib.galore"),
+            )
+            peaks = (x["memory"][kind]["peak"] / 1e6 for kind in kinds)
+            yield [rank + after, *(f"{peak:,.1f}" for peak in peaks)]
+
+
+def sketches() -> Rows:
+    found = measurements("sketches-cpu")
+    steps = next(iter(found.values()))
+    yield ["a basis made of", *(f"{name}, {step}" for name in found for step in steps)]
+    for way in next(iter(steps.values())):
+        numbers = (x[way] for by_step in found.values() for x in by_step.values())
+        yield [f"the {way}", *(f"{number:.3f}" for number in numbers)]
 
 
 def update_cpu() -> Rows:
@@ -262,6 +291,8 @@ def _clipping() -> Rows:
 TABLES: dict[str, Callable[[], Rows]] = {
     "memory": memory,
     "step-cpu": step_cpu,
+    "step-memory-cpu": step_memory_cpu,
+    "sketches": sketches,
     "update-cpu": update_cpu,
     "renewal-cpu": renewal_cpu,
     "update-accelerator": update_accelerator,

@@ -132,28 +132,37 @@ def _forward(dot: _Dot, *primals):
 
 
 def _kept(dot: _Dot, own: Operand, primal: Followed, x: Followed, other: jax.Array):
-    """Returns the arrays of a followed operand for the backward pass, term by term."""
+    """Returns the arrays of a followed operand for the backward pass, term by term.
+
+    A term whose basis meets the other operand keeps their product, in place of the
+    other operand. If another term keeps this operand itself, all terms do.
+    """
     kept = []
+    keeps_other = any(
+        flags.coordinates.perturbed and not route.with_other
+        for route, flags in zip(own.routes, primal.terms, strict=True)
+    )
     for route, flags, term in zip(own.routes, primal.terms, x.terms, strict=True):
         like = TypeOf.array(term.coordinates)
         if not flags.coordinates.perturbed:
             kept.append(None)
-        elif route.with_other:
-            sizes = [*(own.sizes[i] for i in route.labels[:-1]), term.basis.shape[-1]]
-            labels = iter(route.basis)
-            of_basis = [
-                (next(labels),) if is_in else () for is_in in varies(term.basis)
-            ]
-            sharded = type_of_contraction(
-                route.labels, sizes, (other, own.other), (term.basis, of_basis)
-            )
-            narrow = functools.partial(dot.narrow, own, route)
-            kept.append(
-                (like, with_automatic_axes(narrow, sharded, term.basis, other), None)
-            )
+        elif route.with_other and not keeps_other:
+            kept.append((like, _narrow(dot, own, route, term.basis, other), None))
         else:
             kept.append((like, other, term.basis))
     return x.without_arrays(), kept
+
+
+def _narrow(dot: _Dot, own: Operand, route: Route, basis, other) -> jax.Array:
+    """Returns the other operand in the subspace, sharded like its factors."""
+    sizes = [*(own.sizes[i] for i in route.labels[:-1]), basis.shape[-1]]
+    labels = iter(route.basis)
+    of_basis = [(next(labels),) if is_in else () for is_in in varies(basis)]
+    sharded = type_of_contraction(
+        route.labels, sizes, (other, own.other), (basis, of_basis)
+    )
+    narrow = functools.partial(dot.narrow, own, route)
+    return with_automatic_axes(narrow, sharded, basis, other)
 
 
 def _backward(dot: _Dot, saved, dy):
@@ -180,6 +189,8 @@ def _backward(dot: _Dot, saved, dy):
 
 def _coordinates(dot: _Dot, own: Operand, route: Route, dy, type_, kept, basis):
     """Returns the gradient of one term's coordinates."""
+    if route.with_other and basis is not None:
+        kept, basis = _narrow(dot, own, route, basis, kept), None
 
     def gradient(dy, kept, basis):
         found = dot.coordinates(own, route, dy, kept, basis)

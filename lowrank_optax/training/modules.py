@@ -59,8 +59,9 @@ def loss_of(function: Any, has_aux: bool, graph: Any) -> Callable[..., Any]:
                 f"{type(found).__name__}."
             )
         value, aux = found if has_aux else (found, None)
-        if getattr(value, "shape", ()) != ():
-            raise TypeError(f"loss_fn must return a scalar, not shape {value.shape}.")
+        shape = getattr(value, "shape", ())
+        if shape != ():
+            raise TypeError(f"loss_fn must return a scalar, not shape {shape}.")
         return value, (carried, aux)
 
     return loss
