@@ -85,11 +85,14 @@ def step_cpu() -> Rows:
     for file, after in _STEPS:
         for rank, x in measurements(file).items():
             kinds = ("against_adamw", "against_contrib.galore", "limit_against_adamw")
-            ratios = (x[kind] for kind in kinds)
+            ratios = (x.get(kind) for kind in kinds)
             compiled = x["compile_seconds"]
             yield [
                 rank + after,
-                *(_ratio(r["median"], r["least"], r["most"]) for r in ratios),
+                *(
+                    (r and _ratio(r["median"], r["least"], r["most"])) or ""
+                    for r in ratios
+                ),
                 f"{compiled['subspace'] / compiled['adamw']:.2f}",
             ]
 
@@ -109,8 +112,9 @@ def step_memory_cpu() -> Rows:
                 *("subspace", "renewal by sketches", "renewal by full gradients"),
                 *("adamw", "contrib.galore"),
             )
-            peaks = (x["memory"][kind]["peak"] / 1e6 for kind in kinds)
-            yield [rank + after, *(f"{peak:,.1f}" for peak in peaks)]
+            rows = (x["memory"].get(kind) for kind in kinds)
+            peaks = (f"{row['peak'] / 1e6:,.1f}" if row else "" for row in rows)
+            yield [rank + after, *peaks]
 
 
 def sketches() -> Rows:
@@ -120,6 +124,18 @@ def sketches() -> Rows:
     for way in next(iter(steps.values())):
         numbers = (x[way] for by_step in found.values() for x in by_step.values())
         yield [f"the {way}", *(f"{number:.3f}" for number in numbers)]
+
+
+def sketch_losses() -> Rows:
+    yield ["validation loss", "from full gradients", "from sketches", "of the means"]
+    for method, x in measurements("sketch-losses-cpu").items():
+        pair = [x[kind]["losses"] for kind in ("full", "sketch")]
+        told = [", ".join(f"{loss:.4f}" for loss in losses) for losses in pair]
+        yield [
+            f"`{method}`",
+            *told,
+            f"{100 * (sum(pair[1]) / sum(pair[0]) - 1):+.2f} %",
+        ]
 
 
 def update_cpu() -> Rows:
@@ -293,6 +309,7 @@ TABLES: dict[str, Callable[[], Rows]] = {
     "step-cpu": step_cpu,
     "step-memory-cpu": step_memory_cpu,
     "sketches": sketches,
+    "sketch-losses": sketch_losses,
     "update-cpu": update_cpu,
     "renewal-cpu": renewal_cpu,
     "update-accelerator": update_accelerator,
