@@ -49,6 +49,8 @@ def run_training(
     """
     # What Orbax logs, in pages of traceback, an error line says too.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # The lengths of batches are known, and so is that each is compiled once.
+    logging.getLogger("lowrank_optax").setLevel(logging.ERROR)
     try:
         status = _run_together(parse(argv), run)
     except UserError as error:

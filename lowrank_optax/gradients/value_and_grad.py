@@ -98,6 +98,7 @@ def subspace_value_and_grad(
             names the leaf and the operation.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> import lowrank_optax
         >>> params = {"w": jnp.ones((64, 16)), "b": jnp.ones(16)}
         >>> optimizer = lowrank_optax.galore(1e-2, rank=2)
