@@ -56,8 +56,8 @@ def sumo(
         weight_decay: Decoupled decay of the parameters, times the learning rate; >= 0.
         mask: Tree of bools, True for each leaf that decays, or a function from the
             parameters to such a tree. None: all leaves decay.
-        nesterov, ns_steps, ns_coefficients, rms, basis, refresh, rebase,
-            dimension_numbers, seed: see :func:`scale_by_sumo`.
+        nesterov, ns_steps, ns_coefficients, rms: see :func:`scale_by_sumo`.
+        basis, refresh, rebase, dimension_numbers, seed: see :func:`scale_by_sumo`.
 
     Returns:
         An optimizer. Its ``update`` needs ``params`` for the weight decay.
@@ -125,13 +125,13 @@ def scale_by_sumo(
         nesterov: Whether to add the gradient once more before the orthogonalization.
         ns_steps: Newton-Schulz steps, >= 1.
         ns_coefficients: Coefficients of the steps, each of which takes X (r, l), r its
-            shorter side, to (a I + b G + c G^2) X with G = X X^T, from X / ||X||_F on.
+            shorter side, to (a I + b G + c G^2) X with G = X X^T, from X / norm(X) on.
             Three numbers (a, b, c), or a sequence of them, one a step, of which the
-            last ones count from there on. Or a name; s are singular values over
-            ||X||_F. "muon": (3.4445, -4.7750, 2.0315); five steps bring s in [0.0021,
+            last ones count from there on. Or a name; s are singular values over the
+            norm of X. "muon": (3.4445, -4.7750, 2.0315); five steps bring s in [0.0021,
             1] to 0.68 ... 1.21, and smaller s to 485 s. "polar_express": six triples of
             the smallest error on [0.001, 1], then (15, -10, 3) / 8; after n = 3, 4, 5,
-            6, 7 steps the error |s - 1| is under 0.87, 0.56, 0.13, 0.002, 1e-8.
+            6, 7 steps the error of s is under 0.87, 0.56, 0.13, 0.002, 1e-8.
         rms: Root mean square of an update of full rank, in [0, 1).
         basis: Basis rule; None: ``range_finder(power_iterations=1)``.
         refresh: Refresh rule; None: ``every(200)``.

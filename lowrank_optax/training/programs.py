@@ -192,7 +192,7 @@ class TrainStep:
             renews: Whether the function renews the bases that are due.
 
         Returns:
-            (params, state, batch, *args) -> params, state, metrics.
+            (params, state, batch, ...) -> params, state, metrics.
         """
 
         def step(params, state, batch, *args):
