@@ -52,11 +52,11 @@ def subspace_value_and_grad(
     - a scan with a parameter as carry, or a conditional with a parameter as result;
     - ``shard_map``, and functions with a derivative of their own (``custom_vjp``).
 
-    A computed basis is renewed from sketches, which :meth:`~SubspaceValueAndGrad
-    .sketching` computes in the same pass, or from full gradients: where
-    :meth:`~SubspaceValueAndGrad.refresh_due` is true, call ``.full``, which returns the
-    same three values. A random basis needs neither. An update with projected gradients
-    never renews a computed basis; a renewal that is some updates late does no harm.
+    A computed basis is renewed from sketches, which ``.sketching`` computes in the same
+    pass, or from full gradients: where ``.refresh_due`` is true, call ``.full``, which
+    returns the same three values. A random basis needs neither. An update with
+    projected gradients never renews a computed basis; a renewal that is some updates
+    late does no harm.
     :func:`lowrank_optax.train_step` does all this in a loop. By hand::
 
         gradient = subspace_value_and_grad(loss_fn, optimizer)

@@ -113,7 +113,7 @@ class TrainStep:
 
     @property
     def optimizer(self) -> optax.GradientTransformationExtraArgs:
-        """The optimizer: with several micro-batches one that accumulates."""
+        """What updates; with several micro-batches an optimizer that accumulates."""
         return self._given.optimizer
 
     @property

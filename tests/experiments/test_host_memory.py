@@ -26,7 +26,8 @@ from tests.experiments.small_runs import read_lines, run
 
 ADAPTIVE = [
     *("--optimizer", "adarankgrad", "--rank", 12, "--min-rank", 1, "--threshold", 0.9),
-    *("--compact", "--compact-every", 1, "--refresh", "sketch"),
+    *("--compact", "--compact-every", 1),
+    *("--gradients", "subspace", "--refresh", "sketch"),
 ]
 RUNS = {
     "adamw": ["--optimizer", "adamw", "--accumulate", 2],
