@@ -71,7 +71,11 @@ def memory() -> Rows:
         yield [f"`{name}`", *(f"{part / 1e6:,.1f}" for part in parts)]
 
 
-_STEPS = (("step-60m-cpu", ""), ("step-60m-remat-cpu", ", recomputed"))
+def _steps() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the name and the figures of each step of 60m."""
+    for file, after in (("step-60m-cpu", ""), ("step-60m-remat-cpu", ", recomputed")):
+        for rank, found in measurements(file).items():
+            yield rank + after, found
 
 
 def step_cpu() -> Rows:
@@ -82,39 +86,35 @@ def step_cpu() -> Rows:
         "limit against AdamW",
         "compilation against AdamW",
     ]
-    for file, after in _STEPS:
-        for rank, x in measurements(file).items():
-            kinds = ("against_adamw", "against_contrib.galore", "limit_against_adamw")
-            ratios = (x.get(kind) for kind in kinds)
-            compiled = x["compile_seconds"]
-            yield [
-                rank + after,
-                *(
-                    (r and _ratio(r["median"], r["least"], r["most"])) or ""
-                    for r in ratios
-                ),
-                f"{compiled['subspace'] / compiled['adamw']:.2f}",
-            ]
+    for name, x in _steps():
+        kinds = ("against_adamw", "against_contrib.galore", "limit_against_adamw")
+        compiled = x["compile_seconds"]
+        yield [
+            name,
+            *(_pairs(x.get(kind)) for kind in kinds),
+            f"{compiled['subspace'] / compiled['adamw']:.2f}",
+        ]
+
+
+def _pairs(found: dict[str, Any] | None) -> str:
+    """Returns the ratios of pairs; nothing where there are none."""
+    if found is None:
+        return ""
+    return _ratio(found["median"], found["least"], found["most"])
 
 
 def step_memory_cpu() -> Rows:
-    yield [
-        "peak of one step of 60m, MB",
-        "usual step",
-        "that renews from sketches",
-        "from full gradients",
-        "AdamW",
-        "`contrib.galore`",
-    ]
-    for file, after in _STEPS:
-        for rank, x in measurements(file).items():
-            kinds = (
-                *("subspace", "renewal by sketches", "renewal by full gradients"),
-                *("adamw", "contrib.galore"),
-            )
-            rows = (x["memory"].get(kind) for kind in kinds)
-            peaks = (f"{row['peak'] / 1e6:,.1f}" if row else "" for row in rows)
-            yield [rank + after, *peaks]
+    kinds = {
+        "subspace": "usual step",
+        "renewal by sketches": "that renews from sketches",
+        "renewal by full gradients": "from full gradients",
+        "adamw": "AdamW",
+        "contrib.galore": "`contrib.galore`",
+    }
+    yield ["peak of one step of 60m, MB", *kinds.values()]
+    for name, x in _steps():
+        rows = (x["memory"].get(kind) for kind in kinds)
+        yield [name, *(f"{row['peak'] / 1e6:,.1f}" if row else "" for row in rows)]
 
 
 def sketches() -> Rows:

@@ -42,13 +42,13 @@ class Programs:
 
     def __init__(self, parts: Parts, params: Any, opt_state: Any):
         self._parts = parts
-        kept = jax.tree.map(lambda x: x.sharding, (params, opt_state))
+        used = on_devices(opt_state)
         self.restart = jax.jit(
             lambda params, state, key: restarted(
-                params, on_devices(state, kept[1]), key
+                params, jax.device_put(state, used), key
             ),
             donate_argnums=(0, 1),
-            out_shardings=kept,
+            out_shardings=jax.tree.map(lambda x: x.sharding, (params, opt_state)),
         )
         config, method = parts.config, OPTIMIZERS[parts.config.optimizer]
         self._step = make_train_step(

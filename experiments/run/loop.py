@@ -153,7 +153,7 @@ class Loop:
         has_budget = config.block_state_bytes is not None
         progress.seconds = self._wait()
         # Arrays of the host cannot be cut.
-        seen = on_devices(old, jax.tree.map(lambda x: x.sharding, old))
+        seen = jax.device_put(old, on_devices(old))
         found = progress.compaction.look(seen, has_budget, config.most_columns)
         if found is seen:
             self.clock.start()
