@@ -100,6 +100,7 @@ ORDER = [
     "training.renewals",
     "training.host_memory",
     "training.modules",
+    "training.shapes",
     "training.placed",
     "training.step",
     "training.programs",

@@ -194,7 +194,7 @@ def test_bad_calls_are_refused():
     params, x = random_like({"a": (20, 12), "b": (20, 12)}), jnp.ones((9, 20))
     optimizer = low_rank()
     gradient = subspace_value_and_grad(two_losses, optimizer)
-    with pytest.raises(ValueError, match=r"sketching names c, which"):
+    with pytest.raises(ValueError, match=r"sketching names c, which have no"):
         gradient.sketching("c")(params, optimizer.init(params), x)
     optimizer = low_rank(basis=lowrank_optax.power_iteration())
     gradient = subspace_value_and_grad(two_losses, optimizer)

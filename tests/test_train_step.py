@@ -208,6 +208,19 @@ def test_weights_of_micro_batches():
     assert_close(found, jax.tree.map(jnp.subtract, params, grads))
 
 
+def test_losses_in_bfloat16_are_added_up_in_float32():
+    """256 + 1 is 256 in bfloat16, so that the mean of the four would be 64.0."""
+
+    def loss(params, x):
+        return (jnp.sum(x) + 0 * jnp.sum(params["up"])).astype(jnp.bfloat16)
+
+    params = {"up": random_like(SHAPES)["up"]}
+    step = train_step(loss, optax.sgd(0.0), micro_batches=4)
+    *_, (metrics,) = trained(step, params, [jnp.array([256.0, 1.0, 1.0, 1.0])])
+    assert metrics["loss"].dtype == jnp.float32
+    assert float(metrics["loss"]) == 259 / 4
+
+
 def test_keys_and_further_arguments():
     """A key reaches the function; each micro-batch has a key of its own."""
 

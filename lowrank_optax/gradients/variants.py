@@ -59,8 +59,9 @@ class SubspaceValueAndGrad:
         .. math:: Y = \Omega^\top A, \quad E\,[Y^\top Y] = A^\top A
 
         with a random test matrix Omega (a*c, k). As for the coordinates, A is never
-        formed: T k (n + m) multiplications for a product with T rows. :meth:`renewed`
-        makes bases of sketches, after the update::
+        formed: T k (n + m) multiplications for a product with T rows. The coordinates
+        and Y are in float32 or wider. :meth:`renewed` makes bases of sketches, after
+        the update::
 
             sketching = gradient.sketching()
 
@@ -81,6 +82,11 @@ class SubspaceValueAndGrad:
         Raises:
             ValueError: When called, if a path names no such leaf, or if a basis rule
                 follows each full gradient (``power_iteration``).
+
+        References:
+            Halko, Martinsson, Tropp, `Finding structure with randomness
+            <https://arxiv.org/abs/0909.4061>`_, 2011, Section 4.6 for such an Omega.
+            Computing Y in the reverse pass of a product is ours.
         """
 
         def sketching(params: Any, state: Any, *args: Any, **kwargs: Any):
@@ -108,7 +114,7 @@ class SubspaceValueAndGrad:
         )
 
     def refresh_due(self, params: Any, state: Any, ahead: int = 0) -> jax.Array:
-        """Returns whether the next update needs full gradients to renew a basis.
+        """Returns whether the next update has to renew a computed basis.
 
         Args: as for :meth:`due`.
 
@@ -121,7 +127,7 @@ class SubspaceValueAndGrad:
     def due(
         self, params: Any, state: Any, ahead: int = 0, *, drawn: bool = False
     ) -> dict[str, jax.Array]:
-        """Returns, for each leaf, whether the next update needs its full gradient.
+        """Returns, for each leaf, whether the next update has to renew its basis.
 
         Args:
             params: Parameters, or their shapes.
@@ -129,7 +135,7 @@ class SubspaceValueAndGrad:
             ahead: Updates between this state and the update in question. The answer is
                 exact for ``every``; ``on_convergence`` knows only the norms so far.
             drawn: Whether to list leaves with random bases too. The renewal of a random
-                basis needs no full gradient.
+                basis needs neither a gradient nor a sketch.
 
         Returns:
             Key path -> bool, (): whether a basis of the leaf's stack is due.
@@ -143,7 +149,9 @@ class SubspaceValueAndGrad:
 
     def _prepared(self, params, state, draws: bool, wanted: "_Wanted | None"):
         """Returns the state with due random bases drawn, and the projected leaves."""
-        _check_paths("full_gradients", self._full_gradients, leaves_by_path(params))
+        known = leaves_by_path(params)
+        named = self._full_gradients
+        _check_paths("full_gradients", named, known, "the parameters lack")
         binding = bind(self._optimizer, params)
         if draws:
             # A draw needs no gradient: the parameters take the place of gradients.
@@ -179,7 +187,7 @@ class SubspaceValueAndGrad:
             )
         if wanted is not None:
             computed = (x for x in leaves if not leaves[x].projector.parts.is_random)
-            _check_paths("sketching", wanted.paths, computed)
+            _check_paths("sketching", wanted.paths, computed, "have no computed basis")
         return state, leaves
 
 
@@ -204,10 +212,10 @@ class _Wanted(NamedTuple):
         return omega_of(projector, subspace, width)
 
 
-def _check_paths(what: str, named: Iterable[str], known: Iterable[tuple]) -> None:
+def _check_paths(
+    what: str, named: Iterable[str], known: Iterable[tuple], why: str
+) -> None:
     """Raises ValueError if a key path is not among the known ones."""
     missing = set(named) - set(map(jax.tree_util.keystr, known))
     if missing:
-        raise ValueError(
-            f"{what} names {', '.join(sorted(missing))}, which the parameters lack."
-        )
+        raise ValueError(f"{what} names {', '.join(sorted(missing))}, which {why}.")

@@ -4,9 +4,6 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
-from jax.sharding import NamedSharding
-
 
 class Model(NamedTuple):
     """A model as a step takes it.
@@ -84,21 +81,3 @@ def _is_module(model: Any) -> bool:
     # Whoever has such a module has imported Flax.
     nnx = sys.modules.get("flax.nnx")
     return nnx is not None and isinstance(model, nnx.Module)
-
-
-def shapes_of(tree: Any) -> tuple[Any, ...]:
-    """Returns structure, shapes, dtypes and shardings of a tree, to be compared."""
-    leaves, structure = jax.tree.flatten(tree)
-    return structure, tuple(_shape_of(leaf) for leaf in leaves)
-
-
-def _shape_of(leaf: Any) -> tuple[Any, ...]:
-    sharding = getattr(leaf, "sharding", None)
-    if isinstance(sharding, NamedSharding):
-        place = (sharding.spec, sharding.mesh, sharding.memory_kind)
-    else:
-        place = None
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        return leaf.shape, leaf.dtype, False, place
-    kind = jax.typeof(leaf)
-    return kind.shape, kind.dtype, kind.weak_type, place

@@ -1,6 +1,5 @@
 """The compiled programs of a training loop, and which of them is next."""
 
-import dataclasses
 import logging
 import time
 from collections.abc import Callable
@@ -13,27 +12,15 @@ import optax
 
 from lowrank_optax.binding.optimizer import bind
 from lowrank_optax.due import due_again, due_by_path
-from lowrank_optax.training.modules import (
-    Model,
-    loss_of,
-    put_together,
-    shapes_of,
-    taken_apart,
-)
+from lowrank_optax.training.modules import Model, put_together, taken_apart
 from lowrank_optax.training.placed import Placed, mesh_of, on_mesh, placed_of, whole_on
 from lowrank_optax.training.renewals import AHEAD, Renewals, first_register
-from lowrank_optax.training.step import (
-    Step,
-    TrainState,
-    full_gradients_of,
-    jitted,
-)
+from lowrank_optax.training.shapes import shapes_of
+from lowrank_optax.training.step import Step, TrainState, jitted
 
 _log = logging.getLogger(__name__)
 
 NewShapes = Literal["compile", "refuse"]
-_NOTHING: Any = None
-_NO_STATE = TrainState(_NOTHING, _NOTHING)
 
 
 class _Program(NamedTuple):
@@ -61,10 +48,8 @@ class TrainStep:
 
     ahead = AHEAD
 
-    def __init__(self, loss_fn: Any, step: Step, has_aux: bool, new_shapes: NewShapes):
-        self._loss_fn = loss_fn
+    def __init__(self, step: Step, new_shapes: NewShapes):
         self._given = step
-        self._has_aux = has_aux
         self._new_shapes = new_shapes
         self._forget()
         self.bases: tuple[str, ...] = ()
@@ -140,14 +125,14 @@ class TrainStep:
             self._say_new_shapes(key, batch)
             self._compile(key, model, state, batch, args)
         # If the step fails, the next one reads its state anew.
-        self._last = _NO_STATE
+        self._last = None
         arrays, carried, state, scalars, aux = self._programs[key](
             model.params, model.carried, state, batch, args
         )
         assert self._renewals is not None
-        self._renewals.observe(scalars.pop("due"))
+        self._renewals.observe(scalars["due"])
         self._last, self._renews = state, None
-        metrics = {**scalars, "aux": aux} if self._has_aux else scalars
+        metrics = self._metrics(scalars, aux)
         return put_together(params, arrays, carried), state, metrics
 
     def compile(self, params: Any, state: TrainState, batch: Any, *args: Any) -> None:
@@ -158,7 +143,7 @@ class TrainStep:
         model = taken_apart(params)
         if shapes_of((model, state)) != self._shapes:
             self._adopt_shapes(model, state)
-        for renews in (False, True)[: 2 if self.bases else 1]:
+        for renews in (False, True) if self.bases else (False,):
             key = _Program(renews, shapes_of((batch, args)))
             if key not in self._programs:
                 self._compile(key, model, state, batch, args)
@@ -181,7 +166,7 @@ class TrainStep:
         Args: as of a step, or shapes; and whether the program renews bases.
         """
         model = taken_apart(params)
-        step, placed = self._made(model), placed_of(model.params, state.optimizer)
+        step, placed = self._given.of(model), placed_of(model.params, state.optimizer)
         program = jitted(step, placed, renews)
         return program.lower(model.params, model.carried, state, batch, args)
 
@@ -197,23 +182,27 @@ class TrainStep:
 
         def step(params, state, batch, *args):
             model = taken_apart(params)
-            run, nowhere = self._made(model).run, Placed(None, None)
-            arrays, carried, state, metrics = run(
+            run, nowhere = self._given.of(model).run, Placed(None, None)
+            arrays, carried, state, scalars, aux = run(
                 renews, nowhere, model.params, model.carried, state, batch, args
             )
-            metrics.pop("due")
-            if not self._has_aux:
-                metrics.pop("aux")
+            metrics = self._metrics(scalars, aux)
             return put_together(params, arrays, carried), state, metrics
 
         return step
 
+    def _metrics(self, scalars: dict[str, Any], aux: Any) -> dict[str, Any]:
+        """Returns the metrics of a step for the user."""
+        found = {name: x for name, x in scalars.items() if name != "due"}
+        return {**found, "aux": aux} if self._given.has_aux else found
+
     def _next(self, model: Model, state: TrainState) -> bool:
         """Returns whether the step from a state renews bases."""
-        if (
-            state.due is not self._last.due
-            or state.optimizer is not self._last.optimizer
-        ):
+        last = self._last
+        is_last = last is not None and (
+            state.due is last.due and state.optimizer is last.optimizer
+        )
+        if not is_last:
             self._adopt(model, state)
         if self._renews is None:
             assert self._renewals is not None
@@ -221,7 +210,7 @@ class TrainStep:
         return self._renews
 
     def _forget(self) -> None:
-        self._last = _NO_STATE
+        self._last: TrainState | None = None
         self._renewals: Renewals | None = None
         self._renews: bool | None = None
         self._shapes: Any = None
@@ -250,17 +239,9 @@ class TrainStep:
                 f"state has {len(self.bases)}; make it by init or state_of of this "
                 "train_step."
             )
-        self._step = self._made(model)
+        self._step = self._given.of(model)
         self._placed = placed_of(model.params, state.optimizer)
         self._shapes = shapes_of((model, state))
-
-    def _made(self, model: Model) -> Step:
-        """Returns the step for a model."""
-        full = self._given.full_gradients
-        if full is not None:
-            full = full_gradients_of(self._given.optimizer, model.params, full)
-        loss = loss_of(self._loss_fn, self._has_aux, model.graph)
-        return dataclasses.replace(self._given, loss=loss, full_gradients=full)
 
     def _compile(self, key: _Program, model: Model, state, batch, args) -> None:
         started = time.monotonic()

@@ -11,16 +11,16 @@ import optax
 from lowrank_optax.binding.optimizer import Binding, bind
 from lowrank_optax.due import due_again, due_by_path
 from lowrank_optax.gradients.variants import SubspaceValueAndGrad
+from lowrank_optax.matrix.arrays import wide
 from lowrank_optax.projected import Sketch
 from lowrank_optax.rules.power_iteration import PowerIteration
 from lowrank_optax.training.accumulate import Accumulation
 from lowrank_optax.training.host_memory import moved_late, on_devices
+from lowrank_optax.training.modules import Model, loss_of
 from lowrank_optax.training.placed import Placed, whole_on
 from lowrank_optax.training.renewals import AHEAD, ALWAYS, next_register
 
 Refresh = Literal["sketch", "full"]
-# (params, carried, batch, *args) -> loss, (carried, aux)
-Loss = Callable[..., tuple[jax.Array, tuple[Any, Any]]]
 
 
 class TrainState(NamedTuple):
@@ -41,8 +41,8 @@ class Step:
     """What a step computes; see :func:`lowrank_optax.train_step`.
 
     Attributes:
-        loss: The function; ``carried`` is a pytree of arrays that each micro-batch
-            hands on to the next one.
+        loss_fn: (model, batch, ...) -> scalar, or (scalar, aux).
+        has_aux: Whether the function returns aux too.
         optimizer: The optimizer; an :class:`Accumulation` for several micro-batches.
         micro_batches: Micro-batches of a batch.
         weight: (batch, aux) -> weight of a micro-batch's loss and gradients.
@@ -50,9 +50,11 @@ class Step:
         refresh: What a computed basis is renewed from.
         oversample: See ``SubspaceValueAndGrad.sketching``.
         full_gradients: Key paths of leaves that get full gradients; None: all.
+        graph: Static part of a module; None: the model is a tree of parameters.
     """
 
-    loss: Loss
+    loss_fn: Callable[..., Any]
+    has_aux: bool
     optimizer: optax.GradientTransformationExtraArgs
     micro_batches: int
     weight: Callable[[Any, Any], Any]
@@ -60,20 +62,30 @@ class Step:
     refresh: Refresh
     oversample: int | None
     full_gradients: tuple[str, ...] | None
+    graph: Any = None
+
+    def of(self, model: Model) -> "Step":
+        """Returns the step for a model: its graph, and who gets full gradients."""
+        full = self.full_gradients
+        if full is not None:
+            full = full_gradients_of(self.optimizer, model.params, full)
+        return dataclasses.replace(self, graph=model.graph, full_gradients=full)
 
     @property
     def _gradient(self) -> SubspaceValueAndGrad:
-        paths = self.full_gradients or ()
-        return SubspaceValueAndGrad(self.loss, self.optimizer, True, paths)
+        return self._gradient_with(self.full_gradients or ())
 
-    def due(self, params: Any, state: Any) -> dict[str, jax.Array]:
+    def _gradient_with(self, full_gradients: Sequence[str]) -> SubspaceValueAndGrad:
+        loss = loss_of(self.loss_fn, self.has_aux, self.graph)
+        return SubspaceValueAndGrad(loss, self.optimizer, True, full_gradients)
+
+    def _due(self, params: Any, state: Any) -> jax.Array:
         """Returns what the step has to renew that comes AHEAD steps after the next one.
 
         A sketch makes the basis of the next step, so that it is computed one earlier.
 
         Returns:
-            Key path -> int8, (), see :mod:`lowrank_optax.training.renewals`; for each
-            leaf with a basis.
+            int8 (bases,), see :mod:`lowrank_optax.training.renewals`.
         """
         binding = bind(self.optimizer, params)
         soon, later = (
@@ -82,10 +94,8 @@ class Step:
         again = due_again(binding, state, AHEAD)
         sketched = self._sketched(binding, state)
         due = {path: (later if path in sketched else soon)[path] for path in soon}
-        return {
-            path: jnp.where(again[path], ALWAYS, x.astype(jnp.int8)).astype(jnp.int8)
-            for path, x in due.items()
-        }
+        each = [jnp.where(again[path], ALWAYS, x) for path, x in due.items()]
+        return jnp.array(each, jnp.int8)
 
     def _sketched(self, binding: Binding, state: Any) -> Set[str]:
         """Returns the key paths of the leaves whose bases are renewed from sketches."""
@@ -102,14 +112,15 @@ class Step:
         state: TrainState,
         batch: Any,
         args: Sequence[Any],
-    ) -> tuple[Any, Any, TrainState, dict[str, Any]]:
-        """Returns parameters, what is carried, state and metrics behind a step.
+    ) -> tuple[Any, Any, TrainState, dict[str, Any], Any]:
+        """Returns parameters, what is carried, state, metrics and aux behind a step.
 
         Args:
             renews: Whether the step renews the bases that are due.
             placed: Where the arrays are.
             params: Parameters.
-            carried: What the loss function hands on.
+            carried: Arrays that a micro-batch hands on to the next one: what a module
+                has beside its parameters.
             state: State.
             batch: Of the step.
             args: Further arguments of the loss function.
@@ -121,16 +132,15 @@ class Step:
         if found.sketches:
             renewed = self._gradient.renewed
             optimizer = renewed(params, optimizer, found.sketches)
-        due = jnp.array(list(self.due(params, optimizer).values()), jnp.int8)
+        due = self._due(params, optimizer)
         metrics = {
-            "loss": found.loss,
+            "loss": found.loss.astype(wide(found.loss.dtype)),
             "grad_norm": found.grad_norm,
-            "aux": found.aux,
             "due": due,
             **self.metrics(params, optimizer),
         }
-        register = next_register(state.due, renews, due)
-        return params, found.carried, TrainState(optimizer, register), metrics
+        state = TrainState(optimizer, next_register(state.due, renews, due))
+        return params, found.carried, state, metrics, found.aux
 
     def _gradients(self, renews: bool, params: Any, state: Any) -> Callable[..., Any]:
         """Returns the function of value, gradients, state and sketches."""
@@ -145,9 +155,7 @@ class Step:
         if computed == due_by_path(binding, state, drawn=True).keys():
             return _with_sketches(self._gradient.full)
         full = (*self.full_gradients, *computed)
-        return _with_sketches(
-            SubspaceValueAndGrad(self.loss, self.optimizer, True, full)
-        )
+        return _with_sketches(self._gradient_with(full))
 
     def _whole(self, renews, placed, params, carried, state, batch, args) -> "_Found":
         used = on_devices(state, placed.optimizer)
@@ -179,6 +187,7 @@ class Step:
                 params, state, carried, batch, *own
             )
             weight = jnp.asarray(self.weight(batch, aux), jnp.float32)
+            loss = loss.astype(wide(loss.dtype))
             state = optimizer.add(grads, state, weight, params, refresh=renews)
             sums = jax.tree.map(lambda x: x * weight.astype(x.dtype), (loss, sketches))
             return carried, state, aux, (*sums, weight)
@@ -269,9 +278,7 @@ def jitted(step: Step, placed: Placed, renews: bool) -> Any:
     """Returns a step to be compiled: its arrays stay where they are, donated."""
 
     def run(params, carried, state, batch, args):
-        *new, metrics = step.run(renews, placed, params, carried, state, batch, args)
-        aux = metrics.pop("aux")
-        return *new, metrics, aux
+        return step.run(renews, placed, params, carried, state, batch, args)
 
     shardings = None
     if placed.params is not None:

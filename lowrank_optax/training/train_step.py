@@ -1,13 +1,15 @@
 """``train_step``: what a training loop holds in its hand."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import optax
 
 from lowrank_optax.training.accumulate import Accumulation, accumulate
 from lowrank_optax.training.programs import NewShapes, TrainStep
 from lowrank_optax.training.step import Refresh, Step
+
+Gradients = Literal["subspace", "full"]
 
 
 def train_step(
@@ -17,7 +19,7 @@ def train_step(
     has_aux: bool = False,
     micro_batches: int = 1,
     weight: Callable[[Any, Any], Any] | None = None,
-    gradients: Literal["subspace", "full"] = "subspace",
+    gradients: Gradients = "subspace",
     refresh: Refresh = "sketch",
     oversample: int | None = None,
     full_gradients: tuple[str, ...] = (),
@@ -26,7 +28,7 @@ def train_step(
 ) -> TrainStep:
     r"""Returns an object that trains: compiled steps, their order, and their state.
 
-    Full example of a training loop::
+    A training loop::
 
         step = lowrank_optax.train_step(loss_fn, optimizer)
         state = step.init(params)
@@ -38,8 +40,9 @@ def train_step(
     are due. Two programs are compiled: one renews, the other does not. The host knows
     from the state which one is next, and does not wait for the device: it reads what
     the step before the last two has said. For ``every`` this is exact. A basis that is
-    due ``on_convergence`` comes two steps later. The state holds what the next steps
-    have to renew, so that a run that goes on from a saved state is the same run.
+    due ``on_convergence`` comes two steps later, from a sketch three. The state holds
+    what the next steps have to renew, so that a run that goes on from a saved state is
+    the same run.
 
     A computed basis is renewed from a sketch Y = Omega^T G, E[Y^T Y] = G^T G, which a
     renewing step computes beside the gradients inside the subspaces: no step holds a
@@ -81,10 +84,11 @@ def train_step(
 
     Returns:
         A :class:`TrainStep`. ``init(params)`` returns a :class:`TrainState`. A call
-        (params, state, batch, \*args) returns parameters, state and metrics: ``loss``
-        and ``grad_norm``, float32, (); ``aux`` with ``has_aux``; and those of
-        ``metrics``. The norm is that of projected gradients where they are projected,
-        before any clipping. Parameters and state are donated: use the returned ones.
+        (params, state, batch, \*args) returns parameters, state and metrics: ``loss``,
+        in float32 or wider, and ``grad_norm``, both (); ``aux`` with ``has_aux``; and
+        those of ``metrics``. The norm is that of projected gradients where they are
+        projected, before any clipping. Parameters and state are donated: use the
+        returned ones.
 
     Raises:
         ValueError: If an argument is out of its range; when called, if a batch cannot
@@ -109,11 +113,12 @@ def train_step(
     is_int = isinstance(micro_batches, int) and not isinstance(micro_batches, bool)
     if not is_int or micro_batches < 1:
         raise ValueError(f"micro_batches must be an int >= 1, got {micro_batches!r}.")
-    for name, value, choices in (
-        ("gradients", gradients, ("subspace", "full")),
-        ("refresh", refresh, ("sketch", "full")),
-        ("new_shapes", new_shapes, ("compile", "refuse")),
+    for name, value, kind in (
+        ("gradients", gradients, Gradients),
+        ("refresh", refresh, Refresh),
+        ("new_shapes", new_shapes, NewShapes),
     ):
+        choices = get_args(kind)
         if value not in choices:
             raise ValueError(f"{name} must be one of {choices}, got {value!r}.")
     if oversample is not None and oversample < 0:
@@ -121,7 +126,8 @@ def train_step(
     if micro_batches > 1 and not isinstance(optimizer, Accumulation):
         optimizer = accumulate(optimizer, micro_batches)
     step = Step(
-        loss=loss_fn,
+        loss_fn=loss_fn,
+        has_aux=has_aux,
         optimizer=optax.with_extra_args_support(optimizer),
         micro_batches=micro_batches,
         weight=weight or (lambda batch, aux: 1.0),
@@ -130,4 +136,4 @@ def train_step(
         oversample=oversample,
         full_gradients=None if gradients == "full" else tuple(full_gradients),
     )
-    return TrainStep(loss_fn, step, has_aux, new_shapes)
+    return TrainStep(step, new_shapes)
