@@ -1,6 +1,7 @@
-"""Sketches: the test matrix of a leaf, and the shape of its sketch."""
+"""Sketches: the test matrices of leaves, and the shapes of their sketches."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -22,41 +23,75 @@ def width_of(projector: Projector, oversample: int | None) -> int:
     return min(projector.capacity + more, projector.view.kept_size)
 
 
-def omega_of(projector: Projector, subspace: Subspace, width: int) -> jax.Array:
-    r"""Returns a test matrix Omega (*stack, a*c, k) with E[Omega Omega^T] = I.
+def omegas_of(
+    projectors: Mapping[tuple, Projector],
+    slots: Mapping[tuple, Subspace],
+    oversample: int | None,
+) -> dict[tuple, jax.Array]:
+    r"""Returns test matrices of leaves of one transformation, by key path.
+
+    Leaves with as many rows and as wide a sketch share one Omega, and so do all
+    matrices of a stack: sketches stay unbiased each for itself, and test matrices of
+    their own would take more memory than the sketches.
+
+    Omega stays the same up to the next renewal of a basis, of the leaf renewed most
+    often.
+
+    Args:
+        projectors: Projectors of the leaves, by key path.
+        slots: Subspaces of all leaves of the transformation.
+        oversample: See :func:`width_of`.
+
+    Returns:
+        Key path -> Omega (a*c, k), from :func:`omega_of`.
+    """
+    known: dict[tuple, jax.Array] = {}
+    found = {}
+    for path, projector in projectors.items():
+        n, width = projector.view.kept_size, width_of(projector, oversample)
+        key = n, width, projector.dtype
+        if key not in known:
+            refreshes = [jnp.max(slot.refreshes) for slot in slots.values()]
+            seed = hashed(jnp.asarray(projector.parts.seed).astype(jnp.uint32))
+            number = jnp.max(jnp.stack(refreshes)).astype(jnp.uint32)
+            known[key] = omega_of(hashed(seed + number), n, width, projector.dtype)
+        found[path] = known[key]
+    return found
+
+
+def omega_of(seed: jax.Array, n: int, width: int, dtype: Any) -> jax.Array:
+    r"""Returns a test matrix Omega (n, k) with E[Omega Omega^T] = I.
 
     Omega has k random columns of a cosine transform, and random signs of its rows. With
-    n = a c, signs s_i, different frequencies f_j, and u_f = 1 but for u_0 = sqrt(1/2):
+    signs s_i, different frequencies f_j, and u_f = 1 but for u_0 = sqrt(1/2):
 
     .. math::
         \Omega_{ij} = s_i u_{f_j} \sqrt{2 / k} \cos(\pi (2 i + 1) f_j / (2 n))
 
     Columns are orthogonal, and their length is sqrt(n / k): independent entries would
-    lose more where k is not far below n. Omega stays the same up to the next renewal of
-    the basis, so that sketches of several gradients can be added up.
+    lose more where k is not far below n.
 
     Args:
-        projector: Projector of the leaf.
-        subspace: Subspace of the leaf.
+        seed: (), uint32.
+        n: Rows.
         width: k, at most n.
+        dtype: Of the result.
 
     References:
         Tropp, `Improved analysis of the subsampled randomized Hadamard transform
         <https://arxiv.org/abs/1011.1595>`_, 2011, with a cosine transform.
     """
-    seeds = projector.seeds(subspace.refreshes, projector.name_hash)
-    n = projector.view.kept_size
     # Draws unlike those that a basis rule makes with the same seed.
     signs, order = (
-        hashed_uniform(hashed(seeds ^ own), (n, 1), jnp.float32)[..., 0]
+        hashed_uniform(hashed(seed ^ own), (n, 1), jnp.float32)[:, 0]
         for own in (0x5BD1E995, 0x1B873593)
     )
-    frequencies = jnp.argsort(order, axis=-1)[..., None, :width].astype(jnp.uint32)
+    frequencies = jnp.argsort(order)[:width].astype(jnp.uint32)
     rows = jnp.arange(n, dtype=jnp.uint32)[:, None]
     angles = _product_modulo(2 * rows + 1, frequencies, 4 * n)
-    cosines = jnp.cos(angles.astype(projector.dtype) * (math.pi / (2 * n)))
+    cosines = jnp.cos(angles.astype(dtype) * (math.pi / (2 * n)))
     lengths = jnp.where(frequencies == 0, 0.5, 1.0) * (2 / width)
-    return cosines * jnp.sign(signs)[..., None] * jnp.sqrt(lengths)
+    return cosines * jnp.sign(signs)[:, None] * jnp.sqrt(lengths)
 
 
 def _product_modulo(first: jax.Array, second: jax.Array, modulus: int) -> jax.Array:

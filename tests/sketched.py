@@ -6,7 +6,7 @@ import numpy as np
 import lowrank_optax
 from lowrank_optax.binding.optimizer import bind
 from lowrank_optax.binding.states import low_rank_states, slots_of
-from lowrank_optax.sketch import omega_of, width_of
+from lowrank_optax.sketch import omegas_of
 
 
 def assert_sketched(optimizer, params, gradients, state, sketches, rounding=1e-5):
@@ -24,13 +24,16 @@ def assert_sketched(optimizer, params, gradients, state, sketches, rounding=1e-5
     full = dict(jax.tree.leaves_with_path(gradients))
     for node in low_rank_states(state):
         slots = slots_of(node)
-        for path, projector in binding.projectors(params, node).items():
-            name = jax.tree_util.keystr(path)
-            if projector.parts.is_random:
-                continue
-            omega = omega_of(projector, slots[path], width_of(projector, None))
+        projectors = {
+            path: projector
+            for path, projector in binding.projectors(params, node).items()
+            if not projector.parts.is_random
+        }
+        omegas = omegas_of(projectors, slots, None)
+        for path, projector in projectors.items():
+            name, omega = jax.tree_util.keystr(path), omegas[path]
             matrix = np.asarray(projector.view.oriented(full[path]), np.float64)
-            expected = np.einsum("...ak,...ab->...kb", omega, matrix)
+            expected = np.einsum("ak,...ab->...kb", omega, matrix)
             found = sketches[name].rows
             assert found.shape == expected.shape, name
             error = np.linalg.norm(found - expected)

@@ -17,7 +17,7 @@ from lowrank_optax import subspace_value_and_grad, train_step
 from lowrank_optax.binding.optimizer import bind
 from lowrank_optax.binding.states import low_rank_states, slots_of
 from lowrank_optax.rules.bases import captured_energies
-from lowrank_optax.sketch import omega_of, width_of
+from lowrank_optax.sketch import omega_of, omegas_of, width_of
 from tests.suite import random_like
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -35,23 +35,15 @@ def only_node(optimizer, params):
     return node, bind(optimizer, params).projectors(params, node)
 
 
-def omegas(n, width, refreshes, name="w", stack=()):
-    """Test matrices at these numbers of refreshes."""
-    params = {name: jnp.zeros((*stack, n, 3))}
-    node, projectors = only_node(low_rank(1, side="short"), params)
-    ((path, projector),) = projectors.items()
-    slot = slots_of(node)[path]
-
-    def at(number):
-        return omega_of(
-            projector, slot._replace(refreshes=slot.refreshes + number), width
-        )
-
-    return np.asarray(jax.vmap(at)(jnp.asarray(refreshes)))
-
-
-def omega(n, width, **options):
-    return omegas(n, width, [options.pop("refreshes", 0)], **options)[0]
+def drawn(shapes, refreshes=None):
+    """Test matrices of 6 rows' width by leaf, behind these numbers of refreshes."""
+    node, projectors = only_node(low_rank(1, side="short"), random_like(shapes))
+    slots = slots_of(node)
+    for path, slot in slots.items():
+        more = (refreshes or {}).get(path[-1].key, 0)
+        slots[path] = slot._replace(refreshes=slot.refreshes + more)
+    found = omegas_of(projectors, slots, 5)
+    return {path[-1].key: np.asarray(x) for path, x in found.items()}
 
 
 def reference(n, width, seed):
@@ -66,7 +58,8 @@ def reference(n, width, seed):
 
 @pytest.mark.parametrize(("n", "width"), [(20, 6), (20, 20), (1000, 7), (70_001, 3)])
 def test_columns_of_a_test_matrix_are_orthogonal(n, width):
-    found = omega(n, width).astype(np.float64)
+    drawn = omega_of(jnp.uint32(3), n, width, jnp.float32)
+    found = np.asarray(drawn, np.float64)
     # Cosines in float32; above 46,340 rows an angle overflows unless it is cut.
     np.testing.assert_allclose(
         found.T @ found, np.eye(width) * n / width, atol=2e-6 * n
@@ -78,20 +71,25 @@ def test_columns_of_a_test_matrix_are_orthogonal(n, width):
 def test_a_test_matrix_is_one_in_expectation():
     """E[Omega Omega^T] = I: the mean of 400 draws, within five deviations."""
     count, n, width = 400, 12, 4
-    found = omegas(n, width, range(count))
+    found = jax.vmap(lambda seed: omega_of(seed, n, width, np.float32))(
+        jnp.arange(count, dtype=jnp.uint32)
+    )
     mean = np.mean([x @ x.T for x in found], 0)
     expected = [x @ x.T for x in (reference(n, width, i) for i in range(count))]
     deviation = np.std(expected, 0) / count**0.5
     assert np.all(np.abs(mean - np.eye(n)) < 5 * deviation + 1e-6)
 
 
-def test_test_matrices_differ_by_leaf_layer_and_refresh():
-    first = omega(20, 6, stack=(2,))
-    others = [first[1], omega(20, 6, name="v"), omega(20, 6, refreshes=1)]
-    # A matrix alone has the draw of the first matrix of a stack.
-    np.testing.assert_array_equal(first[0], omega(20, 6))
-    for other in others:
-        assert np.max(np.abs(other - first[0])) > 0.5
+def test_leaves_of_one_shape_and_layers_share_a_test_matrix_up_to_a_renewal():
+    shapes = {"w": (20, 7), "layers": (2, 20, 9), "v": (30, 7)}
+    first = drawn(shapes)
+    assert [first[name].shape for name in shapes] == [(20, 6), (20, 6), (30, 6)]
+    np.testing.assert_array_equal(first["w"], first["layers"])
+    # Of one layer of two alone.
+    renewed = drawn(shapes, {"layers": np.array([0, 1])})
+    for name in shapes:
+        assert np.max(np.abs(renewed[name] - first[name])) > 0.5
+    np.testing.assert_array_equal(renewed["w"], renewed["layers"])
 
 
 def test_sketches_add_up_to_that_of_the_sum():

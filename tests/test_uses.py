@@ -346,6 +346,14 @@ USES = {
             jnp.sin(x[None] * jnp.ones((3, 1, 1)) + p["positions"][:5])
         ),
     ),
+    "tables of a stack, rows of each": (
+        {"w": (STACK, 30, N)},
+        lambda p, x: squares(jnp.tanh(p["w"][:, IDS[0]]) @ x.T),
+    ),
+    "tables of a stack, columns of each": (
+        {"w": (STACK, 30, N)},
+        lambda p, x: squares(x[:, :3] @ jnp.tanh(p["w"][..., jnp.array([1, 5, 1])]).mT),
+    ),
     "an embedding, some outside": (
         {"w": (30, N)},
         lambda p, x: squares(

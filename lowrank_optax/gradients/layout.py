@@ -15,9 +15,10 @@ from lowrank_optax.matrix.view import MatrixView
 # The atoms of each dimension of an array made of a parameter: their sizes, all above 1,
 # the outermost first. The product of the sizes is the length of the dimension.
 Dims = tuple[tuple[int, ...], ...]
-# The atoms along which coordinates and test matrices vary, bases, and sketches.
+# The atoms along which coordinates vary, bases, test matrices, and sketches.
 _KEPT = ("stack", "kept", "block")
 _PROJECTED = ("stack", "projected")
+_TEST = ("kept", "block")
 _WHOLE = ("stack", "block", "projected")
 
 
@@ -111,13 +112,13 @@ class Layout:
         return self._spread(leaf, basis, _PROJECTED, apart)
 
     def test_matrix(self, leaf: Any, omega: jax.Array) -> jax.Array:
-        """Returns Omega (*stack, a*c, k) as (*atoms, k), with the leaf's sharding."""
+        """Returns Omega (a*c, k) as (*atoms, k), with the leaf's sharding."""
 
         def apart(omega):
             # The rows of each block, in columns of their own.
-            return omega.reshape(*self.view.stack, -1, self._rank(omega.shape[-1]))
+            return omega.reshape(-1, self._rank(omega.shape[-1]))
 
-        return self._spread(leaf, omega, _KEPT, apart)
+        return self._spread(leaf, omega, _TEST, apart)
 
     def public(self, like: jax.Array, coordinates: jax.Array) -> jax.Array:
         """Returns coordinates (*atoms, r) as (*stack, a*c, r), sharded as ``like``."""
@@ -143,7 +144,7 @@ class Layout:
         return with_automatic_axes(gathered, like, sketch)
 
     def _spread(self, leaf: Any, array: jax.Array, sides, apart: Callable) -> jax.Array:
-        """Returns (*stack, side, r) as (*atoms, r), with the leaf's sharding.
+        """Returns a basis or a test matrix as (*atoms, r), with the leaf's sharding.
 
         Args:
             leaf: The parameter.

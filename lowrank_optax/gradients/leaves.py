@@ -18,7 +18,7 @@ class ProjectedLeaf(NamedTuple):
     Attributes:
         projector: Projector of the leaf.
         basis: P; (*stack, b/c, r).
-        omega: Test matrix of a sketch; (*stack, a*c, k). None: no sketch is wanted.
+        omega: Test matrix of a sketch; (a*c, k). None: no sketch is wanted.
     """
 
     projector: Projector

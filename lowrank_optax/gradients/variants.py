@@ -17,7 +17,7 @@ from lowrank_optax.parts import check_subspace_is_enough
 from lowrank_optax.projected import Projected, Sketch
 from lowrank_optax.renewal import renewed_everywhere
 from lowrank_optax.rules.power_iteration import PowerIteration
-from lowrank_optax.sketch import omega_of, width_of
+from lowrank_optax.sketch import omegas_of
 from lowrank_optax.subspace import Projector, Subspace
 
 
@@ -58,10 +58,10 @@ class SubspaceValueAndGrad:
 
         .. math:: Y = \Omega^\top A, \quad E\,[Y^\top Y] = A^\top A
 
-        with a random test matrix Omega (a*c, k). As for the coordinates, A is never
-        formed: T k (n + m) multiplications for a product with T rows. The coordinates
-        and Y are in float32 or wider. :meth:`renewed` makes bases of sketches, after
-        the update::
+        with a random test matrix Omega (a*c, k), one for all leaves with as many rows.
+        As for the coordinates, A is never formed: T k (n + m) multiplications for a
+        product with T rows. The coordinates and Y are in float32 or wider.
+        :meth:`renewed` makes bases of sketches, after the update::
 
             sketching = gradient.sketching()
 
@@ -167,7 +167,9 @@ class SubspaceValueAndGrad:
             slots = slots_of(node)
             if not slots:
                 continue
-            for path, projector in binding.projectors(params, node).items():
+            projectors = binding.projectors(params, node)
+            omegas = {} if wanted is None else wanted.omegas(projectors, slots)
+            for path, projector in projectors.items():
                 if jax.tree_util.keystr(path) in self._full_gradients:
                     continue
                 check_subspace_is_enough(projector.parts, path)
@@ -177,9 +179,8 @@ class SubspaceValueAndGrad:
                         "transformations, and one of them takes its full gradient; "
                         "give each its own leaves by optax.masked or optax.partition."
                     )
-                omega = None if wanted is None else wanted.omega(projector, slots[path])
                 basis = projector.basis(slots[path])
-                leaves[path] = ProjectedLeaf(projector, basis, omega)
+                leaves[path] = ProjectedLeaf(projector, basis, omegas.get(path))
         if not leaves:
             raise ValueError(
                 "no leaf of these parameters is projected by the optimizer; "
@@ -197,19 +198,23 @@ class _Wanted(NamedTuple):
     paths: tuple[str, ...]
     oversample: int | None
 
-    def omega(self, projector: Projector, subspace: Subspace) -> jax.Array | None:
-        """Returns the test matrix of a leaf; None: no sketch."""
-        name = jax.tree_util.keystr(projector.path)
-        is_named = name in self.paths or not self.paths
-        if not is_named or projector.parts.is_random:
-            return None
-        if isinstance(projector.parts.basis, PowerIteration):
-            raise ValueError(
-                f"{name}: power_iteration blends each full gradient with the momentum, "
-                "and no sketch holds that; use jax.value_and_grad."
-            )
-        width = width_of(projector, self.oversample)
-        return omega_of(projector, subspace, width)
+    def omegas(
+        self, projectors: Mapping[tuple, Projector], slots: Mapping[tuple, Subspace]
+    ) -> dict[tuple, jax.Array]:
+        """Returns test matrices of a transformation's leaves with wanted sketches."""
+        found = {}
+        for path, projector in projectors.items():
+            name = jax.tree_util.keystr(path)
+            is_named = name in self.paths or not self.paths
+            if not is_named or projector.parts.is_random:
+                continue
+            if isinstance(projector.parts.basis, PowerIteration):
+                raise ValueError(
+                    f"{name}: power_iteration blends each full gradient with the "
+                    "momentum, and no sketch holds that; use jax.value_and_grad."
+                )
+            found[path] = projector
+        return omegas_of(found, slots, self.oversample)
 
 
 def _check_paths(
