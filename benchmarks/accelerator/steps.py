@@ -1,7 +1,8 @@
 """Stages b and d: the whole training step of a LLaMA, its time and its bytes.
 
-Each case has a process of its own, because a process cannot reset a device's peak. The
-step without a renewal is compiled and run, on a filled state. The processes share XLA's
+The steps are those of ``train_step``: the usual one, or the one that renews every basis
+from sketches. Each case has a process of its own, because a process cannot reset a
+device's peak. The step is compiled and run on a filled state. The processes share XLA's
 cache of tuned kernels, so that the first process compiles longest.
 """
 
@@ -17,7 +18,7 @@ import optax
 
 import lowrank_optax
 from benchmarks.accelerator import filled, records
-from benchmarks.accelerator.stacks import layer_by_layer
+from benchmarks.accelerator.stacks import layer_by_layer, muon_of_stacks
 
 RATE = 1e-5
 VOCABULARY = 32_000
@@ -35,6 +36,7 @@ class Case:
         optimizer: Optimizer of the block matrices, a key of :data:`OPTIMIZERS`.
         rank: Columns of the bases.
         in_subspace: Whether gradients are computed inside the subspaces.
+        renews: Whether each step renews every basis.
         sequences: Sequences in a batch.
         tokens: Tokens in a sequence.
         byte_limit: Limit on the peak in bytes; None: no limit.
@@ -47,6 +49,7 @@ class Case:
     in_subspace: bool
     sequences: int
     tokens: int = 1024
+    renews: bool = False
     byte_limit: int | None = None
     overrides: tuple[tuple[str, Any], ...] = ()
 
@@ -61,16 +64,22 @@ def _contrib_galore(rank: int) -> optax.GradientTransformation:
     return layer_by_layer(galore)
 
 
-def _galore(rank: int) -> optax.GradientTransformation:
-    return lowrank_optax.galore(RATE, rank, basis=lowrank_optax.range_finder())
+def _contrib_muon(rank: int) -> optax.GradientTransformation:
+    del rank
+    return muon_of_stacks(RATE)
 
 
-def _adarankgrad(rank: int) -> optax.GradientTransformation:
-    return lowrank_optax.adarankgrad(RATE, rank)
+def _galore(rank: int, **options: Any) -> optax.GradientTransformation:
+    basis = lowrank_optax.range_finder()
+    return lowrank_optax.galore(RATE, rank, basis=basis, **options)
 
 
-def _sumo(rank: int) -> optax.GradientTransformation:
-    return lowrank_optax.sumo(RATE, rank)
+def _adarankgrad(rank: int, **options: Any) -> optax.GradientTransformation:
+    return lowrank_optax.adarankgrad(RATE, rank, **options)
+
+
+def _sumo(rank: int, **options: Any) -> optax.GradientTransformation:
+    return lowrank_optax.sumo(RATE, rank, **options)
 
 
 def _low_rank_muon_8_bit(rank: int) -> optax.GradientTransformation:
@@ -85,11 +94,12 @@ def _adarankgrad_8_bit(rank: int) -> optax.GradientTransformation:
     return lowrank_optax.low_bit(_adarankgrad(rank), 8, 4)
 
 
-THEIRS: dict[str, Callable[[int], optax.GradientTransformation]] = {
+THEIRS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "adamw": _adamw,
     "contrib.galore": _contrib_galore,
+    "contrib.muon": _contrib_muon,
 }
-OPTIMIZERS: dict[str, Callable[[int], optax.GradientTransformation]] = {
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     **THEIRS,
     "galore": _galore,
     "adarankgrad": _adarankgrad,
@@ -112,17 +122,18 @@ def measure(write: records.Write, case: Case, deadline: float) -> None:
     del found["overrides"]
     shapes, loss = _model(case)
     tx = _partitioned(case)
-    step = jax.jit(_step(case, tx, loss), donate_argnums=(0, 1))
+    gradients = "subspace" if case.in_subspace else "full"
+    step = lowrank_optax.train_step(loss, tx, gradients=gradients)
 
     def make(seed):
         params = filled.params_like(shapes, seed)
-        return params, filled.state_like(tx, params, seed)
+        return params, step.state_of(params, filled.state_like(tx, params, seed))
 
     # The seed is an argument, so that XLA does not fold the arrays at compile time.
     seed = jnp.uint32(0)
     batch = filled.tokens((case.sequences, case.tokens + 1), _vocabulary(shapes))
     started = time.perf_counter()
-    lowered = step.lower(*jax.eval_shape(make, seed), batch)
+    lowered = step.lower(*jax.eval_shape(make, seed), batch, renews=case.renews)
     traced = time.perf_counter()
     compiled = lowered.compile()
     found["trace_seconds"] = traced - started
@@ -142,10 +153,10 @@ def measure(write: records.Write, case: Case, deadline: float) -> None:
     def seconds() -> float:
         nonlocal params, state
         start = time.perf_counter()
-        after = compiled(params, state, batch)
-        params, state, value = jax.block_until_ready(after)
+        after = compiled(params, (), state, batch, ())
+        params, _, state, metrics, _ = jax.block_until_ready(after)
         taken = time.perf_counter() - start
-        found["loss"] = float(value)
+        found["loss"] = float(metrics["loss"])
         return taken
 
     warm = [seconds() for _ in range(_WARM_UP)][-1]
@@ -206,28 +217,12 @@ def _partitioned(case: Case) -> optax.GradientTransformation:
     def group(leaf) -> str:
         return "blocks" if leaf.ndim == 3 else "rest"
 
+    options = {"refresh": lowrank_optax.every(1)} if case.renews else {}
+    blocks = OPTIMIZERS[case.optimizer](case.rank, **options)
     return optax.partition(
-        {"blocks": OPTIMIZERS[case.optimizer](case.rank), "rest": rest},
+        {"blocks": blocks, "rest": rest},
         functools.partial(jax.tree.map, group),
     )
-
-
-def _step(case: Case, tx: optax.GradientTransformation, loss: Callable) -> Callable:
-    """Returns (params, state, batch) -> (params, state, loss), without a renewal."""
-    in_subspace = lowrank_optax.subspace_value_and_grad(loss, tx)
-
-    def full(params, state, batch):
-        return *jax.value_and_grad(loss)(params, batch), state
-
-    gradient = in_subspace if case.in_subspace else full
-    options = {} if case.optimizer in THEIRS else {"refresh": False}
-
-    def run(params, state, batch):
-        value, gradients, state = gradient(params, state, batch)
-        updates, state = tx.update(gradients, state, params, **options)
-        return optax.apply_updates(params, updates), state, value
-
-    return run
 
 
 def _device_bytes(name: str) -> int | None:

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from benchmarks.accelerator import records, steps, updates
 
@@ -15,6 +16,8 @@ _TOY = (
     # XLA's CPU backend lacks some products of bfloat16 matrices into float32.
     ("compute_dtype", "float32"),
 )
+# Optimizer, and whether it has gradients in subspaces and renews.
+Rows = Sequence[tuple[str, dict[str, Any]]]
 _TOY_UPDATE = {"kernels": ("down",), "seconds": 0.0}
 
 
@@ -47,24 +50,28 @@ def catalogue(is_smoke: bool) -> list[Unit]:
 
 
 def _all() -> list[Unit]:
-    telling = (
-        ("adamw", False),
-        ("galore", True),
-        ("adarankgrad", True),
-        ("low_rank_muon 8-bit", False),
-        ("contrib.galore", False),
+    full, subspace = {"in_subspace": False}, {"in_subspace": True}
+    renewing = {**subspace, "renews": True}
+    telling: Rows = (
+        ("adamw", full),
+        ("adarankgrad", subspace),
+        ("adarankgrad", renewing),
+        ("contrib.muon", full),
+        ("sumo", subspace),
+        ("low_rank_muon 8-bit", full),
+        ("contrib.galore", full),
     )
-    others = (
-        ("sumo", True),
-        ("galore", False),
-        ("adarankgrad", False),
-        ("sumo", False),
+    others: Rows = (
+        ("galore", subspace),
+        ("sumo", renewing),
+        ("galore", full),
+        ("adarankgrad", full),
     )
     sizes = {"350m": 256, "1b": 512}
 
-    def of_steps(size, rows):
-        for optimizer, in_subspace in rows:
-            case = steps.Case(size, optimizer, sizes[size], in_subspace, sequences=16)
+    def of_steps(size: str, rows: Rows):
+        for optimizer, kind in rows:
+            case = steps.Case(size, optimizer, sizes[size], sequences=16, **kind)
             yield _step_unit("b", case, least=25, most=90)
 
     def of_24_gb(optimizer):
@@ -73,12 +80,12 @@ def _all() -> list[Unit]:
 
     return [
         *of_steps("350m", telling),
+        *of_steps("1b", telling),
         of_24_gb("galore 8-bit, basis 8-bit"),
         *_update_units("60m", is_stacked=True, apart=("contrib.galore",)),
         *_update_units("1b", is_stacked=True),
         _refresh_unit("60m"),
         _refresh_unit("1b-one-layer"),
-        *of_steps("1b", telling),
         of_24_gb("adarankgrad 8-bit, basis 4-bit"),
         *of_steps("350m", others),
         *_update_units("60m", is_stacked=False, apart=("contrib.galore",)),
@@ -89,15 +96,19 @@ def _all() -> list[Unit]:
 
 def _toys() -> list[Unit]:
     rows = [
-        *((name, True) for name in ("galore", "adarankgrad", "sumo")),
-        *((name, False) for name in ("adamw", "contrib.galore")),
-        ("low_rank_muon 8-bit", False),
+        *((name, True, False) for name in ("galore", "adarankgrad", "sumo")),
+        ("adarankgrad", True, True),
+        *((name, False, False) for name in steps.THEIRS),
+        ("low_rank_muon 8-bit", False, False),
     ]
     toy = functools.partial(steps.Case, "tiny", rank=8, sequences=2, tokens=16)
     toy = functools.partial(toy, overrides=_TOY)
     limited = toy("galore 8-bit, basis 8-bit", in_subspace=True, byte_limit=BYTE_LIMIT)
     units = [
-        *(_step_unit("b", toy(name, in_subspace=x), 5, 30) for name, x in rows),
+        *(
+            _step_unit("b", toy(name, in_subspace=inside, renews=renews), 5, 30)
+            for name, inside, renews in rows
+        ),
         _step_unit("d", limited, 5, 30),
         *_update_units("toy", True, ("contrib.galore",), **_TOY_UPDATE),
         *_update_units("toy", False, ("contrib.galore",), **_TOY_UPDATE),
@@ -110,6 +121,8 @@ def _toys() -> list[Unit]:
 def _step_unit(stage: str, case: steps.Case, least: float, most: float) -> Unit:
     kind = "subspace" if case.in_subspace else "full"
     name = f"{case.model} {case.optimizer}, {kind} gradients"
+    if case.renews:
+        name += ", renewing every basis"
     measure = functools.partial(_measure_step, case)
     return Unit(stage, name, name, least, most, measure, case.byte_limit)
 
