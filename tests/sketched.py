@@ -1,6 +1,9 @@
-"""What a sketch of a gradient has to be."""
+"""What a sketch of a gradient has to be, and states to compare gradients at."""
+
+import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import lowrank_optax
@@ -29,7 +32,7 @@ def assert_sketched(optimizer, params, gradients, state, sketches, rounding=1e-5
             for path, projector in binding.projectors(params, node).items()
             if not projector.parts.is_random
         }
-        omegas = omegas_of(projectors, slots, None)
+        omegas = _omegas(projectors, slots)
         for path, projector in projectors.items():
             name, omega = jax.tree_util.keystr(path), omegas[path]
             matrix = np.asarray(projector.view.oriented(full[path]), np.float64)
@@ -41,3 +44,35 @@ def assert_sketched(optimizer, params, gradients, state, sketches, rounding=1e-5
             seen.add(name)
     assert seen == set(sketches)
     assert seen <= lowrank_optax.projections(optimizer, params).keys()
+
+
+def _omegas(projectors, slots):
+    """The test matrices, compiled: eagerly they take longer than all else."""
+
+    def of(values):
+        found = omegas_of(projectors, dict(zip(slots, values, strict=True)), None)
+        return list(found.values())
+
+    return dict(zip(projectors, jax.jit(of)(list(slots.values())), strict=True))
+
+
+def with_bases(state, seed=7):
+    """Returns a state with bases of random numbers, as if not made of any gradient.
+
+    To compute bases would take most of the time of a test that only needs some.
+    """
+    rng = np.random.default_rng(seed)
+
+    def filled(path, leaf):
+        if not re.search(r"\.basis(\.codes|\.absmax)?$", jax.tree_util.keystr(path)):
+            return leaf
+        if jnp.issubdtype(leaf.dtype, jnp.integer):
+            values = rng.integers(1, 100, leaf.shape)
+        else:
+            values = rng.normal(size=leaf.shape) / 3
+        return jax.device_put(jnp.asarray(values, leaf.dtype), leaf.sharding)
+
+    filled_state = jax.tree_util.tree_map_with_path(filled, state)
+    changed = jax.tree.map(lambda a, b: a is not b, state, filled_state)
+    assert any(jax.tree.leaves(changed))
+    return filled_state

@@ -12,7 +12,7 @@ import pytest
 import lowrank_optax
 from lowrank_optax import subspace_value_and_grad
 from lowrank_optax.projected import is_projected
-from tests.sketched import assert_sketched
+from tests.sketched import assert_sketched, with_bases
 from tests.suite import random_like
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
@@ -41,9 +41,8 @@ def projected(gradient, basis, view):
 def assert_projected(optimizer, function, params, *args, rounding=ROUNDING):
     """Asserts value and gradients; returns how the gradient is called."""
     value, full = jax.jit(jax.value_and_grad(function))(params, *args)
-    # A basis of something else, for a gradient may lie in a small space.
-    state = optimizer.init(params)
-    _, state = jax.jit(optimizer.update)(random_like_tree(params), state, params)
+    # Bases of something else, for a gradient may lie in a small space.
+    state = with_bases(optimizer.init(params))
     gradient = subspace_value_and_grad(function, optimizer)
     found, grads, _, sketches = jax.jit(gradient.sketching())(params, state, *args)
     np.testing.assert_allclose(found, value, rtol=rounding)
@@ -65,13 +64,6 @@ def assert_projected(optimizer, function, params, *args, rounding=ROUNDING):
     assert any(plan.is_projected for plan in plans.values())
     assert_sketched(optimizer, params, full, state, sketches, rounding)
     return functools.partial(gradient, params, state, *args)
-
-
-def random_like_tree(params):
-    rng = np.random.default_rng(7)
-    return jax.tree.map(
-        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), params
-    )
 
 
 def squares(y):
