@@ -17,6 +17,7 @@ from lowrank_optax.methods.fira import fira, scale_by_fira
 from lowrank_optax.methods.galore import galore, scale_by_galore
 from lowrank_optax.methods.ldadam import ldadam, scale_by_ldadam
 from lowrank_optax.methods.low_rank_muon import low_rank_muon, scale_by_low_rank_muon
+from lowrank_optax.methods.neurons import ScaleByNeuronState, scale_by_neuron
 from lowrank_optax.methods.projfactor import (
     ScaleByProjfactorState,
     projfactor,
@@ -59,6 +60,7 @@ __all__ = [
     "Projected",
     "RebaseRule",
     "ScaleByLowRankState",
+    "ScaleByNeuronState",
     "ScaleByProjfactorState",
     "Sketch",
     "Subspace",
@@ -108,6 +110,7 @@ __all__ = [
     "scale_by_ldadam",
     "scale_by_low_rank",
     "scale_by_low_rank_muon",
+    "scale_by_neuron",
     "scale_by_projfactor",
     "scale_by_sumo",
     "scale_by_vlorp",

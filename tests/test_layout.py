@@ -68,6 +68,7 @@ ORDER = [
     "methods.vlorp",
     "methods.projfactor",
     "methods.sumo",
+    "methods.neurons",
     "methods.low_rank_muon",
     "methods.ldadam",
     "methods.fira",

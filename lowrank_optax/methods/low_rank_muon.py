@@ -4,6 +4,7 @@ import jax
 import optax
 
 from lowrank_optax.matrix.dimension_numbers import DimensionNumbers
+from lowrank_optax.methods.neurons import scale_by_neuron
 from lowrank_optax.methods.optimizer import Mask, as_optimizer
 from lowrank_optax.methods.sumo import by_kind, check_beta
 from lowrank_optax.rules.bases import BasisRule, range_finder
@@ -27,6 +28,7 @@ def low_rank_muon(
     ns_steps: int = 5,
     ns_coefficients: Coefficients = "muon",
     rms: jax.typing.ArrayLike = 0.2,
+    neuron_decay: jax.typing.ArrayLike | None = None,
     basis: BasisRule | None = None,
     refresh: RefreshRule | None = None,
     rebase: str | RebaseRule = "square",
@@ -35,7 +37,8 @@ def low_rank_muon(
 ) -> optax.GradientTransformationExtraArgs:
     """Muon with its momentum in a subspace, and the last gradient outside it.
 
-    Chains :func:`scale_by_low_rank_muon`, decoupled weight decay and the learning rate.
+    Chains :func:`scale_by_low_rank_muon`, :func:`scale_by_neuron` if asked, decoupled
+    weight decay and the learning rate.
     :func:`scale_by_low_rank_muon` documents equations, state, cost and references.
 
     Args:
@@ -46,6 +49,8 @@ def low_rank_muon(
             parameters to such a tree. None: all leaves decay.
         residual, nesterov, ns_steps, ns_coefficients, rms: see
             :func:`scale_by_low_rank_muon`.
+        neuron_decay: ``decay`` of :func:`scale_by_neuron`, 0.95 in its paper: a vector
+            of state more for each matrix. None: neurons are not scaled.
         basis, refresh, rebase: see :func:`scale_by_low_rank_muon`.
         dimension_numbers, seed: see :func:`scale_by_low_rank_muon`.
 
@@ -75,6 +80,9 @@ def low_rank_muon(
         dimension_numbers=dimension_numbers,
         seed=seed,
     )
+    if neuron_decay is not None:
+        neurons = scale_by_neuron(neuron_decay, dimension_numbers=dimension_numbers)
+        transformation = optax.chain(transformation, neurons)
     return as_optimizer(transformation, learning_rate, weight_decay, mask)
 
 

@@ -1,0 +1,159 @@
+"""NorMuon's scale by neuron: a second moment of one number for each output."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax.binding.states import as_given
+from lowrank_optax.matrix.arrays import as_arrays, wide
+from lowrank_optax.matrix.boxes import boxed_like, contents, is_box, unboxed
+from lowrank_optax.matrix.dimension_numbers import DimensionNumbers
+from lowrank_optax.matrix.plan import plan_leaves, views_of
+from lowrank_optax.matrix.sharding import on_mesh_of, zeros_beside
+from lowrank_optax.matrix.view import MatrixView
+
+_EPS = 1e-8
+
+
+class ScaleByNeuronState(NamedTuple):
+    """State of :func:`scale_by_neuron`.
+
+    Attributes:
+        squares: Tree like the parameters. For a leaf with a matrix, the average of the
+            mean square of each neuron's updates, float32 or wider; in the leaf's shape,
+            with length 1 along the axes of the rows. For other leaves
+            ``optax.MaskedNode()``.
+    """
+
+    squares: Any
+
+
+def scale_by_neuron(
+    decay: jax.typing.ArrayLike = 0.95,
+    *,
+    dimension_numbers: DimensionNumbers | None = None,
+) -> optax.GradientTransformation:
+    r"""Brings the updates of all neurons of a matrix to one size.
+
+    U_t (n, m) is the update of a kernel of n inputs and m outputs, whatever method made
+    it. A neuron is an output, a column. For each neuron j:
+
+    .. math::
+        v_{t,j} = \beta v_{t-1,j} + (1 - \beta) \frac{1}{n} \sum_i U_{t,ij}^2, \quad
+        W_{t,ij} = \frac{U_{t,ij}}{\sqrt{v_{t,j}} + \epsilon}, \quad
+        U'_t = \frac{\|U_t\|_F}{\|W_t\|_F} W_t
+
+    The update keeps its norm, so that the learning rate keeps its meaning; no bias
+    correction is needed. Leaves without a matrix pass unchanged. Matrices of a stack
+    are treated one by one.
+
+    Chain it behind a transformation and before the learning rate::
+
+        optax.chain(
+            lowrank_optax.scale_by_low_rank_muon(rank=64),
+            lowrank_optax.scale_by_neuron(),
+            optax.scale_by_learning_rate(1e-3),
+        )
+
+    State: m numbers a matrix, float32. Cost: some passes over the update. Orthogonal
+    updates gain from it, whose neurons differ in size where a matrix is not square or
+    not of full rank.
+
+    Args:
+        decay: Beta, in [0, 1). 0 gives each neuron the same size at each update.
+        dimension_numbers: See :func:`scale_by_low_rank`.
+
+    Returns:
+        A transformation. Its updates have the shapes and dtypes of those it gets.
+
+    Raises:
+        ValueError: If ``decay`` is out of its range; in ``init``, if dimension numbers
+            do not fit a leaf; in ``update``, if the updates do not fit the state.
+
+    References:
+        Li et al., `NorMuon <https://arxiv.org/abs/2510.05491>`_, 2025, behind Muon.
+        There the update's root mean square becomes 0.2, whatever it was. epsilon is
+        1e-8, as there.
+
+    Example:
+        >>> params = {"w": jnp.ones((64, 16)), "b": jnp.ones(16)}
+        >>> tx = scale_by_neuron()
+        >>> state = tx.init(params)
+        >>> state.squares["w"].shape, state.squares["b"]
+        ((1, 16), MaskedNode())
+    """
+    if isinstance(decay, (int, float)) and not 0 <= decay < 1:
+        raise ValueError(f"decay must be inside [0, 1), got {decay}.")
+
+    def views(tree: Any) -> dict[tuple, MatrixView | None]:
+        return views_of(plan_leaves(tree, 0, "short", dimension_numbers))
+
+    def init(params: Any) -> ScaleByNeuronState:
+        params = as_arrays(params)
+        found = views(params)
+
+        def zeros(path, leaf):
+            view = found[path]
+            if view is None:
+                return optax.MaskedNode()
+            places = range(len(view.shape))
+            axes = [() if i in view.row_axes else (i,) for i in places]
+            dtype = wide(contents(leaf).dtype)
+            return zeros_beside(leaf, _shape_of_squares(view), dtype, axes)
+
+        squares = jax.tree_util.tree_map_with_path(zeros, params, is_leaf=is_box)
+        return ScaleByNeuronState(on_mesh_of(params, squares))
+
+    def update(updates, state, params=None):
+        del params
+        updates = as_arrays(updates)
+        found, arrays = views(updates), unboxed(updates)
+        paths, treedef = jax.tree_util.tree_flatten_with_path(arrays)
+        before = treedef.flatten_up_to(unboxed(state.squares))
+        scaled, squares = [], []
+        for (path, array), old in zip(paths, before, strict=True):
+            view = found[path]
+            if view is not None:
+                _check(path, view, old)
+                array, old = _scaled(array, old, view, decay)
+            scaled.append(array)
+            squares.append(old)
+        new = ScaleByNeuronState(treedef.unflatten(squares))
+        return boxed_like(treedef.unflatten(scaled), updates), as_given(new, state)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _shape_of_squares(view: MatrixView) -> tuple[int, ...]:
+    """Returns the leaf's shape with length 1 along the axes of the rows."""
+    return tuple(1 if i in view.row_axes else n for i, n in enumerate(view.shape))
+
+
+def _check(path: tuple, view: MatrixView, squares: Any) -> None:
+    """Raises ValueError if a state does not fit an update."""
+    expected = _shape_of_squares(view)
+    found = getattr(squares, "shape", None)
+    if found != expected:
+        raise ValueError(
+            f"{jax.tree_util.keystr(path)}: scale_by_neuron's state has "
+            f"{'nothing' if found is None else f'shape {found}'}, and the update wants "
+            f"{expected}; make the state from the same parameters."
+        )
+
+
+def _scaled(
+    update: jax.Array, squares: jax.Array, view: MatrixView, decay: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the scaled update of a leaf, and the new averages."""
+    u = update.astype(squares.dtype)
+    mean = jnp.mean(jnp.square(u), view.row_axes, keepdims=True)
+    squares = decay * squares + (1 - decay) * mean
+    scaled = u / (jnp.sqrt(squares) + _EPS)
+    sides = view.row_axes + view.column_axes
+    norm, other = (
+        jnp.sqrt(jnp.sum(jnp.square(x), sides, keepdims=True)) for x in (u, scaled)
+    )
+    scaled = scaled * (norm / jnp.where(other > 0, other, 1))
+    return scaled.astype(update.dtype), squares
