@@ -124,18 +124,34 @@ def adafactor(learning_rate, *, weight_decay, **others):
     )
 
 
-def muon(learning_rate, *, momentum, weight_decay, **others):
+def muon(learning_rate, *, momentum, neuron_decay, weight_decay, **others):
+    """Muon; NorMuon with a neuron_decay."""
     del others
     numbers = optax.contrib.MuonDimensionNumbers(-2, -1)
-    return optax.contrib.muon(
-        learning_rate,
-        beta=momentum,
-        weight_decay=weight_decay,
-        # Each leaf is a matrix or a stack of matrices.
-        muon_weight_dimension_numbers=lambda params: jax.tree.map(
-            lambda leaf: numbers, params
+
+    def made(rate, decay):
+        return optax.contrib.muon(
+            rate,
+            beta=momentum,
+            weight_decay=decay,
+            # Each leaf is a matrix or a stack of matrices.
+            muon_weight_dimension_numbers=lambda params: jax.tree.map(
+                lambda leaf: numbers, params
+            ),
+            consistent_rms=0.2,
+        )
+
+    if neuron_decay is None:
+        return made(learning_rate, weight_decay)
+    return optax.chain(
+        made(1.0, 0.0),
+        # Down already.
+        optax.scale(-1.0),
+        lowrank_optax.scale_by_neuron(
+            neuron_decay, dimension_numbers=lowrank_optax.dimension_numbers_by_shape
         ),
-        consistent_rms=0.2,
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(learning_rate),
     )
 
 

@@ -113,7 +113,7 @@ OPTIMIZERS: dict[str, Method] = {
         "Orthogonalized momentum from a subspace, with the gradient outside it.",
         constructors.orthogonalized(lowrank_optax.low_rank_muon),
         0.5,
-        {**_ORTHOGONALIZED, "residual": 4.0},
+        {**_ORTHOGONALIZED, "residual": 4.0, "neuron_decay": None},
         codes=_BASES_TOO,
     ),
     "ldadam": Method(
@@ -146,7 +146,7 @@ OPTIMIZERS: dict[str, Method] = {
         "Orthogonalized momentum of the whole matrices (optax.contrib.muon).",
         constructors.muon,
         0.5,
-        {"momentum": 0.95},
+        {"momentum": 0.95, "neuron_decay": None},
     ),
     "adafactor": Method(
         "A factored second moment and no first one.",

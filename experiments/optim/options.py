@@ -131,6 +131,10 @@ class OneMethodFlags:
     #: Weight of the last gradient outside the subspace, beside the momentum inside; 0
     #: or more. None: 4 of low_rank_muon, the only one that has it.
     residual: NotNegative | None = None
+    #: Decay of the squares that bring all outputs of a matrix to updates of one size,
+    #: per step; in [0, 1), 0.95 in NorMuon. None: they keep their sizes. muon and
+    #: low_rank_muon have it.
+    neuron_decay: Decay | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

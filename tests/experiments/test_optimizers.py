@@ -53,6 +53,26 @@ def make(optimizer, learning_rate=0.1, **changes):
     return build_optimizer(options, lambda _: learning_rate)
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "low_rank_muon"])
+def test_a_decay_of_neurons_brings_the_outputs_of_a_matrix_to_one_size(optimizer):
+    params, grads = random_tree(0), random_tree(1)
+
+    def update(neuron_decay):
+        tx = make(optimizer, neuron_decay=neuron_decay, weight_decay=0.1)
+        still = jax.tree.map(jnp.zeros_like, params)
+        found, _ = jax.jit(tx.update)(grads, tx.init(still), still)
+        return found["blocks"]["mlp"]["up"]
+
+    kept, scaled = update(None), update(0.5)
+    sizes = jnp.linalg.norm(scaled, axis=1)
+    # After one update the average of squares is a multiple of these squares.
+    np.testing.assert_allclose(sizes, jnp.broadcast_to(sizes[:, :1], sizes.shape), 1e-5)
+    norms = (jnp.linalg.norm(x, axis=(1, 2)) for x in (kept, scaled))
+    np.testing.assert_allclose(*norms, rtol=1e-5)
+    # Against the gradient, as without.
+    assert jnp.all(jnp.sum(scaled * kept, (1, 2)) > 0)
+
+
 @functools.cache
 def first_updates(optimizer):
     """Returns the compiled (gradients, scale of blocks, weight decay) -> updates."""
