@@ -32,7 +32,7 @@ test: $(VENV)/.dev $(VENV)/.models
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest --doctest-modules lowrank_optax
-	$(BIN)/python -m pytest tests -m "not slow" -n 2 --dist worksteal --durations=15
+	$(BIN)/python -m pytest tests -m "not slow and not clients" -n 2 --dist worksteal --durations=15
 
 # Warnings are errors. The build needs no network.
 docs: $(VENV)/.dev $(VENV)/.models

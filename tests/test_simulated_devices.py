@@ -77,22 +77,21 @@ def _run(*words: object, devices: int) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 2, 4])
+@pytest.mark.parametrize("devices", [1, 4])
 def test_refreshes_end_on_simulated_devices(devices):
     said = _run("-c", UPDATES, devices, devices=devices)
     assert said.split() == ["galore", "adarankgrad", "sumo", "low_rank_muon", "vlorp"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [2, 4])
-def test_the_experiment_ends_on_simulated_devices(devices, tmp_path):
+def test_the_experiment_ends_on_simulated_devices(tmp_path):
     text = tmp_path / "some.txt"
     lines = (f"line {i} has the number {i * i} in it\n" for i in range(6000))
     text.write_text("".join(lines))
     said = _run(
         *("-m", "experiments.pretrain_llama", "--data", text, "--steps", 20),
         *("--optimizer", "adarankgrad", "--out", tmp_path / "out"),
-        devices=devices,
+        devices=4,
     )
     assert "validation loss" in said
     assert "step 20/20" in said

@@ -8,6 +8,14 @@ from tests.clients.protocol import Client
 
 # Those that make test runs, with one method.
 QUICK = ("nnx", "linen")
+# The methods that make test-slow runs beside these with a client of the development
+# environment; all of them with NNX. make clients runs every method with every client.
+TELLING = {
+    "linen": ("adarankgrad",),
+    "maxtext_like": ("low_rank_muon",),
+    "equinox": ("projfactor",),
+    "haiku": ("adarankgrad",),
+}
 # Name -> module and class, and the package that it is a client with.
 CLIENTS = {
     "nnx": ("flax_nnx.NNX", "flax"),

@@ -13,7 +13,7 @@ from jax.sharding import AxisType
 import lowrank_optax
 from lowrank_optax.binding.states import names
 from lowrank_optax.matrix.boxes import unboxed
-from tests.clients.clients import CLIENTS, QUICK, client, is_installed
+from tests.clients.clients import CLIENTS, QUICK, TELLING, client, is_installed
 from tests.clients.protocol import (
     METHODS,
     RATE,
@@ -36,10 +36,12 @@ def _marks(name: str, method: str = "galore") -> list:
 
     Only what is not installed is skipped: a client that cannot be imported fails.
     """
-    is_quick = name in QUICK and method == "galore"
     reason = f"{name} is not installed here; make clients has it"
     missing = pytest.mark.skipif(not is_installed(name), reason=reason)
-    return [missing] if is_quick else [missing, pytest.mark.slow]
+    if name in QUICK and method == "galore":
+        return [missing]
+    is_telling = method in TELLING.get(name, METHODS)
+    return [missing, pytest.mark.slow if is_telling else pytest.mark.clients]
 
 
 def _cells() -> list:

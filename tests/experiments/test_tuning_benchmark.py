@@ -72,10 +72,10 @@ def assert_as_the_command(method, flags, directory, optimizer, seed, rates):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("seed", "rates"), [(1, (3e-3, 6e-3)), (0, (1e-3, 1e-3))])
-def test_runs_are_those_of_the_command(method, flags, tmp_path, seed, rates):
-    # One program for both seeds and both rates.
-    assert_as_the_command(method, flags, tmp_path, "adarankgrad", seed, rates)
+def test_runs_are_those_of_the_command(method, flags, tmp_path):
+    # One program for all seeds and rates: another run has been before this one.
+    method.run((1e-3, 1e-3), 0)
+    assert_as_the_command(method, flags, tmp_path, "adarankgrad", 1, (3e-3, 6e-3))
 
 
 @pytest.mark.slow
