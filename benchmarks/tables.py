@@ -26,6 +26,7 @@ PAGES = tuple(
         "finetuning",
         "many_devices",
         "concepts/refresh",
+        "methods/low_rank_muon",
     )
 )
 # Card -> directories of its measurements.
@@ -136,6 +137,14 @@ def sketch_losses() -> Rows:
             *told,
             f"{100 * (sum(pair[1]) / sum(pair[0]) - 1):+.2f} %",
         ]
+
+
+def neuron_losses() -> Rows:
+    yield ["method", "validation loss", "mean", "state of the blocks against AdamW's"]
+    for method, x in measurements("neuron-losses-cpu").items():
+        losses = ", ".join(f"{loss:.4f}" for loss in x["losses"])
+        mean = statistics.mean(x["losses"])
+        yield [f"`{method}`", losses, f"{mean:.4f}", f"{x['block_state_share']:.3f}"]
 
 
 def update_cpu() -> Rows:
@@ -310,6 +319,7 @@ TABLES: dict[str, Callable[[], Rows]] = {
     "step-memory-cpu": step_memory_cpu,
     "sketches": sketches,
     "sketch-losses": sketch_losses,
+    "neuron-losses": neuron_losses,
     "update-cpu": update_cpu,
     "renewal-cpu": renewal_cpu,
     "update-accelerator": update_accelerator,
