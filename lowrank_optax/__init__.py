@@ -17,7 +17,6 @@ from lowrank_optax.methods.fira import fira, scale_by_fira
 from lowrank_optax.methods.galore import galore, scale_by_galore
 from lowrank_optax.methods.ldadam import ldadam, scale_by_ldadam
 from lowrank_optax.methods.low_rank_muon import low_rank_muon, scale_by_low_rank_muon
-from lowrank_optax.methods.neurons import ScaleByNeuronState, scale_by_neuron
 from lowrank_optax.methods.projfactor import (
     ScaleByProjfactorState,
     projfactor,
@@ -25,6 +24,7 @@ from lowrank_optax.methods.projfactor import (
 )
 from lowrank_optax.methods.sumo import scale_by_sumo, sumo
 from lowrank_optax.methods.vlorp import scale_by_vlorp, vlorp
+from lowrank_optax.neurons import ScaleByNeuronState, scale_by_neuron
 from lowrank_optax.projected import Projected, Sketch
 from lowrank_optax.report.memory_plan import memory_plan
 from lowrank_optax.report.projections import projections

@@ -4,9 +4,9 @@ import jax
 import optax
 
 from lowrank_optax.matrix.dimension_numbers import DimensionNumbers
-from lowrank_optax.methods.neurons import scale_by_neuron
 from lowrank_optax.methods.optimizer import Mask, as_optimizer
 from lowrank_optax.methods.sumo import by_kind, check_beta
+from lowrank_optax.neurons import scale_by_neuron
 from lowrank_optax.rules.bases import BasisRule, range_finder
 from lowrank_optax.rules.newton_schulz import Coefficients
 from lowrank_optax.rules.ranks import RankRule
