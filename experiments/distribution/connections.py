@@ -7,6 +7,7 @@ system closes the connections of a process that dies, however it dies.
 import contextlib
 import socket
 import threading
+import time
 from collections.abc import Callable
 
 from experiments.distribution import processes
@@ -29,7 +30,9 @@ class Connections:
     def __init__(self, lost: Callable[[int], None], host: str | None = None):
         self._lost = lost
         self._sockets: list[socket.socket] = []
-        if processes.is_first():
+        self._listening: list[threading.Thread] = []
+        self._is_first = processes.is_first()
+        if self._is_first:
             family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
             server = socket.create_server(
                 ("", 0),
@@ -50,10 +53,30 @@ class Connections:
             self._start(self._listen, found, 0)
 
     def close(self) -> None:
-        """Says good-bye."""
+        """Says good-bye. The connection itself ends with the process."""
         for each in self._sockets:
             with contextlib.suppress(OSError):
                 each.sendall(_BYE)
+            if not self._is_first:
+                # Or Python would close it as soon as nothing here needs it.
+                each.detach()
+
+    def await_ends(self, seconds: float) -> bool:
+        """Waits in the first process until the others have ended.
+
+        The store goes with the first process, and JAX aborts a process that is still
+        there then.
+
+        Args:
+            seconds: At most.
+
+        Returns:
+            Whether all that were connected have ended.
+        """
+        until = time.monotonic() + seconds
+        for thread in self._listening:
+            thread.join(max(0.0, until - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._listening)
 
     def _accept(self, server: socket.socket) -> None:
         while True:
@@ -68,15 +91,19 @@ class Connections:
             number = found.recv(4, socket.MSG_WAITALL)
             if len(number) == 4:
                 self._sockets.append(found)
+                self._listening.append(threading.current_thread())
                 self._listen(found, int.from_bytes(number, "big"))
+                # Behind the good-bye: the end of the process closes the connection.
+                found.recv(1)
+                found.close()
 
     def _listen(self, found: socket.socket, index: int) -> None:
-        with found:
-            try:
-                said = found.recv(1)
-            except OSError:
-                said = b""
+        try:
+            said = found.recv(1)
+        except OSError:
+            said = b""
         if said != _BYE:
+            found.close()
             self._lost(index)
 
     def _start(self, function: Callable, *args) -> None:

@@ -22,6 +22,7 @@ _ALIVE, _ENDED, _LEFT, _VERDICT = (
     f"lowrank/{name}" for name in ("alive", "ended", "left", "verdict")
 )
 FAILED = 1
+_LAST = 10  # seconds that the first process waits for the others' ends, at most
 
 
 class Watch:
@@ -68,6 +69,18 @@ class Watch:
         self._is_over.set()
         self._connections.close()
         self._thread.join()
+        self._take_leave()
+
+    def _take_leave(self) -> None:
+        """Lets the first process, which has the store, be the last one to go."""
+        names = [f"{_LEFT}/{i}" for i in range(1, processes.count())]
+        if not processes.is_first():
+            self._store.key_value_set(names[processes.index() - 1], "")
+            return
+        for name in names:
+            with contextlib.suppress(JaxRuntimeError):
+                self._store.blocking_key_value_get(name, timeout_in_ms=1000 * _LAST)
+        self._connections.await_ends(_LAST)
 
     def tell(self, error: BaseException) -> None:
         """Tells the others why this process ends, and lets them hear of it."""
@@ -177,18 +190,6 @@ def watched(timeout: float, advice: str, host: str | None) -> Iterator[None]:
         raise
     processes.wait_for_all("end")
     watch.close()
-    _take_leave()
-
-
-def _take_leave() -> None:
-    """Lets the first process, which has the store, be the last one to go."""
-    names = [f"{_LEFT}/{i}" for i in range(1, processes.count())]
-    if not processes.is_first():
-        processes.store().key_value_set(names[processes.index() - 1], "")
-        return
-    for name in names:
-        with contextlib.suppress(JaxRuntimeError):
-            processes.store().blocking_key_value_get(name, timeout_in_ms=10_000)
 
 
 def _told(number: Any, reason: str) -> str:

@@ -1,7 +1,9 @@
 """The connections of processes: who is lost, who said good-bye, where the first is."""
 
+import os
 import queue
 import socket
+import time
 
 import pytest
 
@@ -43,14 +45,21 @@ def test_a_closed_connection_is_told_with_its_number(connect):
 
 
 def test_a_good_bye_is_not_the_end_of_a_process(connect):
+    """The first waits for it: JAX aborts a process that outlives the first."""
     lost = queue.Queue()
-    connect(0, lost.put)
+    first = connect(0, lost.put)
     second = connect(1, lost.put)
-    second.close()
-    # The other end is closed behind the good-bye; this end hears that.
-    assert lost.get(timeout=10) == 0
-    with pytest.raises(queue.Empty):
-        lost.get(timeout=0.2)
+    descriptor = second._sockets[0].fileno()
+    while not first._listening:
+        time.sleep(0.01)
+    for each in (first, second):
+        each.close()
+    del each, second
+    assert not first.await_ends(0.2)
+    # As the system does it at the end of a process.
+    os.close(descriptor)
+    assert first.await_ends(10)
+    assert lost.empty()
 
 
 def test_the_first_process_is_where_the_others_have_reached_it():
