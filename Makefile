@@ -40,7 +40,7 @@ docs: $(VENV)/.dev $(VENV)/.models
 	@echo "The site is at docs/_build/html/index.html"
 
 test-slow: $(VENV)/.dev $(VENV)/.models
-	$(BIN)/python -m pytest tests -m slow -n 2 --dist worksteal --durations=15
+	$(BIN)/python -m pytest tests -m "slow and not clients" -n 2 --dist worksteal --durations=15
 
 # CI runs ARGS="newest --quick". --unpinned takes the newest packages; --save stores results.
 compatibility: $(VENV)/.dev

@@ -40,6 +40,11 @@ def pytest_collection_finish():
     gc.set_threshold(50_000, 20, 50)
 
 
+def pytest_collection_modifyitems(items):
+    """Puts the longest test first: at the end the other workers would wait for it."""
+    items.sort(key=lambda item: not item.name.startswith("test_notebooks_run"))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _programs_of_one_module():
     """Frees what a module compiled, some 70 maps of memory a test.
