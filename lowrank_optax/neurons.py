@@ -57,9 +57,8 @@ def scale_by_neuron(
             optax.scale_by_learning_rate(1e-3),
         )
 
-    State: m numbers a matrix, float32. Cost: some passes over the update. Orthogonal
-    updates gain from it, whose neurons differ in size where a matrix is not square or
-    not of full rank.
+    State: m numbers a matrix, float32. Cost: some passes over the update. What it gains
+    behind :func:`low_rank_muon` is in ``docs/methods/low_rank_muon.md``.
 
     Args:
         decay: Beta, in [0, 1). 0 gives each neuron the same size at each update.

@@ -39,22 +39,22 @@ def omegas_of(
 
     Args:
         projectors: Projectors of the leaves, by key path.
-        slots: Subspaces of all leaves of the transformation.
+        slots: Subspaces of all leaves of the transformation; not empty.
         oversample: See :func:`width_of`.
 
     Returns:
         Key path -> Omega (a*c, k), from :func:`omega_of`.
     """
+    refreshes = [jnp.max(slot.refreshes) for slot in slots.values()]
+    number = jnp.max(jnp.stack(refreshes)).astype(jnp.uint32)
     known: dict[tuple, jax.Array] = {}
     found = {}
     for path, projector in projectors.items():
-        n, width = projector.view.kept_size, width_of(projector, oversample)
-        key = n, width, projector.dtype
+        width = width_of(projector, oversample)
+        key = projector.view.kept_size, width, projector.dtype
         if key not in known:
-            refreshes = [jnp.max(slot.refreshes) for slot in slots.values()]
             seed = hashed(jnp.asarray(projector.parts.seed).astype(jnp.uint32))
-            number = jnp.max(jnp.stack(refreshes)).astype(jnp.uint32)
-            known[key] = omega_of(hashed(seed + number), n, width, projector.dtype)
+            known[key] = omega_of(hashed(seed + number), *key)
         found[path] = known[key]
     return found
 

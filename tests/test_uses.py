@@ -12,8 +12,8 @@ import pytest
 import lowrank_optax
 from lowrank_optax import subspace_value_and_grad
 from lowrank_optax.projected import is_projected
-from tests.sketched import assert_sketched, with_bases
-from tests.suite import random_like
+from tests.sketched import assert_sketched
+from tests.suite import random_like, with_bases
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 

@@ -18,8 +18,8 @@ import lowrank_optax
 from lowrank_optax import LowRankDimensionNumbers, subspace_value_and_grad
 from lowrank_optax.matrix.view import matrix_view
 from lowrank_optax.projected import is_projected
-from tests.sketched import assert_sketched, with_bases
-from tests.suite import random_like
+from tests.sketched import assert_sketched
+from tests.suite import random_like, with_bases
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 

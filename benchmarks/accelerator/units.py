@@ -16,8 +16,11 @@ _TOY = (
     # XLA's CPU backend lacks some products of bfloat16 matrices into float32.
     ("compute_dtype", "float32"),
 )
-# Optimizer, and whether it has gradients in subspaces and renews.
-Rows = Sequence[tuple[str, dict[str, Any]]]
+# Kinds of steps: whether gradients are inside subspaces, and whether bases are renewed.
+_FULL: dict[str, Any] = {"in_subspace": False}
+_SUBSPACE: dict[str, Any] = {"in_subspace": True}
+_RENEWING: dict[str, Any] = {"in_subspace": True, "renews": True}
+_Rows = Sequence[tuple[str, dict[str, Any]]]
 _TOY_UPDATE = {"kernels": ("down",), "seconds": 0.0}
 
 
@@ -50,26 +53,24 @@ def catalogue(is_smoke: bool) -> list[Unit]:
 
 
 def _all() -> list[Unit]:
-    full, subspace = {"in_subspace": False}, {"in_subspace": True}
-    renewing = {**subspace, "renews": True}
-    telling: Rows = (
-        ("adamw", full),
-        ("adarankgrad", subspace),
-        ("adarankgrad", renewing),
-        ("contrib.muon", full),
-        ("sumo", subspace),
-        ("low_rank_muon 8-bit", full),
-        ("contrib.galore", full),
+    telling: _Rows = (
+        ("adamw", _FULL),
+        ("adarankgrad", _SUBSPACE),
+        ("adarankgrad", _RENEWING),
+        ("contrib.muon", _FULL),
+        ("sumo", _SUBSPACE),
+        ("low_rank_muon 8-bit", _FULL),
+        ("contrib.galore", _FULL),
     )
-    others: Rows = (
-        ("galore", subspace),
-        ("sumo", renewing),
-        ("galore", full),
-        ("adarankgrad", full),
+    others: _Rows = (
+        ("galore", _SUBSPACE),
+        ("sumo", _RENEWING),
+        ("galore", _FULL),
+        ("adarankgrad", _FULL),
     )
     sizes = {"350m": 256, "1b": 512}
 
-    def of_steps(size: str, rows: Rows):
+    def of_steps(size: str, rows: _Rows):
         for optimizer, kind in rows:
             case = steps.Case(size, optimizer, sizes[size], sequences=16, **kind)
             yield _step_unit("b", case, least=25, most=90)
@@ -95,20 +96,17 @@ def _all() -> list[Unit]:
 
 
 def _toys() -> list[Unit]:
-    rows = [
-        *((name, True, False) for name in ("galore", "adarankgrad", "sumo")),
-        ("adarankgrad", True, True),
-        *((name, False, False) for name in steps.THEIRS),
-        ("low_rank_muon 8-bit", False, False),
+    rows: _Rows = [
+        *((name, _SUBSPACE) for name in ("galore", "adarankgrad", "sumo")),
+        ("adarankgrad", _RENEWING),
+        *((name, _FULL) for name in steps.THEIRS),
+        ("low_rank_muon 8-bit", _FULL),
     ]
     toy = functools.partial(steps.Case, "tiny", rank=8, sequences=2, tokens=16)
     toy = functools.partial(toy, overrides=_TOY)
     limited = toy("galore 8-bit, basis 8-bit", in_subspace=True, byte_limit=BYTE_LIMIT)
     units = [
-        *(
-            _step_unit("b", toy(name, in_subspace=inside, renews=renews), 5, 30)
-            for name, inside, renews in rows
-        ),
+        *(_step_unit("b", toy(name, **kind), 5, 30) for name, kind in rows),
         _step_unit("d", limited, 5, 30),
         *_update_units("toy", True, ("contrib.galore",), **_TOY_UPDATE),
         *_update_units("toy", False, ("contrib.galore",), **_TOY_UPDATE),

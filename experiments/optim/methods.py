@@ -25,7 +25,7 @@ class Method:
         block_scale: Tuned default of --block-scale.
         own: Own options of the method, with their defaults.
             :func:`experiments.optim.options.with_defaults` fills in rank and min_rank
-            where they are None.
+            where they are None. None of another one switches it off.
         takes_subspace_gradients: Whether projected gradients are enough on steps that
             renew no basis.
         codes: What of its state --moment-bits and --basis-bits can store.
