@@ -42,6 +42,11 @@ _METHODS = (
     _contender("lora", 0.125, 16e-3),
     _contender("relora", 0.125, 16e-3),
     _contender("low_rank", 0.125, 16e-3),
+    _contender("stable_spam", 0.125),
+    _contender("normuon", 0.25, 16e-3, optimizer="muon", neuron_decay=0.95),
+    _contender("scale", 0.5, 16e-3),
+    _contender("frugal", 0.0625, 16e-3),
+    _contender("foam", 0.125, 16e-3),
     # The state takes as many bytes as adarankgrad's.
     _contender("optax_galore r=57", 0.25, 16e-3, optimizer="optax_galore", rank=57),
     _contender("sumo r=64 8 bits", 1.0, optimizer="sumo", rank=64, **_SMALL_STATE),
@@ -65,6 +70,11 @@ _CPU_SMALL = {
     "sample_tokens": 0,
 }
 
+
+# Ten tokens for each of 0.86 M parameters.
+_CPU_LONG = {**_CPU_SMALL, "steps": 2_100, "batch_size": 32, "eval_every": 700}
+# One token for each of 4.9 M parameters.
+_CPU_WIDE = {**_CPU_LONG, "model": "5m", "steps": 1_250, "eval_every": 625}
 
 # Needs an accelerator, a tokenizer, and text with 105 M tokens for each run.
 _C4_60M = {
@@ -97,6 +107,18 @@ def _ablation(
         seeds=seeds,
         search=1,
     )
+
+
+def _longer(description: str, flags: Mapping[str, Any]) -> Suite:
+    """Returns a suite of the strongest methods, each as one would use it."""
+    names = ("adamw", "stable_spam", "muon", "normuon", "scale", "optax_galore")
+    names += ("galore", "adarankgrad", "sumo r=64 8 bits")
+    known = {contender.name: contender for contender in _METHODS}
+    contenders = (
+        *(known[name] for name in names),
+        *(dataclasses.replace(x, like=None) for x in _VARIANTS if "r=64 8" in x.name),
+    )
+    return Suite(description, flags, contenders, seeds=(0, 1), search=9)
 
 
 def _published(model: str, steps: int, rank: int, adamw_rate: float) -> Suite:
@@ -140,6 +162,13 @@ PRETRAINING_SUITES: dict[str, Suite] = {
         "every method on the tiny model, bytes, 600 steps of 1,024 tokens",
         _CPU_SMALL,
         (*_METHODS, *_VARIANTS),
+    ),
+    "cpu-long": _longer(
+        "the tiny model, ten tokens a parameter: 2,100 steps of 4,096 tokens",
+        _CPU_LONG,
+    ),
+    "cpu-wide": _longer(
+        "the 5m model, one token a parameter: 1,250 steps of 4,096 tokens", _CPU_WIDE
     ),
     "c4-60m": Suite(
         "the 60m model, 105 M tokens, on an accelerator",

@@ -8,6 +8,7 @@ from experiments.errors import UserError
 # Hidden size, intermediate size, layers, heads. From 60m up: GaLore's comparison.
 _SIZES = {
     "tiny": (128, 344, 4, 4),
+    "5m": (256, 688, 6, 8),
     "9m": (128, 352, 4, 4),
     "60m": (512, 1376, 8, 8),
     "130m": (768, 2048, 12, 12),

@@ -128,13 +128,20 @@ class OneMethodFlags:
     #: Decay of the momentum that is orthogonalized, per step; in [0, 1). None: 0.95 of
     #: muon, sumo and low_rank_muon, the only ones that have it.
     momentum: Decay | None = None
-    #: Weight of the last gradient outside the subspace, beside the momentum inside; 0
-    #: or more. None: 4 of low_rank_muon, the only one that has it.
+    #: Weight of the last gradient outside the subspace: beside the momentum inside
+    #: (low_rank_muon), or of its signs beside Adam's step (frugal); 0 or more. None: 4
+    #: of low_rank_muon, 1 of frugal.
     residual: NotNegative | None = None
     #: Decay of the squares that bring all outputs of a matrix to updates of one size,
     #: per step; in [0, 1), 0.95 in NorMuon. None: they keep their sizes. muon and
     #: low_rank_muon have it.
     neuron_decay: Decay | None = None
+    #: Steps after which Adam's moments begin anew; at least 1. None: 500 of
+    #: stable_spam, the only one that has it.
+    reset_every: AtLeastOne | None = None
+    #: Moments are those of means of two to the power of this neighbouring entries; 0 or
+    #: more. None: 2 of foam, the only one that has it.
+    fold_level: Count | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,8 +163,9 @@ class MemoryFlags:
     #: so that no step holds the full gradient of a projected matrix; or full gradients.
     refresh: Literal["sketch", "full"] = "full"
     #: Bits of the moments of the block matrices' method: 8, in blocks of 256 values
-    #: (arrays of fewer than 4,096 values stay in float32). None: float32.
-    moment_bits: Literal[8] | None = None
+    #: (arrays of fewer than 4,096 values stay in float32); or 4 of first moments inside
+    #: subspaces, and 8 of the others. None: float32.
+    moment_bits: Literal[8, 4] | None = None
     #: Bits of the projections of the block matrices: 8 or 4. None: float32.
     basis_bits: Literal[8, 4] | None = None
     #: Rounding of updated bfloat16 parameters (--param-dtype): stochastic, which is
