@@ -32,6 +32,7 @@ from lowrank_optax.report.ranks import ranks, subspaces
 from lowrank_optax.report.state_shardings import state_shardings
 from lowrank_optax.rules.bases import exact_svd, range_finder
 from lowrank_optax.rules.budget import budget
+from lowrank_optax.rules.dct_columns import dct_columns
 from lowrank_optax.rules.power_iteration import power_iteration
 from lowrank_optax.rules.random_bases import gaussian, rademacher
 from lowrank_optax.rules.ranks import energy_rank
@@ -75,6 +76,7 @@ __all__ = [
     "capacities",
     "columns",
     "compact",
+    "dct_columns",
     "decode",
     "dimension_numbers_by_name",
     "dimension_numbers_by_shape",

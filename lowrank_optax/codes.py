@@ -26,6 +26,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lowrank_optax.matrix.arrays import blank
 from lowrank_optax.matrix.sharding import with_automatic_axes
 from lowrank_optax.rules.hashing import GOLDEN, dither
 
@@ -213,17 +214,16 @@ def encoded_tree(tree: Any, like: Any) -> Any:
 
 
 def with_columns(node: Any, columns: int) -> Any:
-    """Returns an array, coded or not, with its last axis cut, or grown by zeros.
+    """Returns an array, coded or not, with its last axis cut, or grown by blanks.
 
-    The remaining columns stay the same to the bit, if the array is not coded or if each
-    block is one column wide.
+    Remaining columns stay the same to the bit, if no block is wider than a column.
 
     Args:
         node: Array or :class:`Coded`.
         columns: Columns of the result, >= 1.
     """
     if not is_coded(node):
-        return _fitted(node, columns)
+        return _fitted(node, columns, blank(node.dtype))
     coded = coded_record(node)
     if format_of(coded) in _PACKED:
         codes = _fitted(coded.codes, -(-columns // _PER_CODE))
@@ -236,14 +236,14 @@ def with_columns(node: Any, columns: int) -> Any:
     return Coded(_fitted(coded.codes, columns), absmax, coded.seed)
 
 
-def _fitted(array: Any, columns: int) -> Any:
+def _fitted(array: Any, columns: int, fill: int = 0) -> Any:
     if isinstance(array, jax.ShapeDtypeStruct):
         shape = (*array.shape[:-1], columns)
         return jax.ShapeDtypeStruct(shape, array.dtype, sharding=array.sharding)
-    missing = columns - array.shape[-1]
-    if missing <= 0:
+    if columns <= array.shape[-1]:
         return array[..., :columns]
-    return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, missing)])
+    widths = [(0, 0)] * (array.ndim - 1) + [(0, columns - array.shape[-1])]
+    return jnp.pad(array, widths, constant_values=fill)
 
 
 def _rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.codes import decode, encode
+from lowrank_optax.codes import encode
+from lowrank_optax.matrix.arrays import blank
 from lowrank_optax.projected import Sketch
 from lowrank_optax.rules.bases import captured_energies
+from lowrank_optax.rules.dct_columns import DctColumns
 from lowrank_optax.rules.power_iteration import PowerIteration
 from lowrank_optax.rules.random_bases import RandomBasis
 from lowrank_optax.subspace import Projector, Subspace
@@ -46,7 +48,7 @@ def blended(
         return gradient
     assert not isinstance(gradient, Sketch)
     momentum = projector.view.lift(
-        means[0].astype(projector.dtype), decode(subspace.basis)
+        means[0].astype(projector.dtype), projector.basis(subspace)
     )
     return rule.blended(gradient.astype(projector.dtype), momentum, count)
 
@@ -58,23 +60,27 @@ def with_basis_of(
     name_hash: jax.Array,
 ) -> tuple[Subspace, jax.Array]:
     """Returns the subspace with a basis of the gradient, and where one was found."""
-    parts = projector.parts
-    assert not isinstance(parts.basis, RandomBasis)
+    rule = projector.parts.basis
+    assert not isinstance(rule, RandomBasis)
     matrix = matrix_of(gradient, projector)
-    seeds = projector.seeds(subspace.refreshes - 1, name_hash)
-    columns = parts.basis.compute(matrix, decode(subspace.basis), seeds)
+    if isinstance(rule, DctColumns):
+        basis = rule.numbers(matrix, projector.capacity)
+    else:
+        seeds = projector.seeds(subspace.refreshes - 1, name_hash)
+        basis = rule.compute(matrix, projector.basis(subspace), seeds)
+        basis = basis.astype(projector.dtype)
+    columns = projector.columns_of(basis)
     # Sums of squares keep NaN. XLA's maximum may lose NaN (jaxlib 0.10 and 0.11, CPU).
     squares = jnp.sum(columns**2, axis=-2)
     found = jnp.all(jnp.isfinite(squares) & (squares > 0), axis=-1)
     # This product with the gradient is dropped by the compiler for a fixed rank.
     energies = captured_energies(matrix, columns)
-    rank, demand = parts.rank.select(energies, subspace.demand)
-    columns = below(rank, columns).astype(projector.dtype)
-    basis = encode(columns, subspace.basis)
+    rank, demand = projector.parts.rank.select(energies, subspace.demand)
+    basis = encode(below(rank, basis), subspace.basis)
     return subspace._replace(basis=basis, rank=rank, demand=demand), found
 
 
 def below(rank: jax.Array, array: jax.Array) -> jax.Array:
-    """Returns an array (*stack, a, r) with zeros in columns at and above the rank."""
+    """Returns an array (*stack, a, r) with blank columns at and above the rank."""
     position = jax.lax.broadcasted_iota(jnp.int32, array.shape, array.ndim - 1)
-    return jnp.where(position < rank[..., None, None], array, 0)
+    return jnp.where(position < rank[..., None, None], array, blank(array.dtype))

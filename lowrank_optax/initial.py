@@ -11,14 +11,24 @@ from lowrank_optax.binding.moments import locate_moments
 from lowrank_optax.binding.optimizer import announce, unheard
 from lowrank_optax.codes import bytes_of
 from lowrank_optax.core import Core, Views
-from lowrank_optax.matrix.arrays import as_arrays
+from lowrank_optax.matrix.arrays import as_arrays, blank
 from lowrank_optax.matrix.boxes import is_box, unboxed
 from lowrank_optax.matrix.plan import views_of, warn_if_few_are_projected
-from lowrank_optax.matrix.sharding import on_mesh_of
+from lowrank_optax.matrix.sharding import (
+    basis_axes,
+    on_mesh_of,
+    stack_axes,
+    zeros_beside,
+)
 from lowrank_optax.parts import Parts
 from lowrank_optax.rules.budget import Budget, Size, as_stored, largest_fitting
 from lowrank_optax.rules.ranks import FixedRank
-from lowrank_optax.subspace import Projector, ScaleByLowRankState, initial_projectors
+from lowrank_optax.subspace import (
+    Projector,
+    ScaleByLowRankState,
+    Subspace,
+    initial_projectors,
+)
 
 
 def initial_state(params: Any, core: Core, parts: Parts) -> ScaleByLowRankState:
@@ -73,7 +83,7 @@ def _state(
     def subspace(path, leaf):
         if path not in projectors:
             return optax.MaskedNode()
-        return projectors[path].initial(leaf)
+        return _subspace(projectors[path], leaf)
 
     def coordinates(path, leaf):
         if path not in projectors:
@@ -85,3 +95,36 @@ def _state(
     subspaces = jax.tree_util.tree_map_with_path(subspace, params, is_leaf=is_box)
     state = ScaleByLowRankState(jnp.zeros([], jnp.int32), subspaces, inner_state)
     return on_mesh_of(params, state), in_subspace
+
+
+def _subspace(projector: Projector, leaf: Any) -> Subspace:
+    """Returns the subspace before the first gradient, sharded and boxed alike."""
+    parts, view = projector.parts, projector.view
+
+    def per_matrix(dtype):
+        return zeros_beside(leaf, view.stack, dtype, stack_axes(view))
+
+    def all_columns(dtype):
+        return jax.tree.map(lambda x: x + projector.capacity, per_matrix(dtype))
+
+    return Subspace(
+        basis=() if parts.is_random else _blank_basis(projector, leaf),
+        rank=all_columns(jnp.int32),
+        demand=all_columns(jnp.float32),
+        age=per_matrix(jnp.int32),
+        refreshes=per_matrix(jnp.int32),
+        failures=per_matrix(jnp.int32),
+        trend=parts.refresh.init(per_matrix),
+        residual=parts.residual.init(view, leaf),
+    )
+
+
+def _blank_basis(projector: Projector, leaf: Any) -> jax.Array:
+    """Returns a basis of zero columns, or the numbers of no columns."""
+    view = projector.view
+    if not projector.parts.is_numbered:
+        shape, axes = projector.basis_shape, basis_axes(view)
+        return zeros_beside(leaf, shape, projector.dtype, axes)
+    shape, axes = (*view.stack, 1, projector.capacity), (*stack_axes(view), (), ())
+    zeros = zeros_beside(leaf, shape, jnp.int32, axes)
+    return jax.tree.map(lambda x: x + blank(x.dtype), zeros)

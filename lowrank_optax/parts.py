@@ -10,6 +10,7 @@ from lowrank_optax.matrix.dimension_numbers import DimensionNumbers
 from lowrank_optax.matrix.plan import LeafPlan, plan_leaves
 from lowrank_optax.matrix.view import Side
 from lowrank_optax.rules.bases import BasisRule
+from lowrank_optax.rules.dct_columns import DctColumns
 from lowrank_optax.rules.random_bases import RandomBasis
 from lowrank_optax.rules.ranks import FixedRank, RankRule, as_rank_rule
 from lowrank_optax.rules.rebase import RebaseRule, as_rebase_rule
@@ -35,6 +36,11 @@ class Parts(NamedTuple):
     def is_random(self) -> bool:
         """Whether bases are drawn when needed, and not stored."""
         return isinstance(self.basis, RandomBasis)
+
+    @property
+    def is_numbered(self) -> bool:
+        """Whether the state holds column numbers in the place of the columns."""
+        return isinstance(self.basis, DctColumns)
 
     @property
     def needs_full_gradients(self) -> bool:

@@ -252,7 +252,7 @@ def _renew_leaf(
         means = [x for x, kind in zip(wide, kinds, strict=True) if kind == "first"]
         source = blended(leaf.gradient, means, subspace, projector, count)
         new, found = with_basis_of(source, new, projector, name_hash)
-        r = transfer(decode(subspace.basis), decode(new.basis))
+        r = transfer(*map(projector.columns_of, (subspace.basis, new.basis)))
         # The selection below then waits for r, and writes over the old basis. XLA would
         # copy the old basis at every update if r might still need it.
         found &= jnp.all(jnp.isfinite(r), axis=(-1, -2))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax.matrix.sharding import basis_axes, zeros_beside
+from lowrank_optax.rules.dct_columns import cosine_columns
 from lowrank_optax.rules.hashing import hashed, hashed_uniform
 from lowrank_optax.subspace import Projector, Subspace
 
@@ -86,21 +87,9 @@ def omega_of(seed: jax.Array, n: int, width: int, dtype: Any) -> jax.Array:
         hashed_uniform(hashed(seed ^ own), (n, 1), jnp.float32)[:, 0]
         for own in (0x5BD1E995, 0x1B873593)
     )
-    frequencies = jnp.argsort(order)[:width].astype(jnp.uint32)
-    rows = jnp.arange(n, dtype=jnp.uint32)[:, None]
-    angles = _product_modulo(2 * rows + 1, frequencies, 4 * n)
-    cosines = jnp.cos(angles.astype(dtype) * (math.pi / (2 * n)))
-    lengths = jnp.where(frequencies == 0, 0.5, 1.0) * (2 / width)
-    return cosines * jnp.sign(signs)[:, None] * jnp.sqrt(lengths)
-
-
-def _product_modulo(first: jax.Array, second: jax.Array, modulus: int) -> jax.Array:
-    """Returns first * second modulo a number, uint32: whole turns of an angle.
-
-    It is exact for factors up to 2^20 and 2^19 and a modulus up to 2^21.
-    """
-    high, low = second >> 9, second & 511
-    return (((first * high % modulus) << 9) + first * low) % modulus
+    frequencies = jnp.argsort(order)[:width]
+    columns = cosine_columns(frequencies[None, :], n, dtype)
+    return columns * (jnp.sign(signs)[:, None] * math.sqrt(n / width))
 
 
 def sketch_beside(leaf: Any, projector: Projector, width: int) -> jax.Array:

@@ -13,14 +13,10 @@ from lowrank_optax.codes import decode, shape_of
 from lowrank_optax.matrix.arrays import wide
 from lowrank_optax.matrix.boxes import leaves_by_path
 from lowrank_optax.matrix.plan import LeafPlan
-from lowrank_optax.matrix.sharding import (
-    basis_axes,
-    coordinate_axes,
-    stack_axes,
-    zeros_beside,
-)
+from lowrank_optax.matrix.sharding import coordinate_axes, zeros_beside
 from lowrank_optax.matrix.view import MatrixView
 from lowrank_optax.parts import Parts
+from lowrank_optax.rules.dct_columns import DctColumns
 from lowrank_optax.rules.hashing import hashed
 from lowrank_optax.rules.random_bases import RandomBasis
 
@@ -32,7 +28,9 @@ class Subspace(NamedTuple):
         basis: P, with orthonormal columns that are zero at and above the rank; (*stack,
             b/c, capacity), float32 (float64 for float64 parameters). All columns are
             zero before the first usable gradient. A random basis is not stored, ().
-            In few bits the basis is a :class:`Coded`.
+            In few bits the basis is a :class:`Coded`. Of
+            :func:`lowrank_optax.dct_columns` it is column numbers, (*stack, 1,
+            capacity), int32, with -1 for a zero column.
         rank: Columns in use; (*stack,), int32.
         demand: Demanded columns, smoothed by the rank rule; (*stack,), float32.
         age: Updates since the refresh; (*stack,), int32.
@@ -102,35 +100,17 @@ class Projector:
         """Returns zeros like the coordinates, with the leaf's sharding."""
         return zeros_beside(leaf, self.shape, self.dtype, coordinate_axes(self.view))
 
-    def initial(self, leaf: Any) -> Subspace:
-        """Returns the subspace before the first gradient, sharded and boxed alike."""
-
-        def per_matrix(dtype):
-            return zeros_beside(leaf, self.view.stack, dtype, stack_axes(self.view))
-
-        def all_columns(dtype):
-            return jax.tree.map(lambda zeros: zeros + self.capacity, per_matrix(dtype))
-
-        basis = ()
-        if not self.parts.is_random:
-            axes = basis_axes(self.view)
-            basis = zeros_beside(leaf, self.basis_shape, self.dtype, axes)
-        return Subspace(
-            basis=basis,
-            rank=all_columns(jnp.int32),
-            demand=all_columns(jnp.float32),
-            age=per_matrix(jnp.int32),
-            refreshes=per_matrix(jnp.int32),
-            failures=per_matrix(jnp.int32),
-            trend=self.parts.refresh.init(per_matrix),
-            residual=self.parts.residual.init(self.view, leaf),
-        )
-
     def basis(self, subspace: Subspace) -> jax.Array:
-        """Returns P (*stack, b/c, r), stored or drawn."""
+        """Returns P (*stack, b/c, r): stored, made from its numbers, or drawn."""
         if not self.parts.is_random:
-            return decode(subspace.basis)
+            return self.columns_of(subspace.basis)
         return self.drawn(subspace.refreshes - 1, self.name_hash)
+
+    def columns_of(self, basis: Any) -> jax.Array:
+        """Returns P (*stack, b/c, r) of what a state holds as a basis."""
+        if isinstance(self.parts.basis, DctColumns):
+            return self.parts.basis.columns(basis, self.basis_shape[-2], self.dtype)
+        return decode(basis)
 
     def drawn(self, numbers: jax.Array, name_hash: jax.typing.ArrayLike) -> jax.Array:
         """Returns the random bases of these refreshes, (*numbers.shape, b/c, r).
@@ -232,14 +212,15 @@ def projectors_of_state(
             capacities[path] = parts.rank.capacity
         else:
             shape = shape_of(subspace.basis)
-            side = () if view is None else (*view.stack, view.projected_size)
+            rows = 1 if parts.is_numbered or view is None else view.projected_size
+            side = () if view is None else (*view.stack, rows)
             fits = view is not None and shape[:-1] == side
             capacities[path] = shape[-1]
         if view is None or not fits:
             raise ValueError(
                 f"{plans[path].path}: the gradient's shape {plans[path].shape} does "
                 f"not fit a basis of shape {shape}; was the state made for other "
-                "parameters, side, granularity or dimension_numbers?"
+                "parameters, basis, side, granularity or dimension_numbers?"
             )
         most = min(view.kept_size, view.projected_size)
         if capacities[path] > most and not parts.is_random:

@@ -102,7 +102,8 @@ def scale_by_low_rank(
             :func:`lowrank_optax.energy_rank`, or a :func:`lowrank_optax.budget`.
         basis: A computed basis, which is stored: :func:`lowrank_optax.range_finder`
             (None), :func:`lowrank_optax.exact_svd` or
-            :func:`lowrank_optax.power_iteration`. Or a random basis, which is drawn
+            :func:`lowrank_optax.power_iteration`. Or :func:`lowrank_optax.dct_columns`,
+            of which only column numbers are stored. Or a random basis, which is drawn
             again when needed, for a rank that is an int:
             :func:`lowrank_optax.gaussian` or :func:`lowrank_optax.rademacher`.
         refresh: :func:`lowrank_optax.every`, ``every(200)`` if None, or

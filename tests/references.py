@@ -62,6 +62,21 @@ def exact_svd(a: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
     return right[:rank].T, values[:rank] ** 2 / np.sum(a**2)
 
 
+def dct_matrix(b: int) -> np.ndarray:
+    """The orthonormal DCT-II matrix, column after column."""
+    places = (2 * np.arange(b) + 1) * np.pi / (2 * b)
+    columns = [np.cos(j * places) * np.sqrt(2 / b) for j in range(b)]
+    columns[0] = np.full(b, b**-0.5)
+    return np.stack(columns, axis=1)
+
+
+def dct_columns(a: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """The columns q of the DCT-II matrix with the largest ||A q||, and their shares."""
+    q = dct_matrix(a.shape[1])
+    chosen = np.argsort(-captured(a, q))[:rank]
+    return q[:, chosen], captured(a, q[:, chosen])
+
+
 def power_iteration(
     a: np.ndarray, previous: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""The range finder and the SVD: what they span, its order, and what they capture."""
+"""Computed bases: what they span, its order, and what they capture."""
 
 import functools
 
@@ -51,7 +51,7 @@ FINDERS = {
 }
 every_finder = pytest.mark.parametrize("name", FINDERS)
 SVD = lowrank_optax.exact_svd()
-RULES = {"exact_svd": SVD, **FINDERS}
+RULES = {"exact_svd": SVD, **FINDERS, "dct_columns": lowrank_optax.dct_columns()}
 every_rule = pytest.mark.parametrize("name", RULES)
 
 
@@ -93,7 +93,7 @@ def test_columns_are_orthonormal_whatever_the_rank_of_the_gradient(name, rank):
     np.testing.assert_allclose(basis.T @ basis, np.eye(RANK), atol=2e-5)
 
 
-@every_rule
+@pytest.mark.parametrize("name", ["exact_svd", *FINDERS])
 @pytest.mark.parametrize("rank", [1, 2, RANK])
 def test_a_gradient_of_no_more_than_the_rank_is_reproduced(name, rank):
     matrix = gradient(0.5 ** np.arange(rank))
@@ -102,7 +102,7 @@ def test_a_gradient_of_no_more_than_the_rank_is_reproduced(name, rank):
     np.testing.assert_allclose(matrix @ basis @ basis.T, matrix, atol=3e-6)
 
 
-@pytest.mark.parametrize("name", ["exact_svd", "plain"])
+@pytest.mark.parametrize("name", ["exact_svd", "plain", "dct_columns"])
 def test_a_larger_rank_captures_no_less_energy(name):
     shares = [
         captured(DECAYING, compute(RULES[name], DECAYING, np.zeros((COLUMNS, rank))))
@@ -121,7 +121,7 @@ def test_energies_say_what_each_column_captures(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["exact_svd", "plain", "two power iterations", "warm", "warm, whole"]
+    "name", [name for name in RULES if name != "no power iteration"]
 )
 def test_leading_columns_capture_more_than_any_other_choice_of_the_columns(name):
     shares = references.captured(DECAYING, compute(RULES[name], DECAYING))
@@ -197,7 +197,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not():
     assert np.any(first != other)
 
 
-@pytest.mark.parametrize("name", ["exact_svd", "warm"])
+@pytest.mark.parametrize("name", ["exact_svd", "warm", "dct_columns"])
 def test_each_matrix_of_a_stack_gets_the_basis_that_it_gets_alone(name):
     stack = np.stack([DECAYING, gradient([1.0], 1), gradient(0.6 ** np.arange(9), 2)])
     previous = np.zeros((3, COLUMNS, RANK))

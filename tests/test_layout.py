@@ -37,6 +37,7 @@ ORDER = [
     "rules.orthonormal",
     "rules.products",
     "rules.bases",
+    "rules.dct_columns",
     "rules.power_iteration",
     "rules.random_bases",
     "rules.ranks",

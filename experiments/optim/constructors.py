@@ -35,10 +35,19 @@ def relora(learning_rate, *, update_proj_gap, **others):
     return of_factors(rate, **others)
 
 
+def basis_rule(name, power_iterations=0.5):
+    """Returns the rule of --basis."""
+    if name == "range_finder":
+        return lowrank_optax.range_finder(power_iterations=power_iterations)
+    rules = {"svd": lowrank_optax.exact_svd, "dct": lowrank_optax.dct_columns}
+    return rules[name]()
+
+
 def adarankgrad(
     learning_rate,
     *,
     rank,
+    basis,
     threshold,
     min_rank,
     rank_smoothing,
@@ -55,13 +64,15 @@ def adarankgrad(
         refresh=lowrank_optax.on_convergence(
             min_refresh_interval, max_refresh_interval, (1 - threshold) ** 0.5
         ),
-        basis=lowrank_optax.range_finder(power_iterations=power_iterations),
+        basis=basis_rule(basis, power_iterations),
         **options,
     )
 
 
-def galore(learning_rate, **options):
-    return lowrank_optax.galore(learning_rate, scale=1.0, **options)
+def galore(learning_rate, *, basis, **options):
+    return lowrank_optax.galore(
+        learning_rate, scale=1.0, basis=basis_rule(basis), **options
+    )
 
 
 def optax_galore(
@@ -212,6 +223,7 @@ def orthogonalized(make):
         rank,
         momentum,
         update_proj_gap,
+        basis,
         power_iterations,
         weight_decay,
         b1,
@@ -226,7 +238,7 @@ def orthogonalized(make):
             momentum,
             weight_decay,
             refresh=lowrank_optax.every(update_proj_gap),
-            basis=lowrank_optax.range_finder(power_iterations=power_iterations),
+            basis=basis_rule(basis, power_iterations),
             **options,
         )
 

@@ -31,7 +31,8 @@ from experiments.run.wandb_run import import_wandb
 FIXED = frozenset(
     {
         *("param_dtype", "optimizer", "vocabulary_optimizer", "rank"),
-        *("block_state_bytes", "granularity", "side", "moment_bits", "basis_bits"),
+        *("block_state_bytes", "granularity", "side", "basis"),
+        *("moment_bits", "basis_bits"),
         *("accumulate", "batch_size", "seed"),
     }
 )

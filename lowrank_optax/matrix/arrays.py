@@ -15,6 +15,11 @@ def wide(dtype: Any) -> Any:
     return jax.dtypes.canonicalize_dtype(wider)
 
 
+def blank(dtype: Any) -> int:
+    """Returns what a column out of use holds: 0, or -1 as the number of no column."""
+    return -1 if jnp.issubdtype(dtype, jnp.integer) else 0
+
+
 def struct_of(leaf: Any, sharding: Any = None) -> jax.ShapeDtypeStruct:
     """Returns the shape and dtype of a leaf in JAX, which may have no float64."""
     # A key of jax.random has a dtype that is not NumPy's.

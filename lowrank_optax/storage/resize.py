@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_optax.binding.states import arrays_by_leaf, map_columns, stored_slots
-from lowrank_optax.codes import bytes_of, shape_of, with_columns
+from lowrank_optax.codes import bytes_of, is_coded, shape_of, with_columns
 from lowrank_optax.subspace import Subspace
 
 
@@ -24,7 +24,8 @@ class Columns(NamedTuple):
         capacity: Columns of the leaf's arrays.
         rank: Columns in use, the largest number in the stack.
         demand: Smoothed demand of the rank rule, the largest number in the stack.
-        side: Length b/c of the projected side.
+        side: Length b/c of the projected side. Column numbers do not show this length:
+            of a :func:`lowrank_optax.dct_columns` basis it is one that is surely there.
         rows: Number a*c of rows of coordinates; None, if the inner transformation keeps
             no moments, so that no array shows this number.
         bytes_per_column: Bytes of one column, in all arrays of the leaf's state.
@@ -96,6 +97,7 @@ def resize(state: Any, ranks: int | Mapping[str, int]) -> Any:
             is below the rank in use, or above the shorter side of the leaf's matrices.
             If the inner transformation keeps no moments, the state shows the projected
             side alone, and only the next update refuses columns above the other side.
+            With column numbers the state shows the other side alone.
 
     Example:
         >>> import lowrank_optax
@@ -114,8 +116,10 @@ def resize(state: Any, ranks: int | Mapping[str, int]) -> Any:
             )
         path = by_name[name]
         # Bases have the projected side as rows, coordinates the other side.
-        most = min(shape_of(x)[-2] for x in arrays[path].values())
-        _check_columns(name, columns, slots[path], most)
+        lengths = [
+            shape_of(x)[-2] for x in arrays[path].values() if not _is_numbered(x)
+        ]
+        _check_columns(name, columns, slots[path], min(lengths, default=None))
     return resized(state, {by_name[name]: k for name, k in wanted.items()})
 
 
@@ -174,7 +178,7 @@ def columns(state: Any) -> dict[str, Columns]:
         state: Arrays. The call reads ranks and demands, and so waits for the device.
     """
     slots = stored_slots(state)
-    read = jax.device_get([(slot.rank, slot.demand) for slot in slots.values()])
+    read = jax.device_get([(x.rank, x.demand, _side(x)) for x in slots.values()])
     numbers = dict(zip(slots, read, strict=True))
     arrays = arrays_by_leaf(state)
     return {
@@ -182,7 +186,7 @@ def columns(state: Any) -> dict[str, Columns]:
             capacity=shape_of(slot.basis)[-1],
             rank=int(np.max(numbers[path][0])),
             demand=float(np.max(numbers[path][1])),
-            side=shape_of(slot.basis)[-2],
+            side=int(numbers[path][2]),
             rows=_rows(arrays[path]),
             bytes_per_column=bytes_of(arrays[path]) / shape_of(slot.basis)[-1],
         )
@@ -190,16 +194,30 @@ def columns(state: Any) -> dict[str, Columns]:
     }
 
 
+def _is_numbered(node: Any) -> bool:
+    """Returns whether an array holds column numbers in the place of columns."""
+    return not is_coded(node) and jnp.issubdtype(node.dtype, jnp.integer)
+
+
+def _side(slot: Subspace) -> Any:
+    """Returns the length of the projected side; a lower bound from column numbers."""
+    shape = shape_of(slot.basis)
+    if not _is_numbered(slot.basis):
+        return shape[-2]
+    return jnp.maximum(jnp.max(slot.basis) + 1, shape[-1])
+
+
 def _rows(arrays: Mapping[str, Any]) -> int | None:
     rows = (shape_of(x)[-2] for name, x in arrays.items() if name != "basis")
     return next(rows, None)
 
 
-def _check_columns(name: str, columns: int, slot: Subspace, most: int) -> None:
+def _check_columns(name: str, columns: int, slot: Subspace, most: int | None) -> None:
     is_int = isinstance(columns, int) and not isinstance(columns, bool)
-    if not is_int or not 1 <= columns <= most:
+    if not is_int or columns < 1 or (most is not None and columns > most):
         raise ValueError(
-            f"{name}: a basis of this leaf has 1 to {most} columns, not {columns!r}."
+            f"{name}: a basis of this leaf has 1 {f'to {most}' if most else 'or more'} "
+            f"columns, not {columns!r}."
         )
     if isinstance(slot.rank, jax.ShapeDtypeStruct):
         return

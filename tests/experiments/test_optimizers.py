@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+import lowrank_optax
 from experiments.model.groups import parameter_groups
 from experiments.optim.build import build_optimizer
 from experiments.optim.methods import OPTIMIZERS
@@ -71,6 +72,17 @@ def test_a_decay_of_neurons_brings_the_outputs_of_a_matrix_to_one_size(optimizer
     np.testing.assert_allclose(*norms, rtol=1e-5)
     # Against the gradient, as without.
     assert jnp.all(jnp.sum(scaled * kept, (1, 2)) > 0)
+
+
+@pytest.mark.parametrize(
+    "optimizer", [name for name, method in OPTIMIZERS.items() if "basis" in method.own]
+)
+def test_bases_of_cosines_are_numbers_in_the_state(optimizer):
+    params = random_tree(0)
+    for basis, shape in (("dct", (LAYERS, 1, RANK)), (None, (LAYERS, ROWS, RANK))):
+        state = jax.eval_shape(make(optimizer, basis=basis).init, params)
+        bases = [slot.basis.shape for slot in lowrank_optax.subspaces(state).values()]
+        assert bases == [shape] * 2
 
 
 @functools.cache
