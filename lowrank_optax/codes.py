@@ -6,7 +6,6 @@ The codes' dtype and the presence of a seed give the format; s is the block's sc
 format    codes q                                value          seed  for
 ========  =====================================  =============  ====  ==============
 signed    int8 in [-127, 127]                    +-(q/127 s)^2  yes   first moments
-nibbles   uint16, four of [-7, 7] along a row    +-(q/7 s)^2    yes   first moments
 root      uint8 in [0, 254]                      (q/254 s)^4    yes   second moments
 linear    int8 in [-127, 127]                    q/127 s        no    bases
 packed    uint16, four of [-7, 7] along a row    q/7 s          no    bases
@@ -30,24 +29,21 @@ from lowrank_optax.matrix.arrays import blank
 from lowrank_optax.matrix.sharding import with_automatic_axes
 from lowrank_optax.rules.hashing import GOLDEN, dither
 
-Format = Literal["signed", "nibbles", "root", "linear", "packed"]
+Format = Literal["signed", "root", "linear", "packed"]
 
-_LARGEST = {"signed": 127, "nibbles": 7, "root": 254, "linear": 127, "packed": 7}
+_LARGEST = {"signed": 127, "root": 254, "linear": 127, "packed": 7}
 _NAN = {"signed": -128, "root": 255, "linear": -128}
 _DTYPES: dict[Format, Any] = {
     "signed": jnp.int8,
-    "nibbles": jnp.uint16,
     "root": jnp.uint8,
     "linear": jnp.int8,
     "packed": jnp.uint16,
 }
-_SEEDED = ("signed", "nibbles", "root")
-_SIGNED = ("signed", "nibbles")
-_PACKED = ("nibbles", "packed")
+_SEEDED = ("signed", "root")
 _FORMATS: dict[Any, Format] = {
     (jnp.dtype(dtype), kind in _SEEDED): kind for kind, dtype in _DTYPES.items()
 }
-_PER_CODE = 4  # values in each code of the packed formats
+_PER_CODE = 4  # values in each code of the packed format
 # A scale stays while the largest value fills this share of its codes. A new scale
 # leaves headroom for growth.
 _FILLED, _HEADROOM = 0.8, 1.05
@@ -97,7 +93,7 @@ def shape_of(node: Any) -> tuple[int, ...]:
     if not is_coded(node):
         return tuple(node.shape)
     coded = coded_record(node)
-    if format_of(coded) in _PACKED:
+    if format_of(coded) == "packed":
         return (*coded.codes.shape[:-1], coded.absmax.shape[-1])
     return tuple(coded.codes.shape)
 
@@ -107,13 +103,13 @@ def coded_like(shape: tuple[int, ...], tile: tuple[int, int], kind: Format) -> C
 
     Args:
         shape: Shape of the array, with at least one axis.
-        tile: Most rows and columns of a block; one column in the packed formats.
+        tile: Most rows and columns of a block; one column in the packed format.
         kind: The format.
     """
     rows, columns = _rows_and_columns(shape)
     counts = (-(-rows // tile[0]), -(-columns // tile[1]))
     codes = shape
-    if kind in _PACKED:
+    if kind == "packed":
         # The number of scales is the number of columns.
         assert tile[1] == 1
         assert len(shape) > 1
@@ -141,9 +137,9 @@ def decode(node: Any) -> Any:
 
 def _decode(coded: Coded) -> jax.Array:
     kind, shape = format_of(coded), shape_of(coded)
-    codes = _unpacked(coded.codes, shape[-1]) if kind in _PACKED else coded.codes
+    codes = _unpacked(coded.codes, shape[-1]) if kind == "packed" else coded.codes
     values = _spread(coded.absmax, shape) * (codes / jnp.float32(_LARGEST[kind]))
-    if kind in _SIGNED:
+    if kind == "signed":
         values = values * jnp.abs(values)
     elif kind == "root":
         values = (values**2) ** 2
@@ -156,7 +152,7 @@ def encode(array: jax.Array, like: Any) -> Any:
     """Returns an array in the format of ``like``; unchanged, if ``like`` is not coded.
 
     With a seed in ``like``, codes are rounded up or down, right on average; otherwise
-    to nearest. A value that is not finite becomes NaN (0 in the packed formats), and
+    to nearest. A value that is not finite becomes NaN (0 in the packed format), and
     does not change its block. In the root format a value above 0 never becomes 0,
     because second moments are divisors.
 
@@ -176,7 +172,7 @@ def _encode(array: jax.Array, like: Coded) -> Coded:
     values = array.astype(jnp.float32)
     is_finite = jnp.isfinite(values)
     values = jnp.where(is_finite, values, 0)
-    if kind in _SIGNED:
+    if kind == "signed":
         values = jnp.sign(values) * jnp.sqrt(jnp.abs(values))
     elif kind == "root":
         values = jnp.sqrt(jnp.sqrt(jnp.maximum(values, 0)))
@@ -198,7 +194,8 @@ def _encode(array: jax.Array, like: Coded) -> Coded:
         codes = jnp.maximum(codes, jnp.where(scaled > 0, 1, 0))
     if kind in _NAN:
         codes = jnp.where(is_finite, codes, _NAN[kind])
-    codes = _packed(codes.astype(jnp.int8)) if kind in _PACKED else codes
+    if kind == "packed":
+        return Coded(_packed(codes.astype(jnp.int8)), absmax)
     seed = like.seed + jnp.uint32(GOLDEN) if kind in _SEEDED else ()
     return Coded(codes.astype(like.codes.dtype), absmax, seed)
 
@@ -225,12 +222,12 @@ def with_columns(node: Any, columns: int) -> Any:
     if not is_coded(node):
         return _fitted(node, columns, blank(node.dtype))
     coded = coded_record(node)
-    if format_of(coded) in _PACKED:
+    if format_of(coded) == "packed":
         codes = _fitted(coded.codes, -(-columns // _PER_CODE))
         if isinstance(codes, jax.Array):
             # The last code may still hold columns beyond the cut.
             codes = _packed(_unpacked(codes, columns))
-        return Coded(codes, _fitted(coded.absmax, columns), coded.seed)
+        return Coded(codes, _fitted(coded.absmax, columns))
     tile = -(-coded.codes.shape[-1] // coded.absmax.shape[-1])
     absmax = _fitted(coded.absmax, -(-columns // tile))
     return Coded(_fitted(coded.codes, columns), absmax, coded.seed)

@@ -23,8 +23,8 @@ class ScaleByNeuronState(NamedTuple):
     Attributes:
         squares: Tree like the parameters. For a leaf with a matrix, the average of the
             mean square of each neuron's updates, float32 or wider; in the leaf's shape,
-            with length 1 along the axes of the rows. For other leaves, and for all if
-            ``decay`` is 0, ``optax.MaskedNode()``.
+            with length 1 along the axes of the rows. For other leaves
+            ``optax.MaskedNode()``.
     """
 
     squares: Any
@@ -33,7 +33,6 @@ class ScaleByNeuronState(NamedTuple):
 def scale_by_neuron(
     decay: jax.typing.ArrayLike = 0.95,
     *,
-    rms: jax.typing.ArrayLike | None = None,
     dimension_numbers: DimensionNumbers | None = None,
 ) -> optax.GradientTransformation:
     r"""Brings the updates of all neurons of a matrix to one size.
@@ -47,8 +46,8 @@ def scale_by_neuron(
         U'_t = \frac{\|U_t\|_F}{\|W_t\|_F} W_t
 
     The update keeps its norm, so that the learning rate keeps its meaning; no bias
-    correction is needed. With ``rms`` it gets the norm rms sqrt(n m) instead. Leaves
-    without a matrix pass unchanged. Matrices of a stack are treated one by one.
+    correction is needed. Leaves without a matrix pass unchanged. Matrices of a stack
+    are treated one by one.
 
     Chain it behind a transformation and before the learning rate::
 
@@ -58,36 +57,24 @@ def scale_by_neuron(
             optax.scale_by_learning_rate(1e-3),
         )
 
-    With a decay of 0 and ``rms`` it is a method of its own, without any state: SCALE's,
-    for hidden matrices::
-
-        optax.chain(
-            lowrank_optax.scale_by_neuron(0.0, rms=0.2),
-            optax.scale_by_learning_rate(1e-3),
-        )
-
-    State: m numbers a matrix, float32; none with a decay of 0. Cost: some passes over
-    the update. What it gains behind :func:`low_rank_muon` is in
-    ``docs/methods/low_rank_muon.md``.
+    State: m numbers a matrix, float32. Cost: some passes over the update. What it gains
+    behind :func:`low_rank_muon` is in ``docs/methods/low_rank_muon.md``.
 
     Args:
         decay: Beta, in [0, 1). 0 gives each neuron the same size at each update.
-        rms: Root mean square of a matrix's update, above 0; None: that of what comes
-            in. A zero update stays zero.
         dimension_numbers: See :func:`scale_by_low_rank`.
 
     Returns:
         A transformation. Its updates have the shapes and dtypes of those it gets.
 
     Raises:
-        ValueError: If a number is out of its range; in ``init``, if dimension numbers
+        ValueError: If ``decay`` is out of its range; in ``init``, if dimension numbers
             do not fit a leaf; in ``update``, if the updates do not fit the state.
 
     References:
         Li et al., `NorMuon <https://arxiv.org/abs/2510.05491>`_, 2025, behind Muon.
         There the update's root mean square becomes 0.2, whatever it was. epsilon is
-        1e-8, as there. Glentis et al., `SCALE <https://arxiv.org/abs/2506.16659>`_,
-        2025: columns of unit length; the last layer has a momentum too.
+        1e-8, as there.
 
     Example:
         >>> params = {"w": jnp.ones((64, 16)), "b": jnp.ones(16)}
@@ -98,10 +85,6 @@ def scale_by_neuron(
     """
     if isinstance(decay, (int, float)) and not 0 <= decay < 1:
         raise ValueError(f"decay must be inside [0, 1), got {decay}.")
-    if isinstance(rms, (int, float)) and not rms > 0:
-        raise ValueError(f"rms must be above 0, got {rms}.")
-    # A traced decay keeps its squares: whether it is 0 is not known.
-    has_state = not (isinstance(decay, (int, float)) and decay == 0)
 
     def views(tree: Any) -> dict[tuple, MatrixView | None]:
         return views_of(plan_leaves(tree, 0, "short", dimension_numbers))
@@ -112,7 +95,7 @@ def scale_by_neuron(
 
         def zeros(path, leaf):
             view = found[path]
-            if view is None or not has_state:
+            if view is None:
                 return optax.MaskedNode()
             places = range(len(view.shape))
             axes = [() if i in view.row_axes else (i,) for i in places]
@@ -132,9 +115,8 @@ def scale_by_neuron(
         for (path, array), old in zip(paths, before, strict=True):
             view = found[path]
             if view is not None:
-                if has_state:
-                    _check(path, view, old)
-                array, old = _scaled(array, old, view, decay, rms)
+                _check(path, view, old)
+                array, old = _scaled(array, old, view, decay)
             scaled.append(array)
             squares.append(old)
         new = ScaleByNeuronState(treedef.unflatten(squares))
@@ -161,22 +143,16 @@ def _check(path: tuple, view: MatrixView, squares: Any) -> None:
 
 
 def _scaled(
-    update: jax.Array, squares: Any, view: MatrixView, decay: Any, rms: Any
-) -> tuple[jax.Array, Any]:
-    """Returns the scaled update of a leaf, and the new averages if there are any."""
-    u = update.astype(wide(update.dtype))
+    update: jax.Array, squares: jax.Array, view: MatrixView, decay: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the scaled update of a leaf, and the new averages."""
+    u = update.astype(squares.dtype)
     mean = jnp.mean(jnp.square(u), view.row_axes, keepdims=True)
-    if isinstance(squares, optax.MaskedNode):
-        now = mean
-    else:
-        u = u.astype(squares.dtype)
-        squares = now = decay * squares + (1 - decay) * mean
-    scaled = u / (jnp.sqrt(now) + _EPS)
+    squares = decay * squares + (1 - decay) * mean
+    scaled = u / (jnp.sqrt(squares) + _EPS)
     sides = view.row_axes + view.column_axes
     norm, other = (
         jnp.sqrt(jnp.sum(jnp.square(x), sides, keepdims=True)) for x in (u, scaled)
     )
-    if rms is not None:
-        norm = jnp.asarray(rms, norm.dtype) * (view.rows * view.columns) ** 0.5
     scaled = scaled * (norm / jnp.where(other > 0, other, 1))
     return scaled.astype(update.dtype), squares

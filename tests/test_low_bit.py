@@ -320,6 +320,7 @@ def test_a_basis_is_not_replaced_by_that_of_a_gradient_that_is_not_finite():
 @pytest.mark.parametrize(
     "arguments",
     [
+        {"bits": 4},
         {"bits": 16},
         {"basis_bits": 2},
         {"block": 1},

@@ -42,11 +42,6 @@ _METHODS = (
     _contender("lora", 0.125, 16e-3),
     _contender("relora", 0.125, 16e-3),
     _contender("low_rank", 0.125, 16e-3),
-    _contender("stable_spam", 0.125),
-    _contender("normuon", 0.25, 16e-3, optimizer="muon", neuron_decay=0.95),
-    _contender("scale", 0.5, 16e-3),
-    _contender("frugal", 0.0625, 16e-3),
-    _contender("foam", 0.125, 16e-3),
     # The state takes as many bytes as adarankgrad's.
     _contender("optax_galore r=57", 0.25, 16e-3, optimizer="optax_galore", rank=57),
     _contender("sumo r=64 8 bits", 1.0, optimizer="sumo", rank=64, **_SMALL_STATE),

@@ -8,8 +8,6 @@ import jax.numpy as jnp
 import optax
 
 import lowrank_optax
-from experiments.optim.foam import scale_by_foam
-from experiments.optim.stable_spam import scale_by_stable_spam
 from experiments.optim.unstacked import unstacked
 
 
@@ -87,52 +85,6 @@ def optax_galore(
         weight_decay=weight_decay,
     )
     return unstacked(galore)
-
-
-def frugal(
-    learning_rate, *, rank, update_proj_gap, residual, b1, b2, eps, weight_decay, seed
-):
-    """galore, and the signs of what lies outside its subspace."""
-    return _chained(
-        lowrank_optax.scale_by_low_rank(
-            optax.scale_by_adam(b1, b2, eps),
-            rank,
-            refresh=lowrank_optax.every(update_proj_gap),
-            residual=lowrank_optax.sign_residual(residual),
-            seed=seed,
-        ),
-        learning_rate,
-        weight_decay,
-    )
-
-
-def scale(learning_rate, *, weight_decay, **others):
-    """SCALE's hidden matrices: each output's column of a gradient at one length."""
-    del others
-    columns = lowrank_optax.scale_by_neuron(
-        0.0, rms=0.2, dimension_numbers=lowrank_optax.dimension_numbers_by_shape
-    )
-    return _chained(columns, learning_rate, weight_decay)
-
-
-def stable_spam(learning_rate, *, weight_decay, seed, **options):
-    del seed
-    return _chained(scale_by_stable_spam(**options), learning_rate, weight_decay)
-
-
-def foam(learning_rate, *, fold_level, b1, b2, eps, weight_decay, seed):
-    del seed
-    folded = scale_by_foam(fold_level, b1, b2, eps)
-    return _chained(folded, learning_rate, weight_decay)
-
-
-def _chained(transformation, learning_rate, weight_decay):
-    """Returns the optimizer of a transformation, with decoupled weight decay."""
-    return optax.chain(
-        transformation,
-        optax.add_decayed_weights(weight_decay),
-        optax.scale_by_learning_rate(learning_rate),
-    )
 
 
 def ldadam(learning_rate, **options):

@@ -150,32 +150,6 @@ OPTIMIZERS: dict[str, Method] = {
         0.5,
         {"momentum": 0.95, "neuron_decay": None},
     ),
-    "stable_spam": Method(
-        "AdamW behind clipped spikes and steadied norms, begun anew now and then.",
-        constructors.stable_spam,
-        0.125,
-        {"reset_every": 500},
-    ),
-    "scale": Method(
-        "Each output's column of a gradient at one length: no state (SCALE's hidden "
-        "matrices).",
-        constructors.scale,
-        0.5,
-        codes=frozenset(),
-    ),
-    "frugal": Method(
-        "galore, and the signs of what lies outside its subspace.",
-        constructors.frugal,
-        0.5,
-        {"rank": None, "update_proj_gap": 200, "residual": 1.0},
-        codes=_BASES_TOO,
-    ),
-    "foam": Method(
-        "Adam, with moments of averages of neighbouring entries (--fold-level).",
-        constructors.foam,
-        0.125,
-        {"fold_level": 2},
-    ),
     "adafactor": Method(
         "A factored second moment and no first one.",
         constructors.adafactor,

@@ -115,10 +115,10 @@ class OneMethodFlags:
     #: 25 of vlorp and projfactor, 200 of the others that have it (not adarankgrad,
     #: ldadam).
     update_proj_gap: AtLeastOne | None = None
-    #: Bases: svd, singular vectors; range_finder, nearly these from a few products; dct,
+    #: Basis: svd, singular vectors; range_finder, nearly these by a few products; dct,
     #: columns of a cosine transform, of which the state has the numbers alone. None:
-    #: svd of galore, range_finder of adarankgrad, sumo and low_rank_muon, the only ones
-    #: that have it.
+    #: svd of galore, range_finder of adarankgrad, sumo and low_rank_muon, the only
+    #: ones that have it.
     basis: Literal["svd", "range_finder", "dct"] | None = None
     #: Times that a sketched basis is sharpened by the gradient; a multiple of 0.5, 0 or
     #: more. None: 2 of adarankgrad, 1 of sumo and low_rank_muon, the only ones that
@@ -133,20 +133,13 @@ class OneMethodFlags:
     #: Decay of the momentum that is orthogonalized, per step; in [0, 1). None: 0.95 of
     #: muon, sumo and low_rank_muon, the only ones that have it.
     momentum: Decay | None = None
-    #: Weight of the last gradient outside the subspace: beside the momentum inside
-    #: (low_rank_muon), or of its signs beside Adam's step (frugal); 0 or more. None: 4
-    #: of low_rank_muon, 1 of frugal.
+    #: Weight of the last gradient outside the subspace, beside the momentum inside; 0
+    #: or more. None: 4 of low_rank_muon, the only one that has it.
     residual: NotNegative | None = None
     #: Decay of the squares that bring all outputs of a matrix to updates of one size,
     #: per step; in [0, 1), 0.95 in NorMuon. None: they keep their sizes. muon and
     #: low_rank_muon have it.
     neuron_decay: Decay | None = None
-    #: Steps after which Adam's moments begin anew; at least 1. None: 500 of
-    #: stable_spam, the only one that has it.
-    reset_every: AtLeastOne | None = None
-    #: Moments are those of means of two to the power of this neighbouring entries; 0 or
-    #: more. None: 2 of foam, the only one that has it.
-    fold_level: Count | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,9 +161,8 @@ class MemoryFlags:
     #: so that no step holds the full gradient of a projected matrix; or full gradients.
     refresh: Literal["sketch", "full"] = "full"
     #: Bits of the moments of the block matrices' method: 8, in blocks of 256 values
-    #: (arrays of fewer than 4,096 values stay in float32); or 4 of first moments inside
-    #: subspaces, and 8 of the others. None: float32.
-    moment_bits: Literal[8, 4] | None = None
+    #: (arrays of fewer than 4,096 values stay in float32). None: float32.
+    moment_bits: Literal[8] | None = None
     #: Bits of the projections of the block matrices: 8 or 4. None: float32.
     basis_bits: Literal[8, 4] | None = None
     #: Rounding of updated bfloat16 parameters (--param-dtype): stochastic, which is

@@ -52,11 +52,6 @@ TUNING: dict[str, Mapping[str, Any]] = {
     "relora": _LIFTED,
     "low_rank": {"block_scale": 1.0},
     "optax_galore": {**_LIFTED, "update_proj_gap": 500},
-    "stable_spam": {"block_scale": 1.0},
-    "scale": {"block_scale": 1.0},
-    # The signs outside the subspace have Adam's length.
-    "frugal": {"block_scale": 1.0, "update_proj_gap": 500},
-    "foam": {"block_scale": 1.0},
 }
 
 

@@ -27,8 +27,6 @@ from lowrank_optax.rules.budget import stored_as
 from lowrank_optax.storage.coded_arrays import decoded, encoded, first_encoded
 
 _MOMENTS: dict[str, Format] = {"first": "signed", "second": "root"}
-# Of subspaces, with bits=4; arrays of full size, and second moments, have 8.
-_SMALL_MOMENTS: dict[str, Format] = {**_MOMENTS, "first": "nibbles"}
 _BASES: dict[int, Format] = {8: "linear", 4: "packed"}
 _LEAST_BLOCK = 32
 _CODED_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -36,7 +34,7 @@ _CODED_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 def low_bit(
     optimizer: optax.GradientTransformation,
-    bits: Literal[8, 4] | None = 8,
+    bits: Literal[8] | None = 8,
     basis_bits: Literal[8, 4] | None = None,
     *,
     block: int = 256,
@@ -124,8 +122,8 @@ def low_bit(
         <https://arxiv.org/abs/2407.08296>`_ has the basis in 4 bits; its lazy refresh
         and INT8 weights are left out.
     """
-    if bits not in (8, 4, None):
-        raise ValueError(f"bits must be 8, 4 or None, got {bits!r}.")
+    if bits not in (8, None):
+        raise ValueError(f"bits must be 8 or None, got {bits!r}.")
     if basis_bits not in (8, 4, None):
         raise ValueError(f"basis_bits must be 8, 4 or None, got {basis_bits!r}.")
     if block < 2 or min_size < 1:
@@ -225,8 +223,7 @@ class _Rule:
         owners, state = gradients_by_path(params).keys(), unboxed(state)
         for prefix, node in jax.tree.leaves_with_path(state, is_leaf=_is_array):
             if not is_low_rank(node):
-                kind = self._moment(prefix, owners, False)
-                yield self._array(prefix, node, kind, False)
+                yield self._array(prefix, node, self._moment(prefix, owners), False)
                 continue
             node = low_rank_record(node)
             in_subspace = slots_of(node)
@@ -238,16 +235,13 @@ class _Rule:
                     yield self._array((*prefix, *path), leaf, kind, True)
                 else:
                     owner, _ = owner_and_field(path, owners)
+                    kind = self._moment(path, owners)
                     by_column = owner in in_subspace
-                    kind = self._moment(path, owners, by_column)
                     yield self._array((*prefix, *path), leaf, kind, by_column)
 
-    def _moment(self, path, owners, in_subspace: bool) -> Format | None:
-        if self.bits is None:
-            return None
+    def _moment(self, path, owners) -> Format | None:
         _, field = owner_and_field(path, owners)
-        formats = _SMALL_MOMENTS if self.bits == 4 and in_subspace else _MOMENTS
-        return formats.get(self.kinds.get(field, ""))
+        return _MOMENTS.get(self.kinds.get(field, "")) if self.bits else None
 
     def _array(self, path, node, kind: Format | None, by_column: bool) -> _Array:
         shape = shape_of(node)
