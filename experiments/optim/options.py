@@ -115,10 +115,10 @@ class OneMethodFlags:
     #: 25 of vlorp and projfactor, 200 of the others that have it (not adarankgrad,
     #: ldadam).
     update_proj_gap: AtLeastOne | None = None
-    #: Bases: svd, singular vectors; range_finder, nearly these from a few products; dct,
+    #: Basis: svd, singular vectors; range_finder, nearly these by a few products; dct,
     #: columns of a cosine transform, of which the state has the numbers alone. None:
-    #: svd of galore, range_finder of adarankgrad, sumo and low_rank_muon, the only ones
-    #: that have it.
+    #: svd of galore, range_finder of adarankgrad, sumo and low_rank_muon, the only
+    #: ones that have it.
     basis: Literal["svd", "range_finder", "dct"] | None = None
     #: Times that a sketched basis is sharpened by the gradient; a multiple of 0.5, 0 or
     #: more. None: 2 of adarankgrad, 1 of sumo and low_rank_muon, the only ones that
