@@ -34,7 +34,7 @@ def relora(learning_rate, *, update_proj_gap, **others):
 
 
 def basis_rule(name, power_iterations=0.5):
-    """Returns the rule of --basis."""
+    """Returns the rule of --basis, by its name."""
     if name == "range_finder":
         return lowrank_optax.range_finder(power_iterations=power_iterations)
     rules = {"svd": lowrank_optax.exact_svd, "dct": lowrank_optax.dct_columns}
@@ -62,14 +62,14 @@ def adarankgrad(
         refresh=lowrank_optax.on_convergence(
             min_refresh_interval, max_refresh_interval, (1 - threshold) ** 0.5
         ),
-        basis=basis_rule(basis, power_iterations),
+        basis=basis_rule(basis or "range_finder", power_iterations),
         **options,
     )
 
 
 def galore(learning_rate, *, basis, **options):
     return lowrank_optax.galore(
-        learning_rate, scale=1.0, basis=basis_rule(basis), **options
+        learning_rate, scale=1.0, basis=basis_rule(basis or "svd"), **options
     )
 
 
@@ -190,7 +190,7 @@ def orthogonalized(make):
             momentum,
             weight_decay,
             refresh=lowrank_optax.every(update_proj_gap),
-            basis=basis_rule(basis, power_iterations),
+            basis=basis_rule(basis or "range_finder", power_iterations),
             **options,
         )
 
