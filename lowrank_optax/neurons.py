@@ -23,8 +23,8 @@ class ScaleByNeuronState(NamedTuple):
     Attributes:
         squares: Tree like the parameters. For a leaf with a matrix, the average of the
             mean square of each neuron's updates, float32 or wider; in the leaf's shape,
-            with length 1 along the axes of the rows. For other leaves
-            ``optax.MaskedNode()``.
+            with length 1 along the axes of the rows. For other leaves, and for all if
+            the decay is 0, ``optax.MaskedNode()``.
     """
 
     squares: Any
@@ -33,6 +33,7 @@ class ScaleByNeuronState(NamedTuple):
 def scale_by_neuron(
     decay: jax.typing.ArrayLike = 0.95,
     *,
+    rms: jax.typing.ArrayLike | None = None,
     dimension_numbers: DimensionNumbers | None = None,
 ) -> optax.GradientTransformation:
     r"""Brings the updates of all neurons of a matrix to one size.
@@ -46,8 +47,9 @@ def scale_by_neuron(
         U'_t = \frac{\|U_t\|_F}{\|W_t\|_F} W_t
 
     The update keeps its norm, so that the learning rate keeps its meaning; no bias
-    correction is needed. Leaves without a matrix pass unchanged. Matrices of a stack
-    are treated one by one.
+    correction is needed. With ``rms`` the factor is
+    :math:`\mathrm{rms} \sqrt{n m} / \|W_t\|_F` instead. A zero update stays zero.
+    Leaves without a matrix pass unchanged. Matrices of a stack are treated one by one.
 
     Chain it behind a transformation and before the learning rate::
 
@@ -57,24 +59,32 @@ def scale_by_neuron(
             optax.scale_by_learning_rate(1e-3),
         )
 
-    State: m numbers a matrix, float32. Cost: some passes over the update. What it gains
-    behind :func:`low_rank_muon` is in ``docs/methods/low_rank_muon.md``.
+    State: m numbers a matrix, float32; none with ``decay=0``. Cost: some passes over
+    the update. What it gains behind :func:`low_rank_muon` is in
+    ``docs/methods/low_rank_muon.md``.
 
     Args:
-        decay: Beta, in [0, 1). 0 gives each neuron the same size at each update.
+        decay: Beta, in [0, 1). 0 gives each neuron the same size at each update, and
+            there is no state. A traced 0 has one.
+        rms: Root mean square of a matrix's updates; above 0. None: that of what comes
+            in.
         dimension_numbers: See :func:`scale_by_low_rank`.
 
     Returns:
         A transformation. Its updates have the shapes and dtypes of those it gets.
 
     Raises:
-        ValueError: If ``decay`` is out of its range; in ``init``, if dimension numbers
-            do not fit a leaf; in ``update``, if the updates do not fit the state.
+        ValueError: If ``decay`` or ``rms`` is out of its range; in ``init``, if
+            dimension numbers do not fit a leaf; in ``update``, if the updates do not
+            fit the state.
 
     References:
         Li et al., `NorMuon <https://arxiv.org/abs/2510.05491>`_, 2025, behind Muon.
         There the update's root mean square becomes 0.2, whatever it was. epsilon is
         1e-8, as there.
+
+        Glentis et al., `SCALE <https://arxiv.org/abs/2506.16659>`_, 2025, has
+        ``decay=0`` on the gradients themselves. There each column has unit length.
 
     Example:
         >>> params = {"w": jnp.ones((64, 16)), "b": jnp.ones(16)}
@@ -85,6 +95,9 @@ def scale_by_neuron(
     """
     if isinstance(decay, (int, float)) and not 0 <= decay < 1:
         raise ValueError(f"decay must be inside [0, 1), got {decay}.")
+    if isinstance(rms, (int, float)) and not rms > 0:
+        raise ValueError(f"rms must be above 0, got {rms}.")
+    is_stateless = isinstance(decay, (int, float)) and decay == 0
 
     def views(tree: Any) -> dict[tuple, MatrixView | None]:
         return views_of(plan_leaves(tree, 0, "short", dimension_numbers))
@@ -95,7 +108,7 @@ def scale_by_neuron(
 
         def zeros(path, leaf):
             view = found[path]
-            if view is None:
+            if view is None or is_stateless:
                 return optax.MaskedNode()
             places = range(len(view.shape))
             axes = [() if i in view.row_axes else (i,) for i in places]
@@ -115,8 +128,13 @@ def scale_by_neuron(
         for (path, array), old in zip(paths, before, strict=True):
             view = found[path]
             if view is not None:
-                _check(path, view, old)
-                array, old = _scaled(array, old, view, decay)
+                if is_stateless:
+                    average = _mean_squares(array, view, wide(array.dtype))
+                else:
+                    _check(path, view, old)
+                    mean = _mean_squares(array, view, old.dtype)
+                    average = old = decay * old + (1 - decay) * mean
+                array = _scaled(array, average, view, rms)
             scaled.append(array)
             squares.append(old)
         new = ScaleByNeuronState(treedef.unflatten(squares))
@@ -142,17 +160,21 @@ def _check(path: tuple, view: MatrixView, squares: Any) -> None:
         )
 
 
+def _mean_squares(update: jax.Array, view: MatrixView, dtype: Any) -> jax.Array:
+    """Returns the mean square of each neuron's updates."""
+    return jnp.mean(jnp.square(update.astype(dtype)), view.row_axes, keepdims=True)
+
+
 def _scaled(
-    update: jax.Array, squares: jax.Array, view: MatrixView, decay: Any
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the scaled update of a leaf, and the new averages."""
+    update: jax.Array, squares: jax.Array, view: MatrixView, rms: Any
+) -> jax.Array:
+    """Returns the update of a leaf, each neuron divided by the root of its square."""
     u = update.astype(squares.dtype)
-    mean = jnp.mean(jnp.square(u), view.row_axes, keepdims=True)
-    squares = decay * squares + (1 - decay) * mean
     scaled = u / (jnp.sqrt(squares) + _EPS)
     sides = view.row_axes + view.column_axes
-    norm, other = (
-        jnp.sqrt(jnp.sum(jnp.square(x), sides, keepdims=True)) for x in (u, scaled)
+    size, other = (
+        jnp.sqrt(jnp.mean(jnp.square(x), sides, keepdims=True)) for x in (u, scaled)
     )
-    scaled = scaled * (norm / jnp.where(other > 0, other, 1))
-    return scaled.astype(update.dtype), squares
+    if rms is not None:
+        size = jnp.asarray(rms, u.dtype)
+    return (scaled * (size / jnp.where(other > 0, other, 1))).astype(update.dtype)

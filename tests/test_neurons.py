@@ -84,6 +84,36 @@ def test_without_decay_all_neurons_are_of_one_size_and_the_norm_stays():
     np.testing.assert_allclose(*norms, rtol=1e-6)
 
 
+def test_without_decay_there_is_no_state_unless_the_decay_is_traced():
+    (given,) = updates(1)
+    ((found, state),) = run(scale_by_neuron(0.0, dimension_numbers=NUMBERS), [given])
+    assert jax.tree.leaves(state) == []
+    traced = scale_by_neuron(jnp.zeros([]), dimension_numbers=NUMBERS)
+    ((expected, kept),) = run(traced, [given])
+    assert kept.squares["w"].shape == (1, 8)
+    for name in SHAPES:
+        np.testing.assert_array_equal(found[name], expected[name])
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_a_root_mean_square_is_that_of_each_matrix(decay):
+    tx = scale_by_neuron(decay, rms=0.2, dimension_numbers=NUMBERS)
+    plain = scale_by_neuron(decay, dimension_numbers=NUMBERS)
+    given = list(updates())
+    for (found, _), (before, _) in zip(run(tx, given), run(plain, given), strict=True):
+        sizes = np.sqrt(np.mean(np.square(found["stack"]), (1, 2)))
+        np.testing.assert_allclose(sizes, 0.2, rtol=1e-6)
+        ratios = found["stack"] / before["stack"]
+        expected = np.broadcast_to(ratios[:, :1, :1], ratios.shape)
+        np.testing.assert_allclose(ratios, expected, rtol=1e-5)
+        np.testing.assert_array_equal(found["b"], before["b"])
+
+
+def test_a_root_mean_square_of_zero_is_refused():
+    with pytest.raises(ValueError, match=r"rms must be above 0, got 0\.0"):
+        scale_by_neuron(rms=0.0)
+
+
 def test_the_state_is_a_vector_of_each_matrix():
     state = scale_by_neuron(dimension_numbers=NUMBERS).init(random_like(SHAPES))
     shapes = {name: x.shape for name, x in state.squares.items() if name != "b"}

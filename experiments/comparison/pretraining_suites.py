@@ -39,6 +39,11 @@ _METHODS = (
     # With the authors' decays, because the basis follows the momentum too.
     _contender("ldadam", 0.25, 16e-3, b1=0.908, b2=0.99),
     _contender("apollo_mini", 0.25, 16e-3),
+    _contender("stable_spam", 0.125, 8e-3),
+    _contender("scale", 0.5, 16e-3),
+    _contender("frugal", 0.25, 16e-3),
+    _contender("foam", 0.25, 16e-3),
+    _contender("normuon", 0.25, 16e-3, optimizer="muon", neuron_decay=0.95),
     _contender("lora", 0.125, 16e-3),
     _contender("relora", 0.125, 16e-3),
     _contender("low_rank", 0.125, 16e-3),

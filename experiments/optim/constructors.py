@@ -8,12 +8,72 @@ import jax.numpy as jnp
 import optax
 
 import lowrank_optax
+from experiments.optim.foam import scale_by_foam
+from experiments.optim.stable_spam import scale_by_stable_spam
 from experiments.optim.unstacked import unstacked
 
 
 def adamw(learning_rate, *, seed, **adam):
     del seed
     return optax.adamw(learning_rate, **adam)
+
+
+def _with_decay(transformation, learning_rate, weight_decay):
+    return optax.chain(
+        transformation,
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def stable_spam(learning_rate, *, b1, b2, eps, reset_every, weight_decay, seed):
+    del seed
+    made = scale_by_stable_spam(b1, b2, eps, reset_every=reset_every)
+    return _with_decay(made, learning_rate, weight_decay)
+
+
+def foam(learning_rate, *, b1, b2, eps, fold_level, weight_decay, seed):
+    del seed
+    made = scale_by_foam(fold_level, b1, b2, eps)
+    return _with_decay(made, learning_rate, weight_decay)
+
+
+def scale(learning_rate, *, weight_decay, **others):
+    """SCALE's hidden layers, with Muon's root mean square."""
+    del others
+    made = lowrank_optax.scale_by_neuron(
+        0.0, rms=0.2, dimension_numbers=lowrank_optax.dimension_numbers_by_shape
+    )
+    return _with_decay(made, learning_rate, weight_decay)
+
+
+def frugal(
+    learning_rate,
+    *,
+    rank,
+    update_proj_gap,
+    residual,
+    b1,
+    b2,
+    eps,
+    weight_decay,
+    seed,
+):
+    """FRUGAL in GaLore's subspace: Adam inside, signs of the gradient outside.
+
+    The momentum starts again in a new subspace; the second moment does at the means of
+    its rows, because Adam's counter runs on.
+    """
+    made = lowrank_optax.scale_by_low_rank(
+        optax.scale_by_adam(b1, b2, eps),
+        rank,
+        basis=lowrank_optax.exact_svd(),
+        refresh=lowrank_optax.every(update_proj_gap, stagger=False),
+        rebase="zero",
+        residual=lowrank_optax.sign_residual(residual),
+        seed=seed,
+    )
+    return _with_decay(made, learning_rate, weight_decay)
 
 
 def of_factors(learning_rate, *, rank, **others):

@@ -132,6 +132,13 @@ OPTIMIZERS: dict[str, Method] = {
         {"rank": None, "update_proj_gap": 200},
         codes=_BASES_TOO,
     ),
+    "frugal": Method(
+        "galore, and the signs of the gradient outside its subspace.",
+        constructors.frugal,
+        0.25,
+        {"rank": None, "update_proj_gap": 200, "residual": 1.0},
+        codes=_BASES_TOO,
+    ),
     "apollo": Method(
         "The gradient, each channel scaled as Adam scales its random projection.",
         lowrank_optax.apollo,
@@ -149,6 +156,29 @@ OPTIMIZERS: dict[str, Method] = {
         constructors.muon,
         0.5,
         {"momentum": 0.95, "neuron_decay": None},
+    ),
+    "scale": Method(
+        "Gradients with all outputs of a matrix at one size, and no state (SCALE; its "
+        "momentum of the head is left to --vocabulary-optimizer).",
+        constructors.scale,
+        0.5,
+        codes=frozenset(),
+    ),
+    "stable_spam": Method(
+        "Adam on gradients clipped and scaled by their past, its moments reset every "
+        "--reset-every steps.",
+        constructors.stable_spam,
+        0.125,
+        {"reset_every": 500},
+    ),
+    "foam": Method(
+        "Adam whose moments are of the means of neighbouring inputs (--fold-level), "
+        "with the gradient less these means.",
+        constructors.foam,
+        0.25,
+        {"fold_level": 2},
+        # Tokens that follow each other have nothing in common.
+        takes_vocabulary=False,
     ),
     "adafactor": Method(
         "A factored second moment and no first one.",

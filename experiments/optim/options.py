@@ -66,8 +66,8 @@ class ScheduleFlags:
     #: Peak learning rate of embedding, head and norms; above 0.
     learning_rate: Positive = 8e-3
     #: Learning rate of the block matrices, as a multiple of --learning-rate; above 0.
-    #: None: adamw and adafactor 0.125, adapters 0.25, sumo 1, the others 0.5. It takes
-    #: the place of GaLore's scale.
+    #: None: adamw, adafactor and stable_spam 0.125, adapters, frugal and foam 0.25,
+    #: sumo 1, the others 0.5. It takes the place of GaLore's scale.
     block_scale: Positive | None = None
     #: Curve behind the warm-up: cosine; wsd (warm-up, stable, decay: the peak, then a
     #: line down over --decay-fraction); linear (a line down); constant.
@@ -133,13 +133,21 @@ class OneMethodFlags:
     #: Decay of the momentum that is orthogonalized, per step; in [0, 1). None: 0.95 of
     #: muon, sumo and low_rank_muon, the only ones that have it.
     momentum: Decay | None = None
-    #: Weight of the last gradient outside the subspace, beside the momentum inside; 0
-    #: or more. None: 4 of low_rank_muon, the only one that has it.
+    #: Weight of what lies outside the subspace, beside what lies inside; 0 or more.
+    #: None: 4 of low_rank_muon (the last gradient, beside the momentum), 1 of frugal
+    #: (signs, beside Adam's update), the only ones that have it.
     residual: NotNegative | None = None
     #: Decay of the squares that bring all outputs of a matrix to updates of one size,
     #: per step; in [0, 1), 0.95 in NorMuon. None: they keep their sizes. muon and
     #: low_rank_muon have it.
     neuron_decay: Decay | None = None
+    #: Steps between two resets of Adam's moments; 0 or more. 0: never. None: 500 of
+    #: stable_spam, the only one that has it.
+    reset_every: Count | None = None
+    #: Level l of folds: 2^l inputs that follow each other share their moments; 0 or
+    #: more. A matrix has the largest level up to it whose 2^l divides its inputs. None:
+    #: 2 of foam, the only one that has it.
+    fold_level: Count | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,7 +163,8 @@ class MemoryFlags:
     #: Gradients of projected matrices: subspace, computed inside their subspaces (see
     #: --refresh; norms, and clipping by them, then see the projected gradients); or
     #: full. Methods without subspaces, or that look at more than them
-    #: (fira, apollo, ldadam, low_rank_muon, optax_galore), have full ones anyway.
+    #: (fira, frugal, apollo, ldadam, low_rank_muon, optax_galore), have full ones
+    #: anyway.
     gradients: Literal["subspace", "full"] = "subspace"
     #: With gradients inside subspaces: what computed bases are renewed from: a sketch,
     #: so that no step holds the full gradient of a projected matrix; or full gradients.

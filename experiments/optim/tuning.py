@@ -45,7 +45,11 @@ TUNING: dict[str, Mapping[str, Any]] = {
     "fira": _LIFTED,
     "apollo": _LIFTED,
     "apollo_mini": {"block_scale": 1.0},
+    "frugal": {"block_scale": 1.0},
     "muon": {"block_scale": 1.0},
+    "scale": {"block_scale": 1.0},
+    "stable_spam": {"block_scale": 1.0},
+    "foam": {"block_scale": 1.0},
     "adafactor": {"block_scale": 1.0},
     # The usual rate of adapters: some times that of the whole model.
     "lora": _LIFTED,

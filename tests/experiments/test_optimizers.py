@@ -237,11 +237,12 @@ def test_memory_by_kind_adds_up_to_the_state(optimizer):
     moments = kinds["basis"] + kinds["block moments"] + kinds["other moments"]
     assert moments == optimizer_state_bytes(state)
     with_basis = {"galore", "adarankgrad", "optax_galore", "sumo", "ldadam", "fira"}
-    with_basis |= {"low_rank_muon"}
+    with_basis |= {"low_rank_muon", "frugal"}
     assert (kinds["basis"] > 0) == (optimizer in with_basis)
     # VLoRP's are as many here: what granularity 4 makes of matrices of 8 rows.
     # These parameters have no adapters: all of them are trained.
     as_many = {"adamw", "vlorp", "projfactor", "lora", "relora", "low_rank"}
+    as_many |= {"stable_spam"}
     if optimizer not in as_many:
         assert kinds["block moments"] < adamw_memory_by_kind(params)["block moments"]
 

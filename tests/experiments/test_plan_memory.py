@@ -33,6 +33,8 @@ def test_it_lists_every_optimizer_and_what_is_left(capsys):
     assert found["adamw"][4:] == ["does not fit"] * 2
     assert found["projfactor, 8 bits"][5] != "does not fit"
     assert {"low_rank_muon", "low_rank_muon, 8 bits", "lora"} <= found.keys()
+    assert {"stable_spam", "frugal, 8 bits", "scale", "foam, 8 bits"} <= found.keys()
+    assert "scale, 8 bits" not in found
     # The default rank of adarankgrad is larger than that of galore.
     assert float(found["adarankgrad"][2]) > float(found["galore"][2])
     assert "XLA_PYTHON_CLIENT_PREALLOCATE" in said
