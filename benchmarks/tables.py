@@ -31,7 +31,7 @@ PAGES = tuple(
 )
 # Card -> directories of its measurements.
 CARDS = {
-    "H200": ("accelerator-h200", "accelerator-h200-second"),
+    "H200": ("accelerator-h200", "accelerator-h200-second", "accelerator-h200-third"),
     "H100": ("accelerator-h100",),
 }
 NOTHING = "not measured"
@@ -48,13 +48,16 @@ def measurements(name: str) -> dict[str, Any]:
 def on_card(card: str, stage: str) -> dict[str, tuple[Any, dict[str, Any]]]:
     """Returns name -> (result, run): the results on a card, each with its whole run.
 
-    If two runs have a result, the run with more timings counts.
+    If two runs have a result, the run with more timings counts, and of equals the
+    later one.
     """
     found: dict[str, tuple[Any, dict[str, Any]]] = {}
     for directory in CARDS[card]:
+        if not (RESULTS / f"{directory}/{stage}.json").exists():
+            continue
         run = measurements(f"{directory}/{stage}")
         for name, result in run.items():
-            if name not in found or _count(result) > _count(found[name][0]):
+            if name not in found or _count(result) >= _count(found[name][0]):
                 found[name] = result, run
     return found
 
@@ -227,7 +230,7 @@ def step_accelerator() -> Rows:
     ]
     found = {card: on_card(card, "b-step") for card in CARDS}
     for name in next(iter(found.values())):
-        of_card = {card: results[name] for card, results in found.items()}
+        of_card = {card: x.get(name, ({}, {})) for card, x in found.items()}
         # The page itself explains rows without a measurement.
         if not any(_count(result) for result, _ in of_card.values()):
             continue

@@ -50,8 +50,16 @@ def test_what_was_not_measured_is_said():
     assert not any(row[3:])
 
 
-def test_times_of_two_runs_are_not_divided_by_one_another():
-    """sumo was measured in the second run on an H200, AdamW's 350m in the first."""
+def test_times_of_two_runs_are_not_divided_by_one_another(monkeypatch):
+    read = tables.measurements
+
+    def without_adamw(name):
+        found = copy.deepcopy(read(name))
+        if name == "accelerator-h200-third/b-step":
+            del found["350m adamw, full gradients"]
+        return found
+
+    monkeypatch.setattr(tables, "measurements", without_adamw)
     rows = list(tables.step_accelerator())
     row = next(x for x in rows if x[:2] == ["350m sumo, subspace gradients", "H200"])
     assert row[2] != tables.NOTHING

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from experiments.comparison.search import Point, best_point
 
 _CROSS: tuple[Point, ...] = ((0, 1), (0, -1), (1, 0), (-1, 0))
-_BLOCK: tuple[Point, ...] = tuple(itertools.product((-1, 0, 1), repeat=2))
+_BLOCK: list[Point] = list(itertools.product((-1, 0, 1), (-1, 0, 1)))
 
 
 def next_points(losses: Mapping[Point, float], most: int) -> list[Point]:

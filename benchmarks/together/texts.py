@@ -50,13 +50,13 @@ class Texts:
             "data": self.data,
             "vocab_size": self.vocab_size,
         }
-        np.savez_compressed(
-            path,
-            train_tokens=self.tokens,
-            train_weights=self.weights,
-            said=json.dumps(said),
+        arrays: dict[str, Any] = {
+            "train_tokens": self.tokens,
+            "train_weights": self.weights,
+            "said": np.asarray(json.dumps(said)),
             **self.validation,
-        )
+        }
+        np.savez_compressed(path, **arrays)
 
 
 def load(path: Path) -> Texts:
