@@ -39,7 +39,10 @@ def foam(learning_rate, *, b1, b2, eps, fold_level, weight_decay, seed):
 
 
 def scale(learning_rate, *, weight_decay, **others):
-    """SCALE's hidden layers, with Muon's root mean square."""
+    """SCALE's hidden layers, at Muon's root mean square.
+
+    The paper has a momentum for the head alone, which another optimizer trains here.
+    """
     del others
     made = lowrank_optax.scale_by_neuron(
         0.0, rms=0.2, dimension_numbers=lowrank_optax.dimension_numbers_by_shape
@@ -61,8 +64,9 @@ def frugal(
 ):
     """FRUGAL in GaLore's subspace: Adam inside, signs of the gradient outside.
 
-    The momentum starts again in a new subspace; the second moment does at the means of
-    its rows, because Adam's counter runs on.
+    In a new subspace the momentum starts at zero. The second moment starts at the means
+    of its rows, because Adam's counter runs on. The ratio of the two learning rates is
+    ``residual``.
     """
     made = lowrank_optax.scale_by_low_rank(
         optax.scale_by_adam(b1, b2, eps),

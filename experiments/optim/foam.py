@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import AxisType
 
 
 class ScaleByFoamState(NamedTuple):
@@ -61,7 +62,7 @@ def scale_by_foam(
 
     def init(params: Any) -> ScaleByFoamState:
         def zeros(leaf):
-            return jnp.zeros_like(_folded(leaf, level))
+            return jnp.zeros(_split(leaf.shape, level)[0], leaf.dtype)
 
         mu, nu = (jax.tree.map(zeros, params) for _ in range(2))
         return ScaleByFoamState(jnp.zeros([], jnp.int32), mu, nu)
@@ -69,35 +70,60 @@ def scale_by_foam(
     def update(updates, state, params=None):
         del params
         count = jnp.asarray(optax.safe_increment(state.count))
-        folded = jax.tree.map(lambda g: _folded(g, level), updates)
-        mu = optax.tree.update_moment(folded, state.mu, b1, 1)
-        nu = optax.tree.update_moment(folded, state.nu, b2, 2)
 
-        def of_leaf(g, mean, m, v):
-            rest = g - _unfolded(mean, g)
-            first = _unfolded(m, g) + rest
-            return first / (jnp.sqrt(_unfolded(v, g) + rest**2) + eps)
+        def step(updates, mu, nu, count):
+            means = jax.tree.map(lambda g: _folded(g, level), updates)
+            mu = optax.tree.update_moment(means, mu, b1, 1)
+            nu = optax.tree.update_moment(means, nu, b2, 2)
 
-        first, second = (
-            optax.tree.bias_correction(moment, decay, count)
-            for moment, decay in ((mu, b1), (nu, b2))
-        )
-        scaled = jax.tree.map(of_leaf, updates, folded, first, second)
+            def of_leaf(g, mean, m, v):
+                rest = g - _unfolded(mean, g.shape)
+                first = _unfolded(m, g.shape) + rest
+                return first / (jnp.sqrt(_unfolded(v, g.shape) + rest**2) + eps)
+
+            first, second = (
+                optax.tree.bias_correction(moment, decay, count)
+                for moment, decay in ((mu, b1), (nu, b2))
+            )
+            return jax.tree.map(of_leaf, updates, means, first, second), mu, nu
+
+        trees = updates, state.mu, state.nu
+        scaled, mu, nu = _in_automatic_axes(step, trees, *trees, count)
         return scaled, ScaleByFoamState(count, mu, nu)
 
     return optax.GradientTransformation(init, update)
 
 
-def _folded(leaf: jax.Array, level: int) -> jax.Array:
-    if leaf.ndim < 2:
-        return leaf
-    *stack, n, m = leaf.shape
+def _in_automatic_axes(function: Any, like: Any, *args: Any) -> Any:
+    """Returns function(*args), whose results have the shardings of ``like``.
+
+    Under a mesh's explicit axes, a reshape refuses neighbours on different devices.
+    """
+    shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, like)
+    meshes = (x.mesh for x in jax.tree.leaves(shardings))
+    if all(AxisType.Explicit not in mesh.axis_types for mesh in meshes):
+        return function(*args)
+    return jax.sharding.auto_axes(function, out_sharding=shardings)(*args)
+
+
+def _split(shape: tuple[int, ...], level: int) -> tuple[tuple[int, ...], int]:
+    """Returns the shape of a folded leaf, and the number of neighbours in one."""
+    if len(shape) < 2:
+        return shape, 1
+    *stack, n, m = shape
     # The lowest bit of n is the largest power of two that divides it.
     size = 1 << min(level, (n & -n).bit_length() - 1)
-    return jnp.mean(leaf.reshape(*stack, n // size, size, m), axis=-2)
+    return (*stack, n // size, m), size
 
 
-def _unfolded(folded: jax.Array, like: jax.Array) -> jax.Array:
-    if like.ndim < 2:
+def _folded(leaf: jax.Array, level: int) -> jax.Array:
+    (*stack, m), size = _split(leaf.shape, level)
+    if size == 1:
+        return leaf
+    return jnp.mean(leaf.reshape(*stack, size, m), axis=-2)
+
+
+def _unfolded(folded: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    if folded.shape == shape:
         return folded
-    return jnp.repeat(folded, like.shape[-2] // folded.shape[-2], axis=-2)
+    return jnp.repeat(folded, shape[-2] // folded.shape[-2], axis=-2)

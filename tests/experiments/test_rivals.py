@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import lowrank_optax
 from experiments.errors import UserError
@@ -158,6 +160,27 @@ def test_frugal_adds_signs_to_adam_in_a_subspace(weight):
         # A residual near zero has a sign by rounding.
         apart = ~np.isclose(actual, wanted, rtol=1e-3, atol=1e-4)
         assert np.mean(apart) < 0.01, path
+
+
+@pytest.mark.parametrize("name", ["stable_spam", "scale", "foam"])
+def test_sharded_updates_are_those_of_one_device(name):
+    # Of 12 folded inputs 3 are left, which 2 devices do not divide.
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    (grads,) = gradients({"up": (2, 12, 8)}, steps=1)
+    (expected,) = updates_of(made(name), [grads])
+    tx = made(name)
+    with jax.set_mesh(mesh):
+        sharding = NamedSharding(mesh, P(None, "x", "y"))
+        sharded = jax.device_put(grads, {"up": sharding})
+        whole = NamedSharding(mesh, P())
+        state = jax.jit(tx.init, out_shardings=whole)(sharded)
+        state = jax.tree.map(
+            lambda x: jax.device_put(x, sharding) if x.shape == (2, 12, 8) else x, state
+        )
+        found, _ = jax.jit(tx.update)(sharded, state, sharded)
+    assert found["up"].sharding.is_equivalent_to(sharding, 3)
+    # Sums in another order.
+    np.testing.assert_allclose(found["up"], expected["up"], rtol=1e-4, atol=1e-7)
 
 
 def test_level_zero_is_adam():
