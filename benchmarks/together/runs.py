@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -28,8 +29,8 @@ from experiments.run.memory import (
 from experiments.run.model_shape import model_of, parameterised
 from experiments.run.step import BATCH, make_train_step, summed_token_loss
 
-# Steps between two looks at the clock, in one call of the program.
-_CHUNK = 50
+# Most steps of one call of the program, between two looks at the clock.
+_MOST = 50
 
 
 class Late(Exception):
@@ -52,7 +53,8 @@ class Together:
     """A method, ready to train several runs at once.
 
     Args:
-        suite: The suite; its steps are a multiple of 50.
+        suite: The suite. A validation comes at its end, and every ``eval_every``
+            steps, which divide its steps.
         contender: The method.
         texts: Batches of all streams.
         width: Runs of a program. Fewer are filled up with repetitions.
@@ -79,11 +81,13 @@ class Together:
         self._config = complete(options, self._model.hidden_size)
         self._flags = resolved(contender, suite)
         self.steps = self._config.steps
-        if self.steps % _CHUNK or self.steps > texts.tokens.shape[1]:
+        if self.steps > texts.tokens.shape[1]:
             raise ValueError(
-                f"{self.steps} steps: a multiple of {_CHUNK} is needed, and at most "
-                f"the {texts.tokens.shape[1]} that are written down"
+                f"{self.steps} steps, and {texts.tokens.shape[1]} are written down; "
+                "write down more of them (benchmarks.together.texts --steps)."
             )
+        between = math.gcd(self.steps, self._config.eval_every)
+        self._chunk_size = max(n for n in range(1, _MOST + 1) if between % n == 0)
 
     def key(self, run: Run) -> dict[str, Any]:
         """Returns the entries that tell the record of one run from those of others."""
@@ -119,13 +123,16 @@ class Together:
             params, state = init(*given)
             first = np.asarray(self._losses(evaluate, params, streams))
             curve = []
-            for start in range(0, self.steps, _CHUNK):
+            size = self._chunk_size
+            for start in range(0, self.steps, size):
                 params, state, ranks = chunk(params, state, jnp.int32(start), *given)
+                # Of what waits in a queue the clock knows nothing.
+                jax.block_until_ready(ranks)
                 if time.monotonic() > self._deadline:
                     raise Late
-                if (start + _CHUNK) % self._config.eval_every == 0:
+                if (start + size) % self._config.eval_every == 0:
                     curve.append(self._losses(evaluate, params, streams))
-            last = np.asarray(self._losses(evaluate, params, streams))
+            last = np.asarray(curve[-1])
             seconds = time.monotonic() - started
             ranks = np.asarray(ranks)
         found = []
@@ -226,8 +233,10 @@ class Together:
         return jax.vmap(one)(rates, seeds)
 
     def _chunk(self, params, state, start, rates, seeds, streams, train):
+        size = self._chunk_size
+
         def next_batches(x, dtype):
-            some = jax.lax.dynamic_slice_in_dim(x, start, _CHUNK, axis=1)
+            some = jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
             return jnp.moveaxis(some, 1, 0).astype(dtype)
 
         tokens, weights = train

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.comparison.flags import fields_of
+from experiments.comparison.suite import Suite
 from experiments.comparison.suites import SUITES
 from experiments.run.step import BATCH
 
@@ -69,11 +69,11 @@ def load(path: Path) -> Texts:
         return Texts(streams, *train, validation, **said)
 
 
-def recorded(suite_name: str, texts: Mapping[str, str], seeds: int, steps: int):
+def recorded(suite: Suite, texts: Mapping[str, str], seeds: int, steps: int) -> Texts:
     """Returns the batches that the command would train on.
 
     Args:
-        suite_name: Of :data:`experiments.comparison.suites.SUITES`.
+        suite: A suite that pre-trains.
         texts: Name of a text -> training data, and behind a comma validation data.
         seeds: Number of seeds.
         steps: Batches of each stream.
@@ -81,8 +81,6 @@ def recorded(suite_name: str, texts: Mapping[str, str], seeds: int, steps: int):
     from experiments.run.assemble import assemble
     from experiments.run.config import PRETRAINING
 
-    suite = SUITES[suite_name]
-    fields = fields_of(suite.contenders[0], suite)
     streams, numbers, described = [], [], []
     train: list[tuple[np.ndarray, np.ndarray]] = []
     validation: dict[str, list[np.ndarray]] = {name: [] for name in BATCH}
@@ -91,7 +89,7 @@ def recorded(suite_name: str, texts: Mapping[str, str], seeds: int, steps: int):
         source, _, held_out = spec.partition(",")
         for seed in range(seeds):
             config = PRETRAINING.options(
-                **fields,
+                **suite.flags,
                 data=source,
                 validation_data=held_out or None,
                 tokenizer="bytes",
@@ -138,7 +136,7 @@ def main() -> None:
     options = parser.parse_args()
     steps = options.steps or SUITES[options.suite].flags["steps"]
     texts = dict(text.split("=", 1) for text in options.texts)
-    recorded(options.suite, texts, options.seeds, steps).save(options.out)
+    recorded(SUITES[options.suite], texts, options.seeds, steps).save(options.out)
 
 
 if __name__ == "__main__":
