@@ -36,16 +36,11 @@ LEFT_OUT = (
 # these first.
 QUICK = (
     "tests/test_value_and_grad.py",
-    "tests/test_uses.py",
     "tests/test_loss_functions.py",
-    "tests/test_sharding.py",
     "tests/test_shard_map.py",
     "tests/test_state_shardings.py",
-    "tests/test_plan.py",
-    "tests/test_boxes.py",
     "tests/test_frameworks.py",
     "tests/test_checkpointing.py",
-    "tests/test_restore.py",
     "tests/test_optax_suite.py",
 )
 

@@ -27,6 +27,7 @@ PAGES = tuple(
         "many_devices",
         "concepts/refresh",
         "methods/low_rank_muon",
+        "results",
     )
 )
 # Card -> directories of its measurements.
@@ -148,6 +149,24 @@ def neuron_losses() -> Rows:
         losses = ", ".join(f"{loss:.4f}" for loss in x["losses"])
         mean = statistics.mean(x["losses"])
         yield [f"`{method}`", losses, f"{mean:.4f}", f"{x['block_state_share']:.3f}"]
+
+
+def dct_losses() -> Rows:
+    yield [
+        "method",
+        "rates: rest, blocks",
+        "block state",
+        "C4",
+        "mean",
+        "novels",
+        "mean",
+    ]
+    for method, x in measurements("dct-losses-cpu").items():
+        row = [f"`{method}`", x["rates"], f"{x['block_state_share']:.3f}"]
+        for losses in x["losses"].values():
+            row.append(", ".join(f"{loss:.4f}" for loss in losses))
+            row.append(f"{statistics.mean(losses):.4f}" if len(losses) > 1 else "")
+        yield row
 
 
 def update_cpu() -> Rows:
@@ -323,6 +342,7 @@ TABLES: dict[str, Callable[[], Rows]] = {
     "sketches": sketches,
     "sketch-losses": sketch_losses,
     "neuron-losses": neuron_losses,
+    "dct-losses": dct_losses,
     "update-cpu": update_cpu,
     "renewal-cpu": renewal_cpu,
     "update-accelerator": update_accelerator,

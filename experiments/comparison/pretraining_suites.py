@@ -6,6 +6,7 @@ from typing import Any
 
 import lowrank_optax
 from experiments.comparison.suite import Contender, Suite
+from experiments.model.shape import MODELS
 
 
 def _contender(name: str, block_scale: float, rate: float = 8e-3, **flags: Any):
@@ -20,6 +21,16 @@ def _variant(like: str, change: str, **flags: Any) -> Contender:
 
 _8_BITS = {"moment_bits": 8, "vocabulary_optimizer": "low_bit"}
 _SMALL_STATE = {"moment_bits": 8, "basis_bits": 8, "vocabulary_optimizer": "low_bit"}
+
+
+def _dct(optimizer: str, rank: int) -> dict[str, Any]:
+    """Returns flags of a method in columns of a cosine transform, in 8 bits."""
+    return {"optimizer": optimizer, "basis": "dct", "rank": rank, **_8_BITS}
+
+
+def _momentum_of_dct(rank: int) -> dict[str, Any]:
+    return {**_dct("low_rank_muon", rank), "neuron_decay": 0.95}
+
 
 # Searches start at the best rates of a few earlier runs. The default rank is a quarter
 # of the hidden size, 32; for adarankgrad 48.
@@ -47,6 +58,9 @@ _METHODS = (
     _contender("lora", 0.125, 16e-3),
     _contender("relora", 0.125, 16e-3),
     _contender("low_rank", 0.125, 16e-3),
+    _contender("low_rank_muon dct r=104 8 bits", 0.25, 32e-3, **_momentum_of_dct(104)),
+    _contender("low_rank_muon dct r=16 8 bits", 0.25, 32e-3, **_momentum_of_dct(16)),
+    _contender("sumo dct r=104 8 bits", 0.25, 32e-3, **_dct("sumo", 104)),
     # The state takes as many bytes as adarankgrad's.
     _contender("optax_galore r=57", 0.25, 16e-3, optimizer="optax_galore", rank=57),
     _contender("sumo r=64 8 bits", 1.0, optimizer="sumo", rank=64, **_SMALL_STATE),
@@ -111,12 +125,21 @@ def _ablation(
 
 def _longer(description: str, flags: Mapping[str, Any]) -> Suite:
     """Returns a suite of the strongest methods, each as one would use it."""
+    hidden = MODELS[flags["model"]]["hidden_size"]
     names = ("adamw", "stable_spam", "muon", "normuon", "scale", "optax_galore")
-    names += ("galore", "adarankgrad", "sumo r=64 8 bits")
-    known = {contender.name: contender for contender in _METHODS}
+    names += ("galore", "adarankgrad")
+    half = {"rank": hidden // 2, **_SMALL_STATE}
+    most, few = 13 * hidden // 16, hidden // 8
+    of_subspaces = {
+        "sumo r=d/2 8 bits": {"optimizer": "sumo", **half},
+        "low_rank_muon r=d/2 8 bits": {"optimizer": "low_rank_muon", **half},
+        "low_rank_muon dct r=13d/16 8 bits": _momentum_of_dct(most),
+        "low_rank_muon dct r=d/8 8 bits": _momentum_of_dct(few),
+        "sumo dct r=13d/16 8 bits": _dct("sumo", most),
+    }
     contenders = (
-        *(known[name] for name in names),
-        *(dataclasses.replace(x, like=None) for x in _VARIANTS if "r=64 8" in x.name),
+        *(contender for contender in _METHODS if contender.name in names),
+        *(_contender(name, 0.25, 32e-3, **x) for name, x in of_subspaces.items()),
     )
     return Suite(description, flags, contenders, seeds=(0, 1), search=9)
 
