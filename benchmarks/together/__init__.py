@@ -8,7 +8,7 @@ point lies inside its neighbours; then the other seeds and texts follow at its r
 
     python -m benchmarks.together.texts --suite cpu-small --seeds 3 --out texts.npz \
         c4=TRAIN,VALIDATION novels=TRAIN
-    python -m benchmarks.together --suite cpu-small --texts texts.npz \
+    python -m benchmarks.together --suites cpu-small --texts texts.npz \
         --only muon normuon --out results.jsonl
 
 ``texts`` writes down the batches that the command would have trained on, so that the

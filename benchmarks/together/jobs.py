@@ -1,14 +1,12 @@
 """Jobs of the worker processes: the search of a method on a suite."""
 
 import argparse
-import contextlib
 import dataclasses
 import json
-import time
-import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from benchmarks import turns
 from benchmarks.together.search import is_inside, next_points
 from benchmarks.together.texts import load
 from experiments.comparison.ledger import matching
@@ -29,23 +27,24 @@ class Job(NamedTuple):
     method: str
 
 
-# The accelerator is one worker's at a time; set in each worker.
-_turn: Any = contextlib.nullcontext()
-
-
-def start_worker(turn: Any) -> None:
-    """Keeps the lock of the accelerator in a new worker."""
-    global _turn
-    _turn = turn
-
-
 def jobs_of(options: argparse.Namespace) -> list[Job]:
+    """Returns the jobs, by the order of --only, then of suites.
+
+    Raises:
+        ValueError: If --only has a method that no suite has.
+    """
     found = [
         Job(name, c.name)
         for name in options.suites
         for c in _suite(name, options).contenders
     ]
     if options.only:
+        names = {job.method for job in found}
+        if unknown := sorted(set(options.only) - names):
+            raise ValueError(
+                f"--only {unknown[0]!r} is no method of {', '.join(options.suites)}; "
+                f"give some of {', '.join(sorted(names))}."
+            )
         found = [job for job in found if job.method in options.only]
         found.sort(key=lambda job: options.only.index(job.method))
     return found
@@ -59,38 +58,28 @@ def _suite(name: str, options: argparse.Namespace) -> Suite:
     return suite
 
 
-def done(work: tuple[argparse.Namespace, Job]) -> str:
+def searched(options: argparse.Namespace, job: Job) -> str:
     """Does a job in a worker; returns what came of it, in a line."""
-    options, job = work
-    started = time.monotonic()
-    if started > options.deadline:
-        return f"{' '.join(job)}: no time was left"
-    try:
-        said = _searched(options, job)
-    except Exception as error:
-        text = traceback.format_exc(limit=-3)
-        return f"{' '.join(job)}: {type(error).__name__}: {str(error)[:300]}\n{text}"
-    return f"{' '.join(job)}: {said}, {time.monotonic() - started:.0f} s"
-
-
-def _searched(options: argparse.Namespace, job: Job) -> str:
     # Imported here: the workers alone need JAX.
     from benchmarks.together.runs import Late, Run, Together
 
     suite = _suite(job.suite, options)
     contender = next(c for c in suite.contenders if c.name == job.method)
     texts = load(options.texts[options.suites.index(job.suite)])
-    method = Together(suite, contender, texts, options.width, options.deadline, _turn)
+    method = Together(
+        suite, contender, texts, options.width, options.deadline, turns.turn()
+    )
     known = [x for path in options.known for x in read_lines(path)]
 
     def train(runs: Sequence[Run]) -> list[Mapping[str, Any]]:
         """Returns the records of runs; only those that are not known are trained."""
         keys = [{"suite": job.suite, **method.key(run)} for run in runs]
         missing = [i for i, key in enumerate(keys) if matching(known, key) is None]
-        if missing:
-            found = method.train([runs[i] for i in missing])
+        while missing:
+            now, missing = missing[: options.width], missing[options.width :]
+            found = method.train([runs[i] for i in now])
             with options.out.open("a") as file:
-                for i, more in zip(missing, found, strict=True):
+                for i, more in zip(now, found, strict=True):
                     record = {**keys[i], **more, "commit": options.commit}
                     known.append(record)
                     file.write(json.dumps(record) + "\n")

@@ -1,14 +1,10 @@
 """The command; see the package."""
 
 import argparse
-import multiprocessing
-import os
-import signal
-import sys
-import time
 from pathlib import Path
 
-from benchmarks.tuning.jobs import done, jobs_of, start_worker
+from benchmarks import turns
+from benchmarks.tuning.jobs import jobs_of, trained
 from experiments.comparison.outcome import commit_of_code
 
 
@@ -37,18 +33,7 @@ def main() -> None:
     parser.add_argument("--commit", help="to record; else git is asked")
     options = parser.parse_args()
     options.commit = options.commit or commit_of_code()
-    options.deadline = time.monotonic() + 60 * options.minutes
-    context = multiprocessing.get_context("spawn")
-    # A worker of its own process: each starts JAX anew, and takes memory as it needs.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    # Ends the workers too: without it they would go on alone.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    turn = context.Lock()
-    with context.Pool(options.workers, start_worker, (turn,)) as pool:
-        work = [(options, job) for job in jobs_of(options)]
-        for line in pool.imap_unordered(done, work, chunksize=1):
-            left = options.deadline - time.monotonic()
-            print(f"{left:5.0f} s left: {line}", flush=True)
+    turns.run(trained, options, jobs_of(options))
 
 
 if __name__ == "__main__":

@@ -3,11 +3,10 @@
 import argparse
 import dataclasses
 import json
-import time
-import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from benchmarks import turns
 from experiments.comparison.ledger import matching
 from experiments.comparison.search import searched_rates
 from experiments.comparison.suite import Suite
@@ -21,16 +20,6 @@ class Job(NamedTuple):
     suite: str
     part: str
     method: str
-
-
-# The accelerator is one worker's at a time; set in each worker.
-_turn: Any = None
-
-
-def start_worker(turn: Any) -> None:
-    """Keeps the lock of the accelerator in a new worker."""
-    global _turn
-    _turn = turn
 
 
 def jobs_of(options: argparse.Namespace) -> list[Job]:
@@ -48,21 +37,13 @@ def jobs_of(options: argparse.Namespace) -> list[Job]:
     return found
 
 
-def done(work: tuple[argparse.Namespace, Job]) -> str:
+def trained(options: argparse.Namespace, job: Job) -> str:
     """Does a job in a worker; returns what came of it, in a line."""
-    options, job = work
-    started = time.monotonic()
-    if started > options.deadline:
-        return f"{' '.join(job)}: no time was left"
-    try:
-        records = _runs(options, job)
-    except Exception as error:
-        text = traceback.format_exc(limit=-3)
-        return f"{' '.join(job)}: {type(error).__name__}: {str(error)[:300]}\n{text}"
+    records = _runs(options, job)
     measure = SUITES[job.suite].measure.entry
-    ends = [f"{r[measure]:.4f}" if measure in r else r["status"] for r in records]
-    seconds = time.monotonic() - started
-    return f"{' '.join(job)}: {' '.join(ends)}, {seconds:.0f} s"
+    return " ".join(
+        f"{r[measure]:.4f}" if measure in r else r["status"] for r in records
+    )
 
 
 def _runs(options: argparse.Namespace, job: Job) -> Sequence[Mapping[str, Any]]:
@@ -77,7 +58,7 @@ def _runs(options: argparse.Namespace, job: Job) -> Sequence[Mapping[str, Any]]:
         contender,
         suite.trainer.data(suite.flags, data, None, ""),
         options.deadline,
-        _turn,
+        turns.turn(),
     )
     known = [x for path in options.known or () for x in read_lines(path)]
     records: list[Mapping[str, Any]] = []

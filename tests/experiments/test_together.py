@@ -1,5 +1,6 @@
 """The benchmark that pre-trains many runs of a method in one program."""
 
+import argparse
 import contextlib
 import itertools
 import json
@@ -8,6 +9,7 @@ import time
 
 import pytest
 
+from benchmarks.together.jobs import Job, jobs_of, searched
 from benchmarks.together.runs import Late, Run, Together
 from benchmarks.together.search import is_inside, next_points
 from benchmarks.together.texts import load, recorded
@@ -15,6 +17,7 @@ from experiments.comparison.search import best_point
 from experiments.comparison.suite import Contender, Suite
 from experiments.model.shape import MODELS
 from experiments.pretrain_llama import main
+from experiments.run.files import read_lines
 
 FLAGS = {
     "model": "tiny",
@@ -128,3 +131,72 @@ def test_the_first_round_has_the_start_and_its_neighbours_first():
     assert first[0] == (0, 0)
     assert set(first[1:]) == cross
     assert len(next_points({}, 9)) == 9
+
+
+class Fake:
+    """In the place of Together: a loss with its least value at known rates."""
+
+    def __init__(self, suite, contender, texts, width, deadline, turn):
+        self.width = width
+
+    def key(self, run):
+        return {"rates": list(run.rates), "stream": run.stream}
+
+    def train(self, runs):
+        assert len(runs) <= self.width
+        rest, blocks = zip(*(run.rates for run in runs), strict=True)
+        return [
+            {
+                "status": "finished",
+                "validation_loss": abs(math.log2(x / 32e-3)) + abs(math.log2(y / 4e-3)),
+            }
+            for x, y in zip(rest, blocks, strict=True)
+        ]
+
+
+@pytest.fixture
+def options(texts, tmp_path, monkeypatch):
+    del texts
+    monkeypatch.setattr("benchmarks.together.runs.Together", Fake)
+    return argparse.Namespace(
+        suites=["cpu-small"],
+        texts=[tmp_path / "texts.npz"],
+        only=None,
+        out=tmp_path / "found.jsonl",
+        known=[],
+        candidates=None,
+        width=4,
+        steps=None,
+        deadline=math.inf,
+        commit="abc",
+    )
+
+
+def test_a_search_is_recorded_and_goes_on_from_what_is_known(options):
+    said = searched(options, Job("cpu-small", "muon"))
+    assert "0.0000 at 0.032, 0.004, inside of" in said
+    records = read_lines(options.out)
+    # All points of the first stream, then the best one of the other seed.
+    *points, last = records
+    assert {record["stream"] for record in points} == {0}
+    assert (last["stream"], last["rates"]) == (1, [0.032, 0.004])
+    assert len({tuple(record["rates"]) for record in points}) == len(points)
+
+    options.known = [options.out]
+    assert searched(options, Job("cpu-small", "muon")) == said
+    assert read_lines(options.out) == records
+
+
+def test_candidates_are_searched_beside_the_suite(options, tmp_path):
+    flags = {"optimizer": "muon", "momentum": 0.9}
+    more = [{"name": "less momentum", "flags": flags, "block_scale": 0.25}]
+    options.candidates = tmp_path / "more.json"
+    options.candidates.write_text(json.dumps(more))
+    options.only = ["less momentum", "adamw"]
+    jobs = jobs_of(options)
+    assert [job.method for job in jobs] == options.only
+    assert "inside" in searched(options, jobs[0])
+
+    options.only = ["adamww"]
+    with pytest.raises(ValueError, match="'adamww' is no method of cpu-small"):
+        jobs_of(options)
