@@ -252,6 +252,8 @@ def filled_in(options: OptimizerOptions, defaults: Mapping[str, Any]) -> dict[st
     if "max_refresh_interval" in defaults and options.min_refresh_interval:
         most = max(defaults["max_refresh_interval"], options.min_refresh_interval)
         defaults["max_refresh_interval"] = most
+    if options.basis in ("svd", "dct"):
+        defaults.pop("power_iterations", None)
     if options.block_state_bytes is not None:
         # They take the place of the ranks.
         defaults |= {"rank": None, "min_rank": None}

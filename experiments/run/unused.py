@@ -86,6 +86,16 @@ OF_ALL_RUNS = (
         "{c.optimizer} stores no bases",
     ),
     Rule(
+        ("basis_bits",),
+        lambda c, m: c.basis == "dct",
+        "--basis dct stores numbers of columns, and no columns",
+    ),
+    Rule(
+        ("power_iterations",),
+        lambda c, m: c.basis in ("svd", "dct"),
+        "--basis {c.basis} needs no power iterations",
+    ),
+    Rule(
         ("vocabulary_optimizer",),
         lambda c, m: c.vocabulary_optimizer == "projected" and not m.takes_vocabulary,
         "{c.optimizer} trains block matrices only",

@@ -110,6 +110,8 @@ UNUSED = {
     "--optimizer vlorp --refresh sketch": "vlorp draws its bases",
     "--optimizer adamw --basis-bits 4": "adamw stores no bases",
     "--optimizer vlorp --basis-bits 4": "vlorp stores no bases",
+    "--optimizer sumo --basis dct --basis-bits 8": "stores numbers of columns",
+    "--optimizer sumo --basis dct --power-iterations 1": "no power iterations",
     "--optimizer optax_galore --moment-bits 8": "optax_galore has no moments",
     "--optimizer lora --vocabulary-optimizer projected": "trains block matrices only",
     "--rounding nearest": "parameters are float32 without --param-dtype bfloat16",
