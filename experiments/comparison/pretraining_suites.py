@@ -141,7 +141,7 @@ def _longer(description: str, flags: Mapping[str, Any]) -> Suite:
         *(contender for contender in _METHODS if contender.name in names),
         *(_contender(name, 0.25, 32e-3, **x) for name, x in of_subspaces.items()),
     )
-    return Suite(description, flags, contenders, seeds=(0, 1), search=9)
+    return Suite(description, flags, contenders, seeds=(0, 1), search=16)
 
 
 def _published(model: str, steps: int, rank: int, adamw_rate: float) -> Suite:
@@ -185,6 +185,8 @@ PRETRAINING_SUITES: dict[str, Suite] = {
         "every method on the tiny model, bytes, 600 steps of 1,024 tokens",
         _CPU_SMALL,
         (*_METHODS, *_VARIANTS),
+        # More than any search has taken until its best point was inside its neighbours.
+        search=16,
     ),
     "cpu-long": _longer(
         "the tiny model, ten tokens a parameter: 2,100 steps of 4,096 tokens",
