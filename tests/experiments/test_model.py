@@ -260,7 +260,7 @@ def test_overrides_replace_fields_of_a_preset():
 
 
 def test_an_unknown_preset_is_an_error_that_lists_the_names():
-    with pytest.raises(UserError, match=r"unknown name '70b'; .*tiny, 9m, 60m"):
+    with pytest.raises(UserError, match=r"unknown name '70b'; .*tiny, 5m, 9m, 60m"):
         preset("70b", 257)
 
 
