@@ -36,11 +36,16 @@ LEFT_OUT = (
 # these first.
 QUICK = (
     "tests/test_value_and_grad.py",
+    "tests/test_uses.py",
     "tests/test_loss_functions.py",
+    "tests/test_sharding.py",
     "tests/test_shard_map.py",
     "tests/test_state_shardings.py",
+    "tests/test_plan.py",
+    "tests/test_boxes.py",
     "tests/test_frameworks.py",
     "tests/test_checkpointing.py",
+    "tests/test_restore.py",
     "tests/test_optax_suite.py",
 )
 
@@ -125,8 +130,8 @@ def _counts(python: str, folder: Path, quick: bool, processes: int) -> dict[str,
     report = folder / "report.xml"
     # optax's own suite of tests is slow, and quick to fail on a new optax.
     chosen = QUICK if quick else ("tests", *(f"--ignore={x}" for x in LEFT_OUT))
-    command = [python, "-m", "pytest", *chosen, "-m", "not slow and not clients"]
-    command.append(f"--junitxml={report}")
+    marked = "not slow or slow" if quick else "not slow"
+    command = [python, "-m", "pytest", *chosen, "-m", marked, f"--junitxml={report}"]
     parallel = ["-n", str(processes), "--dist", "worksteal", "--durations=15"]
     code = subprocess.run([*command, *parallel], cwd=ROOT).returncode
     if not report.is_file():

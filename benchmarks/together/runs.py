@@ -73,7 +73,6 @@ class Together:
     ):
         self._contender, self._texts, self._width = contender, texts, width
         self._deadline, self._turn = deadline, turn
-        self._suite = suite
         fields = fields_of(contender, suite)
         options = suite.trainer.settings.options(**fields)
         size = texts.vocab_size
@@ -116,8 +115,8 @@ class Together:
         rates = jnp.asarray([run.rates for run in filled], jnp.float32)
         streams = np.asarray([run.stream for run in filled])
         seeds = jnp.asarray([self._texts.streams[i][1] for i in streams], jnp.uint32)
-        given = (rates, seeds, jnp.asarray(streams))
-        init, chunk, evaluate = self._compiled(given)
+        given = (rates, seeds, jnp.asarray(streams, jnp.int32))
+        init, chunk, evaluate = self._programs
         with self._turn:
             started = time.monotonic()
             params, state = init(*given)
@@ -182,27 +181,29 @@ class Together:
         validation = {k: jnp.asarray(x) for k, x in texts.validation.items()}
         return (jnp.asarray(texts.tokens), jnp.asarray(texts.weights)), validation
 
-    def _compiled(self, given):
-        """Returns the compiled programs: initial state, some steps, validation."""
-        if not hasattr(self, "_programs"):
-            init = jax.jit(self._init)
-            shapes = jax.eval_shape(init, *given)
-            train, validation = self._data
-            chunk = jax.jit(self._chunk, donate_argnums=(0, 1))
-            chunk = chunk.lower(*shapes, jnp.int32(0), *given, train).compile()
-            evaluate = jax.jit(self._evaluate)
-            texts = jnp.zeros([self._width], jnp.int32)
-            evaluate = evaluate.lower(shapes[0], texts, validation).compile()
-            init = init.lower(*given).compile()
-            self._programs = (
-                init,
-                lambda *args: chunk(*args, train),
-                lambda params, texts: evaluate(params, texts, validation),
-            )
-        return self._programs
+    @functools.cached_property
+    def _programs(self):
+        """The compiled programs: initial state, some steps, validation."""
+        shapes = (((self._width, 2), jnp.float32), ((self._width,), jnp.uint32))
+        given = [
+            jax.ShapeDtypeStruct(*x) for x in (*shapes, ((self._width,), jnp.int32))
+        ]
+        params, state = jax.eval_shape(self._init, *given)
+        train, validation = self._data
+        chunk = jax.jit(self._chunk, donate_argnums=(0, 1))
+        chunk = chunk.lower(params, state, jnp.int32(0), *given, train).compile()
+        evaluate = (
+            jax.jit(self._evaluate).lower(params, given[-1], validation).compile()
+        )
+        return (
+            jax.jit(self._init).lower(*given).compile(),
+            lambda *args: chunk(*args, train),
+            lambda params, texts: evaluate(params, texts, validation),
+        )
 
     def _losses(self, evaluate, params, streams) -> jax.Array:
-        return evaluate(params, jnp.asarray(np.asarray(self._texts.text)[streams]))
+        texts = np.asarray(self._texts.text, np.int32)[streams]
+        return evaluate(params, jnp.asarray(texts))
 
     def _step(self, rates: Any, seed: Any):
         config = self._config

@@ -37,11 +37,6 @@ class Texts:
     data: Sequence[str]
     vocab_size: int
 
-    @property
-    def names(self) -> list[str]:
-        """Names of the texts; the first one is searched on."""
-        return list(dict.fromkeys(name for name, _ in self.streams))
-
     def save(self, path: Path) -> None:
         """Writes a file."""
         said = {

@@ -79,7 +79,8 @@ def dct_columns() -> DctColumns:
 
     Cost: a b^2 multiplications per refresh, and b^2 cosines for all matrices of a
     stack. No decomposition, no draw. Each update takes b r cosines per matrix, because
-    P is made again where it is needed. Q never exists as a whole.
+    P is made again where it is needed. Q never exists as a whole. b is at most 2^19.
+    Losses beside a stored basis of equal bytes are in ``docs/results.md``.
 
     Example:
         A gradient of two columns of Q is found exactly:
