@@ -26,7 +26,16 @@ def resolved(contender: Contender, suite: Suite) -> dict[str, Any]:
     """
     config = suite.trainer.completed(fields_of(contender, suite))
     own = OPTIMIZERS[config.optimizer].own
-    return {**contender.flags, **{name: getattr(config, name) for name in sorted(own)}}
+    found = {**contender.flags, **{name: getattr(config, name) for name in sorted(own)}}
+    return in_use(found)
+
+
+def in_use(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings without those that are None: nobody uses these.
+
+    A record may be older than an option. Its run was as runs without the option are.
+    """
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def present(
@@ -38,4 +47,4 @@ def present(
         records: Lines of results.jsonl.
         flags_of: Name of a method -> from :func:`resolved`.
     """
-    return [x for x in records if flags_of.get(x["method"]) == x["flags"]]
+    return [x for x in records if flags_of.get(x["method"]) == in_use(x["flags"])]

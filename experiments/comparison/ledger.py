@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from experiments.comparison.flags import in_use
 from experiments.comparison.measures import Measure
 from experiments.comparison.rows import rows_of
 from experiments.errors import UserError
@@ -16,6 +17,8 @@ from experiments.run.lock import Lock
 RESULTS_FILE = "results.jsonl"
 SUITE_FILE = "suite.json"
 RUNS = "runs"
+# Settings of a comparison that may change while it stands: the limit of its searches.
+_FREE = ("search",)
 
 
 class Ledger:
@@ -23,7 +26,8 @@ class Ledger:
 
     Args:
         directory: Directory of the comparison; created if missing.
-        definition: The settings that all results must share, by name.
+        definition: The settings that all results must share, by name. The limit of
+            the searches alone may change.
 
     Raises:
         UserError: If the directory cannot be made, holds another comparison or other
@@ -71,9 +75,17 @@ class Ledger:
 def matching(
     records: Iterable[dict[str, Any]], key: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    """Returns the first record with these entries, or None."""
+    """Returns the first record with these entries, or None.
+
+    Settings among the entries are equal if those in use are.
+    """
+
+    def equal(x: Any, y: Any) -> bool:
+        are_settings = isinstance(x, Mapping) and isinstance(y, Mapping)
+        return in_use(x) == in_use(y) if are_settings else x == y
+
     for record in records:
-        if all(record.get(name) == value for name, value in key.items()):
+        if all(equal(record.get(name), value) for name, value in key.items()):
             return record
     return None
 
@@ -122,7 +134,7 @@ def _check(directory: Path, definition: Mapping[str, Any]) -> None:
     changed = [
         f"{name} was {saved.get(name)}, is {value}"
         for name, value in definition.items()
-        if saved.get(name) != value
+        if name not in _FREE and saved.get(name) != value
     ]
     if not changed:
         return

@@ -350,6 +350,31 @@ def test_a_method_whose_settings_have_changed_is_run_again(
     assert len(started) == 5
 
 
+def test_results_from_before_an_option_without_a_default_are_kept(
+    started, tmp_path, monkeypatch
+):
+    assert run(tmp_path) == 0
+    table = (tmp_path / "out/table.md").read_text()
+    count = len(started)
+    method = OPTIMIZERS["adamw"]
+    later = dataclasses.replace(method, own={**method.own, "update_proj_gap": None})
+    monkeypatch.setitem(OPTIMIZERS, "adamw", later)
+    assert run(tmp_path) == 0
+    assert len(started) == count
+    assert (tmp_path / "out/table.md").read_text() == table
+
+
+def test_a_search_goes_on_under_a_higher_limit(started, tmp_path, monkeypatch):
+    suite = dataclasses.replace(SUITE, search=2)
+    monkeypatch.setitem(suites.SUITES, "cpu-small", suite)
+    assert run(tmp_path) == 0
+    few = len(started)
+    monkeypatch.setitem(suites.SUITES, "cpu-small", SUITE)
+    assert run(tmp_path) == 0
+    assert json.loads((tmp_path / "out/suite.json").read_text())["search"] == 4
+    assert few < len(started) == len(results(tmp_path))
+
+
 def test_what_was_cut_off_is_run_again(started, tmp_path):
     assert run(tmp_path) == 0
     path = tmp_path / "out/results.jsonl"
