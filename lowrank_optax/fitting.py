@@ -58,8 +58,17 @@ def with_basis_of(
     subspace: Subspace,
     projector: Projector,
     name_hash: jax.Array,
+    count: jax.Array,
 ) -> tuple[Subspace, jax.Array]:
-    """Returns the subspace with a basis of the gradient, and where one was found."""
+    """Returns the subspace with a basis of the gradient, and where one was found.
+
+    Args:
+        gradient: Full gradient, or its sketch.
+        subspace: Subspace with the basis in use.
+        projector: Projector of the leaf.
+        name_hash: Hash of the leaf's path, for the seeds.
+        count: Updates done.
+    """
     rule = projector.parts.basis
     assert not isinstance(rule, RandomBasis)
     matrix = matrix_of(gradient, projector)
@@ -75,7 +84,7 @@ def with_basis_of(
     found = jnp.all(jnp.isfinite(squares) & (squares > 0), axis=-1)
     # This product with the gradient is dropped by the compiler for a fixed rank.
     energies = captured_energies(matrix, columns)
-    rank, demand = projector.parts.rank.select(energies, subspace.demand)
+    rank, demand = projector.parts.rank.select(energies, subspace.demand, count)
     basis = encode(below(rank, basis), subspace.basis)
     return subspace._replace(basis=basis, rank=rank, demand=demand), found
 

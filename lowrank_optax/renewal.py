@@ -251,7 +251,7 @@ def _renew_leaf(
     else:
         means = [x for x, kind in zip(wide, kinds, strict=True) if kind == "first"]
         source = blended(leaf.gradient, means, subspace, projector, count)
-        new, found = with_basis_of(source, new, projector, name_hash)
+        new, found = with_basis_of(source, new, projector, name_hash, count)
         r = transfer(*map(projector.columns_of, (subspace.basis, new.basis)))
         # The selection below then waits for r, and writes over the old basis. XLA would
         # copy the old basis at every update if r might still need it.

@@ -12,6 +12,8 @@ import lowrank_optax
 from lowrank_optax.rules.ranks import as_rank_rule, needed_rank
 from tests import references
 
+START = jnp.int32(0)
+
 # Shares in 64ths are exact in float32: sums meet the threshold or miss it, in both.
 sorted_shares = st.lists(st.integers(0, 20), min_size=1, max_size=8).map(
     lambda parts: sorted((part / 64 for part in parts), reverse=True)
@@ -40,7 +42,7 @@ def test_the_rank_is_the_smoothed_demand_of_the_reference():
     for _ in range(12):
         decay = rng.uniform(0.05, 0.9, size=(3, 1))
         energies = (1 - decay) * decay ** np.arange(8)
-        rank, demand = rule.select(jnp.asarray(energies, jnp.float32), demand)
+        rank, demand = rule.select(jnp.asarray(energies, jnp.float32), demand, START)
         expected = [
             reference(e, d) for e, (_, d) in zip(energies, expected, strict=True)
         ]
@@ -52,7 +54,7 @@ def test_the_rank_is_the_smoothed_demand_of_the_reference():
 
 def test_without_smoothing_the_last_gradient_alone_decides():
     rule = lowrank_optax.energy_rank(6, threshold=0.2, min_rank=1, smoothing=0.0)
-    rank, _ = rule.select(jnp.asarray([0.5, 0.4, 0.1, 0, 0, 0]), jnp.float32(6))
+    rank, _ = rule.select(jnp.asarray([0.5, 0.4, 0.1, 0, 0, 0]), jnp.float32(6), START)
     assert rank == 2
 
 
@@ -60,7 +62,7 @@ def test_the_floor_is_seven_eighths_of_the_capacity_unless_said():
     assert lowrank_optax.energy_rank(32).min_rank == 28
     assert lowrank_optax.energy_rank(3).min_rank == 2
     rank, _ = lowrank_optax.energy_rank(8, smoothing=0.0).select(
-        jnp.asarray([1.0] + [0.0] * 7), jnp.float32(8)
+        jnp.asarray([1.0] + [0.0] * 7), jnp.float32(8), START
     )
     assert rank == 7
 
@@ -68,8 +70,54 @@ def test_the_floor_is_seven_eighths_of_the_capacity_unless_said():
 def test_the_capacity_is_the_states_and_not_the_constructors():
     # A state that was cut to 3 columns, below the floor of 8.
     for rule in (lowrank_optax.energy_rank(16), as_rank_rule(16)):
-        rank, _ = rule.select(jnp.asarray([[0.4, 0.1, 0.1]]), jnp.asarray([16.0]))
+        energies = jnp.asarray([[0.4, 0.1, 0.1]])
+        rank, _ = rule.select(energies, jnp.asarray([16.0]), START)
         np.testing.assert_array_equal(rank, [3])
+
+
+def test_a_schedule_lowers_the_floor_and_a_demand_above_it_counts():
+    floor = optax.linear_schedule(16, 4, 100)
+    rule = lowrank_optax.energy_rank(16, 0.1, min_rank=floor, smoothing=0.0)
+    one, many = np.zeros(16), np.full(16, 1 / 16)
+    one[0] = 1
+    energies, demand = jnp.asarray([one, many], jnp.float32), jnp.full(2, 16.0)
+    found = {}
+    for count in (0, 50, 99, 100, 1000):
+        rank, demand = jax.jit(rule.select)(energies, demand, jnp.int32(count))
+        assert rank.dtype == jnp.int32
+        found[count] = rank.tolist()
+    # 15 of 16 equal columns keep more than nine tenths.
+    assert found == {
+        0: [16, 16],
+        50: [10, 15],
+        99: [4, 15],
+        100: [4, 15],
+        1000: [4, 15],
+    }
+
+
+def test_a_floor_by_schedule_stays_in_one_to_the_capacity():
+    for wanted, expected in ((-3.0, 1), (99.0, 8)):
+        rule = lowrank_optax.energy_rank(8, 0.5, lambda count, x=wanted: x, 0.0)
+        rank, _ = rule.select(jnp.asarray([1.0] + [0.0] * 7), jnp.float32(8), START)
+        assert rank == expected
+
+
+def test_the_ranks_of_a_run_follow_the_schedule_of_the_floor():
+    rng = np.random.default_rng(0)
+    tx = lowrank_optax.adarankgrad(
+        1.0,
+        rank=lowrank_optax.energy_rank(8, 0.5, optax.linear_schedule(8, 2, 6), 0.0),
+        refresh=lowrank_optax.every(2),
+    )
+    params = _gradient(rng, 1)
+    state, update = tx.init(params), jax.jit(tx.update)
+    seen = []
+    for _ in range(9):
+        _, state = update(_gradient(rng, 1), state, params)
+        seen.append(int(lowrank_optax.ranks(state)["['w']"]))
+    # Bases are renewed at updates 0, 2, 4, 6, 8; there the floor is 8, 6, 4, 2, 2.
+    assert seen == [8, 8, 6, 6, 4, 4, 2, 2, 2]
 
 
 def _gradient(rng, rank):

@@ -112,12 +112,16 @@ def adarankgrad(
     basis,
     threshold,
     min_rank,
+    final_min_rank,
+    min_rank_steps,
     rank_smoothing,
     min_refresh_interval,
     max_refresh_interval,
     power_iterations,
     **options,
 ):
+    if final_min_rank is not None:
+        min_rank = optax.linear_schedule(min_rank, final_min_rank, min_rank_steps)
     if isinstance(rank, int):
         rank = lowrank_optax.energy_rank(rank, threshold, min_rank, rank_smoothing)
     return lowrank_optax.adarankgrad(

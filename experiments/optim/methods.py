@@ -71,6 +71,8 @@ OPTIMIZERS: dict[str, Method] = {
             "rank": None,
             "threshold": 0.0003,
             "min_rank": None,
+            "final_min_rank": None,
+            "min_rank_steps": None,
             "rank_smoothing": 0.5,
             "min_refresh_interval": 200,
             "max_refresh_interval": 300,

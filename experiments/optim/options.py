@@ -101,6 +101,13 @@ class OneMethodFlags:
     #: Least rank in use, in columns; 1 to --rank. None: seven eighths of --rank for
     #: adarankgrad, the only one that has it.
     min_rank: AtLeastOne | None = None
+    #: Least rank in use at the end, in columns; 1 to --min-rank. The least rank falls
+    #: in a line, from --min-rank at the start to this at step --min-rank-steps. None:
+    #: the least rank stays. adarankgrad alone has it.
+    final_min_rank: AtLeastOne | None = None
+    #: Step at which the least rank has reached --final-min-rank; at least 1. None: two
+    #: thirds of the run with --final-min-rank.
+    min_rank_steps: AtLeastOne | None = None
     #: Weight of the past in the demand for columns, per refresh, which starts at
     #: --rank; 0 or more and below 1. 0: the last gradient alone decides. None: 0.5 of
     #: adarankgrad, the only one that has it.
@@ -224,7 +231,7 @@ def with_defaults(
     granularity = method.own.get("granularity") and options.granularity
     granularity = granularity or method.own.get("granularity", 1)
     rank = options.rank or max(1, int(method.rank_share * hidden_size) // granularity)
-    ranks = {"rank": rank, "min_rank": max(1, 7 * rank // 8)}
+    ranks = rank_defaults(options, rank, 7 * rank // 8, steps)
     return filled_in(
         options,
         {
@@ -234,6 +241,23 @@ def with_defaults(
             **{name: value for name, value in ranks.items() if name in method.own},
         },
     )
+
+
+def rank_defaults(
+    options: OptimizerOptions, rank: int, least: int, steps: int
+) -> dict[str, int]:
+    """Returns the defaults of what decides about ranks, of methods that have it.
+
+    Args:
+        options: The flags.
+        rank: Capacity.
+        least: Least rank in use; below 1 stands for 1.
+        steps: Length of the run.
+    """
+    found = {"rank": rank, "min_rank": max(1, least)}
+    if options.final_min_rank is not None:
+        found["min_rank_steps"] = max(1, 2 * steps // 3)
+    return found
 
 
 def filled_in(options: OptimizerOptions, defaults: Mapping[str, Any]) -> dict[str, Any]:

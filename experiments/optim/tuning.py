@@ -149,7 +149,7 @@ def with_tuning_defaults(flags: TuningOptions, *, steps: int) -> dict[str, Any]:
     """
     own = OPTIMIZERS[flags.optimizer].own
     rank = flags.rank or RANK
-    ranks = {"rank": rank, "min_rank": max(1, rank // 2)}
+    ranks = options.rank_defaults(flags, rank, rank // 2, steps)
     return options.filled_in(
         flags,
         {

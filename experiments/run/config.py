@@ -170,6 +170,7 @@ def check_orders(config: Any) -> None:
     """Raises UserError if two values of a completed configuration contradict."""
     _check_order(config, "warmup_steps", "steps", strictly=True)
     _check_order(config, "min_rank", "rank")
+    _check_order(config, "final_min_rank", "min_rank")
     _check_order(config, "min_refresh_interval", "max_refresh_interval")
 
 

@@ -46,9 +46,14 @@ _RULES = (
 # Of what all training commands have.
 OF_ALL_RUNS = (
     Rule(
-        ("rank", "min_rank"),
+        ("rank", "min_rank", "final_min_rank", "min_rank_steps"),
         lambda c, m: c.block_state_bytes is not None,
         "--block-state-bytes {c.block_state_bytes} decides about ranks",
+    ),
+    Rule(
+        ("min_rank_steps",),
+        lambda c, m: c.final_min_rank is None,
+        "the least rank stays without --final-min-rank",
     ),
     Rule(
         ("gradients",),

@@ -33,10 +33,10 @@ class Budget:
         )
 
     def select(
-        self, energies: jax.Array, demand: jax.Array
+        self, energies: jax.Array, demand: jax.Array, count: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """Returns the capacity; see :class:`lowrank_optax.rules.ranks.RankRule`."""
-        return FixedRank(energies.shape[-1]).select(energies, demand)
+        return FixedRank(energies.shape[-1]).select(energies, demand, count)
 
 
 def budget(limit: int | str) -> Budget:

@@ -5,6 +5,7 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from lowrank_optax.matrix.arrays import check_is_static
 
@@ -18,7 +19,7 @@ class RankRule(Protocol):
         ...
 
     def select(
-        self, energies: jax.Array, demand: jax.Array
+        self, energies: jax.Array, demand: jax.Array, count: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """Returns the rank to use, int32 (*stack,), and the new demand, float32.
 
@@ -26,6 +27,7 @@ class RankRule(Protocol):
             energies: Share of the squared Frobenius norm in each column, largest first;
                 (*stack, capacity). The capacity is that of the state's arrays.
             demand: Smoothed demand so far, in columns; (*stack,).
+            count: Updates done, int32 ().
         """
         ...
 
@@ -37,9 +39,10 @@ class FixedRank:
     capacity: int
 
     def select(
-        self, energies: jax.Array, demand: jax.Array
+        self, energies: jax.Array, demand: jax.Array, count: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """Returns the capacity; see :class:`RankRule`."""
+        del count
         capacity = energies.shape[-1]
         full = jnp.full(energies.shape[:-1], capacity, jnp.int32)
         return full, jnp.full_like(demand, capacity)
@@ -51,18 +54,19 @@ class EnergyRank:
 
     capacity: int
     threshold: jax.typing.ArrayLike
-    min_rank: jax.typing.ArrayLike
+    min_rank: optax.ScalarOrSchedule
     smoothing: jax.typing.ArrayLike
 
     def select(
-        self, energies: jax.Array, demand: jax.Array
+        self, energies: jax.Array, demand: jax.Array, count: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """Returns the rank in use; see :class:`RankRule`."""
         capacity = energies.shape[-1]
         now = needed_rank(energies, self.threshold).astype(demand.dtype)
         smoothed = self.smoothing * demand + (1 - self.smoothing) * now
         demand = jnp.asarray(smoothed, jnp.float32)
-        low = jnp.minimum(self.min_rank, capacity)
+        floor = self.min_rank(count) if callable(self.min_rank) else self.min_rank
+        low = jnp.clip(jnp.round(jnp.asarray(floor)).astype(jnp.int32), 1, capacity)
         rank = jnp.clip(jnp.ceil(demand).astype(jnp.int32), low, capacity)
         return rank, demand
 
@@ -70,7 +74,7 @@ class EnergyRank:
 def energy_rank(
     max_rank: int,
     threshold: jax.typing.ArrayLike = 0.0003,
-    min_rank: jax.typing.ArrayLike | None = None,
+    min_rank: optax.ScalarOrSchedule | None = None,
     smoothing: jax.typing.ArrayLike = 0.5,
 ) -> EnergyRank:
     r"""Rank by captured energy, smoothed over refreshes, within [min_rank, max_rank].
@@ -90,7 +94,9 @@ def energy_rank(
         threshold: Share eta of the squared norm that may be lost; in (0, 1). The
             paper's Equation 2 has squared norms, as here; its Algorithm 2 has plain
             norms.
-        min_rank: Least rank in use; 1 to max_rank; None: seven eighths of max_rank.
+        min_rank: Least rank in use; 1 to max_rank; None: seven eighths of max_rank. Or
+            a schedule: number of updates done -> least rank, which is rounded and kept
+            within the columns that there are. A refresh asks the schedule.
         smoothing: Weight s of the past, per refresh; in [0, 1). At 0 the last gradient
             alone decides, as in the paper.
 

@@ -84,6 +84,10 @@ def test_a_mistake_is_told_in_one_line_that_names_the_flag(arguments, message):
         ),
         ("--rank 4 --min-rank 5", r"--min-rank must be at most --rank \(4\), not 5"),
         (
+            "--min-rank 6 --final-min-rank 7",
+            r"--final-min-rank must be at most --min-rank \(6\), not 7",
+        ),
+        (
             "--min-refresh-interval 9 --max-refresh-interval 8",
             r"--min-refresh-interval must be at most --max-refresh-interval \(8\)",
         ),
@@ -102,6 +106,8 @@ UNUSED = {
     "--initial-weights x --tied-embeddings": "--initial-weights x say the shape",
     "--block-state-bytes 1MB --rank 4": "1MB decides about ranks",
     "--block-state-bytes 1MB --min-rank 4": "1MB decides about ranks",
+    "--block-state-bytes 1MB --final-min-rank 4": "1MB decides about ranks",
+    "--min-rank-steps 9": "the least rank stays",
     "--optimizer galore --threshold 0.1": "galore has no such option",
     "--optimizer adamw --rank 4": "adamw has no such option",
     "--optimizer adamw --gradients subspace": "adamw has full gradients",
@@ -295,6 +301,8 @@ def test_what_the_user_sets_is_kept():
         ("--min-refresh-interval 400", "max_refresh_interval", 400),
         ("--max-refresh-interval 20", "min_refresh_interval", 20),
         # Bytes take the place of ranks.
+        ("--final-min-rank 4 --steps 300", "min_rank_steps", 200),
+        ("--steps 300", "min_rank_steps", None),
         ("--block-state-bytes 1MB", "rank", None),
         ("--block-state-bytes 1MB", "min_rank", None),
     ],

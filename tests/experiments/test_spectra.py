@@ -77,5 +77,5 @@ def test_a_rank_rule_of_the_library_asks_for_the_same_rank(threshold):
     spectrum = np.array([[4, 3, 2, 1, 0.5, 0.25], [9, 1, 1, 1, 0, 0.0]], np.float32)
     rule = lowrank_optax.energy_rank(6, threshold, 1, smoothing=0.0)
     energies = spectrum**2 / np.sum(spectrum**2, axis=-1, keepdims=True)
-    rank, _ = rule.select(jnp.asarray(energies), jnp.zeros(2))
+    rank, _ = rule.select(jnp.asarray(energies), jnp.zeros(2), jnp.int32(0))
     assert rank.tolist() == needed_ranks(spectrum, threshold).tolist()
