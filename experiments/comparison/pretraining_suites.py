@@ -131,11 +131,14 @@ def _longer(description: str, flags: Mapping[str, Any]) -> Suite:
     half = {"rank": hidden // 2, **_SMALL_STATE}
     most, few = 13 * hidden // 16, hidden // 8
     of_subspaces = {
-        "sumo r=d/2 8 bits": {"optimizer": "sumo", **half},
-        "low_rank_muon r=d/2 8 bits": {"optimizer": "low_rank_muon", **half},
-        "low_rank_muon dct r=13d/16 8 bits": _momentum_of_dct(most),
-        "low_rank_muon dct r=d/8 8 bits": _momentum_of_dct(few),
-        "sumo dct r=13d/16 8 bits": _dct("sumo", most),
+        f"sumo r={half['rank']} 8 bits": {"optimizer": "sumo", **half},
+        f"low_rank_muon r={half['rank']} 8 bits": {
+            "optimizer": "low_rank_muon",
+            **half,
+        },
+        f"low_rank_muon dct r={most} 8 bits": _momentum_of_dct(most),
+        f"low_rank_muon dct r={few} 8 bits": _momentum_of_dct(few),
+        f"sumo dct r={most} 8 bits": _dct("sumo", most),
     }
     contenders = (
         *(contender for contender in _METHODS if contender.name in names),
