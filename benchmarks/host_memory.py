@@ -36,7 +36,7 @@ from experiments.distribution.rules import (
 )
 from experiments.model.llama import apply
 from experiments.model.shape import preset
-from experiments.optim.methods import OPTIMIZERS
+from experiments.optim.methods import OPTIMIZERS, gradients_of
 from experiments.run.flags import Config
 from experiments.run.plans import shapes_of
 from experiments.run.step import make_train_step, summed_token_loss
@@ -91,11 +91,10 @@ def prepared(optimizer: str, kind: str, options: argparse.Namespace) -> Step:
     )
     if kind == PINNED:
         state = in_host_memory(state)
-    method = OPTIMIZERS[optimizer]
     step = make_train_step(
         functools.partial(summed_token_loss, functools.partial(apply, model)),
         tx,
-        gradients=config.gradients if method.takes_subspace_gradients else "full",
+        gradients=gradients_of(config),
     )
     state = step.state_of(params, state)
     shape = (options.batch_size, options.sequence_length)

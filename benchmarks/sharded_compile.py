@@ -33,7 +33,7 @@ from experiments.distribution.rules import (
 from experiments.model.adapters import merged
 from experiments.model.llama import apply
 from experiments.model.shape import LlamaConfig, preset
-from experiments.optim.methods import OPTIMIZERS
+from experiments.optim.methods import gradients_of
 from experiments.run.config import parse
 from experiments.run.flags import Config
 from experiments.run.plans import on_a_device, shapes_of
@@ -69,10 +69,9 @@ def measured(config: Config, model: LlamaConfig, renews: bool) -> dict[str, Any]
     plan = on_a_device(memory_plan(tx, params))
     own = bytes_per_device(params), bytes_per_device(state)
     assert (plan[0], plan[2]) == own, (plan, own)
-    method = OPTIMIZERS[config.optimizer]
     programs: dict[str, Any] = {}
     kinds = {"without renewal": False} | ({"with renewal": True} if renews else {})
-    gradients = config.gradients if method.takes_subspace_gradients else "full"
+    gradients = gradients_of(config)
     step = make_train_step(
         lambda p, batch: summed_token_loss(
             lambda p, tokens: apply(model, merged(p), tokens), p, batch

@@ -41,6 +41,19 @@ def states(optimizer, steps=5, params=PARAMS):
 ONE_ITERATION = lowrank_optax.range_finder(power_iterations=1)
 MATRICES = {"w": PARAMS["w"], "wide": PARAMS["wide"]}
 COMPOSED = {
+    "adarankgrad": (
+        lambda: lowrank_optax.scale_by_adarankgrad(
+            RANK, 0.1, residual=lowrank_optax.sign_residual(0.5)
+        ),
+        lambda: lowrank_optax.scale_by_low_rank(
+            optax.scale_by_adam(),
+            lowrank_optax.energy_rank(RANK, 0.1),
+            basis=lowrank_optax.range_finder(power_iterations=2),
+            refresh=lowrank_optax.on_convergence(fraction=0.9**0.5),
+            rebase="square",
+            residual=lowrank_optax.sign_residual(0.5),
+        ),
+    ),
     "fira": (
         lambda: lowrank_optax.scale_by_fira(RANK, 3, growth=1.2),
         lambda: lowrank_optax.scale_by_low_rank(

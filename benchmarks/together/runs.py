@@ -18,6 +18,7 @@ from experiments.comparison.suite import Contender, Suite
 from experiments.model.adapters import merged
 from experiments.model.llama import apply, init_params
 from experiments.optim.build import build_optimizer
+from experiments.optim.methods import gradients_of
 from experiments.optim.schedule import make_schedule
 from experiments.run.config import complete
 from experiments.run.memory import (
@@ -213,7 +214,7 @@ class Together:
         options = dataclasses.replace(config, block_scale=rates[1] / rates[0])
         tx = build_optimizer(options, lambda count: rates[0] * unit(count), seed)
         return make_train_step(
-            self._loss, tx, gradients=config.gradients, refresh=config.refresh
+            self._loss, tx, gradients=gradients_of(config), refresh=config.refresh
         )
 
     def _loss(self, params: Any, batch: Any):

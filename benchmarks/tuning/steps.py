@@ -28,7 +28,7 @@ from benchmarks.accelerator.records import text_of
 from benchmarks.accelerator.rounds import in_turns
 from experiments.comparison.outcome import commit_of_code
 from experiments.distribution.placement import shard_batch
-from experiments.optim.methods import OPTIMIZERS
+from experiments.optim.methods import gradients_of
 from experiments.run.memory import block_state, optimizer_state_bytes
 from experiments.run.step import make_train_step
 from experiments.tuning.assemble import assemble
@@ -167,11 +167,10 @@ def _prepared(case: Case, flags, train: str, validation: str):
         }
     params = parts.initial_params()
     state = jax.jit(functools.partial(state_like, parts.tx))(params, jnp.uint32(0))
-    subspace = OPTIMIZERS[config.optimizer].takes_subspace_gradients
     train_step = make_train_step(
         work.loss,
         parts.tx,
-        gradients=config.gradients if subspace else "full",
+        gradients=gradients_of(config),
     )
     on_device = shard_batch(batch, parts.mesh)
     held = [params, train_step.state_of(params, state)]

@@ -118,6 +118,7 @@ def adarankgrad(
     min_refresh_interval,
     max_refresh_interval,
     power_iterations,
+    residual,
     **options,
 ):
     if final_min_rank is not None:
@@ -131,6 +132,7 @@ def adarankgrad(
             min_refresh_interval, max_refresh_interval, (1 - threshold) ** 0.5
         ),
         basis=basis_rule(basis or "range_finder", power_iterations),
+        residual=lowrank_optax.sign_residual(residual) if residual else None,
         **options,
     )
 

@@ -79,6 +79,7 @@ OPTIMIZERS: dict[str, Method] = {
             "basis": None,
             "power_iterations": 2,
             "rebase": "square",
+            "residual": None,
             "side": "short",
         },
         codes=_BASES_TOO,
@@ -225,3 +226,14 @@ OPTIMIZERS: dict[str, Method] = {
 BUDGETED = ("galore", "adarankgrad")
 # The own options of all methods.
 OWN_OPTIONS = frozenset(name for method in OPTIMIZERS.values() for name in method.own)
+
+
+def gradients_of(options: Any) -> str:
+    """Returns what the steps of a run compute: "subspace" or "full" gradients.
+
+    Args:
+        options: The flags of the run.
+    """
+    method = OPTIMIZERS[options.optimizer]
+    is_enough = method.takes_subspace_gradients and not options.residual
+    return options.gradients if is_enough else "full"

@@ -142,7 +142,8 @@ class OneMethodFlags:
     momentum: Decay | None = None
     #: Weight of what lies outside the subspace, beside what lies inside; 0 or more.
     #: None: 4 of low_rank_muon (the last gradient, beside the momentum), 1 of frugal
-    #: (signs, beside Adam's update), the only ones that have it.
+    #: and 0 of adarankgrad (signs, beside Adam's update), the only ones that have it.
+    #: adarankgrad needs full gradients above 0.
     residual: NotNegative | None = None
     #: Decay of the squares that bring all outputs of a matrix to updates of one size,
     #: per step; in [0, 1), 0.95 in NorMuon. None: they keep their sizes. muon and

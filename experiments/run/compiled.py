@@ -13,7 +13,7 @@ from experiments.distribution.host_memory import on_devices
 from experiments.distribution.mesh import rows
 from experiments.distribution.placement import shard_batch
 from experiments.model.adapters import restarted
-from experiments.optim.methods import OPTIMIZERS
+from experiments.optim.methods import gradients_of
 from experiments.run.parts import Parts
 from experiments.run.step import make_eval_step, make_train_step
 from experiments.run.work import Batch
@@ -50,12 +50,12 @@ class Programs:
             donate_argnums=(0, 1),
             out_shardings=jax.tree.map(lambda x: x.sharding, (params, opt_state)),
         )
-        config, method = parts.config, OPTIMIZERS[parts.config.optimizer]
+        config = parts.config
         self._step = make_train_step(
             parts.work.loss,
             parts.tx,
             config.accumulate,
-            gradients=config.gradients if method.takes_subspace_gradients else "full",
+            gradients=gradients_of(config),
             refresh=config.refresh,
         )
         self._due = self._step.state_of(params, opt_state).due

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from experiments.arguments import flag
 from experiments.errors import UserError
-from experiments.optim.methods import OPTIMIZERS, OWN_OPTIONS, Method
+from experiments.optim.methods import OPTIMIZERS, OWN_OPTIONS, Method, gradients_of
 from experiments.run.flags import Config
 
 
@@ -61,8 +61,13 @@ OF_ALL_RUNS = (
         "{c.optimizer} has full gradients",
     ),
     Rule(
+        ("gradients",),
+        lambda c, m: c.gradients == "subspace" and bool(c.residual),
+        "--residual {c.residual:g} needs full gradients",
+    ),
+    Rule(
         ("refresh",),
-        lambda c, m: not m.takes_subspace_gradients or c.gradients == "full",
+        lambda c, m: gradients_of(c) == "full",
         "gradients are full with --optimizer {c.optimizer} --gradients {c.gradients}",
     ),
     Rule(

@@ -9,6 +9,7 @@ from lowrank_optax.methods.optimizer import Mask, as_optimizer, checked_adam
 from lowrank_optax.rules.bases import BasisRule, range_finder
 from lowrank_optax.rules.ranks import FixedRank, RankRule, as_rank_rule, energy_rank
 from lowrank_optax.rules.rebase import RebaseRule
+from lowrank_optax.rules.residual import ResidualRule
 from lowrank_optax.rules.schedules import RefreshRule, on_convergence
 from lowrank_optax.transform import scale_by_low_rank
 
@@ -27,6 +28,7 @@ def adarankgrad(
     basis: BasisRule | None = None,
     refresh: RefreshRule | None = None,
     rebase: str | RebaseRule = "square",
+    residual: ResidualRule | None = None,
     side: Side = "short",
     dimension_numbers: DimensionNumbers | None = None,
     seed: jax.typing.ArrayLike = 0,
@@ -44,8 +46,9 @@ def adarankgrad(
         weight_decay: Decoupled decay of the parameters, times the learning rate; >= 0.
         mask: Tree of bools, True for each leaf that decays, or a function from the
             parameters to such a tree. None: all leaves decay.
-        scale, basis, refresh, rebase, side: see :func:`scale_by_adarankgrad`.
-        dimension_numbers, seed, eps_root, mu_dtype: see :func:`scale_by_adarankgrad`.
+        scale, basis, refresh, rebase, residual: see :func:`scale_by_adarankgrad`.
+        side, dimension_numbers, seed: see :func:`scale_by_adarankgrad`.
+        eps_root, mu_dtype: see :func:`scale_by_adarankgrad`.
 
     Returns:
         An optimizer. Its ``update`` needs ``params`` for the weight decay.
@@ -70,6 +73,7 @@ def adarankgrad(
         basis=basis,
         refresh=refresh,
         rebase=rebase,
+        residual=residual,
         side=side,
         dimension_numbers=dimension_numbers,
         seed=seed,
@@ -90,6 +94,7 @@ def scale_by_adarankgrad(
     basis: BasisRule | None = None,
     refresh: RefreshRule | None = None,
     rebase: str | RebaseRule = "square",
+    residual: ResidualRule | None = None,
     side: Side = "short",
     dimension_numbers: DimensionNumbers | None = None,
     seed: jax.typing.ArrayLike = 0,
@@ -120,6 +125,10 @@ def scale_by_adarankgrad(
         refresh: Refresh rule; None: ``on_convergence`` from 200 to 300 updates, with
             fraction sqrt(1 - threshold).
         rebase: Re-basing rule or its name.
+        residual: Rule for the part of the gradient outside the subspace; None: it is
+            dropped, as in the paper. With :func:`sign_residual
+            <lowrank_optax.sign_residual>` a rank that falls cost no loss
+            (``docs/results.md``); every update then needs the full gradient.
         side: "short" or "long"; see :func:`scale_by_low_rank`.
         dimension_numbers: See :func:`scale_by_low_rank`.
         seed: Seed of the random sketches.
@@ -166,6 +175,7 @@ def scale_by_adarankgrad(
         basis=range_finder(power_iterations=2) if basis is None else basis,
         refresh=refresh,
         rebase=rebase,
+        residual=residual,
         side=side,
         dimension_numbers=dimension_numbers,
         scale=scale,

@@ -108,6 +108,8 @@ UNUSED = {
     "--block-state-bytes 1MB --min-rank 4": "1MB decides about ranks",
     "--block-state-bytes 1MB --final-min-rank 4": "1MB decides about ranks",
     "--min-rank-steps 9": "the least rank stays",
+    "--residual 1 --gradients subspace": "--residual 1 needs full gradients",
+    "--residual 1 --refresh sketch": "gradients are full",
     "--optimizer galore --threshold 0.1": "galore has no such option",
     "--optimizer adamw --rank 4": "adamw has no such option",
     "--optimizer adamw --gradients subspace": "adamw has full gradients",

@@ -12,7 +12,7 @@ import pytest
 import lowrank_optax
 from experiments.model.groups import parameter_groups
 from experiments.optim.build import build_optimizer
-from experiments.optim.methods import OPTIMIZERS
+from experiments.optim.methods import OPTIMIZERS, gradients_of
 from experiments.optim.options import OptimizerOptions, default_warmup, with_defaults
 from experiments.optim.schedule import make_schedule
 from experiments.optim.unstacked import unstacked
@@ -48,7 +48,7 @@ def random_tree(seed):
 
 
 def make(optimizer, learning_rate=0.1, **changes):
-    options = OptimizerOptions(optimizer=optimizer, rank=RANK, **changes)
+    options = OptimizerOptions(optimizer=optimizer, **{"rank": RANK, **changes})
     filled = with_defaults(options, steps=10, hidden_size=ROWS)
     options = dataclasses.replace(options, **filled)
     return build_optimizer(options, lambda _: learning_rate)
@@ -72,6 +72,62 @@ def test_a_decay_of_neurons_brings_the_outputs_of_a_matrix_to_one_size(optimizer
     np.testing.assert_allclose(*norms, rtol=1e-5)
     # Against the gradient, as without.
     assert jnp.all(jnp.sum(scaled * kept, (1, 2)) > 0)
+
+
+def test_what_adarankgrad_leaves_outside_its_subspace_may_give_its_signs():
+    params, grads = random_tree(0), random_tree(1)
+
+    def update(residual):
+        tx = make("adarankgrad", residual=residual, block_scale=1.0, clip_norm=None)
+        found, state = jax.jit(tx.update)(grads, tx.init(params), params)
+        (slot,) = (
+            slot
+            for path, slot in lowrank_optax.subspaces(state).items()
+            if "query" in path
+        )
+        return found["blocks"]["attention"]["query"], slot.basis
+
+    (inside, basis), (both, _) = update(None), update(0.5)
+    g = grads["blocks"]["attention"]["query"]
+    outside = g - jnp.einsum(
+        "lar,lbr->lab", jnp.einsum("lab,lbr->lar", g, basis), basis
+    )
+    # The learning rate is 0.1. A float32 update of 0.4 has an error of 3e-8.
+    np.testing.assert_allclose(both - inside, -0.05 * jnp.sign(outside), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"optimizer": "adarankgrad"}, "subspace"),
+        ({"optimizer": "adarankgrad", "gradients": "full"}, "full"),
+        ({"optimizer": "adarankgrad", "residual": 1.0}, "full"),
+        ({"optimizer": "adarankgrad", "residual": 0.0}, "subspace"),
+        ({"optimizer": "low_rank_muon"}, "full"),
+    ],
+)
+def test_a_residual_needs_full_gradients(changes, expected):
+    assert gradients_of(OptimizerOptions(**changes)) == expected
+
+
+@pytest.mark.parametrize("steps", [1, 4, 9])
+def test_the_least_rank_falls_in_a_line(steps):
+    flags = {
+        "min_rank": 4,
+        "final_min_rank": 1,
+        "threshold": 0.9,
+        "rank_smoothing": 0.0,
+    }
+    flags |= {"min_refresh_interval": 1, "max_refresh_interval": 1, "min_rank_steps": 6}
+    tx = make("adarankgrad", **{**flags, "rank": 4})
+    params = random_tree(0)
+    state, update = tx.init(params), jax.jit(tx.update)
+    for i in range(steps):
+        _, state = update(random_tree(i), state, params)
+    # 4 - (steps - 1) / 2, at least 1. One column has a tenth of a random gradient.
+    expected = {1: 4, 4: 2, 9: 1}[steps]
+    for rank in jax.tree.leaves(lowrank_optax.ranks(state)):
+        np.testing.assert_array_equal(rank, expected)
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,10 @@ SHAPES = jax.eval_shape(lambda: init_encoder(ENCODER, jax.random.key(0)))
 BLOCK_MATRICES = 6 * 2 + 1
 
 
+# With them the least rank falls.
+FALLING = {"final_min_rank", "min_rank_steps"}
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_method_trains_an_encoder_with_its_defaults(name):
     flags = filled(optimizer=name)
@@ -51,7 +55,7 @@ def test_every_method_trains_an_encoder_with_its_defaults(name):
     assert flags.block_scale == TUNING[name]["block_scale"]
     unset = {own for own in OPTIMIZERS[name].own if getattr(flags, own) is None}
     # None is a choice here: neurons keep their sizes, and each method has its basis.
-    assert unset <= {"neuron_decay", "basis", "final_min_rank", "min_rank_steps"}
+    assert unset <= {"neuron_decay", "basis", "residual", *FALLING}
     subspaces = lowrank_optax.subspaces(jax.eval_shape(made(flags).init, SHAPES))
     ranks = sum(math.prod(slot.rank.shape) for slot in subspaces.values())
     assert ranks in (0, BLOCK_MATRICES)
