@@ -32,6 +32,15 @@ def _momentum_of_dct(rank: int) -> dict[str, Any]:
     return {**_dct("low_rank_muon", rank), "neuron_decay": 0.95}
 
 
+_FIXED_INTERVAL = {"min_refresh_interval": 200, "max_refresh_interval": 200}
+_SIGNS_OUTSIDE = {
+    "optimizer": "adarankgrad",
+    "residual": 1.0,
+    "min_rank": 48,
+    **_FIXED_INTERVAL,
+}
+
+
 # Searches start at the best rates of a few earlier runs. The default rank is a quarter
 # of the hidden size, 32; for adarankgrad 48.
 _METHODS = (
@@ -55,6 +64,7 @@ _METHODS = (
     _contender("frugal", 0.25, 16e-3),
     _contender("foam", 0.25, 16e-3),
     _contender("normuon", 0.25, 16e-3, optimizer="muon", neuron_decay=0.95),
+    _contender("adarankgrad signs", 0.25, 16e-3, **_SIGNS_OUTSIDE),
     _contender("lora", 0.125, 16e-3),
     _contender("relora", 0.125, 16e-3),
     _contender("low_rank", 0.125, 16e-3),
@@ -67,6 +77,8 @@ _METHODS = (
 )
 # Variants, at the rates of the method that they vary.
 _VARIANTS = (
+    # Half of the columns are freed where the gradients do not ask for them.
+    _variant("adarankgrad signs", "falling", threshold=0.05, min_rank=24, compact=True),
     _variant("adamw", "8 bits", **_8_BITS),
     _variant("galore", "8 bits", **_8_BITS),
     _variant("adarankgrad", "8 bits", **_8_BITS),
@@ -179,7 +191,6 @@ def _published(model: str, steps: int, rank: int, adamw_rate: float) -> Suite:
     )
 
 
-_FIXED_INTERVAL = {"min_refresh_interval": 200, "max_refresh_interval": 200}
 # Without a limit on the time.
 _ON_CONVERGENCE = {"min_refresh_interval": 200, "max_refresh_interval": 1_000}
 
