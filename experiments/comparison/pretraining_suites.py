@@ -77,8 +77,14 @@ _METHODS = (
 )
 # Variants, at the rates of the method that they vary.
 _VARIANTS = (
-    # Half of the columns are freed where the gradients do not ask for them.
-    _variant("adarankgrad signs", "falling", threshold=0.05, min_rank=24, compact=True),
+    # Where the gradients do not ask for them, half of the columns are freed in steps.
+    _variant(
+        "adarankgrad signs",
+        "falling",
+        threshold=0.05,
+        final_min_rank=22,
+        compact=True,
+    ),
     _variant("adamw", "8 bits", **_8_BITS),
     _variant("galore", "8 bits", **_8_BITS),
     _variant("adarankgrad", "8 bits", **_8_BITS),
