@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import bytes_moved, collectives_tables, run_tables
+from benchmarks import bytes_moved, collectives_tables, run_tables, suite_tables
 from benchmarks.tuning import pages
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -356,6 +356,7 @@ TABLES: dict[str, Callable[[], Rows]] = {
     **bytes_moved.TABLES,
     **pages.TABLES,
     **run_tables.TABLES,
+    **suite_tables.TABLES,
 }
 
 

@@ -1,4 +1,4 @@
-"""The figures of losses, drawn from ``benchmarks/results/cpu-small*``."""
+"""The figures of losses, drawn from ``benchmarks/results/cpu-small``."""
 
 import json
 from collections.abc import Iterable
@@ -9,16 +9,11 @@ from docs.figures.style import BLUE, DIRECTORY, FAINT, GREY, ORANGE, new
 from experiments.comparison.rows import Row, front, rows_of
 
 RESULTS = DIRECTORY.parents[1] / "benchmarks" / "results"
-# A later suite has the methods that were run again since.
-SUITES = ("cpu-small", "cpu-small-parity", "cpu-small-eight-bits")
 
 
 def rows() -> dict[str, Row]:
-    """Returns the latest row of each method, by rising loss."""
-    latest: dict[str, Row] = {}
-    for suite in SUITES:
-        latest |= rows_of_suite(suite)
-    return dict(sorted(latest.items(), key=lambda item: item[1].mean))
+    """Returns the row of each method of cpu-small, by rising loss."""
+    return rows_of_suite("cpu-small")
 
 
 def rows_of_suite(suite: str) -> dict[str, Row]:
@@ -31,21 +26,31 @@ def rows_of_suite(suite: str) -> dict[str, Row]:
 # alignment, and points to the right and up.
 _BYTES = {
     "adamw": ("AdamW", "right", 0, 13),
-    "adamw 8 bits": ("AdamW, 8 bits", "left", 6, -5),
+    "adamw 8 bits": ("AdamW, 8 bits", "center", 4, 15),
     "adafactor": ("Adafactor", "left", -8, -17),
     "muon": ("Muon", "right", -7, -5),
     "optax_galore": ("optax.contrib.galore, d/4", "left", -8, 11),
-    "low_rank_muon r=64 8 bits": ("low_rank_muon, d/2, 8 bits", "left", -14, -9),
+    "low_rank_muon dct r=104 8 bits": (
+        "low_rank_muon, cosines, 13d/16",
+        "left",
+        -8,
+        -11,
+    ),
+    "low_rank_muon r=64 8 bits": ("low_rank_muon, d/2, 8 bits", "left", 7, 1),
     "low_rank_muon 8 bits": ("low_rank_muon, d/4, 8 bits", "left", -10, -13),
     "sumo r=64 8 bits": ("sumo, d/2, 8 bits", "left", 6, 5),
     "sumo 8 bits": ("sumo, d/4, 8 bits", "left", 6, 0),
-    "adarankgrad": ("adarankgrad, 3d/8", "center", 0, -12),
+    "adarankgrad": ("adarankgrad, 3d/8", "left", 5, -10),
     "adarankgrad 8 bits": ("adarankgrad, 3d/8, 8 bits", "right", -6, -9),
+    "frugal": ("FRUGAL, d/4", "right", -6, -15),
+    "stable_spam": ("Stable-SPAM", "right", -6, 9),
+    "scale": ("SCALE", "left", 7, 0),
     "galore": ("galore, d/4", "left", 6, 2),
     "galore 8 bits": ("galore, d/4, 8 bits", "left", -52, 17),
     "projfactor": ("projfactor", "right", -5, 5),
 }
 _THEIRS = {"adamw", "adamw 8 bits", "adafactor", "muon", "optax_galore"}
+_THEIRS |= {"frugal", "stable_spam", "scale"}
 
 
 def loss_against_bytes() -> Figure:
@@ -85,7 +90,7 @@ def loss_against_bytes() -> Figure:
         xlabel="optimizer state, share of AdamW's bytes",
         ylabel="validation loss, nats per byte",
         xlim=(0.045, 1.25),
-        ylim=(1.745, 2.01),
+        ylim=(1.7, 2.015),
     )
     axes.grid()
     return figure
@@ -93,9 +98,15 @@ def loss_against_bytes() -> Figure:
 
 # Page -> rows of the comparison that are its own.
 METHODS = {
-    "adarankgrad": ("adarankgrad", "adarankgrad 8 bits"),
+    "adarankgrad": (
+        "adarankgrad signs falling",
+        "adarankgrad signs",
+        "adarankgrad",
+        "adarankgrad 8 bits",
+    ),
     "galore": ("galore", "galore 8 bits", "optax_galore"),
     "low_rank_muon": (
+        "low_rank_muon dct r=104 8 bits",
         "low_rank_muon r=64 8 bits",
         "low_rank_muon",
         "low_rank_muon 8 bits",
@@ -115,6 +126,7 @@ _NAMES = {
     "low_rank_muon": "low_rank_muon, d/4",
     "low_rank_muon 8 bits": "low_rank_muon, d/4, 8 bits",
     "low_rank_muon r=64 8 bits": "low_rank_muon, d/2, 8 bits",
+    "low_rank_muon dct r=104 8 bits": "low_rank_muon, cosines, 13d/16, 8 bits",
     "sumo": "sumo, d/4",
     "sumo 8 bits": "sumo, d/4, 8 bits",
     "sumo r=64": "sumo, d/2",
@@ -123,6 +135,8 @@ _NAMES = {
     "galore 8 bits": "galore, d/4, 8 bits",
     "adarankgrad": "adarankgrad, 3d/8",
     "adarankgrad 8 bits": "adarankgrad, 3d/8, 8 bits",
+    "adarankgrad signs": "adarankgrad, signs outside",
+    "adarankgrad signs falling": "the same, rank falling",
     "projfactor": "projfactor, c=4 r=8",
     "vlorp": "vlorp, c=4 r=8",
     "ldadam": "ldadam, d/4",
@@ -145,7 +159,7 @@ def _strip(own: Iterable[str]) -> Figure:
     axes.axvline(found["adamw"].mean, color=FAINT, linestyle=":")
     axes.set_yticks(range(len(shown)), [_NAMES[method] for method in shown])
     axes.set_ylim(len(shown) - 0.5, -0.5)
-    axes.set(xlabel="validation loss, nats per byte", xlim=(1.74, 2.12))
+    axes.set(xlabel="validation loss, nats per byte", xlim=(1.72, 2.12))
     axes.set_xticks((1.8, 1.9, 2.0, 2.1))
     axes.grid(axis="x")
     return figure

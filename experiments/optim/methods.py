@@ -228,7 +228,7 @@ BUDGETED = ("galore", "adarankgrad")
 OWN_OPTIONS = frozenset(name for method in OPTIMIZERS.values() for name in method.own)
 
 
-def gradients_of(options: Any) -> str:
+def gradients_of(options: Any) -> Literal["subspace", "full"]:
     """Returns what the steps of a run compute: "subspace" or "full" gradients.
 
     Args:

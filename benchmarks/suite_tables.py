@@ -1,0 +1,98 @@
+"""Tables of the comparisons that pre-train, from their results.jsonl."""
+
+import functools
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from experiments.comparison.flags import present, resolved
+from experiments.comparison.rows import Row, rows_of
+from experiments.comparison.suites import SUITES
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+Rows = Iterator[list[str]]
+
+
+def rows(suite: str) -> list[Row]:
+    """Returns a row for each method of a suite, of runs with its present settings.
+
+    A method whose search has not ended is left out.
+
+    Args:
+        suite: Name of the suite, and of its folder in ``benchmarks/results``.
+    """
+    text = (RESULTS / suite / "results.jsonl").read_text("utf-8")
+    of_suite = SUITES[suite]
+    flags_of = {c.name: resolved(c, of_suite) for c in of_suite.contenders}
+    found = rows_of(present(map(json.loads, text.splitlines()), flags_of))
+    least = len(of_suite.seeds) if _is_searched(suite) else 1
+    return [row for row in found if len(row.losses) >= least]
+
+
+def _is_searched(suite: str) -> bool:
+    """Returns whether the methods of a suite searched, or took rates from elsewhere."""
+    text = (RESULTS / suite / "suite.json").read_text("utf-8")
+    return json.loads(text)["rates_from"] is None
+
+
+def untried(row: Row, suite: str) -> int | None:
+    """Returns how many neighbours of the best rates were not tried, of four.
+
+    None, if nothing was searched: the method has the rates of another one.
+    """
+    like = {c.name: c.like for c in SUITES[suite].contenders}[row.method]
+    if like is not None or not _is_searched(suite):
+        return None
+    text = (RESULTS / suite / "results.jsonl").read_text("utf-8")
+    tried = {
+        (x["learning_rate"], x["block_learning_rate"])
+        for x in map(json.loads, text.splitlines())
+        if x["method"] == row.method and x["seed"] == 0
+    }
+    best = row.learning_rate, row.block_learning_rate
+    around = [(2, 1), (0.5, 1), (1, 2), (1, 0.5)]
+    return sum(
+        not any(
+            math.isclose(rest, best[0] * x) and math.isclose(blocks, best[1] * y)
+            for rest, blocks in tried
+        )
+        for x, y in around
+    )
+
+
+def table(suite: str) -> Rows:
+    """Yields the rows of a suite, by rising loss."""
+    yield [
+        *("method", "rates: rest, blocks", "loss, each seed", "mean", "to AdamW"),
+        *("to Muon", "block state", "whole state", "runs", "neighbours not tried"),
+    ]
+    found = rows(suite)
+    means = {row.method: row.mean for row in found}
+    for row in found:
+        missing = untried(row, suite)
+        yield [
+            f"`{row.method}`",
+            row.rates,
+            ", ".join(f"{loss:.4f}" for loss in row.losses),
+            f"{row.mean:.4f}",
+            *(_to(means.get(name), row.mean) for name in ("adamw", "muon")),
+            f"{row.block_share:.3f}",
+            f"{row.share:.3f}",
+            str(row.tried),
+            "" if missing is None else str(missing),
+        ]
+
+
+def _to(other: float | None, mean: float) -> str:
+    return "" if other is None else f"{100 * (mean / other - 1):+.1f} %"
+
+
+def names(*suites: str) -> dict[str, Callable[[], Rows]]:
+    """Returns the tables of suites whose results are there."""
+    there = (s for s in suites if (RESULTS / s / "results.jsonl").exists())
+    return {suite: functools.partial(table, suite) for suite in there}
+
+
+TABLES = names("cpu-small", "cpu-long", "cpu-wide")
