@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from experiments.comparison.flags import present, resolved
 from experiments.comparison.rows import Row, rows_of
@@ -23,12 +24,16 @@ def rows(suite: str) -> list[Row]:
     Args:
         suite: Name of the suite, and of its folder in ``benchmarks/results``.
     """
+    least = len(SUITES[suite].seeds) if _is_searched(suite) else 1
+    return [row for row in rows_of(_records(suite)) if len(row.losses) >= least]
+
+
+def _records(suite: str) -> list[dict[str, Any]]:
+    """Returns the records of a suite's methods with their present settings."""
     text = (RESULTS / suite / "results.jsonl").read_text("utf-8")
     of_suite = SUITES[suite]
     flags_of = {c.name: resolved(c, of_suite) for c in of_suite.contenders}
-    found = rows_of(present(map(json.loads, text.splitlines()), flags_of))
-    least = len(of_suite.seeds) if _is_searched(suite) else 1
-    return [row for row in found if len(row.losses) >= least]
+    return present(map(json.loads, text.splitlines()), flags_of)
 
 
 def _is_searched(suite: str) -> bool:
@@ -45,10 +50,9 @@ def untried(row: Row, suite: str) -> int | None:
     like = {c.name: c.like for c in SUITES[suite].contenders}[row.method]
     if like is not None or not _is_searched(suite):
         return None
-    text = (RESULTS / suite / "results.jsonl").read_text("utf-8")
     tried = {
         (x["learning_rate"], x["block_learning_rate"])
-        for x in map(json.loads, text.splitlines())
+        for x in _records(suite)
         if x["method"] == row.method and x["seed"] == 0
     }
     best = row.learning_rate, row.block_learning_rate

@@ -127,8 +127,8 @@ def scale_by_adarankgrad(
         rebase: Re-basing rule or its name.
         residual: Rule for the part of the gradient outside the subspace; None: it is
             dropped, as in the paper. With :func:`sign_residual
-            <lowrank_optax.sign_residual>` a rank that falls cost no loss
-            (``docs/results.md``); every update then needs the full gradient.
+            <lowrank_optax.sign_residual>` a rank that fell to a half cost 0.1 % of the
+            loss (``docs/results.md``); every update then needs the full gradient.
         side: "short" or "long"; see :func:`scale_by_low_rank`.
         dimension_numbers: See :func:`scale_by_low_rank`.
         seed: Seed of the random sketches.
