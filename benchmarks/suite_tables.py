@@ -47,8 +47,8 @@ def untried(row: Row, suite: str) -> int | None:
 
     None, if nothing was searched: the method has the rates of another one.
     """
-    like = {c.name: c.like for c in SUITES[suite].contenders}[row.method]
-    if like is not None or not _is_searched(suite):
+    like = {c.name: c.like for c in SUITES[suite].contenders}
+    if like[row.method] in like or not _is_searched(suite):
         return None
     tried = {
         (x["learning_rate"], x["block_learning_rate"])

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import lowrank_optax
 from experiments.comparison.suite import Contender, Suite
 from experiments.model.shape import MODELS
 
@@ -13,7 +12,8 @@ def _contender(name: str, block_scale: float, rate: float = 8e-3, **flags: Any):
     return Contender(name, {"optimizer": name, **flags}, block_scale, rate)
 
 
-def _variant(like: str, change: str, **flags: Any) -> Contender:
+def variant(like: str, change: str, **flags: Any) -> Contender:
+    """Returns a method of cpu-small with some flags changed, at that one's rates."""
     (method,) = (contender for contender in _METHODS if contender.name == like)
     flags = {**method.flags, **flags}
     return dataclasses.replace(method, name=f"{like} {change}", flags=flags, like=like)
@@ -32,12 +32,12 @@ def _momentum_of_dct(rank: int) -> dict[str, Any]:
     return {**_dct("low_rank_muon", rank), "neuron_decay": 0.95}
 
 
-_FIXED_INTERVAL = {"min_refresh_interval": 200, "max_refresh_interval": 200}
+FIXED_INTERVAL = {"min_refresh_interval": 200, "max_refresh_interval": 200}
 _SIGNS_OUTSIDE = {
     "optimizer": "adarankgrad",
     "residual": 1.0,
     "min_rank": 48,
-    **_FIXED_INTERVAL,
+    **FIXED_INTERVAL,
 }
 
 
@@ -78,23 +78,23 @@ _METHODS = (
 # Variants, at the rates of the method that they vary.
 _VARIANTS = (
     # Where the gradients do not ask for them, half of the columns are freed in steps.
-    _variant(
+    variant(
         "adarankgrad signs",
         "falling",
         threshold=0.05,
         final_min_rank=22,
         compact=True,
     ),
-    _variant("adamw", "8 bits", **_8_BITS),
-    _variant("galore", "8 bits", **_8_BITS),
-    _variant("adarankgrad", "8 bits", **_8_BITS),
-    _variant("sumo", "8 bits", **_SMALL_STATE),
-    _variant("low_rank_muon", "8 bits", **_SMALL_STATE),
-    _variant("sumo", "r=64", rank=64),
-    _variant("low_rank_muon", "r=64 8 bits", rank=64, **_SMALL_STATE),
+    variant("adamw", "8 bits", **_8_BITS),
+    variant("galore", "8 bits", **_8_BITS),
+    variant("adarankgrad", "8 bits", **_8_BITS),
+    variant("sumo", "8 bits", **_SMALL_STATE),
+    variant("low_rank_muon", "8 bits", **_SMALL_STATE),
+    variant("sumo", "r=64", rank=64),
+    variant("low_rank_muon", "r=64 8 bits", rank=64, **_SMALL_STATE),
 )
 
-_CPU_SMALL = {
+CPU_SMALL = {
     "model": "tiny",
     "steps": 600,
     "eval_every": 300,
@@ -106,7 +106,7 @@ _CPU_SMALL = {
 # 4,096 tokens; a quarter of them stays in the cache of a core, which is a third faster.
 _BATCHES = {"batch_size": 32, "accumulate": 4}
 # Ten tokens for each of 0.86 M parameters.
-_CPU_LONG = {**_CPU_SMALL, **_BATCHES, "steps": 2_100, "eval_every": 700}
+_CPU_LONG = {**CPU_SMALL, **_BATCHES, "steps": 2_100, "eval_every": 700}
 # One token for each of 4.9 M parameters.
 _CPU_WIDE = {**_CPU_LONG, "model": "5m", "steps": 1_250, "eval_every": 625}
 
@@ -124,45 +124,34 @@ _C4_60M = {
 }
 
 
-def _ablation(
-    description: str,
-    like: str,
-    variants: Mapping[str, Mapping[str, Any]],
-    seeds: tuple[int, ...] = (0, 1),
-) -> Suite:
-    """Returns variants of a method, at its rates and with nothing searched."""
-    return Suite(
-        description,
-        _CPU_SMALL,
-        tuple(
-            dataclasses.replace(_variant(like, name, **flags), name=name)
-            for name, flags in variants.items()
-        ),
-        seeds=seeds,
-        search=1,
-    )
-
-
-def _longer(description: str, flags: Mapping[str, Any]) -> Suite:
-    """Returns a suite of the strongest methods, each as one would use it."""
-    hidden = MODELS[flags["model"]]["hidden_size"]
-    names = ("adamw", "stable_spam", "muon", "normuon", "scale", "optax_galore")
-    names += ("galore", "adarankgrad")
-    half = {"rank": hidden // 2, **_SMALL_STATE}
-    most, few = 13 * hidden // 16, hidden // 8
-    of_subspaces = {
-        f"sumo r={half['rank']} 8 bits": {"optimizer": "sumo", **half},
-        f"low_rank_muon r={half['rank']} 8 bits": {
-            "optimizer": "low_rank_muon",
-            **half,
-        },
+def _in_subspaces(hidden: int) -> dict[str, dict[str, Any]]:
+    """Returns name -> flags of methods whose ranks are shares of the width."""
+    half, most, few = hidden // 2, 13 * hidden // 16, hidden // 8
+    stored = {"rank": half, **_SMALL_STATE}
+    return {
+        f"sumo r={half} 8 bits": {"optimizer": "sumo", **stored},
+        f"low_rank_muon r={half} 8 bits": {"optimizer": "low_rank_muon", **stored},
         f"low_rank_muon dct r={most} 8 bits": _momentum_of_dct(most),
         f"low_rank_muon dct r={few} 8 bits": _momentum_of_dct(few),
         f"sumo dct r={most} 8 bits": _dct("sumo", most),
     }
+
+
+def _longer(description: str, flags: Mapping[str, Any]) -> Suite:
+    """Returns a suite of the strongest methods, each as one would use it."""
+    names = ("adamw", "stable_spam", "muon", "normuon", "scale", "optax_galore")
+    names += ("galore", "adarankgrad")
+    ours, small = (
+        _in_subspaces(MODELS[model]["hidden_size"])
+        for model in (flags["model"], CPU_SMALL["model"])
+    )
     contenders = (
         *(contender for contender in _METHODS if contender.name in names),
-        *(_contender(name, 0.25, 32e-3, **x) for name, x in of_subspaces.items()),
+        *(
+            # The same share of the width has the rates of cpu-small, if any are taken.
+            Contender(name, x, 0.25, 32e-3, like=like if like != name else None)
+            for (name, x), like in zip(ours.items(), small, strict=True)
+        ),
     )
     return Suite(description, flags, contenders, seeds=(0, 1), search=16)
 
@@ -199,13 +188,10 @@ def _published(model: str, steps: int, rank: int, adamw_rate: float) -> Suite:
     )
 
 
-# Without a limit on the time.
-_ON_CONVERGENCE = {"min_refresh_interval": 200, "max_refresh_interval": 1_000}
-
 PRETRAINING_SUITES: dict[str, Suite] = {
     "cpu-small": Suite(
         "every method on the tiny model, bytes, 600 steps of 1,024 tokens",
-        _CPU_SMALL,
+        CPU_SMALL,
         (*_METHODS, *_VARIANTS),
         # More than any search has taken until its best point was inside its neighbours.
         search=16,
@@ -239,61 +225,4 @@ PRETRAINING_SUITES: dict[str, Suite] = {
     "papers-130m": _published("130m", 20_000, 256, 1e-3),
     "papers-350m": _published("350m", 60_000, 256, 5e-4),
     "papers-1b": _published("1b", 100_000, 512, 5e-4),
-    "ablation-adaptive": _ablation(
-        "what adapts: rank, refresh, both or neither (AdaRankGrad's Tables 5 and 6)",
-        "adarankgrad",
-        {
-            "rank and refresh": {"threshold": 0.05, "min_rank": 4, **_ON_CONVERGENCE},
-            "rank only": {"threshold": 0.05, "min_rank": 4, **_FIXED_INTERVAL},
-            "refresh only": {"min_rank": 48, **_ON_CONVERGENCE},
-            "neither": {"min_rank": 48, **_FIXED_INTERVAL},
-        },
-    ),
-    "ablation-threshold": _ablation(
-        "the share of a gradient that the rank may lose (AdaRankGrad's Figure 5)",
-        "adarankgrad",
-        {
-            f"threshold {threshold:g}": {"threshold": threshold, "min_rank": 1}
-            for threshold in (0.3, 0.1, 0.03, 0.01)
-        },
-    ),
-    "ablation-rebase": _ablation(
-        "how the moments follow a new basis",
-        "adarankgrad",
-        {
-            rule: {
-                "rebase": rule,
-                "min_refresh_interval": 50,
-                "max_refresh_interval": 50,
-            }
-            for rule in lowrank_optax.REBASE_RULES
-        },
-    ),
-    "ablation-rebase-default": _ablation(
-        "how the moments follow a new basis, at the method's own intervals",
-        "adarankgrad",
-        {rule: {"rebase": rule} for rule in ("square", "filled")},
-        seeds=(0, 1, 2),
-    ),
-    "ablation-side": _ablation(
-        "which side of a matrix is projected",
-        "galore",
-        {side: {"side": side} for side in ("short", "long")},
-    ),
-    "ablation-interval": _ablation(
-        "updates between two bases",
-        "galore",
-        {
-            f"every {gap}": {"update_proj_gap": gap}
-            for gap in (10, 25, 50, 100, 200, 600)
-        },
-    ),
-    "ablation-granularity": _ablation(
-        "granularity c at the same c r",
-        "vlorp",
-        {
-            f"c={c} r={r}": {"granularity": c, "rank": r}
-            for c, r in ((1, 32), (4, 8), (16, 2))
-        },
-    ),
 }

@@ -20,7 +20,8 @@ class Contender:
         block_scale: Learning rate of the block matrices at the start of the search, as
             a multiple of ``learning_rate``.
         like: Another method, of the suite or of ``--rates-from``. Its best rates are
-            taken, and nothing is searched. None: the contender has its own search.
+            taken, and nothing is searched. None, or if neither has it: the contender
+            has its own search.
         trains_blocks: Whether the rate of the block matrices has an effect. False: the
             other rate alone is searched.
     """

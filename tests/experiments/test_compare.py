@@ -499,6 +499,18 @@ def test_a_variant_takes_the_rates_of_its_method(
     assert ours.block_learning_rate == method.block_learning_rate
 
 
+def test_a_wider_model_takes_the_rates_of_the_same_share_of_the_width():
+    small, wide = suites.SUITES["cpu-small"], suites.SUITES["cpu-wide"]
+    of_small = {c.name: c for c in small.contenders}
+    for contender in wide.contenders:
+        like = of_small[contender.like or contender.name]
+        flags = dict(like.flags)
+        if contender.like:
+            assert 128 * contender.flags["rank"] == 256 * flags.pop("rank")
+            flags["rank"] = contender.flags["rank"]
+        assert contender.flags == flags
+
+
 def test_the_front_has_what_nothing_beats_in_bytes_and_loss():
     rows = [(0.5, 2.0), (0.1, 3.0), (0.5, 1.9), (0.2, 3.0), (1.0, 1.9), (2.0, 1.0)]
     assert front(rows, lambda row: row) == [(0.1, 3.0), (0.5, 1.9), (2.0, 1.0)]
