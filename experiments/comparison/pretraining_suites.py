@@ -64,6 +64,7 @@ _METHODS = (
     _contender("frugal", 0.25, 16e-3),
     _contender("foam", 0.25, 16e-3),
     _contender("normuon", 0.25, 16e-3, optimizer="muon", neuron_decay=0.95),
+    _contender("muon without momentum", 0.5, 16e-3, optimizer="muon", momentum=0.0),
     _contender("adarankgrad signs", 0.25, 16e-3, **_SIGNS_OUTSIDE),
     _contender("lora", 0.125, 16e-3),
     _contender("relora", 0.125, 16e-3),

@@ -206,7 +206,7 @@ def adafactor(learning_rate, *, weight_decay, **others):
 
 
 def muon(learning_rate, *, momentum, neuron_decay, weight_decay, **others):
-    """Muon; NorMuon with a neuron_decay."""
+    """Muon; NorMuon with a neuron_decay; without state at a momentum of 0."""
     del others
     numbers = optax.contrib.MuonDimensionNumbers(-2, -1)
 
@@ -222,18 +222,30 @@ def muon(learning_rate, *, momentum, neuron_decay, weight_decay, **others):
             consistent_rms=0.2,
         )
 
-    if neuron_decay is None:
+    if momentum and neuron_decay is None:
         return made(learning_rate, weight_decay)
+    parts = [made(1.0, 0.0) if momentum else _without_state(made(1.0, 0.0))]
+    # Down already.
+    parts.append(optax.scale(-1.0))
+    if neuron_decay is not None:
+        by_shape = lowrank_optax.dimension_numbers_by_shape
+        parts.append(
+            lowrank_optax.scale_by_neuron(neuron_decay, dimension_numbers=by_shape)
+        )
     return optax.chain(
-        made(1.0, 0.0),
-        # Down already.
-        optax.scale(-1.0),
-        lowrank_optax.scale_by_neuron(
-            neuron_decay, dimension_numbers=lowrank_optax.dimension_numbers_by_shape
-        ),
+        *parts,
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
     )
+
+
+def _without_state(transformation):
+    """Returns a transformation whose updates do not depend on its state, without it."""
+
+    def update(updates, params):
+        return transformation.update(updates, transformation.init(updates), params)[0]
+
+    return optax.stateless(update)
 
 
 def orthogonalized(make):

@@ -138,7 +138,7 @@ class OneMethodFlags:
     #: only ones that have it.
     side: Literal["short", "long"] | None = None
     #: Decay of the momentum that is orthogonalized, per step; in [0, 1). None: 0.95 of
-    #: muon, sumo and low_rank_muon, the only ones that have it.
+    #: muon, sumo and low_rank_muon, the only ones that have it. 0: muon has no state.
     momentum: Decay | None = None
     #: Weight of what lies outside the subspace, beside what lies inside; 0 or more.
     #: None: 4 of low_rank_muon (the last gradient, beside the momentum), 1 of frugal

@@ -1,6 +1,7 @@
 """The methods to compare with: each beside plain loops over one matrix in float64."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -114,6 +115,18 @@ def foam(grads, level=2):
         yield -RATE * update
 
 
+def momentum_free_muon(grads):
+    for g in grads:
+        yield -RATE * references.orthogonalized(g, 0.2)
+
+
+def muon(grads, beta):
+    inner, m = references.orthogonalized_momentum(beta), 0.0
+    for t, g in enumerate(grads, 1):
+        update, m, _ = inner(g, m, None, t)
+        yield -RATE * update
+
+
 def frugal(grads, weight):
     found, _ = references.low_rank(
         grads,
@@ -135,6 +148,8 @@ def frugal(grads, weight):
         ("stable_spam", {"reset_every": 0}, lambda g: stable_spam(g, 0)),
         ("scale", {}, scale),
         ("foam", {}, foam),
+        ("muon", {"momentum": 0.0}, momentum_free_muon),
+        ("muon", {"momentum": 0.5}, functools.partial(muon, beta=0.5)),
     ],
 )
 def test_updates_are_those_of_the_equations(name, flags, expected):
@@ -205,9 +220,11 @@ def test_vectors_and_narrow_leaves_have_updates_of_their_own_kind(name):
 
 def test_states_are_as_small_as_they_say():
     params = {"up": jnp.zeros((2, 64, 64))}
+    methods = {name: made(name) for name in ("stable_spam", "scale", "foam")}
+    methods["muon"] = made("muon", momentum=0.0)
     numbers = {
-        name: sum(x.size for x in jax.tree.leaves(made(name).init(params)))
-        for name in ("stable_spam", "scale", "foam")
+        name: sum(x.size for x in jax.tree.leaves(tx.init(params)))
+        for name, tx in methods.items()
     }
     count = 2 * 64 * 64
     # With counters: of the averages, of Adam, of the schedule.
@@ -215,6 +232,7 @@ def test_states_are_as_small_as_they_say():
         "stable_spam": 2 * count + 3 * 2 + 3,
         "scale": 1,
         "foam": 2 * count // 4 + 2,
+        "muon": 1,
     }
 
 
