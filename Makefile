@@ -42,7 +42,7 @@ docs: $(VENV)/.dev $(VENV)/.models
 test-slow: $(VENV)/.dev $(VENV)/.models
 	$(BIN)/python -m pytest tests -m "slow and not clients" -n 2 --dist worksteal --durations=15
 
-# CI runs ARGS="newest --quick". --unpinned takes the newest packages; --save stores results.
+# CI runs ARGS="newest --quick --if-there". --unpinned takes the newest packages; --save stores results.
 compatibility: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.compatibility $(ARGS)
 
