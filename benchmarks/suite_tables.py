@@ -29,17 +29,27 @@ def rows(suite: str) -> list[Row]:
 
 
 def _records(suite: str) -> list[dict[str, Any]]:
-    """Returns the records of a suite's methods with their present settings."""
+    """Returns the records of a suite's methods with their present settings.
+
+    Raises:
+        ValueError: If the results are of other settings of the suite.
+    """
     text = (RESULTS / suite / "results.jsonl").read_text("utf-8")
     of_suite = SUITES[suite]
+    if _definition(suite)["flags"] != of_suite.flags:
+        raise ValueError(f"the results of {suite} are of other flags of the suite.")
     flags_of = {c.name: resolved(c, of_suite) for c in of_suite.contenders}
     return present(map(json.loads, text.splitlines()), flags_of)
 
 
 def _is_searched(suite: str) -> bool:
     """Returns whether the methods of a suite searched, or took rates from elsewhere."""
-    text = (RESULTS / suite / "suite.json").read_text("utf-8")
-    return json.loads(text)["rates_from"] is None
+    return _definition(suite)["rates_from"] is None
+
+
+def _definition(suite: str) -> dict[str, Any]:
+    """Returns the settings that all results of a suite share."""
+    return json.loads((RESULTS / suite / "suite.json").read_text("utf-8"))
 
 
 def untried(row: Row, suite: str) -> int | None:

@@ -1,5 +1,6 @@
 """Decides when the basis of a matrix is due."""
 
+from collections.abc import Set
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from lowrank_optax.binding.optimizer import Binding
 from lowrank_optax.binding.states import low_rank_states, slots_of
 from lowrank_optax.parts import Parts
-from lowrank_optax.subspace import Subspace
+from lowrank_optax.subspace import Subspace, fraction_of
 
 # After a failed refresh the next tries come after 1, 2, 4, ... updates, up to 2 to this
 # power.
@@ -81,6 +82,41 @@ def due_by_path(
             found = is_due(later, node.count + ahead, parts)
             due[jax.tree_util.keystr(path)] = jnp.any(found)
     return due
+
+
+def due_next(
+    binding: Binding, state: Any, steps: int, early: Set[str]
+) -> dict[str, jax.Array]:
+    """Returns, for each leaf with a basis, which of the next updates renew it.
+
+    Args:
+        binding: Binding of the optimizer.
+        state: State of the optimizer.
+        steps: Number of updates.
+        early: Key paths of leaves whose bases are computed one update early.
+
+    Returns:
+        Key path -> bool (steps,), the next update first. Exact for ``every``, unless a
+        gradient is zero or not finite.
+    """
+    found = {}
+    for node in low_rank_states(state):
+        parts, slots = binding.of(node).parts, slots_of(node)
+        for position, (path, slot) in enumerate(slots.items()):
+            name, due = jax.tree_util.keystr(path), []
+            first = parts.refresh.first_age(fraction_of(position, len(slots)))
+            is_first = slot.refreshes == 0
+            slot = slot._replace(age=slot.age + (name in early))
+            for step in range(steps):
+                now = is_due(slot, node.count + step, parts)
+                due.append(jnp.any(now))
+                begins = jnp.where(is_first, first, 0)
+                age = jnp.where(now, begins, slot.age) + 1
+                refreshes = jnp.where(now, 1, slot.refreshes)
+                slot = slot._replace(age=age, refreshes=refreshes)
+                is_first &= ~now
+            found[name] = jnp.array(due)
+    return found
 
 
 def due_again(binding: Binding, state: Any, within: int) -> dict[str, jax.Array]:

@@ -259,6 +259,11 @@ def _check_rules(
             )
 
 
+def fraction_of(position: int, count: int) -> float:
+    """Returns the position of one leaf among all projected leaves, in [0, 1)."""
+    return position / count
+
+
 def _projectors(leaves, plans, capacities, parts: Parts) -> dict[tuple, Projector]:
     return {
         path: Projector(
@@ -266,7 +271,7 @@ def _projectors(leaves, plans, capacities, parts: Parts) -> dict[tuple, Projecto
             view=plans[path].view,
             capacity=capacity,
             path=path,
-            fraction=position / len(capacities),
+            fraction=fraction_of(position, len(capacities)),
             dtype=wide(leaves[path].dtype),
         )
         for position, (path, capacity) in enumerate(capacities.items())

@@ -484,6 +484,13 @@ def orthogonalized_whole(residual: float, rms: float = 0.2):
     return lift
 
 
+def outside(g: np.ndarray, r: np.ndarray, p: np.ndarray) -> np.ndarray:
+    """G - R P^T, 0 where four roundings of float32 to a row would be as large."""
+    e = g - r @ p.T
+    least = 4 * np.finfo(np.float32).eps * np.linalg.norm(g, axis=-1, keepdims=True)
+    return np.where(np.abs(e) > least, e, 0)
+
+
 def with_signs(weight: float):
     """Adds the signs of the gradient outside the subspace: FRUGAL, Zmushko et al. 2024.
 
@@ -491,7 +498,7 @@ def with_signs(weight: float):
     """
 
     def lift(g, r, n, p):
-        return n @ p.T + weight * np.sign(g - r @ p.T)
+        return n @ p.T + weight * np.sign(outside(g, r, p))
 
     return lift
 

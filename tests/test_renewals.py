@@ -16,6 +16,8 @@ from lowrank_optax.training.renewals import (
 # The steps whose updates need a new basis.
 DUE_AT = {"a": [0, 10], "b": [0, 6, 12]}
 STEPS = 16
+# Both are due at the first step, and neither at the two behind it.
+ONCE = jnp.array([True, False, False])
 
 
 def due_after(step, renewed):
@@ -45,23 +47,23 @@ def run(steps, register, start=0, renewed=None):
 
 
 def test_bases_are_renewed_once_each_time_they_are_due():
-    found, _ = run(STEPS, first_register(jnp.zeros(2, bool)))
+    found, _ = run(STEPS, first_register([ONCE, ONCE]))
     for number, steps in enumerate(DUE_AT.values()):
         assert [step for step, x in enumerate(found) if x[number]] == steps
 
 
 def test_renewals_go_on_after_a_checkpoint_as_they_would_have():
-    whole, _ = run(STEPS, first_register(jnp.zeros(2, bool)))
+    whole, _ = run(STEPS, first_register([ONCE, ONCE]))
     for stop in range(1, 14):
         renewed = dict.fromkeys(range(STEPS), False)
-        first, register = run(stop, first_register(jnp.zeros(2, bool)), 0, renewed)
+        first, register = run(stop, first_register([ONCE, ONCE]), 0, renewed)
         saved = np.asarray(register)
         second, _ = run(STEPS, jnp.asarray(saved), stop, renewed)
         assert first + second == whole, stop
 
 
 def test_a_basis_that_is_soon_due_again_is_renewed_at_every_step():
-    register = first_register(jnp.array([True, False]))
+    register = first_register([jnp.ones(3, bool), ONCE])
     host = Renewals(register)
     for _ in range(6):
         assert host.next()[0]
@@ -72,7 +74,7 @@ def test_a_basis_that_is_soon_due_again_is_renewed_at_every_step():
 
 
 def test_a_step_does_not_wait_for_the_two_before_it():
-    host = Renewals(first_register(jnp.zeros(1, bool)))
+    host = Renewals(first_register([ONCE]))
 
     class Pending:
         def __array__(self, *args, **kwargs):

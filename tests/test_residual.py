@@ -144,6 +144,29 @@ def test_a_zero_gradient_gives_a_zero_update_and_no_nan_after_it(name):
         assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(updates))
 
 
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e15])
+@pytest.mark.parametrize("name", ["sign", "normalized"])
+def test_rounding_is_no_residual(name, size):
+    """A gradient with fewer directions than the basis has columns: E is 0."""
+    rng = np.random.default_rng(0)
+    grads = rng.normal(size=(40, 2)) @ rng.normal(size=(2, 24))
+    # Small rows have roundings as small as they are.
+    grads[:8] *= 1e-6
+    inside = {"w": jnp.asarray(size * grads, jnp.float32)}
+    optimizer = lowrank_optax.scale_by_low_rank(
+        optax.scale(0.0), RANK, basis=ONE_ITERATION, residual=RULES[name]()
+    )
+    updates, state = optimizer.update(inside, optimizer.init(inside))
+    np.testing.assert_array_equal(updates["w"], 0)
+    # A third direction of a thousandth of the size is no rounding.
+    grads[30] += 1e-3 * rng.normal(size=24)
+    outside = {"w": jnp.asarray(size * grads, jnp.float32)}
+    updates, _ = optimizer.update(outside, state, refresh=False)
+    part = np.abs(updates["w"])
+    assert np.all(part[30] > 0.05)
+    np.testing.assert_array_equal(np.delete(part, 30, 0), 0)
+
+
 @every_rule
 def test_gradients_inside_the_subspace_are_refused_by_name(name):
     optimizer = low_rank(RULES[name]())

@@ -333,3 +333,13 @@ def test_adam_states_beside_are_left_alone():
     smaller = resize(state, {"['w']": CAPACITY + 2})
     assert smaller[0].trace["narrow"].shape == (40, CAPACITY)
     assert smaller[1][0].inner_state.mu["narrow"].shape == (40, CAPACITY)
+
+
+def test_arrays_of_numpy_are_cut_and_grown_too():
+    """As pickle and flax.serialization restore them."""
+    _, _, state = used("plain")
+    host = jax.device_get(state)
+    for change in (lambda x: compact(x, 2), lambda x: resize(x, CAPACITY + 4)):
+        expected, found = change(state), change(host)
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+        assert capacities(found) != capacities(state)

@@ -33,9 +33,9 @@ def told(tmp_path, monkeypatch):
     """Writes results of cpu-small; returns the body of the table, by method."""
     monkeypatch.setattr(suite_tables, "RESULTS", tmp_path)
 
-    def table(*records, rates_from=None):
+    def table(*records, rates_from=None, flags=SUITE.flags):
         (tmp_path / "cpu-small").mkdir(exist_ok=True)
-        definition = json.dumps({"rates_from": rates_from})
+        definition = json.dumps({"rates_from": rates_from, "flags": flags})
         (tmp_path / "cpu-small/suite.json").write_text(definition)
         text = "".join(json.dumps(record) + "\n" for record in records)
         (tmp_path / "cpu-small/results.jsonl").write_text(text)
@@ -75,3 +75,8 @@ def test_runs_of_other_settings_are_not_in_the_table(told):
         rates_from="elsewhere",
     )
     assert found["muon"][0] == "0.032, 0.008"
+
+
+def test_results_of_other_flags_of_the_suite_are_refused(told):
+    with pytest.raises(ValueError, match="other flags"):
+        told(record("muon", 0.032, 0.008, 0, 1.7), flags={**SUITE.flags, "steps": 7})

@@ -126,6 +126,39 @@ def test_sketches_renew_on_the_updates_on_which_full_gradients_would():
     assert [count for _, count in seen["sketch"]] == [1] * 4 + [2] * 4 + [3] * 3
 
 
+def refreshes(state):
+    return [int(slot.refreshes) for slot in lowrank_optax.subspaces(state).values()]
+
+
+@pytest.mark.parametrize("interval", [2, 3, 5])
+def test_staggered_bases_are_renewed_as_by_update_alone(interval):
+    """Leaves whose second renewal comes one or two updates behind the first too."""
+    params = random_like({f"w{i}": (8, 6) for i in range(5)})
+    tx = lowrank_optax.scale_by_low_rank(
+        optax.trace(0.5), RANK, refresh=lowrank_optax.every(interval)
+    )
+
+    def loss(params, x):
+        return sum(jnp.mean((x @ w - 1) ** 2) for w in params.values())
+
+    xs = batches(2 * interval + 3)
+    own, state, update, states = params, tx.init(params), jax.jit(tx.update), []
+    for x in xs:
+        states.append((own, state))
+        updates, state = update(jax.grad(loss)(own, x), state, own)
+        own = optax.apply_updates(own, updates)
+    expected = [refreshes(state) for _, state in [*states, (own, state)]]
+    assert len({tuple(x) for x in np.transpose(expected)}) > 1, "nothing is staggered"
+    # From the first step; and from a state that plain updates have made.
+    for refresh, start in (("sketch", 0), ("full", 0), ("full", 1), ("full", 4)):
+        step = train_step(loss, tx, refresh=refresh)
+        own, state = jax.tree.map(jnp.copy, states[start])
+        state = step.state_of(own, state)
+        for number, x in enumerate(xs[start:], start + 1):
+            own, state, _ = step(own, state, x)
+            assert refreshes(state.optimizer) == expected[number], (refresh, start)
+
+
 def test_a_sketch_of_a_gradient_of_low_rank_gives_its_basis():
     """Exact where the gradient has no more directions than the basis has columns."""
     x = jnp.ones((4, 8)) * jnp.arange(1.0, 5)[:, None]
@@ -396,6 +429,11 @@ def test_a_refused_use_is_named_and_may_get_its_full_gradient():
         (lambda: train_step(loss_fn, low_rank(), micro_batches=0), ValueError, "int"),
         (lambda: train_step(loss_fn, low_rank(), refresh="no"), ValueError, "'no'"),
         (lambda: train_step(loss_fn, low_rank(), oversample=-1), ValueError, ">= 0"),
+        (
+            lambda: train_step(loss_fn, lowrank_optax.accumulate(low_rank(), 3)),
+            ValueError,
+            "accumulates 3 micro-batches, and micro_batches is 1",
+        ),
         (
             lambda: trained(
                 train_step(lambda p, x: x @ p["up"], low_rank()),

@@ -1,11 +1,12 @@
 """Draws every figure of the documentation anew: ``python -m docs.figures``."""
 
-from docs.figures import concepts, decision, losses, memory_and_speed, roles
+from docs.figures import concepts, decision, holds, losses, memory_and_speed, roles
 from docs.figures.style import DIRECTORY, as_svg, settings
 
 FIGURES = (
     concepts.FIGURES
     | decision.FIGURES
+    | holds.FIGURES
     | losses.FIGURES
     | memory_and_speed.FIGURES
     | roles.FIGURES

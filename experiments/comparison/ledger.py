@@ -1,5 +1,6 @@
 """The ledger of a comparison: suite.json and results.jsonl in one directory."""
 
+import dataclasses
 import json
 import shutil
 import threading
@@ -7,11 +8,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.comparison.flags import in_use
+from experiments.comparison.flags import in_use, present, resolved
 from experiments.comparison.measures import Measure
 from experiments.comparison.rows import rows_of
+from experiments.comparison.suites import SUITES
 from experiments.errors import UserError
-from experiments.run.files import CHECKPOINTS, read_lines, write_json
+from experiments.run.files import CHECKPOINTS, read_lines, write_json, write_whole
 from experiments.run.lock import Lock
 
 RESULTS_FILE = "results.jsonl"
@@ -30,8 +32,8 @@ class Ledger:
             the searches alone may change.
 
     Raises:
-        UserError: If the directory cannot be made, holds another comparison or other
-            files, or is in use by another process.
+        UserError: If the directory cannot be made, holds another comparison, other
+            files or broken results, or is in use by another process.
 
     Attributes:
         directory: Directory of the comparison.
@@ -42,12 +44,12 @@ class Ledger:
         self.directory = directory
         _check(directory, definition)
         self._directory_lock = Lock(directory)
+        try:
+            self.records = _without_a_cut_line(directory / RESULTS_FILE)
+        except BaseException:
+            self.close()
+            raise
         write_json(directory / SUITE_FILE, definition)
-        self.records = read_lines(directory / RESULTS_FILE)
-        # Drop a line that was cut off, or the next line would be written behind it.
-        if self.records:
-            text = "".join(json.dumps(record) + "\n" for record in self.records)
-            (directory / RESULTS_FILE).write_text(text)
         self._lock = threading.Lock()
 
     @property
@@ -90,8 +92,28 @@ def matching(
     return None
 
 
+def _without_a_cut_line(path: Path) -> list[dict[str, Any]]:
+    """Returns a file's records; drops a last line that was cut off.
+
+    The next line would be written behind it.
+
+    Raises:
+        UserError: If another line is broken.
+    """
+    records = read_lines(path)
+    lines = path.read_text().splitlines() if path.exists() else []
+    if len(lines) > len(records) + 1:
+        raise UserError(
+            f"{path}, line {len(records) + 1} is no record of a run, and others "
+            "follow; mend this line, or remove it"
+        )
+    if lines:
+        write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
+    return records
+
+
 def rates_of(directory: Path, measure: Measure) -> dict[str, tuple[float, float]]:
-    """Returns the best rates of each finished method of a comparison.
+    """Returns the best rates of each finished method, as its suite has it today.
 
     Args:
         directory: Of the comparison.
@@ -102,14 +124,18 @@ def rates_of(directory: Path, measure: Measure) -> dict[str, tuple[float, float]
     """
     if not (directory / SUITE_FILE).exists():
         raise UserError(f"--rates-from {directory} holds no comparison ({SUITE_FILE})")
-    seeds = json.loads((directory / SUITE_FILE).read_text())["seeds"]
+    definition = json.loads((directory / SUITE_FILE).read_text())
     records = read_lines(directory / RESULTS_FILE)
     if any(measure.entry not in record for record in records):
         raise UserError(
             f"--rates-from {directory} has runs without {measure.entry}, which is what "
             "is compared here; give a comparison whose runs have it"
         )
-    return best_rates(records, len(seeds), measure)
+    if suite := SUITES.get(definition["suite"]):
+        suite = dataclasses.replace(suite, flags=definition["flags"])
+        flags_of = {c.name: resolved(c, suite) for c in suite.contenders}
+        records = present(records, flags_of)
+    return best_rates(records, len(definition["seeds"]), measure)
 
 
 def best_rates(

@@ -160,18 +160,19 @@ class Comparison:
 
     def _rates_like(self, contender: Contender) -> tuple[float, float]:
         """Returns the best rates of the method that a contender's rates come from."""
-        name = contender.like or contender.name
+        names = [x for x in (contender.like, contender.name) if x is not None]
         found = self._rates
         if found is None:
             suite = self.suite
             found = best_rates(self.records, len(suite.seeds), suite.measure)
-        if name not in found:
-            where = self._rates_from or self.directory
-            raise UserError(
-                f"{where} has no rates of {name!r}, which {contender.name!r} takes; "
-                "run that first, or leave this one out with --only"
-            )
-        return found[name]
+        for name in names:
+            if name in found:
+                return found[name]
+        where = self._rates_from or self.directory
+        raise UserError(
+            f"{where} has no rates of {names[0]!r}, which {contender.name!r} takes; "
+            "run that first, or leave this one out with --only"
+        )
 
     def _result(self, contender: Contender, rates, seed: int) -> dict[str, Any]:
         """Returns the record of a run, from the file or from running it."""

@@ -22,6 +22,9 @@ import jax.numpy as jnp
 
 from lowrank_optax.matrix.view import MatrixView
 
+# Of R = G P, of R P^T, of the difference, and of P itself.
+ROUNDINGS = 4
+
 
 @dataclasses.dataclass(frozen=True)
 class Pieces:
@@ -66,8 +69,21 @@ class Pieces:
         return whole + weight * self.gradient.astype(dtype)
 
     def residual(self) -> jax.Array:
-        """Returns E = G - R P^T in the leaf's shape."""
-        return self.beside(jnp.zeros_like(self.coordinates), 1)
+        """Returns E = G - R P^T in the leaf's shape, 0 where it is rounding alone.
+
+        Entries are taken for rounding up to 4 eps times the norm of their row of G,
+        along the projected side: signs and unit columns would make steps of them.
+        """
+        view, dtype = self.view, self.basis.dtype
+        assert self.gradient is not None
+        rest = view.oriented(self.beside(jnp.zeros_like(self.coordinates), 1))
+        rows = view.oriented(self.gradient.astype(dtype))
+        # The largest entry first: squares of others may overflow or underflow.
+        peak = jnp.max(jnp.abs(rows), axis=-1, keepdims=True)
+        scaled = rows / jnp.where(peak > 0, peak, 1)
+        size = peak * jnp.linalg.norm(scaled, axis=-1, keepdims=True)
+        is_real = jnp.abs(rest) > ROUNDINGS * jnp.finfo(dtype).eps * size
+        return view.unoriented(jnp.where(is_real, rest, 0))
 
 
 class ResidualRule(Protocol):

@@ -263,9 +263,10 @@ def _with_columns(node: Any, columns: int) -> Any:
 
 
 def _beside(new: Any, old: Any) -> Any:
-    """Returns a resized array with the sharding of the old array."""
+    """Returns a resized array with the sharding of the old array, if it has one."""
 
     def put(x, y):
-        return jax.device_put(x, y.sharding) if isinstance(x, jax.Array) else x
+        has_both = isinstance(x, jax.Array) and isinstance(y, jax.Array)
+        return jax.device_put(x, y.sharding) if has_both else x
 
     return jax.tree.map(put, new, old)

@@ -32,8 +32,10 @@ class Accumulation(optax.GradientTransformationExtraArgs):
     Attributes:
         init: params -> :class:`AccumulateState`.
         update: (gradients, state, params, weight=1.0) -> (updates, state).
+        every_k: Micro-batches of an update.
     """
 
+    every_k: int
     halves: tuple[Callable, Callable]
 
     def add(
@@ -72,7 +74,7 @@ class Accumulation(optax.GradientTransformationExtraArgs):
     def _replace(self, **functions: Callable) -> "Accumulation":
         """Returns a copy with another ``init`` or ``update``, and the same halves."""
         replaced = super()._replace(**functions)
-        replaced.halves = self.halves
+        replaced.every_k, replaced.halves = self.every_k, self.halves
         return replaced
 
 
@@ -167,5 +169,5 @@ def accumulate(optimizer: optax.GradientTransformation, every_k: int) -> Accumul
         return jax.lax.cond(state.micro_step >= every_k, of_window, unfinished)
 
     accumulation = Accumulation(init, update)
-    accumulation.halves = add, finish
+    accumulation.every_k, accumulation.halves = every_k, (add, finish)
     return accumulation

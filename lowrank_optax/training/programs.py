@@ -6,15 +6,14 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from lowrank_optax.binding.optimizer import bind
-from lowrank_optax.due import due_again, due_by_path
+from lowrank_optax.due import due_by_path
 from lowrank_optax.training.modules import Model, put_together, taken_apart
 from lowrank_optax.training.placed import Placed, mesh_of, on_mesh, placed_of, whole_on
-from lowrank_optax.training.renewals import AHEAD, Renewals, first_register
+from lowrank_optax.training.renewals import AHEAD, Renewals
 from lowrank_optax.training.shapes import shapes_of
 from lowrank_optax.training.step import Step, TrainState, jitted
 
@@ -69,7 +68,7 @@ class TrainStep:
         return self.state_of(params, on_mesh(self._given.optimizer.init(arrays), mesh))
 
     def state_of(self, params: Any, optimizer: Any) -> TrainState:
-        """Returns the state with an optimizer's state, and with all bases due.
+        """Returns the state with an optimizer's state, and what it has to renew next.
 
         Use it where the optimizer's state was made elsewhere, with shardings of its
         own for instance. Shapes give shapes.
@@ -78,12 +77,11 @@ class TrainStep:
             params: Parameters, or a module of Flax NNX.
             optimizer: State of the optimizer, as ``self.optimizer`` makes it.
         """
-        arrays = taken_apart(params).params
-        binding = bind(self._given.optimizer, arrays)
+        model = taken_apart(params)
+        arrays, step = model.params, self._given.of(model)
 
         def register(state):
-            again = list(due_again(binding, state, AHEAD).values())
-            return first_register(jnp.array(again, bool))
+            return step.due_first(arrays, state)
 
         mesh = mesh_of(arrays, optimizer)
         whole = None if mesh is None else whole_on(mesh)

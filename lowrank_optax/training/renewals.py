@@ -6,6 +6,7 @@ been renewed meanwhile.
 """
 
 import collections
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,17 +19,17 @@ AHEAD = 2
 NOT_DUE, DUE, ALWAYS = 0, 1, 2
 
 
-def first_register(again: jax.Array) -> jax.Array:
-    """Returns the register before the first step: all bases are due.
+def first_register(due: Sequence[jax.Array]) -> jax.Array:
+    """Returns the register before the first step.
 
     A register is int8 (AHEAD + 1, bases): what the next steps have to renew, the next
     step first.
 
     Args:
-        again: bool (bases,); whether a basis is due once more within AHEAD updates.
+        due: bool (AHEAD + 1,) for each basis: whether these steps have to renew it.
     """
-    row = jnp.where(again, ALWAYS, DUE).astype(jnp.int8)
-    return jnp.tile(row, (AHEAD + 1, 1))
+    rows = jnp.array(due, bool).reshape(-1, AHEAD + 1).T
+    return jnp.where(rows, ALWAYS, NOT_DUE).astype(jnp.int8)
 
 
 def next_register(register: jax.Array, renews: bool, due: jax.Array) -> jax.Array:

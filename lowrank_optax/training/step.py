@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.binding.optimizer import Binding, bind
-from lowrank_optax.due import due_again, due_by_path
+from lowrank_optax.due import due_again, due_by_path, due_next
 from lowrank_optax.gradients.variants import SubspaceValueAndGrad
 from lowrank_optax.matrix.arrays import wide
 from lowrank_optax.projected import Sketch
@@ -18,7 +18,12 @@ from lowrank_optax.training.accumulate import Accumulation
 from lowrank_optax.training.host_memory import moved_late, on_devices
 from lowrank_optax.training.modules import Model, loss_of
 from lowrank_optax.training.placed import Placed, whole_on
-from lowrank_optax.training.renewals import AHEAD, ALWAYS, next_register
+from lowrank_optax.training.renewals import (
+    AHEAD,
+    ALWAYS,
+    first_register,
+    next_register,
+)
 
 Refresh = Literal["sketch", "full"]
 
@@ -78,6 +83,12 @@ class Step:
     def _gradient_with(self, full_gradients: Sequence[str]) -> SubspaceValueAndGrad:
         loss = loss_of(self.loss_fn, self.has_aux, self.graph)
         return SubspaceValueAndGrad(loss, self.optimizer, True, full_gradients)
+
+    def due_first(self, params: Any, state: Any) -> jax.Array:
+        """Returns the register before a step from an optimizer's state."""
+        binding = bind(self.optimizer, params)
+        due = due_next(binding, state, AHEAD + 1, self._sketched(binding, state))
+        return first_register(list(due.values()))
 
     def _due(self, params: Any, state: Any) -> jax.Array:
         """Returns what the step has to renew that comes AHEAD steps after the next one.

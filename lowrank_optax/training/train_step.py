@@ -39,7 +39,8 @@ def train_step(
     (:func:`lowrank_optax.subspace_value_and_grad`), updates, and renews the bases that
     are due. Two programs are compiled: one renews, the other does not. The host knows
     from the state which one is next, and does not wait for the device: it reads what
-    the step before the last two has said. For ``every`` this is exact. A basis that is
+    the step before the last two has said. For ``every`` this is exact, unless a
+    gradient is zero or not finite. A basis that is
     due ``on_convergence`` comes two steps later, from a sketch three. The state holds
     what the next steps have to renew, so that a run that goes on from a saved state is
     the same run.
@@ -123,7 +124,14 @@ def train_step(
             raise ValueError(f"{name} must be one of {choices}, got {value!r}.")
     if oversample is not None and oversample < 0:
         raise ValueError(f"oversample must be >= 0, got {oversample}.")
-    if micro_batches > 1 and not isinstance(optimizer, Accumulation):
+    if isinstance(optimizer, Accumulation):
+        if optimizer.every_k != micro_batches:
+            raise ValueError(
+                f"the optimizer accumulates {optimizer.every_k} micro-batches, and "
+                f"micro_batches is {micro_batches}: a step takes all micro-batches of "
+                "an update. Give the optimizer inside, and micro_batches."
+            )
+    elif micro_batches > 1:
         optimizer = accumulate(optimizer, micro_batches)
     step = Step(
         loss_fn=loss_fn,

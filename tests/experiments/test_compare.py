@@ -387,6 +387,71 @@ def test_what_was_cut_off_is_run_again(started, tmp_path):
     assert not started
 
 
+@pytest.mark.parametrize("kept", [0, 1])
+def test_a_line_that_was_cut_off_costs_no_other_result(started, tmp_path, kept):
+    assert run(tmp_path) == 0
+    path = tmp_path / "out/results.jsonl"
+    whole = results(tmp_path)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:kept]) + lines[kept][:8])
+    assert run(tmp_path) == 0
+    assert run(tmp_path) == 0
+    assert results(tmp_path) == whole
+
+
+def test_a_broken_line_before_others_is_named_and_nothing_is_written(
+    started, tmp_path, capsys
+):
+    assert run(tmp_path) == 0
+    path = tmp_path / "out/results.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text(lines[0] + lines[1][:8] + "\n" + "".join(lines[2:]))
+    before = path.read_text()
+    capsys.readouterr()
+    started.clear()
+    assert run(tmp_path) == 2
+    assert "results.jsonl, line 2 is no record" in one_error_line(capsys)
+    assert path.read_text() == before
+    assert not started
+
+
+def test_rates_of_other_settings_are_not_taken(started, tmp_path):
+    source, other = tmp_path / "source", tmp_path / "other"
+    source.mkdir()
+    other.mkdir()
+    assert run(source) == 0
+    path = source / "out/results.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    # As good as can be, with an option that the method has no longer.
+    stale = [
+        {**line, "learning_rate": 1.0, "validation_loss": 0.0, "flags": {"rank": 3}}
+        for line in lines
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines + stale))
+    started.clear()
+    flags = ["--rates-from", str(source / "out"), "--data", "other"]
+    assert run(other, *flags) == 0
+    assert {float(call["--learning-rate"]) for call in started} == {0.008}
+
+
+def test_a_suite_takes_its_own_rates_of_a_method_that_is_like_another(
+    started, tmp_path, monkeypatch
+):
+    like = [
+        dataclasses.replace(contender, like=f"another {contender.name}")
+        for contender in SUITE.contenders
+    ]
+    suite = dataclasses.replace(SUITE, contenders=tuple(like))
+    monkeypatch.setitem(suites.SUITES, "cpu-small", suite)
+    source, other = tmp_path / "source", tmp_path / "other"
+    source.mkdir()
+    other.mkdir()
+    assert run(source) == 0
+    flags = ["--rates-from", str(source / "out"), "--data", "other"]
+    assert run(other, *flags) == 0
+    assert len(started) == 10 + 4
+
+
 def test_a_directory_where_nothing_was_done_takes_other_data(
     started, tmp_path, monkeypatch
 ):

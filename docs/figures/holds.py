@@ -1,0 +1,81 @@
+"""Loss against tokens per parameter, from two comparisons of one model."""
+
+from collections.abc import Iterable, Mapping
+
+from matplotlib.figure import Figure
+
+from benchmarks.suite_tables import RESULTS, rows
+from docs.figures.style import BLUE, FAINT, GREEN, GREY, ORANGE, PURPLE, new
+from experiments.comparison.rows import Row
+from experiments.comparison.suites import SUITES
+
+# Bytes of AdamW's float32 moments, for each parameter.
+_ADAMW = 8
+# By the method's name in cpu-small.
+_SHOWN = {
+    "scale": ("SCALE", FAINT),
+    "low_rank_muon dct r=16 8 bits": ("low_rank_muon, cosines, d/8", GREEN),
+    "sumo dct r=104 8 bits": ("sumo, cosines, 13d/16", PURPLE),
+    "low_rank_muon dct r=104 8 bits": ("low_rank_muon, cosines, 13d/16", BLUE),
+    "muon": ("Muon", ORANGE),
+    "normuon": ("NorMuon", "#b8860b"),
+}
+
+
+def found(suites: Iterable[str]) -> dict[str, dict[str, Row]]:
+    """Returns suite -> method, as cpu-small names it, -> row; of those with results."""
+    there = [x for x in suites if (RESULTS / x / "results.jsonl").exists()]
+    like = {x: {c.name: c.like for c in SUITES[x].contenders} for x in there}
+    of_small = {c.name for c in SUITES["cpu-small"].contenders}
+
+    def name(suite: str, method: str) -> str:
+        return method if method in of_small else like[suite][method] or method
+
+    return {x: {name(x, row.method): row for row in rows(x)} for x in there}
+
+
+def tokens_per_parameter(row: Row) -> float:
+    """Returns the tokens that a run has trained on, for each parameter."""
+    run = row.runs[0]
+    return run["tokens"] / (run["adamw_state_bytes"] // _ADAMW)
+
+
+def loss_against_tokens() -> Figure:
+    """Difference to AdamW's loss, against tokens per parameter."""
+    suites = found(("cpu-small", "cpu-long"))
+    places = {x: tokens_per_parameter(suites[x]["adamw"]) for x in suites}
+    figure = _differences(suites, places)
+    (axes,) = figure.axes
+    axes.set_xlabel("tokens per parameter")
+    return figure
+
+
+def _differences(
+    suites: Mapping[str, Mapping[str, Row]], places: Mapping[str, float]
+) -> Figure:
+    """Draws each seed's difference to AdamW's mean, and lines through the means."""
+    figure, axes = new(height=3.8)
+    adamw = {suite: rows["adamw"].mean for suite, rows in suites.items()}
+    for method, (name, color) in _SHOWN.items():
+        line = []
+        for suite, of_suite in suites.items():
+            if method not in of_suite:
+                continue
+            row = of_suite[method]
+            percent = [100 * (loss / adamw[suite] - 1) for loss in row.losses]
+            axes.plot([places[suite]] * len(percent), percent, ".", color=color)
+            line.append((places[suite], 100 * (row.mean / adamw[suite] - 1)))
+        if len(line) > 1:
+            axes.plot(*zip(*line, strict=True), color=color, label=name)
+    axes.axhline(0, color=GREY, linestyle=":", label="AdamW")
+    axes.set_xscale("log")
+    ticks = list(places.values())
+    axes.set_xticks(ticks, [f"{x:.2g}" if x < 100 else f"{x:g}" for x in ticks])
+    axes.minorticks_off()
+    axes.set_ylabel("loss against AdamW's, %")
+    axes.grid(axis="y")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+FIGURES = {"loss_against_tokens": loss_against_tokens}
