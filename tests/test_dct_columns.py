@@ -307,3 +307,20 @@ def test_a_checkpoint_keeps_the_numbers(tmp_path):
         like = jax.eval_shape(scaled().init, PARAMS)
         found = checkpointer.restore(tmp_path / "state", like)
     jax.tree.map(np.testing.assert_array_equal, found, state)
+
+
+def test_bytes_are_spread_anew_without_a_loss_of_columns():
+    """Low numbers show a short side, which must not cut the leaf."""
+    params = {"low": jnp.zeros((40, 24)), "any": jnp.zeros((40, 24))}
+    tx = lowrank_optax.low_rank_muon(0.1, rank=8, basis=dct_columns())
+    state = tx.init(params)
+    before = lowrank_optax.capacities(state)
+    assert lowrank_optax.capacities(lowrank_optax.reallocate(state, bucket=4)) == before
+    low = dct_columns().columns(jnp.arange(8)[None], 24, jnp.float32)
+    rng = np.random.default_rng(0)
+    normal = jnp.asarray(rng.normal(size=(40, 24)), jnp.float32)
+    _, state = tx.update({"low": normal[:, :8] @ low.T, "any": normal}, state, params)
+    assert set(np.ravel(subspaces(state)["['low']"].basis).tolist()) == set(range(8))
+    spread = lowrank_optax.capacities(lowrank_optax.reallocate(state, bucket=4))
+    assert spread["['low']"] >= 8
+    assert sum(spread.values()) == sum(before.values())

@@ -67,13 +67,13 @@ class Compaction:
 def _refitted(opt_state: Any, peaks: dict[str, int], most: int) -> Any:
     """Returns the state with the columns of the peaks, if that pays.
 
-    A leaf that wants to grow always pays; the others are then cut beside it.
+    A leaf that wants to grow always pays; the others are then cut beside it. Every
+    projected side is longer than the rank, and so than ``most``.
     """
     bucket = max(1, most // 8)
     found = lowrank_optax.columns(opt_state)
     wanted = {
-        path: min(most, leaf.most, bucket * math.ceil(peaks[path] / bucket))
-        for path, leaf in found.items()
+        path: min(most, bucket * math.ceil(peaks[path] / bucket)) for path in found
     }
     total = sum(leaf.capacity * leaf.bytes_per_column for leaf in found.values())
     freed = sum(

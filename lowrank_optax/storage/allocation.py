@@ -117,7 +117,8 @@ def allocate(
     The gains of a leaf fall from bucket to bucket. Giving each bucket to the largest
     gain per byte is therefore optimal for whole buckets, up to the last bucket.
     """
-    most = {path: leaf.most - 1 for path, leaf in found.items()}
+    # Column numbers may show less of a side than the capacity that is there.
+    most = {path: max(leaf.most - 1, leaf.capacity) for path, leaf in found.items()}
     wanted = {path: min(bucket, most[path]) for path in found}
     spent = sum(wanted[path] * leaf.bytes_per_column for path, leaf in found.items())
     if spent > limit:

@@ -167,3 +167,32 @@ def test_a_resumed_run_cuts_and_grows_as_the_whole_one(tmp_path):
     halves, second = tuned(state, Compaction(**saved), ranks[half:], half)
     assert first + second == expected
     jax.tree.map(np.testing.assert_array_equal, halves, whole)
+
+
+@pytest.mark.parametrize("basis", ["range_finder", "dct"])
+def test_columns_come_back_with_the_demand(basis):
+    """Column numbers do not show the side: they must not keep a leaf small."""
+    rule = {
+        "range_finder": lowrank_optax.range_finder,
+        "dct": lowrank_optax.dct_columns,
+    }
+    tx = lowrank_optax.adarankgrad(
+        0.1,
+        lowrank_optax.energy_rank(RANK, 1e-2, min_rank=1, smoothing=0.0),
+        basis=rule[basis](),
+        refresh=lowrank_optax.every(1, stagger=False),
+    )
+    params = {"w": jnp.zeros((40, 24))}
+    columns = lowrank_optax.dct_columns().columns(
+        jnp.arange(RANK)[None], 24, jnp.float32
+    )
+    rng, state, update = np.random.default_rng(0), tx.init(params), jax.jit(tx.update)
+    compaction, found = Compaction(), []
+    for step in range(8 * LOOKS):
+        count = 2 if step < LOOKS else RANK
+        left = jnp.asarray(rng.normal(size=(40, count)), jnp.float32)
+        _, state = update({"w": left @ columns[:, :count].T}, state, params)
+        state = compaction.look(state, False, RANK)
+        found.append(lowrank_optax.capacities(state)["['w']"])
+    assert min(found) < RANK
+    assert found[-1] == RANK
