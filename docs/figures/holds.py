@@ -4,14 +4,13 @@ from collections.abc import Iterable, Mapping
 
 from matplotlib.figure import Figure
 
-from benchmarks.suite_tables import RESULTS, rows
+from benchmarks.suite_tables import rows
 from docs.figures.style import BLUE, FAINT, GREEN, GREY, ORANGE, PURPLE, new
 from experiments.comparison.rows import Row
-from experiments.comparison.suites import SUITES
 
 # Bytes of AdamW's float32 moments, for each parameter.
 _ADAMW = 8
-# By the method's name in cpu-small.
+# Method -> its name in the figure, and its colour.
 _SHOWN = {
     "scale": ("SCALE", FAINT),
     "low_rank_muon dct r=16 8 bits": ("low_rank_muon, cosines, d/8", GREEN),
@@ -23,15 +22,8 @@ _SHOWN = {
 
 
 def found(suites: Iterable[str]) -> dict[str, dict[str, Row]]:
-    """Returns suite -> method, as cpu-small names it, -> row; of those with results."""
-    there = [x for x in suites if (RESULTS / x / "results.jsonl").exists()]
-    like = {x: {c.name: c.like for c in SUITES[x].contenders} for x in there}
-    of_small = {c.name for c in SUITES["cpu-small"].contenders}
-
-    def name(suite: str, method: str) -> str:
-        return method if method in of_small else like[suite][method] or method
-
-    return {x: {name(x, row.method): row for row in rows(x)} for x in there}
+    """Returns suite -> method -> row."""
+    return {suite: {row.method: row for row in rows(suite)} for suite in suites}
 
 
 def tokens_per_parameter(row: Row) -> float:
@@ -70,7 +62,7 @@ def _differences(
     axes.axhline(0, color=GREY, linestyle=":", label="AdamW")
     axes.set_xscale("log")
     ticks = list(places.values())
-    axes.set_xticks(ticks, [f"{x:.2g}" if x < 100 else f"{x:g}" for x in ticks])
+    axes.set_xticks(ticks, [f"{x:.2g}" for x in ticks])
     axes.minorticks_off()
     axes.set_ylabel("loss against AdamW's, %")
     axes.grid(axis="y")

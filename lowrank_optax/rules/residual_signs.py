@@ -23,7 +23,8 @@ class Sign(Stateless):
 def sign_residual(weight: jax.typing.ArrayLike = 1.0) -> Sign:
     """The signs of the residual, as in FRUGAL.
 
-    U = scale (N P^T + weight sign(G - R P^T)). The rule has no state. Every update
+    U = scale (N P^T + weight sign(G - R P^T)). An entry of G - R P^T counts as 0 up to
+    four roundings of its row of G. The rule has no state. Every update
     needs the full gradient: subspace gradients are not possible, and ``accumulate``
     adds up full gradients.
 
