@@ -2,13 +2,13 @@
 
 import functools
 import json
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from experiments.comparison.flags import present, resolved
+from experiments.comparison.flags import present, settings_of
 from experiments.comparison.rows import Row, rows_of
+from experiments.comparison.search import untried
 from experiments.comparison.suites import SUITES
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -23,13 +23,6 @@ def rows(suite: str) -> list[Row]:
 
     Args:
         suite: Name of the suite, and of its folder in ``benchmarks/results``.
-    """
-    least = len(SUITES[suite].seeds) if _is_searched(suite) else 1
-    return [row for row in rows_of(_records(suite)) if len(row.losses) >= least]
-
-
-def _records(suite: str) -> list[dict[str, Any]]:
-    """Returns the records of a suite's methods with their present settings.
 
     Raises:
         ValueError: If the results are of other settings of the suite.
@@ -38,8 +31,9 @@ def _records(suite: str) -> list[dict[str, Any]]:
     of_suite = SUITES[suite]
     if _definition(suite)["flags"] != of_suite.flags:
         raise ValueError(f"the results of {suite} are of other flags of the suite.")
-    flags_of = {c.name: resolved(c, of_suite) for c in of_suite.contenders}
-    return present(map(json.loads, text.splitlines()), flags_of)
+    records = present(map(json.loads, text.splitlines()), settings_of(of_suite))
+    least = len(of_suite.seeds) if _is_searched(suite) else 1
+    return [row for row in rows_of(records) if len(row.losses) >= least]
 
 
 def _is_searched(suite: str) -> bool:
@@ -52,30 +46,6 @@ def _definition(suite: str) -> dict[str, Any]:
     return json.loads((RESULTS / suite / "suite.json").read_text("utf-8"))
 
 
-def untried(row: Row, suite: str) -> int | None:
-    """Returns how many neighbours of the best rates were not tried, of four.
-
-    None, if nothing was searched: the method has the rates of another one.
-    """
-    like = {c.name: c.like for c in SUITES[suite].contenders}
-    if like[row.method] in like or not _is_searched(suite):
-        return None
-    tried = {
-        (x["learning_rate"], x["block_learning_rate"])
-        for x in _records(suite)
-        if x["method"] == row.method and x["seed"] == 0
-    }
-    best = row.learning_rate, row.block_learning_rate
-    around = [(2, 1), (0.5, 1), (1, 2), (1, 0.5)]
-    return sum(
-        not any(
-            math.isclose(rest, best[0] * x) and math.isclose(blocks, best[1] * y)
-            for rest, blocks in tried
-        )
-        for x, y in around
-    )
-
-
 def table(suite: str) -> Rows:
     """Yields the rows of a suite, by rising loss."""
     yield [
@@ -83,9 +53,13 @@ def table(suite: str) -> Rows:
         *("to Muon", "block state", "whole state", "runs", "neighbours not tried"),
     ]
     found = rows(suite)
+    like = {c.name: c.like for c in SUITES[suite].contenders}
+    is_searched = _is_searched(suite)
     means = {row.method: row.mean for row in found}
     for row in found:
-        missing = untried(row, suite)
+        # The others have the rates of another method.
+        searched = is_searched and like[row.method] not in like
+        best = row.learning_rate, row.block_learning_rate
         yield [
             f"`{row.method}`",
             row.rates,
@@ -95,7 +69,7 @@ def table(suite: str) -> Rows:
             f"{row.block_share:.3f}",
             f"{row.share:.3f}",
             str(row.tried),
-            "" if missing is None else str(missing),
+            str(len(untried(best, row.searched))) if searched else "",
         ]
 
 

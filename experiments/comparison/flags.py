@@ -30,6 +30,11 @@ def resolved(contender: Contender, suite: Suite) -> dict[str, Any]:
     return in_use(found)
 
 
+def settings_of(suite: Suite) -> dict[str, dict[str, Any]]:
+    """Returns name of a contender -> its settings, see :func:`resolved`."""
+    return {c.name: resolved(c, suite) for c in suite.contenders}
+
+
 def in_use(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings without those that are None: nobody uses these.
 
@@ -39,12 +44,12 @@ def in_use(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def present(
-    records: Iterable[dict[str, Any]], flags_of: Mapping[str, Mapping[str, Any]]
+    records: Iterable[dict[str, Any]], settings: Mapping[str, Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
     """Returns the records of methods with their present settings.
 
     Args:
         records: Lines of results.jsonl.
-        flags_of: Name of a method -> from :func:`resolved`.
+        settings: Of the suite, from :func:`settings_of`.
     """
-    return [x for x in records if flags_of.get(x["method"]) == in_use(x["flags"])]
+    return [x for x in records if settings.get(x["method"]) == in_use(x["flags"])]

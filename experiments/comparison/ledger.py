@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.comparison.flags import in_use, present, resolved
+from experiments.comparison.flags import in_use, present, settings_of
 from experiments.comparison.measures import Measure
 from experiments.comparison.rows import rows_of
 from experiments.comparison.suites import SUITES
@@ -133,8 +133,7 @@ def rates_of(directory: Path, measure: Measure) -> dict[str, tuple[float, float]
         )
     if suite := SUITES.get(definition["suite"]):
         suite = dataclasses.replace(suite, flags=definition["flags"])
-        flags_of = {c.name: resolved(c, suite) for c in suite.contenders}
-        records = present(records, flags_of)
+        records = present(records, settings_of(suite))
     return best_rates(records, len(definition["seeds"]), measure)
 
 

@@ -22,6 +22,7 @@ class Row:
             token, or 1 less a metric; infinite if it diverged.
         runs: The records of these seeds.
         tried: Number of all runs of the method.
+        searched: All rates that were tried, of the rest and of the blocks.
         diverged: (rates, step) of each diverged run.
     """
 
@@ -31,6 +32,7 @@ class Row:
     losses: tuple[float, ...]
     runs: tuple[Mapping[str, Any], ...]
     tried: int
+    searched: frozenset[tuple[float, float]]
     diverged: tuple[tuple[float, float, int], ...]
 
     @property
@@ -105,6 +107,7 @@ def _row(records: Sequence[Mapping[str, Any]], measure: Measure) -> Row:
         losses=tuple(map(measure.cost, by_rates[best])),
         runs=tuple(by_rates[best]),
         tried=len(records),
+        searched=frozenset(by_rates),
         diverged=tuple(
             (record["learning_rate"], record["block_learning_rate"], record["step"])
             for record in sorted(records, key=lambda record: record["step"])

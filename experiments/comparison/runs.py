@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from experiments.arguments import words_of
-from experiments.comparison.flags import fields_of, present, resolved
+from experiments.comparison.flags import fields_of, present, settings_of
 from experiments.comparison.ledger import RUNS, Ledger, best_rates, rates_of
 from experiments.comparison.options import Options, chosen_names
 from experiments.comparison.outcome import outcome
@@ -60,7 +60,7 @@ class Comparison:
         self._chosen = [
             c for c in self.suite.contenders if c.name in chosen_names(options)
         ]
-        self._flags_of = {c.name: resolved(c, suite) for c in suite.contenders}
+        self._settings = settings_of(suite)
         self._rates_from = rates_from
         self._rates = rates_from and rates_of(rates_from, suite.measure)
         self._lock = threading.Lock()
@@ -90,7 +90,7 @@ class Comparison:
     @property
     def records(self) -> list[dict[str, Any]]:
         """The records of the suite's methods with their present settings."""
-        return present(list(self._ledger.records), self._flags_of)
+        return present(list(self._ledger.records), self._settings)
 
     def report(self) -> None:
         """Writes the table and the figures of the finished runs."""
@@ -178,7 +178,7 @@ class Comparison:
         """Returns the record of a run, from the file or from running it."""
         key = {
             "method": contender.name,
-            "flags": self._flags_of[contender.name],
+            "flags": self._settings[contender.name],
             "learning_rate": rates[0],
             "block_learning_rate": rates[1],
             "seed": seed,
@@ -221,7 +221,7 @@ class Comparison:
 
     def _run(self, contender: Contender, rates, seed: int) -> dict[str, Any]:
         """Runs one process to its end; returns the outcome in its directory."""
-        settings = json.dumps(self._flags_of[contender.name], sort_keys=True)
+        settings = json.dumps(self._settings[contender.name], sort_keys=True)
         digest = hashlib.sha256(settings.encode()).hexdigest()[:6]
         name = f"{contender.name}-{rates[0]:g}-{rates[1]:g}-{seed}-{digest}"
         name = name.replace(" ", "-")

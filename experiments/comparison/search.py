@@ -1,7 +1,7 @@
 """The search over two learning rates, the same for every method."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from experiments.comparison.suite import Contender, Suite
@@ -56,6 +56,19 @@ def next_point(
         if point not in losses:
             return point
     return None
+
+
+def untried(
+    best: tuple[float, float], tried: Collection[tuple[float, float]]
+) -> list[tuple[float, float]]:
+    """Returns the neighbours of the best rates that are not among those tried."""
+
+    def near(ours, theirs):
+        return all(math.isclose(a, b) for a, b in zip(ours, theirs, strict=True))
+
+    rest, blocks = best
+    around = [(rest * 2.0**i, blocks * 2.0**j) for i, j in _NEIGHBOURS]
+    return [point for point in around if not any(near(point, x) for x in tried)]
 
 
 def best_point(losses: Mapping[Point, float]) -> Point:

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from experiments.comparison.flags import present, resolved
+from experiments.comparison.flags import present, settings_of
 from experiments.comparison.joined import joined_table
 from experiments.comparison.ledger import RESULTS_FILE, SUITE_FILE, Ledger
 from experiments.comparison.options import Options, chosen_tasks, suite_of
@@ -112,8 +112,8 @@ class Comparisons:
         if task.name in self._comparisons:
             return self._comparisons[task.name].records
         suite = self._suite.of_task(task)
-        flags_of = {c.name: resolved(c, suite) for c in suite.contenders}
-        return present(read_lines(self.directory / task.name / RESULTS_FILE), flags_of)
+        records = read_lines(self.directory / task.name / RESULTS_FILE)
+        return present(records, settings_of(suite))
 
 
 def _rates_of_task(directory: Path | None, name: str) -> Path | None:

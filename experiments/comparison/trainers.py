@@ -5,11 +5,10 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from experiments.arguments import words_of
 from experiments.comparison.examples import find_examples
 from experiments.model.shape import MODELS
 from experiments.optim.tuning import with_tuning_defaults
-from experiments.run.config import PRETRAINING, complete
+from experiments.run.config import PRETRAINING, Config, complete
 from experiments.run.settings import Settings
 from experiments.tuning.config import TUNING
 from experiments.tuning.flags import TuningConfig
@@ -36,8 +35,10 @@ class Trainer:
     has_learned: Callable[[Mapping[str, Any]], bool]
 
 
-def _pretraining(fields: Mapping[str, Any]) -> Any:
-    config = PRETRAINING.parse(words_of(fields))
+# Both without the seconds that the command line of each contender would take.
+def _pretraining(fields: Mapping[str, Any]) -> Config:
+    config = Config(**fields)
+    PRETRAINING.check(config, frozenset(fields))
     return complete(config, hidden_size=MODELS[config.model]["hidden_size"])
 
 
@@ -52,7 +53,6 @@ def _has_fallen(summary: Mapping[str, Any]) -> bool:
 
 
 def _tuning(fields: Mapping[str, Any]) -> TuningConfig:
-    # Without the seconds that the command line of each contender would take.
     config = TuningConfig(**fields)
     # Of the length, the warm-up alone depends on it.
     defaults = with_tuning_defaults(config, steps=config.steps or 1)

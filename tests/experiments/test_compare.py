@@ -30,6 +30,7 @@ from experiments.comparison.search import best_point, next_point
 from experiments.comparison.trainers import TUNER
 from experiments.optim.methods import OPTIMIZERS
 from experiments.run.config import complete, parse
+from experiments.run.settings import to_json
 from experiments.tuning.config import TUNING
 from experiments.tuning.flags import TuningConfig
 from tests.experiments.small_runs import one_error_line, write_inputs
@@ -612,18 +613,18 @@ def test_suites_name_methods_and_flags_that_exist():
 @pytest.mark.usefixtures("one_device")
 def test_a_real_run_is_started_and_recorded(tmp_path, monkeypatch):
     flags = write_inputs(tmp_path)
-    fields = dict(zip((word[2:] for word in flags[::2]), flags[1::2], strict=True))
-    data = fields.pop("data")
+    fields = to_json(parse(flags))
+    names = [word[2:].replace("-", "_") for word in flags[::2] if word != "--data"]
     suite = suites.Suite(
         "one method",
-        {name.replace("-", "_"): value for name, value in fields.items()},
+        {name: fields[name] for name in names},
         (suites.Contender("adamw", {"optimizer": "adamw"}, 0.125),),
         seeds=(0,),
         search=1,
     )
     monkeypatch.setitem(suites.SUITES, "cpu-small", suite)
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    assert run(tmp_path, "--data", data) == 0
+    assert run(tmp_path, "--data", fields["data"]) == 0
     (record,) = results(tmp_path)
     assert record["status"] == "finished"
     assert record["step"] == 4
