@@ -91,6 +91,11 @@ OF_ALL_RUNS = (
         "{c.optimizer} has no moments that can be stored in bits",
     ),
     Rule(
+        ("moment_bits",),
+        lambda c, m: c.optimizer == "muon" and c.momentum == 0,
+        "muon --momentum 0 has no moments",
+    ),
+    Rule(
         ("basis_bits",),
         lambda c, m: c.basis_bits is not None and "bases" not in m.codes,
         "{c.optimizer} stores no bases",

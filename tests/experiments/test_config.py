@@ -121,6 +121,7 @@ UNUSED = {
     "--optimizer sumo --basis dct --basis-bits 8": "stores numbers of columns",
     "--optimizer sumo --basis dct --power-iterations 1": "no power iterations",
     "--optimizer optax_galore --moment-bits 8": "optax_galore has no moments",
+    "--optimizer muon --momentum 0 --moment-bits 8": "muon --momentum 0 has no moments",
     "--optimizer lora --vocabulary-optimizer projected": "trains block matrices only",
     "--rounding nearest": "parameters are float32 without --param-dtype bfloat16",
     "--optimizer galore --compact": "galore uses all columns of its rank",
