@@ -16,7 +16,8 @@ if __name__ == "__main__":
 
 from rich.console import Console
 
-from experiments.run.command import run_training, train_and_finish
+from experiments.distribution.processes import is_first, wait_for_all
+from experiments.run.command import run_training, status_of, train_and_finish
 from experiments.run.figures import draw_figures
 from experiments.run.files import SUMMARY_FILE, write_json
 from experiments.run.metrics import read_metrics
@@ -43,17 +44,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(config: TuningConfig, console: Console) -> int:
     if config.seeds == 1:
-        return train_and_finish(config, assemble, finish, console)
-    configs = seeds.configs_of(config)
+        return status_of(train_and_finish(config, assemble, finish, console))
+    parent, configs = seeds.begin(config)
     for one in configs:
         # What is done stays; what was stopped is gone on with.
         if config.resume and seeds.is_finished(one):
             continue
         console.print(f"seed {one.seed}", highlight=False)
-        status = train_and_finish(one, assemble, finish, console)
-        if status or not seeds.is_finished(one):
-            return status
-    seeds.report(configs, console)
+        stopped = train_and_finish(one, assemble, finish, console, whole=parent)
+        if stopped is not None:
+            return status_of(stopped)
+        # The first process still writes results when the others are here.
+        wait_for_all(f"seed {one.seed}")
+    if is_first():
+        seeds.report(configs, console)
     return 0
 
 

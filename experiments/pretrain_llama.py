@@ -19,7 +19,7 @@ from rich.console import Console
 from experiments.model.adapters import merged
 from experiments.model.hugging_face import save_llama
 from experiments.run.assemble import assemble
-from experiments.run.command import run_training, train_and_finish
+from experiments.run.command import run_training, status_of, train_and_finish
 from experiments.run.config import parse
 from experiments.run.figures import draw_figures
 from experiments.run.files import SUMMARY_FILE, write_json
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(config: Config, console: Console) -> int:
-    return train_and_finish(config, assemble, finish, console)
+    return status_of(train_and_finish(config, assemble, finish, console))
 
 
 def finish(

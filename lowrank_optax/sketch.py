@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lowrank_optax.matrix.sharding import basis_axes, zeros_beside
 from lowrank_optax.rules.dct_columns import cosine_columns
-from lowrank_optax.rules.hashing import hashed, hashed_uniform
+from lowrank_optax.rules.hashing import hashed, hashed_seed, hashed_uniform
 from lowrank_optax.subspace import Projector, Subspace
 
 
@@ -54,7 +54,7 @@ def omegas_of(
         width = width_of(projector, oversample)
         key = projector.view.kept_size, width, projector.dtype
         if key not in known:
-            seed = hashed(jnp.asarray(projector.parts.seed).astype(jnp.uint32))
+            seed = hashed_seed(projector.parts.seed)
             known[key] = omega_of(hashed(seed + number), *key)
         found[path] = known[key]
     return found

@@ -17,7 +17,7 @@ from lowrank_optax.matrix.sharding import coordinate_axes, zeros_beside
 from lowrank_optax.matrix.view import MatrixView
 from lowrank_optax.parts import Parts
 from lowrank_optax.rules.dct_columns import DctColumns
-from lowrank_optax.rules.hashing import hashed
+from lowrank_optax.rules.hashing import hashed, hashed_seed
 from lowrank_optax.rules.random_bases import RandomBasis
 
 
@@ -145,7 +145,7 @@ class Projector:
             numbers: Numbers of the refreshes; (*stack,).
             name_hash: :attr:`name_hash` of this leaf, or of a leaf of the same kind.
         """
-        start = hashed(jnp.asarray(self.parts.seed).astype(jnp.uint32))
+        start = hashed_seed(self.parts.seed)
         start = hashed(start ^ jnp.asarray(name_hash, jnp.uint32))
         start = hashed(start + self._positions)
         return hashed(start + numbers.astype(jnp.uint32))

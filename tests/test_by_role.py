@@ -167,9 +167,9 @@ def test_projections_lists_the_roles_and_where_they_come_from():
         "['model']['layers']['0']['input_layernorm']['weight'] 16: "
         "frozen (pattern 'layernorm'), full size, not trained",
         "['model']['layers']['0']['mlp']['gate_proj']['weight'] 64x16: "
-        "hidden (a matrix), (64 x 16), columns projected, 16 -> 4",
+        "hidden (a matrix), (16 x 64), axes (1) x (0), rows projected, 16 -> 4",
         "['model']['layers']['0']['self_attn']['q_proj']['weight'] 16x16: "
-        "hidden (a matrix), (16 x 16), columns projected, 16 -> 4",
+        "hidden (a matrix), (16 x 16), axes (1) x (0), columns projected, 16 -> 4",
     ]
 
 

@@ -139,7 +139,9 @@ EQUINOX = {
     "blocks/attn/query_proj/weight": ((L, D, D), ((L,), D, D)),
     "blocks/attn/output_proj/weight": ((L, D, D), ((L,), D, D)),
     "blocks/norm/weight": ((L, D), False),
-    "blocks/mlp/layers/0/weight": ((L, F, D), ((L,), F, D)),
+    "blocks/mlp/layers/0/weight": ((L, F, D), ((L,), D, F)),
+    # A table of tokens begins with its input.
+    "embedding/weight": ((V, D), ((), V, D)),
     "blocks/mlp/layers/0/bias": ((L, F), False),
     "conv/weight": ((F, D, 3), ((), 3 * D, F)),
     "conv/bias": ((F, 1), False),

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 import lowrank_optax
 from lowrank_optax import codes
 from lowrank_optax.codes import Coded, is_coded
-from tests.suite import gradients, nnx_trained_beside, run, types
+from tests.suite import gradients, nnx_trained_beside, random_like, run, types
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -347,6 +347,18 @@ def test_a_state_of_another_setting_is_refused_by_name():
     plain = lowrank_optax.low_bit(OPTIMIZERS["galore"](), None, 4, min_size=1)
     with pytest.raises(ValueError, match=r"mu.* is signed, .* has float32"):
         plain.update(grads, state_of(8, 4), PARAMS)
+
+
+def test_a_moment_that_grows_past_the_least_size_stays_as_it_is():
+    """12 x 80 values are not coded, 16 x 80 would be: the state is trained on."""
+    params = random_like({"w": (64, 80), "b": (2000,)})
+    optimizer = lowrank_optax.low_bit(lowrank_optax.sumo(0.1, rank=12), min_size=1000)
+    state = optimizer.init(params)
+    assert jax.tree.leaves(state)  # the vector's moments are coded, the matrix's not
+    grown = lowrank_optax.resize(state, 16)
+    updates, after = optimizer.update(gradients(params, 0), grown, params)
+    assert jax.tree.structure(after) == jax.tree.structure(grown)
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(updates))
 
 
 @pytest.mark.parametrize(

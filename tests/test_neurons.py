@@ -114,6 +114,19 @@ def test_a_root_mean_square_of_zero_is_refused():
         scale_by_neuron(rms=0.0)
 
 
+def test_neurons_of_a_weight_are_along_its_first_axis():
+    """Equinox and PyTorch store (output, input): the update of the other is turned."""
+    given = {"up": {"weight": random_like({"w": (12, 8)})["w"]}}
+    turned = {"up": {"kernel": given["up"]["weight"].T}}
+    tx = scale_by_neuron()
+    ((found, state),) = run(tx, [given], given)
+    ((expected, _),) = run(tx, [turned], turned)
+    assert state.squares["up"]["weight"].shape == (12, 1)
+    np.testing.assert_allclose(
+        found["up"]["weight"], expected["up"]["kernel"].T, rtol=1e-5
+    )
+
+
 def test_the_state_is_a_vector_of_each_matrix():
     state = scale_by_neuron(dimension_numbers=NUMBERS).init(random_like(SHAPES))
     shapes = {name: x.shape for name, x in state.squares.items() if name != "b"}

@@ -155,6 +155,18 @@ def test_no_matrix_and_zeros_stay_zeros():
         assert form(jnp.zeros((0, 4, 16)), 5, MUON).shape == (0, 4, 16)
 
 
+def test_float16_has_zeros_and_large_entries():
+    """The norm of entries of 300 is no number of float16, and 1e-8 is 0 in it."""
+    assert not np.any(orthogonalized(jnp.zeros((4, 16), jnp.float16), 5, MUON))
+    x = jax.random.normal(jax.random.key(0), (4, 16))
+    large = (1000 * x).astype(jnp.float16)
+    assert np.max(np.abs(large)) > 300
+    found = orthogonalized(large, 5, MUON)
+    assert found.dtype == jnp.float16
+    # float16 has 11 bits; five steps enlarge a rounding of the input a few times.
+    np.testing.assert_allclose(found, orthogonalized(x, 5, MUON), atol=0.02)
+
+
 # --- coefficients ------------------------------------------------------------------
 
 

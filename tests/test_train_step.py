@@ -274,6 +274,65 @@ def test_keys_and_further_arguments():
         np.testing.assert_array_equal(metrics["aux"], jnp.array(expected))
 
 
+def test_each_of_several_keys_is_folded():
+    def loss(params, batch, keys):
+        noise = jnp.stack([jax.random.normal(key) for key in keys])
+        return jnp.mean(batch @ params["up"]), noise
+
+    params = {"up": random_like(SHAPES)["up"]}
+    keys = jax.random.split(jax.random.key(3), 2)
+    step = train_step(loss, optax.sgd(1.0), has_aux=True, micro_batches=3)
+    metrics = step(params, step.init(params), batches(1)[0], keys)[-1]
+    expected = [
+        [jax.random.normal(jax.random.fold_in(key, i)) for key in keys]
+        for i in range(3)
+    ]
+    np.testing.assert_array_equal(metrics["aux"], jnp.array(expected))
+
+
+def test_a_batch_without_weight_changes_nothing():
+    params = {"up": random_like(SHAPES)["up"]}
+    step = train_step(
+        lambda params, batch: jnp.mean((batch @ params["up"]) ** 2),
+        optax.sgd(1.0),
+        micro_batches=3,
+        weight=lambda batch, aux: 0.0,
+    )
+    before = jax.tree.map(jnp.copy, params)
+    found, _, metrics = step(params, step.init(params), batches(1)[0])
+    assert (metrics["loss"], metrics["grad_norm"]) == (0, 0)
+    jax.tree.map(np.testing.assert_array_equal, found, before)
+
+
+def test_the_mode_of_a_module_is_that_of_the_step():
+    """model.eval() between two steps turns dropout off, as in a new run."""
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.up = nnx.Linear(8, 20, rngs=rngs)
+            self.dropout = nnx.Dropout(0.9, rngs=rngs)
+
+        def __call__(self, x):
+            return self.dropout(self.up(x))
+
+    def loss(model, batch):
+        return jnp.mean(model(batch) ** 2)
+
+    model, x = Net(nnx.Rngs(0)), batches(1)[0]
+    step = train_step(loss, optax.sgd(0.0))
+    state = step.init(model)
+    model, state, dropped = step(model, state, x)
+    model.eval()
+    model, state, whole = step(model, state, x)
+    assert step.compilations == 2
+    # One program fuses the mean otherwise than the operations one by one.
+    np.testing.assert_allclose(whole["loss"], loss(model, x), rtol=1e-6)
+    assert abs(dropped["loss"] - whole["loss"]) > 0.01
+    model.eval()
+    step(model, state, x)
+    assert step.compilations == 2
+
+
 def test_modules_of_nnx_are_trained_in_place():
     class Net(nnx.Module):
         def __init__(self, rngs):
@@ -460,6 +519,15 @@ def test_a_refused_use_is_named_and_may_get_its_full_gradient():
             ),
             ValueError,
             "multiple of 5",
+        ),
+        (
+            lambda: trained(
+                train_step(loss_fn, low_rank(), metrics=lambda p, s: {"due": 1}),
+                random_like(SHAPES),
+                batches(1),
+            ),
+            ValueError,
+            "metrics has due, which a step uses itself",
         ),
         (
             lambda: train_step(loss_fn, low_rank())(

@@ -6,11 +6,10 @@ from pathlib import Path
 from experiments.data.files import TABLES, find_files
 from experiments.data.hub import parse_hub_text
 from experiments.errors import UserError
+from experiments.tasks.parts import TESTED
 from experiments.tasks.table import TASKS
 
 GLUE = "hub:nyu-mll/glue"
-# A data set of the hub whose examples to validate on are in a split of another name.
-_TESTED = {"hub:openai/gsm8k:main": "hub:openai/gsm8k:main:test"}
 
 
 def find_examples(
@@ -35,8 +34,8 @@ def find_examples(
     """
     if data == GLUE:
         return f"{data}:{task}", validation_data
-    if data in _TESTED:
-        return data, validation_data or _TESTED[data]
+    if data in TESTED:
+        return data, validation_data or TESTED[data]
     for spec in validation_data.split(",") if validation_data else ():
         _check_exists(spec)
     directory = Path(data)

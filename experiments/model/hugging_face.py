@@ -11,10 +11,12 @@ import numpy as np
 from flax import traverse_util
 
 from experiments.data.gguf_reader import is_gguf
+from experiments.errors import UserError
 from experiments.model.config_file import SavedTokenizer, read_config, write_config
 from experiments.model.gguf_files import load_gguf, read_gguf_shape
 from experiments.model.llama import Params
 from experiments.model.safetensors_files import (
+    StoredTensor,
     check_tensors,
     open_tensors,
     param_dtype,
@@ -143,5 +145,21 @@ def _opened(directory):
         # Old exports store the rotary frequencies, which follow from rope_theta.
         if not name.endswith(".rotary_emb.inv_freq")
     }
+    if config.tie_embeddings:
+        _drop_tied_head(directory, tensors)
     check_tensors(directory, tensors, shapes_of(config, _TENSORS))
     return dataclasses.replace(config, param_dtype=param_dtype(tensors)), tensors
+
+
+def _drop_tied_head(directory: Path, tensors: dict[str, StoredTensor]) -> None:
+    """Drops the head of a tied model: some converters write the embedding twice."""
+    names = _TENSORS["head",], _TENSORS["embedding",]
+    if not all(name in tensors for name in names):
+        return
+    head, embedding = (tensors[name].read() for name in names)
+    if not np.array_equal(head, embedding):
+        raise UserError(
+            f"{directory}: {names[0]} is not {names[1]}, but config.json says that "
+            "they are tied; set its tie_word_embeddings to false"
+        )
+    del tensors[names[0]]

@@ -86,18 +86,24 @@ def _run_together(config: Any, run: Callable[[Any, Console], int]) -> int:
 
 
 def train_and_finish(
-    config: Any, assemble: Assemble, finish: Finish, console: Console
-) -> int:
-    """Trains one run; returns the exit status.
+    config: Any,
+    assemble: Assemble,
+    finish: Finish,
+    console: Console,
+    whole: Path | None = None,
+) -> signal.Signals | None:
+    """Trains one run.
 
     Args:
         config: Checked.
         assemble: Builds the parts of the run.
         finish: Called at its end.
         console: Where to show progress.
+        whole: Directory of several runs to continue with; None: that of the run.
 
     Returns:
-        0: done, or stopped by SIGTERM and saved; 130: stopped by SIGINT, and saved.
+        What stopped the run, which is saved; None: it is done. All processes get the
+        same answer.
 
     Raises:
         UserError: If the run cannot be started or gone on with.
@@ -109,16 +115,20 @@ def train_and_finish(
         trained = train(parts, lock, console)
         lock.check()
         if trained.stopped_by is not None:
-            _say_how_to_resume(parts, trained, say)
-            is_term = trained.stopped_by == signal.SIGTERM
-            return 0 if is_term else 128 + signal.SIGINT
+            _say_how_to_resume(parts, trained, whole or parts.directory, say)
+            return trained.stopped_by
         if count() > 1:
             trained = dataclasses.replace(trained, params=on_host(trained.params))
             parts = parts.at_home()
         if is_first():
             finish(parts, trained, console)
         lock.check()
-    return 0
+    return None
+
+
+def status_of(stopped: signal.Signals | None) -> int:
+    """Returns the exit status of a run: 130 if SIGINT stopped it, else 0."""
+    return 128 + signal.SIGINT if stopped == signal.SIGINT else 0
 
 
 def lock_of(directory: Path) -> Lock | Unlocked:
@@ -126,10 +136,10 @@ def lock_of(directory: Path) -> Lock | Unlocked:
     return Lock(directory) if is_first() else Unlocked()
 
 
-def _say_how_to_resume(parts: Parts, trained: Trained, say) -> None:
+def _say_how_to_resume(parts: Parts, trained: Trained, whole: Path, say) -> None:
     # Its config.json says the rest.
     program = parts.settings.program
-    words = [*_command(program), "--out", str(parts.directory), "--resume"]
+    words = [*_command(program), "--out", str(whole), "--resume"]
     how = f"continue with\n  {shlex.join(words)}"
     if count() > 1:
         # What started the processes is not known here.

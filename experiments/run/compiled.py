@@ -45,7 +45,7 @@ class Programs:
         used = on_devices(opt_state)
         self.restart = jax.jit(
             lambda params, state, key: restarted(
-                params, jax.device_put(state, used), key
+                params, jax.device_put(state, used), key, draw=parts.work.draw
             ),
             donate_argnums=(0, 1),
             out_shardings=jax.tree.map(lambda x: x.sharding, (params, opt_state)),

@@ -8,7 +8,7 @@ import jax
 
 from experiments.data.pipeline import Data
 from experiments.data.tokenizers import Tokenizer
-from experiments.model.adapters import merged
+from experiments.model.adapters import Draw, merged
 from experiments.model.flops import training_flops_per_token
 from experiments.model.llama import apply
 from experiments.model.shape import LlamaConfig
@@ -42,6 +42,10 @@ class TextWork:
     @property
     def description(self) -> str:
         return self.data.description
+
+    @property
+    def draw(self) -> Draw:
+        return "normal"
 
     @property
     def digest(self) -> str:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 
 from experiments.errors import UserError
+from experiments.model.adapters import Draw
 
 Batch = Mapping[str, Any]
 # Runs a compiled Work.evaluate on a batch of NumPy arrays.
@@ -44,6 +45,7 @@ class Work(Protocol):
         first_batches: Shapes of batches whose steps are compiled at the start; those of
             other batches are compiled when they come.
         flops_per_token: Of a training step; None: not counted.
+        draw: How adapters are drawn.
     """
 
     @property
@@ -63,6 +65,9 @@ class Work(Protocol):
 
     @property
     def flops_per_token(self) -> float | None: ...
+
+    @property
+    def draw(self) -> Draw: ...
 
     def train_iterator(self) -> Any:
         """Returns a new iterator over training batches, from the start.

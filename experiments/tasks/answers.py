@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.data.chat import Chat
+from experiments.data.columns import check_characters
 from experiments.data.tokenizers import Tokenizer
 from experiments.errors import UserError
 from experiments.tasks.rows import Rows
@@ -223,6 +224,8 @@ def _exchange(messages: Any, place: object) -> Exchange:
                 f"{place}: a message is {message!r:.60}; give each a role and a "
                 "content, both of them text"
             )
+        for key in _FIELDS:
+            check_characters(message[key], key, str(place))
     if not is_list or len(messages) < 2 or messages[-1]["role"] != _ANSWERS:
         raise UserError(
             f"{place}: the messages do not end with an answer; give a list of at least "

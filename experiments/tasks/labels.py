@@ -20,8 +20,9 @@ def read_labels(
     """Returns the names of the classes, the training and the validation labels.
 
     A class is given by its name or by its number. Where the task does not name the
-    classes, they are those of the training rows: texts in alphabetical, integers in
-    numerical order, also if the file spells them as text.
+    classes, they are those of the training rows, and of rows held out of the same file:
+    texts in alphabetical, integers in numerical order, also if the file spells them as
+    text.
 
     Returns:
         Names, none for numbers; labels, (n,), int32 or float32; the same by split.
@@ -35,7 +36,9 @@ def read_labels(
     if task.kind == "number":
         names, number_of, dtype = (), _to_number(task), np.float32
     else:
-        names = task.label_names or _found_names(values, train.places)
+        names = task.label_names or _found_names(
+            *_of_one_file(train, values, validation, others)
+        )
         number_of, dtype = _to_class(names, bool(task.label_names)), np.int32
 
     def labels(values, rows):
@@ -45,6 +48,16 @@ def read_labels(
     numbers = labels(values, train)
     parts = {name: labels(others[name], rows) for name, rows in validation.items()}
     return names, numbers, parts
+
+
+def _of_one_file(train, values, validation, others):
+    """Returns labels and places of the training rows and of what was held out."""
+    values, places = list(values), list(train.places)
+    for name, rows in validation.items():
+        if rows.origins and rows.origins == train.origins:
+            values += others[name]
+            places += rows.places
+    return values, places
 
 
 def _found_names(values: Iterable[Any], places: list[Place]) -> tuple[str, ...]:

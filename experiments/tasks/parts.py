@@ -13,6 +13,8 @@ from experiments.tasks.table import TaskKind
 # Of a file without validation rows beside it.
 _HELD_OUT_SHARE = 10
 _MOST_HELD_OUT = 1000
+# A data set of the hub whose examples to validate on are in a split of another name.
+TESTED = {"hub:openai/gsm8k:main": "hub:openai/gsm8k:main:test"}
 
 
 def read_parts(
@@ -45,6 +47,8 @@ def read_parts(
     if not validation and hub_text is not None:
         head = f"hub:{hub_text.name}:{hub_text.configuration or ''}"
         validation = [f"{head}:{_on_the_hub(split)}" for split in task.splits]
+        if head in TESTED:
+            validation = [TESTED[head]]
     rows = read_rows(train)
     if not validation:
         return _hold_out(rows, task.splits[0])

@@ -13,7 +13,7 @@ from experiments.distribution.host_memory import check_memory
 from experiments.distribution.mesh import make_mesh
 from experiments.distribution.rules import on_mesh, parameter_shardings
 from experiments.errors import UserError
-from experiments.model.adapters import check_adapter_rank, with_adapters
+from experiments.model.adapters import Draw, check_adapter_rank, with_adapters
 from experiments.model.encoder_files import load_encoder, read_encoder_shape
 from experiments.model.encoder_shape import EncoderConfig
 from experiments.model.hugging_face import load_llama, read_shape
@@ -74,7 +74,7 @@ def assemble(
     check_same_data(resumed, work, config, TUNING, directory)
     schedule = make_schedule(config, config.steps or 1)
     say_changes(resumed, changed, schedule, report)
-    start = functools.partial(_start, config, load)
+    start = functools.partial(_start, config, load, work.draw)
     params = jax.eval_shape(start)
     shardings = parameter_shardings(params, mesh, report)
     check_frozen(config, params)
@@ -228,7 +228,7 @@ def _head_schedule(config: TuningConfig, task: TaskKind):
     )
 
 
-def _start(config: TuningConfig, load: Callable[[], Any]) -> Any:
+def _start(config: TuningConfig, load: Callable[[], Any], draw: Draw) -> Any:
     """Returns the parameters of step 0."""
     params = load()
     if config.param_dtype is not None:
@@ -240,7 +240,7 @@ def _start(config: TuningConfig, load: Callable[[], Any]) -> Any:
     kind = OPTIMIZERS[config.optimizer].adapters
     if kind is not None:
         key = jax.random.fold_in(jax.random.key(config.seed), 1)
-        params = with_adapters(params, kind, config.rank or 1, key, "uniform")
+        params = with_adapters(params, kind, config.rank or 1, key, draw)
     return params
 
 

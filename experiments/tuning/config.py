@@ -150,8 +150,10 @@ def complete(config: TuningConfig, steps_per_epoch: int) -> TuningConfig:
         steps=steps,
         epochs=None,
         eval_every=config.eval_every or steps_per_epoch,
-        head_learning_rate=config.head_learning_rate or config.learning_rate,
     )
+    if not _is_answer(config):
+        rate = config.head_learning_rate or config.learning_rate
+        config = dataclasses.replace(config, head_learning_rate=rate)
     config = dataclasses.replace(config, **with_tuning_defaults(config, steps=steps))
     check_orders(config)
     return config

@@ -47,7 +47,8 @@ def check_frozen(config: TuningConfig, params: Any) -> None:
         params: Parameters, or their shapes.
 
     Raises:
-        UserError: If it is no regular expression, or finds nothing or everything.
+        UserError: If it is no regular expression, finds nothing or everything, or
+            leaves no change for ``--save-adapter``.
     """
     if config.frozen is None:
         return
@@ -63,10 +64,14 @@ def check_frozen(config: TuningConfig, params: Any) -> None:
             f"--frozen {config.frozen} finds no parameter; their names are "
             f"{', '.join(names)}"
         )
-    if set(jax.tree.leaves(groups_of(config, params))).pop() == "frozen" and (
-        len(set(jax.tree.leaves(groups_of(config, params)))) == 1
-    ):
+    groups = set(jax.tree.leaves(groups_of(config, params)))
+    if groups == {"frozen"}:
         raise UserError(f"--frozen {config.frozen} leaves nothing to train")
+    if config.save_adapter is not None and "blocks" not in groups:
+        raise UserError(
+            f"--frozen {config.frozen} leaves no block matrix to train, and "
+            "--save-adapter writes the changes of these; leave one of them out"
+        )
 
 
 def leaf_name(path: tuple) -> str:

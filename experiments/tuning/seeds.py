@@ -10,36 +10,74 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from experiments.distribution.processes import is_first
 from experiments.errors import UserError
-from experiments.run.files import SUMMARY_FILE, write_json
+from experiments.run.changes import changes, told
+from experiments.run.files import CONFIG_FILE, SUMMARY_FILE, check_is_free, write_json
 from experiments.run.parts import new_directory
+from experiments.run.settings import to_json
+from experiments.tuning.config import TUNING
 from experiments.tuning.flags import TuningConfig
 
 SEEDS_FILE = "seeds.json"
 
 
-def configs_of(config: TuningConfig) -> list[TuningConfig]:
-    """Returns the configurations of the runs of all seeds, each with its directory.
+def begin(config: TuningConfig) -> tuple[Path, list[TuningConfig]]:
+    """Begins, or goes on with, the runs of several seeds.
+
+    Their directory has a config.json too, so that ``--out DIR --resume`` goes on with
+    all of them. More seeds, and more steps, are allowed then.
+
+    Returns:
+        Their directory, and a configuration for each, with a directory inside.
 
     Raises:
-        UserError: If the directory is a file, or holds a single run.
+        UserError: If the directory is a file, holds a single run, or runs of another
+            configuration; if there is something, and no ``--resume``.
     """
     parent = config.out or new_directory(
         config.model_name, config.task, config.optimizer
     )
-    if parent.is_file():
-        raise UserError(f"--out {parent} is a file; give a directory")
-    if (parent / SUMMARY_FILE).exists():
-        raise UserError(f"--out {parent} holds a single run; give another --out")
-    return [
+    if config.resume and (parent / CONFIG_FILE).is_file():
+        _check_same(config, parent)
+    elif not config.resume and any(parent.glob("seed-*/*")):
+        raise UserError(
+            f"--out {parent} holds other runs; continue them with --resume, or give "
+            "another --out"
+        )
+    else:
+        check_is_free(parent, resume=config.resume)
+    if is_first():
+        parent.mkdir(parents=True, exist_ok=True)
+        write_json(parent / CONFIG_FILE, to_json(config))
+    return parent, [
         dataclasses.replace(config, seed=seed, seeds=1, out=parent / f"seed-{seed}")
         for seed in range(config.seed, config.seed + config.seeds)
     ]
 
 
+def _check_same(config: TuningConfig, parent: Path) -> None:
+    saved = TUNING.read_file(parent / CONFIG_FILE)
+    if saved.get("seeds") == 1:
+        raise UserError(f"--out {parent} holds a single run; give another --out")
+    found = changes(saved, config, TUNING)
+    found = {k: v for k, v in found.items() if k not in ("seeds", "steps")}
+    if found:
+        raise UserError(
+            f"the runs in {parent} have another configuration: {told(found)}; leave "
+            "these flags out, or give a new --out without --resume"
+        )
+
+
 def is_finished(config: TuningConfig) -> bool:
-    """Returns whether the run of a seed is done."""
-    return config.out is not None and (config.out / SUMMARY_FILE).exists()
+    """Returns whether the run of a seed has done the steps that are asked for.
+
+    Without ``--steps`` the data says how many these are: a finished run is then gone
+    on with from its end.
+    """
+    assert config.out is not None
+    path = config.out / SUMMARY_FILE
+    return path.exists() and json.loads(path.read_text())["steps"] == config.steps
 
 
 def report(configs: list[TuningConfig], console: Console) -> dict[str, Any]:

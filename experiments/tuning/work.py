@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from experiments.model.adapters import Draw
 from experiments.run.work import Criterion
 from experiments.tasks.table import TaskKind
 from experiments.tasks.task_data import TaskData
@@ -30,6 +31,10 @@ class TuningWork:
     @property
     def description(self) -> str:
         return self.data.description
+
+    @property
+    def draw(self) -> Draw:
+        return "uniform"
 
     @property
     def digest(self) -> str:

@@ -113,8 +113,11 @@ def is_convolution(leaf: Leaf) -> bool:
 
 
 def is_output_first(leaf: Leaf) -> bool:
-    """Returns whether a leaf's first axis is its output, as in Equinox and PyTorch."""
-    return leaf.keys[-1] == "weight"
+    """Returns whether a leaf's first axis is its output, as in Equinox and PyTorch.
+
+    An embedding's first axis is its input there too: it is a table of tokens.
+    """
+    return leaf.keys[-1] == "weight" and not is_embedding(leaf)
 
 
 def is_of_experts(leaf: Leaf) -> bool:
@@ -132,8 +135,12 @@ def is_of_vocabulary(leaf: Leaf) -> bool:
     say nothing: a whole encoder may be called ``embedder``. A box says so by the name
     ``vocab`` of an axis.
     """
-    is_embedding = any(_words(key) & _EMBEDDINGS for key in leaf.keys[-3:])
-    return "vocab" in leaf.axes or is_embedding or is_head(leaf)
+    return "vocab" in leaf.axes or is_embedding(leaf) or is_head(leaf)
+
+
+def is_embedding(leaf: Leaf) -> bool:
+    """Returns whether a leaf is an embedding by the name of a module."""
+    return any(_words(key) & _EMBEDDINGS for key in leaf.keys[-3:])
 
 
 def is_head(leaf: Leaf) -> bool:

@@ -16,6 +16,13 @@ def hashed(words: jax.Array) -> jax.Array:
     return words ^ (words >> 16)
 
 
+def hashed_seed(seed: jax.typing.ArrayLike) -> jax.Array:
+    """Returns the hash of a user's seed, modulo 2^32; an int of any size, or traced."""
+    if isinstance(seed, int):
+        return hashed(jnp.uint32(seed % 2**32))
+    return hashed(jnp.asarray(seed).astype(jnp.uint32))
+
+
 def hashed_uniform(start: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
     """Returns matrices uniform on (-1, 1), one per start; (*start.shape, *shape).
 

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_optax.matrix.arrays import wide as dtype_of_sums
 from lowrank_optax.matrix.shares import in_shares
 from lowrank_optax.rules.orthonormal import HIGHEST
 
@@ -102,7 +103,10 @@ def orthogonalized(
     """
 
     def orthogonal(x: jax.Array) -> jax.Array:
-        wide = _wide(x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + EPS))
+        # EPS is 0 in float16, and squares above 65,504 are infinite.
+        exact = x.astype(dtype_of_sums(x.dtype))
+        norm = jnp.linalg.norm(exact, axis=(-2, -1), keepdims=True)
+        wide = _wide((exact / (norm + EPS)).astype(x.dtype))
         if not isinstance(ns_steps, int):
             return _oriented_like(x, _steps(wide, ns_steps, coefficients))
         rows, columns = wide.shape[-2:]

@@ -162,12 +162,14 @@ class _Array(NamedTuple):
         node: Array, coded array, or their shapes.
         kind: Format for the array's role; None: the array is never coded.
         like: Shapes in this format; None: the array is too small, or never coded.
+        in_subspace: Whether the array's columns are those of a basis.
     """
 
     path: tuple
     node: Any
     kind: Format | None
     like: Coded | None
+    in_subspace: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,10 +209,15 @@ class _Rule:
 
     def check(self, state: Any, params: Any) -> None:
         """Raises if a state was made under another rule."""
-        for path, node, kind, like in self._arrays(state, params):
+        arrays = list(self._arrays(state, params))
+        has_codes = any(is_coded(array.node) for array in arrays)
+        for path, node, kind, like, in_subspace in arrays:
             found = format_of(coded_record(node)) if is_coded(node) else None
             # A coded array stays coded, even if a cut has made it small.
             if found == (kind if like or found else None):
+                continue
+            # And one that was too small stays as it is, even if it has grown.
+            if found is None and in_subspace and has_codes:
                 continue
             raise ValueError(
                 f"state{jax.tree_util.keystr(path)} is {found or 'float32'}, but "
@@ -256,7 +263,7 @@ class _Rule:
         like = None
         if kind and shape and is_large:
             like = coded_like(shape, tile, kind)
-        return _Array(path, node, kind, like)
+        return _Array(path, node, kind, like, by_column)
 
 
 _SUBSPACES = jax.tree_util.GetAttrKey("subspaces")

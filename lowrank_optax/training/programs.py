@@ -200,7 +200,8 @@ class TrainStep:
         is_last = last is not None and (
             state.due is last.due and state.optimizer is last.optimizer
         )
-        if not is_last:
+        # A module's mode, such as that of model.eval(), is a part of its structure.
+        if not is_last or jax.tree.structure(model) != self._structure:
             self._adopt(model, state)
         if self._renews is None:
             assert self._renewals is not None
@@ -212,6 +213,7 @@ class TrainStep:
         self._renewals: Renewals | None = None
         self._renews: bool | None = None
         self._shapes: Any = None
+        self._structure: Any = None
         self._step: Step = self._given
         self._placed = Placed(None, None)
         self._programs: dict[_Program, Any] = {}
@@ -240,6 +242,7 @@ class TrainStep:
         self._step = self._given.of(model)
         self._placed = placed_of(model.params, state.optimizer)
         self._shapes = shapes_of((model, state))
+        self._structure = jax.tree.structure(model)
 
     def _compile(self, key: _Program, model: Model, state, batch, args) -> None:
         started = time.monotonic()

@@ -218,6 +218,7 @@ class Step:
             add, (carried, state, zeros), (numbers, cut)
         )
         summed, sketches, weight = sums
+        weight = jnp.where(weight > 0, weight, 1)
         norm = optax.tree.norm(state.sums) / weight
         updates, state = optimizer.finish(state, params, refresh=renews)
         return _Found(summed / weight, norm, carried, aux, updates, state, sketches)
@@ -253,7 +254,7 @@ def _with_sketches(gradient: Callable[..., tuple[Any, Any, Any]]) -> Callable[..
 def _of_micro_batch(x: Any, number: jax.Array) -> Any:
     """Returns an argument for a micro-batch: a random key of its own."""
     is_key = isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-    return jax.random.fold_in(x, number) if is_key else x
+    return jnp.vectorize(lambda k: jax.random.fold_in(k, number))(x) if is_key else x
 
 
 def full_gradients_of(

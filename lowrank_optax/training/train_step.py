@@ -80,6 +80,7 @@ def train_step(
             the model uses them in a way that :func:`subspace_value_and_grad
             <lowrank_optax.subspace_value_and_grad>` refuses.
         metrics: (params, optimizer state) -> more metrics, computed behind each step.
+            None may be called ``loss``, ``grad_norm``, ``aux`` or ``due``.
         new_shapes: What a batch of new shapes does: "compile" compiles once more and
             says so in the log; "refuse" raises.
 
@@ -93,8 +94,9 @@ def train_step(
 
     Raises:
         ValueError: If an argument is out of its range; when called, if a batch cannot
-            be cut, if its shapes are refused, if the state is of another optimizer, or
-            if a leaf's use has no projected gradient (the error names it).
+            be cut, if its shapes are refused, if the state is of another optimizer, if
+            a metric has a step's own name, or if a leaf's use has no projected gradient
+            (the error names it).
         TypeError: When called, if the loss is not a scalar.
 
     Example:
@@ -139,9 +141,26 @@ def train_step(
         optimizer=optax.with_extra_args_support(optimizer),
         micro_batches=micro_batches,
         weight=weight or (lambda batch, aux: 1.0),
-        metrics=metrics or (lambda params, state: {}),
+        metrics=_named_anew(metrics) if metrics else lambda params, state: {},
         refresh=refresh,
         oversample=oversample,
         full_gradients=None if gradients == "full" else tuple(full_gradients),
     )
     return TrainStep(step, new_shapes)
+
+
+def _named_anew(
+    metrics: Callable[[Any, Any], Mapping[str, Any]],
+) -> Callable[[Any, Any], Mapping[str, Any]]:
+    """Returns the function; its metrics may not have the names of a step's own."""
+
+    def found(params: Any, state: Any) -> Mapping[str, Any]:
+        more = metrics(params, state)
+        if taken := {"loss", "grad_norm", "aux", "due"} & more.keys():
+            raise ValueError(
+                f"metrics has {', '.join(sorted(taken))}, which a step uses itself; "
+                "give another name."
+            )
+        return more
+
+    return found

@@ -193,6 +193,25 @@ def test_frozen_parameters_stay_and_have_no_state(flags, tuned, tmp_path):
     assert any("value" in k for k in state)
 
 
+def test_an_adapter_of_frozen_matrices_is_refused(flags, tmp_path, capsys):
+    frozen = ["--frozen", "embeddings|blocks|pooler", "--save-adapter", 4]
+    assert tune(*flags, *frozen, "--out", tmp_path / "out") == 2
+    assert "leaves no block matrix to train, and --save-ad" in one_error_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_restart_of_relora_draws_as_its_start(flags, tmp_path):
+    relora = ["--optimizer", "relora", "--rank", 4, "--update-proj-gap", 2]
+    assert tune(*flags, "--steps", 2, *relora, "--out", tmp_path / "out") == 0
+    state = read_state(tmp_path / "out", 2)
+    drawn = [x for name, x in state.items() if re.search("params.*'down'\\]$", name)]
+    # Uniform on +-1 / sqrt(n), as PEFT's: some number of a normal draw is larger.
+    assert drawn
+    for down in drawn:
+        assert 0.5 < np.max(np.abs(down)) * down.shape[-2] ** 0.5 <= 1
+
+
 @pytest.mark.slow
 def test_seeds_have_a_table_of_mean_and_deviation(flags, tmp_path, capsys):
     out = tmp_path / "out"
@@ -206,8 +225,17 @@ def test_seeds_have_a_table_of_mean_and_deviation(flags, tmp_path, capsys):
     assert found["deviation"]["validation_loss"] == pytest.approx(deviation)
     assert "deviation" in capsys.readouterr().out
     # What is done is not done again.
-    assert tune(*several, "--resume") == 0
+    assert tune("--out", out, "--resume") == 0
     assert "at first" not in capsys.readouterr().out
+    assert tune("--out", out, "--resume", "--learning-rate", 0.5) == 2
+    assert one_error_line(capsys).count("--learning-rate was") == 1
+    assert read(out, "config.json")["learning_rate"] != 0.5
+    # More steps, and one more seed.
+    assert tune("--out", out, "--resume", "--steps", 3, "--seeds", 3) == 0
+    assert [read(out / f"seed-{i}")["steps"] for i in range(3)] == [3, 3, 3]
+    assert len(read(out, "seeds.json")["seeds"]) == 3
+    assert tune(*several) == 2
+    assert "holds other runs" in one_error_line(capsys)
 
 
 @pytest.mark.parametrize(

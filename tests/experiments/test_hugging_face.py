@@ -222,6 +222,19 @@ def test_configurations_that_do_not_fit_are_errors(tmp_path, changes, message):
         load_llama(tmp_path)
 
 
+def test_a_tied_head_may_be_stored_too(tmp_path):
+    tensors = hugging_face_tensors()
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    config = {**HUGGING_FACE_CONFIG, "tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert "head" not in load_llama(tmp_path)[1]
+    tensors["lm_head.weight"] = 2 * tensors["lm_head.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="set its tie_word_embeddings to false"):
+        load_llama(tmp_path)
+
+
 def test_a_kernel_that_is_not_transposed_is_an_error(tmp_path):
     tensors = hugging_face_tensors()
     name = "model.layers.0.mlp.up_proj.weight"

@@ -171,6 +171,10 @@ def test_the_last_message_is_the_answer(column):
         ({"messages": "2?"}, r"line 1: the messages do not end with an answer"),
         ({"q": [*TURNS[:1], 2]}, r"line 1: a message is 2; give each a role"),
         ({"q": [{"role": "user"}]}, r"line 1: a message is {'role': 'user'}"),
+        (
+            {"q": [*TURNS[:-1], {"role": "assistant", "content": "\ud83d"}]},
+            r"line 1.*: 'content' has a lone surrogate \\ud83d",
+        ),
     ],
 )
 def test_rows_without_questions_or_answers_are_errors(row, message):

@@ -111,3 +111,14 @@ def test_a_column_that_is_not_there_names_those_that_are():
     other = dataclasses.replace(rows_of([0], "v.csv"), values=[{"x": 0}])
     with pytest.raises(UserError, match=r"v.csv, line 2: there is no column 'label'"):
         read_labels(TASKS["cola"], rows, {"validation": other}, "label")
+
+
+def test_a_class_of_which_all_rows_are_held_out_is_a_class():
+    whole = rows_of(["a", "rare", "b", "a"])
+    whole = dataclasses.replace(whole, origins=("train.csv",))
+    train, held_out = whole.take([0, 2, 3], "train.csv"), whole.take([1], "held out")
+    names, labels, others = read_labels(
+        TASKS["classification"], train, {"validation": held_out}, "label"
+    )
+    assert names == ("a", "b", "rare")
+    assert (list(labels), list(others["validation"])) == ([0, 1, 0], [2])

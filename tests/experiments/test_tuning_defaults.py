@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import json
 import math
 import re
 
@@ -21,6 +22,9 @@ from experiments.optim.methods import OPTIMIZERS
 from experiments.optim.schedule import make_schedule
 from experiments.optim.tuning import TUNING, TuningOptions, with_tuning_defaults
 from experiments.run.memory import block_state
+from experiments.run.settings import to_json
+from experiments.tuning.config import TUNING as COMMAND
+from experiments.tuning.config import complete
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -148,3 +152,15 @@ def test_the_help_of_the_scale_names_the_methods_that_have_four():
     named = set(text.replace(" and ", ", ").split(", "))
     assert named == {k for k, v in TUNING.items() if v["block_scale"] == 4}
     assert {v["block_scale"] for v in TUNING.values()} == {1, 4}
+
+
+@pytest.mark.parametrize("task", ["mrpc", "regression", "gsm8k", "completion"])
+@pytest.mark.parametrize("name", ["adamw", "galore", "lora"])
+def test_the_file_of_a_run_spells_the_run(task, name, tmp_path):
+    """What a run writes down is no mistake when it is resumed, or used by --config."""
+    words = ["--task", task, "--optimizer", name, "--train", "examples.jsonl"]
+    given = COMMAND.parse(words)
+    whole = complete(given, steps_per_epoch=10)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(to_json(whole)))
+    assert COMMAND.parse(["--config", str(path)]) == whole
