@@ -1,4 +1,4 @@
-"""Loss against tokens per parameter, from two comparisons of one model."""
+"""Loss against tokens per parameter, and against width, from comparisons."""
 
 from collections.abc import Iterable, Mapping
 
@@ -7,6 +7,8 @@ from matplotlib.figure import Figure
 from benchmarks.suite_tables import rows
 from docs.figures.style import BLUE, FAINT, GREEN, GREY, ORANGE, PURPLE, new
 from experiments.comparison.rows import Row
+from experiments.comparison.suites import SUITES
+from experiments.model.shape import MODELS
 
 # Bytes of AdamW's float32 moments, for each parameter.
 _ADAMW = 8
@@ -22,8 +24,14 @@ _SHOWN = {
 
 
 def found(suites: Iterable[str]) -> dict[str, dict[str, Row]]:
-    """Returns suite -> method -> row."""
-    return {suite: {row.method: row for row in rows(suite)} for suite in suites}
+    """Returns suite -> method -> row; the same share of the width is one method."""
+    like = {c.name: c.like for suite in suites for c in SUITES[suite].contenders}
+
+    def name(row: Row) -> str:
+        other = like[row.method]
+        return other if other in _SHOWN else row.method
+
+    return {suite: {name(row): row for row in rows(suite)} for suite in suites}
 
 
 def tokens_per_parameter(row: Row) -> float:
@@ -39,6 +47,17 @@ def loss_against_tokens() -> Figure:
     figure = _differences(suites, places)
     (axes,) = figure.axes
     axes.set_xlabel("tokens per parameter")
+    return figure
+
+
+def loss_against_width() -> Figure:
+    """Difference to AdamW's loss, against the width of the model."""
+    suites = found(("cpu-small", "cpu-wide"))
+    models = {suite: suites[suite]["adamw"].runs[0]["model"] for suite in suites}
+    places = {suite: MODELS[model]["hidden_size"] for suite, model in models.items()}
+    figure = _differences(suites, places)
+    (axes,) = figure.axes
+    axes.set_xlabel("width of the model")
     return figure
 
 
@@ -70,4 +89,7 @@ def _differences(
     return figure
 
 
-FIGURES = {"loss_against_tokens": loss_against_tokens}
+FIGURES = {
+    "loss_against_tokens": loss_against_tokens,
+    "loss_against_width": loss_against_width,
+}
