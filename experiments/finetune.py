@@ -16,7 +16,6 @@ if __name__ == "__main__":
 
 from rich.console import Console
 
-from experiments.distribution.processes import is_first, wait_for_all
 from experiments.run.command import run_training, status_of, train_and_finish
 from experiments.run.figures import draw_figures
 from experiments.run.files import SUMMARY_FILE, write_json
@@ -54,10 +53,8 @@ def _run(config: TuningConfig, console: Console) -> int:
         stopped = train_and_finish(one, assemble, finish, console, whole=parent)
         if stopped is not None:
             return status_of(stopped)
-        # The first process still writes results when the others are here.
-        wait_for_all(f"seed {one.seed}")
-    if is_first():
-        seeds.report(configs, console)
+        seeds.wait_for_results(one)
+    seeds.report(configs, console)
     return 0
 
 

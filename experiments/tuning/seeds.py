@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from experiments.distribution.processes import is_first
+from experiments.distribution.processes import is_first, wait_for_all
 from experiments.errors import UserError
 from experiments.run.changes import changes, told
 from experiments.run.files import CONFIG_FILE, SUMMARY_FILE, check_is_free, write_json
@@ -80,18 +80,23 @@ def is_finished(config: TuningConfig) -> bool:
     return path.exists() and json.loads(path.read_text())["steps"] == config.steps
 
 
-def report(configs: list[TuningConfig], console: Console) -> dict[str, Any]:
+def wait_for_results(config: TuningConfig) -> None:
+    """Waits for the results of a seed, which the first of several processes writes."""
+    wait_for_all(f"seed {config.seed}")
+
+
+def report(configs: list[TuningConfig], console: Console) -> None:
     """Writes seeds.json, and prints each seed, the mean and the deviation.
 
-    The deviation is that of a sample, with n - 1.
+    The deviation is that of a sample, with n - 1. The first of several processes does
+    it for all.
 
     Args:
         configs: Of finished runs, at least two.
         console: Where to print.
-
-    Returns:
-        What seeds.json holds.
     """
+    if not is_first():
+        return
     directories = [config.out for config in configs if config.out is not None]
     found = [json.loads((x / SUMMARY_FILE).read_text()) for x in directories]
     names = ("last_metric", "best_metric", "validation_loss")
@@ -107,7 +112,6 @@ def report(configs: list[TuningConfig], console: Console) -> dict[str, Any]:
     }
     write_json(directories[0].parent / SEEDS_FILE, whole)
     _print(whole, directories[0].parent, console)
-    return whole
 
 
 def _spread(values: list[float]) -> tuple[float, float]:
