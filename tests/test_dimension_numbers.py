@@ -144,6 +144,7 @@ EQUINOX = {
     "embedding/weight": ((V, D), ((), V, D)),
     "blocks/mlp/layers/0/bias": ((L, F), False),
     "conv/weight": ((F, D, 3), ((), 3 * D, F)),
+    "patch_embedding/conv/weight": ((F, D, 3), ((), 3 * D, F)),
     "conv/bias": ((F, 1), False),
 }
 # Not one name of attention, norms or convolutions: the last two axes.

@@ -15,6 +15,7 @@ from lowrank_optax.matrix.names import (
     head_axes_by_name,
     is_bias,
     is_convolution,
+    is_embedding,
     is_norm,
     is_output_first,
     named_leaves,
@@ -139,15 +140,15 @@ def _of_leaf(leaf: Leaf, stack: tuple[int, ...], modules: Modules) -> Inferred:
     if len(rest) > 2 and 0 < len(heads) < len(rest):
         return Inferred(_split(rest, heads))
     kernel = modules.attention(leaf)
-    output_first = is_output_first(leaf)
     if len(rest) > 2 and is_convolution(leaf):
-        output = rest[0] if output_first else rest[-1]
+        output = rest[0] if is_output_first(leaf) else rest[-1]
         inputs = tuple(axis for axis in rest if axis != output)
         return Inferred(LowRankDimensionNumbers(inputs, output))
     if len(rest) > 2 and kernel and (stack or modules.has_heads(leaf, kernel)):
         return Inferred(_of_attention(leaf, rest, kernel, modules))
     rows, columns = rest[-2:]
-    if output_first:
+    # A table of tokens begins with its input everywhere.
+    if is_output_first(leaf) and not is_embedding(leaf):
         rows, columns = columns, rows
     return Inferred(LowRankDimensionNumbers(rows, columns))
 

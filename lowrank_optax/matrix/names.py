@@ -113,11 +113,8 @@ def is_convolution(leaf: Leaf) -> bool:
 
 
 def is_output_first(leaf: Leaf) -> bool:
-    """Returns whether a leaf's first axis is its output, as in Equinox and PyTorch.
-
-    An embedding's first axis is its input there too: it is a table of tokens.
-    """
-    return leaf.keys[-1] == "weight" and not is_embedding(leaf)
+    """Returns whether a leaf's first axis is its output, as in Equinox and PyTorch."""
+    return leaf.keys[-1] == "weight"
 
 
 def is_of_experts(leaf: Leaf) -> bool:

@@ -201,7 +201,7 @@ class TrainStep:
             state.due is last.due and state.optimizer is last.optimizer
         )
         # A module's mode, such as that of model.eval(), is a part of its structure.
-        if not is_last or jax.tree.structure(model) != self._structure:
+        if not is_last or jax.tree.structure((model, state)) != self._shapes[0]:
             self._adopt(model, state)
         if self._renews is None:
             assert self._renewals is not None
@@ -213,7 +213,6 @@ class TrainStep:
         self._renewals: Renewals | None = None
         self._renews: bool | None = None
         self._shapes: Any = None
-        self._structure: Any = None
         self._step: Step = self._given
         self._placed = Placed(None, None)
         self._programs: dict[_Program, Any] = {}
@@ -242,7 +241,6 @@ class TrainStep:
         self._step = self._given.of(model)
         self._placed = placed_of(model.params, state.optimizer)
         self._shapes = shapes_of((model, state))
-        self._structure = jax.tree.structure(model)
 
     def _compile(self, key: _Program, model: Model, state, batch, args) -> None:
         started = time.monotonic()
