@@ -290,6 +290,13 @@ def test_each_of_several_keys_is_folded():
     np.testing.assert_array_equal(metrics["aux"], jnp.array(expected))
 
 
+def test_a_seed_may_be_any_int():
+    step = train_step(loss_fn, lowrank_optax.vlorp(0.1, rank=2, seed=2**31 + 5))
+    params = random_like(SHAPES)
+    found = step(params, step.init(params), batches(1)[0])[0]
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(found))
+
+
 def test_a_batch_without_weight_changes_nothing():
     params = {"up": random_like(SHAPES)["up"]}
     step = train_step(

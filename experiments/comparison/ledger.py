@@ -132,6 +132,8 @@ def rates_of(directory: Path, measure: Measure) -> dict[str, tuple[float, float]
             "is compared here; give a comparison whose runs have it"
         )
     if suite := SUITES.get(definition["suite"]):
+        # The file may be older than a flag: an unknown one is told in a line.
+        suite.trainer.settings.from_json(definition["flags"])
         suite = dataclasses.replace(suite, flags=definition["flags"])
         records = present(records, settings_of(suite))
     return best_rates(records, len(definition["seeds"]), measure)
