@@ -7,7 +7,6 @@ from typing import Any
 
 from experiments.comparison.examples import find_examples
 from experiments.model.shape import MODELS
-from experiments.optim.tuning import with_tuning_defaults
 from experiments.run.config import PRETRAINING, Config, complete
 from experiments.run.settings import Settings
 from experiments.tuning.config import TUNING
@@ -54,9 +53,7 @@ def _has_fallen(summary: Mapping[str, Any]) -> bool:
 
 def _tuning(fields: Mapping[str, Any]) -> TuningConfig:
     config = TuningConfig(**fields)
-    # Of the length, the warm-up alone depends on it.
-    defaults = with_tuning_defaults(config, steps=config.steps or 1)
-    return dataclasses.replace(config, **defaults)
+    return dataclasses.replace(config, **TUNING.implied(config))
 
 
 def _examples(flags, data, validation_data, tokenizer):

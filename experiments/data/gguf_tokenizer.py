@@ -42,8 +42,8 @@ def is_sentencepiece(path: Path) -> bool:
     return kind == "llama"
 
 
-def read_gguf_sentencepiece(path: Path) -> bytes:
-    """Returns SentencePiece's model of pieces and scores, serialized.
+def read_gguf_sentencepiece(path: Path) -> tuple[bytes, Settings]:
+    """Returns SentencePiece's model, serialized, and what :func:`read_gguf_bpe` does.
 
     Raises:
         UserError: If the file cannot be read, or lacks a field.
@@ -71,7 +71,7 @@ def read_gguf_sentencepiece(path: Path) -> bytes:
     normalizer.remove_extra_whitespaces = False
     prefix = file.field("tokenizer.ggml.add_space_prefix", bool, True)
     normalizer.add_dummy_prefix = prefix
-    return model.SerializeToString()
+    return model.SerializeToString(), _settings(file, words)
 
 
 def read_gguf_bpe(path: Path) -> tuple[tokenizers.Tokenizer, Settings]:
@@ -99,9 +99,13 @@ def read_gguf_bpe(path: Path) -> tuple[tokenizers.Tokenizer, Settings]:
         if type_ in (_CONTROL, _USER_DEFINED):
             token = AddedToken(word, normalized=False, special=type_ == _CONTROL)
             model.add_tokens([token])
+    return model, _settings(file, words)
+
+
+def _settings(file: GgufFile, words: list[str]) -> Settings:
     ids = {role: file.fields.get(f"tokenizer.ggml.{x}") for role, x in _ROLES.items()}
     named = {role: words[i] for role, i in ids.items() if i in range(len(words))}
-    return model, Settings(named, file.field("tokenizer.chat_template", str, None))
+    return Settings(named, file.field("tokenizer.chat_template", str, None))
 
 
 def _bpe(file: GgufFile, words: list[str], *, ignore_merges: bool) -> models.BPE:

@@ -9,17 +9,13 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from experiments.data.chat import Chat
 from experiments.data.gguf_reader import is_gguf
-from experiments.data.gguf_tokenizer import (
-    is_sentencepiece,
-    read_gguf_bpe,
-    read_gguf_sentencepiece,
-)
+from experiments.data.gguf_tokenizer import is_sentencepiece, read_gguf_bpe
+from experiments.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from experiments.data.tokenizer_settings import Settings, read_settings, write_settings
 from experiments.errors import UserError
 
@@ -155,58 +151,6 @@ class ByteTokenizer:
         model.save(str(directory / "tokenizer.json"))
         ends = {"bos_token": _BYTES_END, "eos_token": _BYTES_END}
         write_settings(directory, Settings(ends))
-
-
-class SentencePieceTokenizer:
-    """A SentencePiece model, or a GGUF file's; its end of sentence ends documents.
-
-    It has no chat template; a model with one has a ``tokenizer.json`` too.
-
-    With byte fallback and the identity normalizer, as in LLaMA's and Mistral's models,
-    decoding returns the encoded text, but U+2581, SentencePiece's own mark for a space,
-    returns as a space. Encoding puts such a mark before the text ("dummy prefix") and
-    decoding removes one leading space, also where it decodes a part of a text.
-    """
-
-    def __init__(self, path: Path):
-        self._model = sentencepiece.SentencePieceProcessor()
-        read = read_gguf_sentencepiece if is_gguf(path) else Path.read_bytes
-        try:
-            self._model.LoadFromSerializedProto(read(path))
-        except (OSError, RuntimeError) as error:
-            raise UserError(
-                f"tokenizer: {path} is not a SentencePiece model ({error}); "
-                "download it again"
-            ) from error
-        if self._model.eos_id() < 0:
-            raise UserError(
-                f"tokenizer: {path} has no end-of-sentence piece; "
-                "train the model with one (eos_id)"
-            )
-        self.name = path.name
-        self.vocab_size: int = self._model.vocab_size()
-        self.end_of_document: int = self._model.eos_id()
-        ends: list[int] = [self._model.bos_id(), self.end_of_document]
-        self.beginning = next(piece for piece in ends if piece >= 0)
-        self.ends: tuple[int, ...] = (self.end_of_document,)
-        self.chat: Chat | None = None
-
-    def encode(self, text: str) -> np.ndarray:
-        return np.array(self._model.encode(text), np.int32)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [np.array(ids, np.int32) for ids in self._model.encode(list(texts))]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return self._model.decode([int(i) for i in ids])
-
-    def save(self, directory: Path) -> None:
-        """Writes a copy of the model as ``tokenizer.model``."""
-        path = directory / "tokenizer.model"
-        path.write_bytes(self._model.serialized_model_proto())
-        roles = {"bos_token": self.beginning, "eos_token": self.end_of_document}
-        words = {role: self._model.id_to_piece(i) for role, i in roles.items()}
-        write_settings(directory, Settings(words))
 
 
 class HuggingFaceTokenizer:

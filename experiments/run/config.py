@@ -54,6 +54,14 @@ def check(config: Config, given: frozenset[str] = frozenset()) -> None:
     check_unused(config, unused(config), given)
 
 
+def _implied(config: Config) -> dict[str, Any]:
+    weights = config.initial_weights is not None
+    size = MODELS[config.model]["hidden_size"]
+    found = with_defaults(config, steps=config.steps, hidden_size=size)
+    # The file of the weights has their model's size, a share of which is the rank.
+    return {k: v for k, v in found.items() if not (weights and k == "rank")}
+
+
 PRETRAINING = Settings(
     options=Config,
     program="experiments.pretrain_llama",
@@ -70,6 +78,7 @@ PRETRAINING = Settings(
     ),
     data=frozenset(field_names(DataFlags)) - {"batch_size", "sequence_length"},
     fixed=FIXED | {"model", "kv_heads", "tied_embeddings", "sequence_length"},
+    implied=_implied,
 )
 
 parse = PRETRAINING.parse

@@ -41,6 +41,9 @@ class Settings(Generic[Config]):
         data: Fields that say where the data is: its digest says whether it is equal.
         fixed: Fields that the arrays of a checkpoint depend on, or its place in the
             data.
+        implied: Configuration -> the values that its fields of None will have, where
+            the other fields alone say them.
+        either: Fields of which a configuration has one.
     """
 
     options: type[Config]
@@ -49,6 +52,8 @@ class Settings(Generic[Config]):
     free: frozenset[str]
     data: frozenset[str]
     fixed: frozenset[str]
+    implied: Callable[[Config], Mapping[str, Any]]
+    either: frozenset[str] = frozenset()
 
     def parse(self, argv: Sequence[str]) -> Config:
         """Returns the configuration that the arguments spell, each value checked.
@@ -75,12 +80,14 @@ class Settings(Generic[Config]):
         """
         program = f"python -m {program}"
         config: Any = parse_arguments(options, program, argv)
-        files = []
+        words = []
         if config.resume and config.out and (config.out / CONFIG_FILE).is_file():
-            files.append(config.out / CONFIG_FILE)
+            fields, _ = self._fields_of_file(config.out / CONFIG_FILE, config, argv)
+            words += words_of(fields)
         if config.config is not None:
-            files.append(config.config)
-        words = [x for path in files for x in self._words_of_file(path, config, argv)]
+            fields, of_file = self._fields_of_file(config.config, config, argv)
+            implied = self._implied(of_file)
+            words += words_of({k: v for k, v in fields.items() if k not in implied})
         if words:
             config = parse_arguments(options, program, [*words, *argv])
         return dataclasses.replace(config, config=None)
@@ -125,8 +132,10 @@ class Settings(Generic[Config]):
         """
         return parse_arguments(self.options, self.program, words_of(fields))
 
-    def _words_of_file(self, path: Path, config: Any, argv: Sequence[str]) -> list[str]:
-        """Returns the flags that spell a file's settings, but for those of its run."""
+    def _fields_of_file(
+        self, path: Path, config: Any, argv: Sequence[str]
+    ) -> tuple[dict[str, Any], Any]:
+        """Returns a file's settings, but for those of its run, and all of them."""
         saved = self.read_file(path)
         # Once without flags: what is wrong then is wrong in the file.
         try:
@@ -134,9 +143,31 @@ class Settings(Generic[Config]):
             self.check(of_file, frozenset())
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
-        if "optimizer" in given_flags(argv) and config.optimizer != of_file.optimizer:
-            saved = {k: v for k, v in saved.items() if k not in _OF_ONE_METHOD}
-        return words_of({k: v for k, v in saved.items() if k not in _OF_ONE_RUN})
+        ignored, given = set(_OF_ONE_RUN), given_flags(argv)
+        if "optimizer" in given and config.optimizer != of_file.optimizer:
+            ignored |= _OF_ONE_METHOD
+        if given & self.either:
+            ignored |= self.either
+        return {k: v for k, v in saved.items() if k not in ignored}, of_file
+
+    def _implied(self, config: Any) -> set[str]:
+        """Returns the fields that have the values which the others alone imply.
+
+        The run that wrote the file was not given them, as far as one can tell. A new
+        run, with flags of its own, is not given them either: a warm-up follows --steps.
+        """
+
+        def found(names: set[str]) -> set[str]:
+            silent = dataclasses.replace(config, **dict.fromkeys(names))
+            values = self.implied(silent)
+            return {k for k in names & set(values) if values[k] == getattr(config, k)}
+
+        names = {k for k, v in vars(self.options()).items() if v is None}
+        names = {k for k in names if found({k})}
+        # One of them may be what implies another.
+        while (fewer := found(names)) != names:
+            names = fewer
+        return names
 
 
 def to_json(config: Any) -> dict[str, Any]:

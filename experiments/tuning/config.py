@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from typing import Any
 
 from experiments.arguments import check_choice, field_names
 from experiments.errors import UserError
@@ -107,6 +108,14 @@ def check(config: TuningConfig, given: frozenset[str] = frozenset()) -> None:
     check_unused(config, unused(config), given)
 
 
+def _implied(config: TuningConfig) -> dict[str, Any]:
+    """Returns the defaults that depend on no data; of the length, the warm-up alone."""
+    found = with_tuning_defaults(config, steps=config.steps or 1)
+    if not _is_answer(config) and config.head_learning_rate is None:
+        found["head_learning_rate"] = config.learning_rate
+    return found
+
+
 TUNING = Settings(
     options=TuningConfig,
     program="experiments.finetune",
@@ -129,6 +138,8 @@ TUNING = Settings(
         }
     ),
     fixed=FIXED | {"model", "task", "max_length", "seeds", "frozen"},
+    implied=_implied,
+    either=frozenset({"steps", "epochs"}),
 )
 
 
@@ -151,9 +162,6 @@ def complete(config: TuningConfig, steps_per_epoch: int) -> TuningConfig:
         epochs=None,
         eval_every=config.eval_every or steps_per_epoch,
     )
-    if not _is_answer(config):
-        rate = config.head_learning_rate or config.learning_rate
-        config = dataclasses.replace(config, head_learning_rate=rate)
-    config = dataclasses.replace(config, **with_tuning_defaults(config, steps=steps))
+    config = dataclasses.replace(config, **_implied(config))
     check_orders(config)
     return config

@@ -8,6 +8,7 @@ import pytest
 
 from experiments.arguments import field_names, flag
 from experiments.errors import UserError
+from experiments.model.shape import MODELS
 from experiments.optim.methods import OPTIMIZERS
 from experiments.ranges import ranges_of
 from experiments.run.changes import changes
@@ -162,7 +163,8 @@ def test_a_filled_in_configuration_is_one_that_can_be_given(tmp_path):
         written = complete(parse(words.split()), hidden_size=64)
         path = tmp_path / "config.json"
         path.write_text(json.dumps(to_json(written)))
-        assert parse(["--config", str(path)]) == written
+        again = complete(parse(["--config", str(path)]), hidden_size=64)
+        assert again == written
 
 
 @pytest.fixture
@@ -224,9 +226,45 @@ def test_a_configuration_file_gives_the_settings_and_flags_win(tmp_path):
     written = complete(parse([*words.split(), "--out", "x"]), hidden_size=64)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(to_json(written)))
-    assert parse(["--config", str(path), "--out", "x"]) == written
+    again = complete(parse(["--config", str(path), "--out", "x"]), hidden_size=64)
+    assert again == written
     changed = parse(["--seed", "4", f"--config={path}", "--no-remat"])
+    changed = complete(changed, hidden_size=64)
     assert changed == dataclasses.replace(written, seed=4, remat=False, out=None)
+
+
+@pytest.mark.parametrize(
+    ("given", "flags", "name", "value"),
+    [
+        # A default follows the flags of the new run, and what was given does not.
+        ("", "--steps 600", "warmup_steps", 60),
+        ("--warmup-steps 7", "--steps 600", "warmup_steps", 7),
+        ("", "--model 60m", "rank", 192),
+        ("--rank 7", "--model 60m", "rank", 7),
+        ("", "--rank 16", "min_rank", 14),
+        ("--final-min-rank 4", "--steps 600", "min_rank_steps", 400),
+        ("", "--schedule wsd", "decay_fraction", 0.2),
+        ("--schedule wsd --decay-fraction 0.3", "--seed 1", "decay_fraction", 0.3),
+        # The weights' file may be gone, and its model's size with it.
+        ("--initial-weights w", "--steps 600", "rank", 48),
+    ],
+)
+def test_defaults_of_a_file_follow_the_flags(given, flags, name, value, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(to_json(_completed(given.split()))))
+    assert getattr(_completed([f"--config={path}", *flags.split()]), name) == value
+
+
+def _completed(words):
+    config = parse(words)
+    return complete(config, hidden_size=MODELS[config.model]["hidden_size"])
+
+
+def test_a_resumed_run_keeps_the_defaults_that_it_had(tmp_path):
+    written = complete(parse([]), hidden_size=64)
+    (tmp_path / "config.json").write_text(json.dumps(to_json(written)))
+    config = parse(["--resume", f"--out={tmp_path}", "--steps=8000"])
+    assert config.warmup_steps == written.warmup_steps == 80
 
 
 def test_of_a_file_another_optimizer_takes_what_is_not_the_methods(tmp_path):

@@ -203,8 +203,53 @@ def test_a_sentencepiece_model_has_the_same_ids_from_a_gguf_file(path, tmp_path)
     for text in [*ODD_TEXTS, "slow  lower </s> <unk> 123"]:
         np.testing.assert_array_equal(found.encode(text), expected.encode(text))
         assert found.decode(found.encode(text)) == text
+    assert found.chat is expected.chat is None
     # Without the mark of a space before the text.
     fields["add_space_prefix"] = False
     small_gguf.write(path, {}, **{f"tokenizer.ggml.{k}": v for k, v in fields.items()})
     bare = load_tokenizer(str(path))
     np.testing.assert_array_equal(bare.encode(" low"), found.encode("low"))
+
+
+def test_a_sentencepiece_model_has_the_chat_template_of_its_file(path, tmp_path):
+    template = "{{ bos_token }}low {{ messages[0].content }}{{ eos_token }}\n."
+    file = Path(write_sentencepiece_model(tmp_path / "tokenizer.model"))
+    model = sentencepiece_model_pb2.ModelProto.FromString(file.read_bytes())
+    fields = {
+        "ggml.model": "llama",
+        "ggml.tokens": [piece.piece for piece in model.pieces],
+        "ggml.scores": [piece.score for piece in model.pieces],
+        "ggml.token_type": [piece.type for piece in model.pieces],
+        "ggml.bos_token_id": 1,
+        "ggml.eos_token_id": 2,
+        "chat_template": template,
+    }
+    small_gguf.write(path, {}, **{f"tokenizer.{k}": v for k, v in fields.items()})
+    words = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(words))
+    whole = load_tokenizer(str(file))
+    for tokenizer in (load_tokenizer(str(path)), whole):
+        chat = tokenizer.chat
+        text = chat.render(
+            [{"role": "user", "content": "slow"}], add_generation_prompt=False
+        )
+        assert text == "<s>low slow</s>\n."
+        (ids,) = chat.encode_batch([text])
+        between = [*tokenizer.encode("low slow"), 2, *tokenizer.encode("\n.")]
+        np.testing.assert_array_equal(ids, [1, *between])
+        # Text of a document spells its words, as before.
+        assert 2 not in tokenizer.encode(text)
+        assert (chat.end, tokenizer.ends) == (2, (2,))
+    (tmp_path / "copy").mkdir()
+    whole.save(tmp_path / "copy")
+    again = load_tokenizer(str(tmp_path / "copy" / "tokenizer.model"))
+    np.testing.assert_array_equal(again.chat.encode_batch([text])[0], ids)
+
+
+def test_the_answers_end_is_a_piece_that_the_settings_name(tmp_path):
+    options = {"user_defined_symbols": ["<end>"]}
+    file = write_sentencepiece_model(tmp_path / "tokenizer.model", **options)
+    settings = {"eos_token": "<end>", "chat_template": "{{ eos_token }}"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(file)
+    assert tokenizer.ends == (tokenizer.chat.end, tokenizer.end_of_document) == (3, 2)

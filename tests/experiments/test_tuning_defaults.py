@@ -163,4 +163,53 @@ def test_the_file_of_a_run_spells_the_run(task, name, tmp_path):
     whole = complete(given, steps_per_epoch=10)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(to_json(whole)))
-    assert COMMAND.parse(["--config", str(path)]) == whole
+    again = COMMAND.parse(["--config", str(path)])
+    assert complete(again, steps_per_epoch=99) == whole
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "value"),
+    [
+        ("--learning-rate 0.25", "head_learning_rate", 0.25),
+        ("--steps 500", "warmup_steps", 30),
+        ("--optimizer sumo", "update_proj_gap", 200),
+        ("--epochs 2", "steps", 20),
+        ("--epochs 2", "warmup_steps", 1),
+        ("--seed 1", "steps", 30),
+    ],
+)
+@pytest.mark.parametrize("task", ["mrpc", "gsm8k"])
+def test_defaults_of_a_file_follow_the_flags(task, flags, name, value, tmp_path):
+    if task == "gsm8k" and name == "head_learning_rate":
+        value = None
+    words = ["--task", task, "--optimizer", "galore", "--train", "examples.jsonl"]
+    whole = complete(COMMAND.parse(words), steps_per_epoch=10)
+    (tmp_path / "config.json").write_text(json.dumps(to_json(whole)))
+    config = COMMAND.parse([f"--config={tmp_path}/config.json", *flags.split()])
+    assert getattr(complete(config, steps_per_epoch=10), name) == value
+
+
+def test_a_head_keeps_a_rate_of_its_own(tmp_path):
+    words = [
+        "--task",
+        "mrpc",
+        "--train",
+        "examples.jsonl",
+        "--head-learning-rate",
+        "0.5",
+    ]
+    whole = complete(COMMAND.parse(words), steps_per_epoch=10)
+    (tmp_path / "config.json").write_text(json.dumps(to_json(whole)))
+    config = COMMAND.parse(
+        [f"--config={tmp_path}/config.json", "--learning-rate", "0.25"]
+    )
+    assert complete(config, steps_per_epoch=10).head_learning_rate == 0.5
+
+
+@pytest.mark.parametrize(("flag", "steps"), [("--epochs=5", 50), ("--steps=40", 40)])
+def test_a_resumed_run_takes_another_length(flag, steps, tmp_path):
+    words = ["--task", "mrpc", "--train", "examples.jsonl", "--epochs", "3"]
+    whole = complete(COMMAND.parse(words), steps_per_epoch=10)
+    (tmp_path / "config.json").write_text(json.dumps(to_json(whole)))
+    config = COMMAND.parse([f"--out={tmp_path}", "--resume", flag])
+    assert complete(config, steps_per_epoch=10).steps == steps
