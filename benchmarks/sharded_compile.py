@@ -30,7 +30,7 @@ from experiments.distribution.rules import (
     parameter_shardings,
     placed_shapes,
 )
-from experiments.model.adapters import merged
+from experiments.model.adapters import adapted
 from experiments.model.llama import apply
 from experiments.model.shape import LlamaConfig, preset
 from experiments.optim.methods import gradients_of
@@ -74,7 +74,7 @@ def measured(config: Config, model: LlamaConfig, renews: bool) -> dict[str, Any]
     gradients = gradients_of(config)
     step = make_train_step(
         lambda p, batch: summed_token_loss(
-            lambda p, tokens: apply(model, merged(p), tokens), p, batch
+            lambda p, tokens: apply(model, adapted(p), tokens), p, batch
         ),
         tx,
         gradients=gradients,

@@ -525,3 +525,23 @@ def test_extra_args_reach_the_inner_transformation():
     state = optimizer.init(params)
     jax.eval_shape(lambda g, s: optimizer.update(g, s, value=1.0), params, state)
     assert received[-1] == {"value": 1.0}
+
+
+@every_row
+def test_a_count_that_is_full_stays_so_and_updates_stay_finite(row):
+    """int32 is full after 2^31 - 1 updates; one more would begin at -2^31."""
+    optimizer, update, _ = compiled(row)
+    params = zeros(SHAPES["tall"])
+    full = jnp.iinfo(jnp.int32).max
+
+    def filled(path, x):
+        is_count = getattr(path[-1], "name", "") == "count"
+        return jnp.full_like(x, full) if is_count else x
+
+    _, state = update(gradients(params, 0), optimizer.init(params), params)
+    state = jax.tree_util.tree_map_with_path(filled, state)
+    updates, state = update(gradients(params, 1), state, params)
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(updates))
+    scalars = [x for x in jax.tree.leaves(state) if x.ndim == 0]
+    assert max(map(int, scalars)) == full
+    assert min(map(int, scalars)) >= 0

@@ -15,7 +15,7 @@ import numpy as np
 from benchmarks.together.texts import Texts
 from experiments.comparison.flags import fields_of, resolved
 from experiments.comparison.suite import Contender, Suite
-from experiments.model.adapters import merged
+from experiments.model.adapters import adapted, merged
 from experiments.model.llama import apply, init_params
 from experiments.optim.build import build_optimizer
 from experiments.optim.methods import gradients_of
@@ -219,7 +219,7 @@ class Together:
 
     def _loss(self, params: Any, batch: Any):
         def logits(params, tokens):
-            return apply(self._model, merged(params), tokens)
+            return apply(self._model, adapted(params), tokens)
 
         return summed_token_loss(logits, params, batch)
 

@@ -195,7 +195,7 @@ PRETRAINING_SUITES: dict[str, Suite] = {
         CPU_SMALL,
         (*_METHODS, *_VARIANTS),
         # More than any search has taken until its best point was inside its neighbours.
-        search=16,
+        search=20,
     ),
     "cpu-long": _longer(
         "the tiny model, ten tokens a parameter: 2,100 steps of 4,096 tokens",

@@ -2,11 +2,12 @@
 
 Parameters with adapters are {"model": a model's, "adapters": {path: {"down", "up"}}}.
 A block matrix W (*stack, n, m) then counts as W + scale down up, with down (*stack, n,
-r) and up (*stack, r, m). Functions of a model's parameters get :func:`merged`
-parameters. Block matrices are those of group "blocks",
-:func:`experiments.model.groups.parameter_groups`.
+r) and up (*stack, r, m). Functions of a model's parameters get :func:`adapted`
+parameters while it is trained, and :func:`merged` ones where it is written. Block
+matrices are those of group "blocks", :func:`experiments.model.groups.parameter_groups`.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -15,6 +16,7 @@ import optax
 
 from experiments.errors import UserError
 from experiments.model.groups import parameter_groups
+from experiments.model.linear import Adapted
 
 Kind = Literal["lora", "relora", "low_rank"]
 Draw = Literal["normal", "uniform"]
@@ -25,8 +27,9 @@ def with_adapters(
 ) -> Any:
     """Returns parameters with adapters at their start.
 
-    For LoRA and ReLoRA, down is drawn, up is zero, and W is frozen. For "low_rank",
-    down up is the best approximation of W and replaces W.
+    For LoRA and ReLoRA, down is drawn, up is zero, both are float32 as PEFT's, and W is
+    frozen. For "low_rank", down up is the best approximation of W and replaces W, in
+    W's dtype.
 
     Args:
         params: Parameters of a LLaMA or of an encoder.
@@ -51,13 +54,11 @@ def with_adapters(
             down = u[..., :rank] * root
             up = v[..., :rank, :] * jnp.swapaxes(root, -1, -2)
             model[name] = optax.MaskedNode()
+            down, up = down.astype(leaf.dtype), up.astype(leaf.dtype)
         else:
             down, up = _fresh(leaf, rank, own_key, draw)
             model[name] = leaf
-        adapters[name] = {
-            "down": down.astype(leaf.dtype),
-            "up": up.astype(leaf.dtype),
-        }
+        adapters[name] = {"down": down, "up": up}
     return {"model": _replaced(params, model), "adapters": adapters}
 
 
@@ -66,32 +67,37 @@ def has_adapters(params: Any) -> bool:
     return isinstance(params, dict) and params.keys() == {"model", "adapters"}
 
 
+def adapted(params: Any) -> Any:
+    """Returns a model's parameters, each matrix with its adapter: what is trained on.
+
+    Where W is not float32, or the rank is small, the two stay apart: x W + (x down) up.
+    A sum in bfloat16 would lose an adapter's first steps, and the gradient of a sum is
+    a full matrix. Otherwise W + down up takes fewer operations for a batch.
+
+    Args:
+        params: Parameters, with adapters or without.
+    """
+
+    def matrix(leaf, down, up):
+        if isinstance(leaf, optax.MaskedNode) or not _is_apart(leaf, up.shape[-2]):
+            return _merged_matrix(leaf, down, up, 1.0)
+        return Adapted(leaf, down, up)
+
+    return _with_matrices(params, matrix)
+
+
 def merged(params: Any, scale: float = 1.0) -> Any:
     """Returns a model's parameters, with adapters merged into the block matrices.
 
-    Gradients go to the adapters, and to parameters without adapters.
+    Gradients go to the adapters, and to parameters without adapters. The sums have the
+    dtype of W.
 
     Args:
         params: Parameters, with adapters or without.
         scale: Factor of down up. PEFT's alpha / r in fine-tuning, 1 in pre-training.
     """
-    if not has_adapters(params):
-        return params
-    adapters = params["adapters"]
-
-    def matrix(path, leaf):
-        name = _name(path)
-        if name not in adapters:
-            return leaf
-        product = adapters[name]["down"] @ adapters[name]["up"]
-        if scale != 1:
-            product = scale * product
-        if isinstance(leaf, optax.MaskedNode):
-            return product
-        return (jax.lax.stop_gradient(leaf) + product).astype(leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(
-        matrix, params["model"], is_leaf=lambda x: isinstance(x, optax.MaskedNode)
+    return _with_matrices(
+        params, lambda leaf, down, up: _merged_matrix(leaf, down, up, scale)
     )
 
 
@@ -144,6 +150,40 @@ def block_matrices(params: Any) -> dict[str, jax.Array]:
     groups = jax.tree.leaves(parameter_groups(params))
     leaves = zip(jax.tree.leaves_with_path(params), groups, strict=True)
     return {_name(path): leaf for (path, leaf), group in leaves if group == "blocks"}
+
+
+def _with_matrices(params: Any, matrix: Callable[..., Any]) -> Any:
+    """Returns a model's parameters, those with adapters as ``matrix`` says."""
+    if not has_adapters(params):
+        return params
+    adapters = params["adapters"]
+
+    def per_leaf(path, leaf):
+        pair = adapters.get(_name(path))
+        return leaf if pair is None else matrix(leaf, **pair)
+
+    return jax.tree_util.tree_map_with_path(
+        per_leaf, params["model"], is_leaf=lambda x: isinstance(x, optax.MaskedNode)
+    )
+
+
+def _merged_matrix(leaf: Any, down: jax.Array, up: jax.Array, scale: float) -> Any:
+    product = down @ up
+    if scale != 1:
+        product = scale * product
+    if isinstance(leaf, optax.MaskedNode):
+        return product
+    return (jax.lax.stop_gradient(leaf) + product).astype(leaf.dtype)
+
+
+def _is_apart(leaf: jax.Array, rank: int) -> bool:
+    """Returns whether x W + (x down) up takes fewer operations, or W is narrow.
+
+    A token takes 2 r (n + m) operations of the second product and twice these of its
+    gradients; 2 n m of the gradient of a sum.
+    """
+    n, m = leaf.shape[-2:]
+    return leaf.dtype != jnp.float32 or 3 * rank * (n + m) < n * m
 
 
 def _fresh(

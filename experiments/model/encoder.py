@@ -31,6 +31,7 @@ from flax import nnx
 
 from experiments.errors import UserError
 from experiments.model.encoder_shape import EncoderConfig
+from experiments.model.linear import Linear
 from experiments.model.rows import for_table, from_table, keep_rows
 
 Params = dict[str, Any]
@@ -239,7 +240,7 @@ def _looked_up(table, rows):
 
 
 def _linear(config, rngs, inputs, outputs, compute_dtype=None):
-    return nnx.Linear(
+    return Linear(
         inputs,
         outputs,
         dtype=jnp.dtype(compute_dtype or config.compute_dtype),

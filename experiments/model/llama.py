@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from experiments.model.linear import linear
 from experiments.model.rows import for_table, from_table, keep_rows
 from experiments.model.shape import LlamaConfig
 
@@ -126,7 +127,7 @@ class Llama(nnx.Module):
         config = self.config
         hidden = _rms_norm(hidden, self.norm[...], config.rms_norm_eps)
         head = self.embedding[...].T if config.tie_embeddings else self.head[...]
-        return _linear(hidden, head, jnp.float32)
+        return linear(hidden, head, jnp.float32)
 
 
 def _attend_causally(query, key, value):
@@ -168,11 +169,11 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array, rotation: Rotation, attend: Attend):
         """Returns the output, and what ``attend`` keeps."""
         query, key, value = (
-            _linear(x, kernel[...]).reshape(*x.shape[:2], -1, self.head_dim)
+            linear(x, kernel[...]).reshape(*x.shape[:2], -1, self.head_dim)
             for kernel in (self.query, self.key, self.value)
         )
         mixed, kept = attend(_rotate(query, rotation), _rotate(key, rotation), value)
-        return _linear(mixed.reshape(x.shape), self.output[...]), kept
+        return linear(mixed.reshape(x.shape), self.output[...]), kept
 
 
 class SwiGLU(nnx.Module):
@@ -185,8 +186,8 @@ class SwiGLU(nnx.Module):
         self.down = _kernel(config, rngs, (inner, hidden), writes_residual=True)
 
     def __call__(self, x: jax.Array):
-        gate, up = _linear(x, self.gate[...]), _linear(x, self.up[...])
-        return _linear(jax.nn.silu(gate) * up, self.down[...])
+        gate, up = linear(x, self.gate[...]), linear(x, self.up[...])
+        return linear(jax.nn.silu(gate) * up, self.down[...])
 
 
 def _kernel(config, rngs, shape, *, writes_residual=False):
@@ -204,18 +205,6 @@ def _rms_norm(x, scale, eps):
     wide = x.astype(jnp.float32)
     wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return (wide * scale).astype(x.dtype)
-
-
-def _linear(x, kernel, dtype=None):
-    """(..., n) by (n, m) in x's dtype, accumulated and returned in ``dtype`` or x's."""
-    # x is one matrix here. For a (B, T, n) operand XLA's CPU backend transposes the
-    # cotangent in every kernel's gradient, which takes a fifth of a training step.
-    flat = jnp.dot(
-        x.reshape(-1, x.shape[-1]),
-        kernel.astype(x.dtype),
-        preferred_element_type=dtype,
-    )
-    return flat.reshape(*x.shape[:-1], -1)
 
 
 def _rotate(x, rotation):

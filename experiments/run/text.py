@@ -8,7 +8,7 @@ import jax
 
 from experiments.data.pipeline import Data
 from experiments.data.tokenizers import Tokenizer
-from experiments.model.adapters import Draw, merged
+from experiments.model.adapters import Draw, adapted
 from experiments.model.flops import training_flops_per_token
 from experiments.model.llama import apply
 from experiments.model.shape import LlamaConfig
@@ -102,4 +102,4 @@ class TextWork:
         return worse_than_guessing(self.config, self.model.vocab_size, loss)
 
     def _apply(self, params: Any, tokens: jax.Array) -> jax.Array:
-        return apply(self.model, merged(params), tokens)
+        return apply(self.model, adapted(params), tokens)

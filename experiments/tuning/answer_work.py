@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from experiments.data.tokenizers import Tokenizer
-from experiments.model.adapters import merged
+from experiments.model.adapters import adapted
 from experiments.model.llama import apply
 from experiments.model.shape import LlamaConfig
 from experiments.run.step import mean_loss, summed_token_loss
@@ -55,7 +55,7 @@ class AnswerWork(TuningWork):
         metrics = {
             split: evaluate_answers(
                 self.model,
-                merged(params),
+                adapted(params),
                 self.prompts,
                 rows,
                 text_column=question,
@@ -69,4 +69,4 @@ class AnswerWork(TuningWork):
         return numbers(loss, metrics)
 
     def _apply(self, params: Any, tokens: jax.Array) -> jax.Array:
-        return apply(self.model, merged(params), tokens)
+        return apply(self.model, adapted(params), tokens)

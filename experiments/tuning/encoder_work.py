@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.model.adapters import merged
+from experiments.model.adapters import adapted
 from experiments.model.encoder import apply_encoder
 from experiments.model.encoder_shape import EncoderConfig
 from experiments.run.step import mean_loss
@@ -66,7 +66,7 @@ class EncoderWork(TuningWork):
     def _logits(self, params, batch, key):
         return apply_encoder(
             self.model,
-            merged(params),
+            adapted(params),
             batch["tokens"],
             batch["mask"],
             batch["segments"],

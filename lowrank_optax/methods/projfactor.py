@@ -235,7 +235,7 @@ class FactoredAtFullSize(NamedTuple):
         gradients, treedef = jax.tree_util.tree_flatten_with_path(coordinates)
         updates = treedef.flatten_up_to(others)
         moments = [treedef.flatten_up_to(tree) for tree in state[:3]]
-        t = count + 1
+        t = optax.safe_increment(count)
         correction = jnp.sqrt(1 - self.b2**t) / (1 - self.b1**t)
         for index, (path, gradient) in enumerate(gradients):
             if path not in leaves:

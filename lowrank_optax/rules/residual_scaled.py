@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from lowrank_optax.matrix.sharding import stack_axes, zeros_beside
 from lowrank_optax.matrix.view import MatrixView
@@ -73,7 +74,8 @@ class Scaled:
         if self.decays is None:
             return 1
         b1, b2 = (jnp.asarray(decay, jnp.float32) for decay in self.decays)
-        return jnp.sqrt(1 - b2 ** (count + 1)) / (1 - b1 ** (count + 1))
+        t = optax.safe_increment(count)
+        return jnp.sqrt(1 - b2**t) / (1 - b1**t)
 
     def _phi(self, pieces: Pieces) -> jax.Array:
         """Returns ||N_i|| / ||R_i|| of each row i of the kept side."""

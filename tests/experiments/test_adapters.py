@@ -8,16 +8,18 @@ import pytest
 
 from experiments.errors import UserError
 from experiments.model.adapters import (
+    adapted,
     check_adapter_rank,
     has_adapters,
     merged,
     restarted,
     with_adapters,
 )
-from experiments.model.encoder import init_encoder
+from experiments.model.encoder import apply_encoder, init_encoder
 from experiments.model.encoder_shape import EncoderConfig
 from experiments.model.groups import parameter_groups
-from experiments.model.llama import init_params
+from experiments.model.linear import Adapted
+from experiments.model.llama import apply, init_params
 from experiments.optim.build import build_optimizer
 from experiments.optim.options import OptimizerOptions, with_defaults
 from tests.experiments.small_runs import MODEL
@@ -46,7 +48,7 @@ def assert_same(actual, expected, rtol=0.0):
 
 def test_parameters_without_adapters_are_their_own(model):
     assert not has_adapters(model)
-    assert merged(model) is model
+    assert merged(model) is adapted(model) is model
 
 
 @pytest.mark.parametrize("kind", ["lora", "relora"])
@@ -107,6 +109,94 @@ def test_factors_are_trained_and_matrices_are_not(model, kind):
     assert moments == 2 * sum(x.size for x in jax.tree.leaves(params["adapters"]))
 
 
+def moved(params):
+    """Returns parameters whose adapters are not at their start."""
+    rng = np.random.default_rng(1)
+    adapters = jax.tree.map(
+        lambda x: jnp.asarray(rng.standard_normal(x.shape) / 8, x.dtype),
+        params["adapters"],
+    )
+    return {**params, "adapters": adapters}
+
+
+def products_of(loss, params):
+    """Returns the shapes of all products of a gradient, those in loops too."""
+    shapes = []
+
+    def visit(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "dot_general":
+                shapes.append(equation.outvars[0].aval.shape)
+            for value in equation.params.values():
+                inner = getattr(value, "jaxpr", value)
+                if hasattr(inner, "eqns"):
+                    visit(inner)
+
+    visit(jax.make_jaxpr(jax.grad(loss))(params).jaxpr)
+    return shapes
+
+
+@pytest.mark.parametrize("rank", [1, RANK])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_products_apart_are_those_of_the_sum(model, rank, dtype):
+    """Apart or not: outputs and gradients are those of W + down up in float32."""
+    narrow = jax.tree.map(lambda x: x.astype(dtype), model)
+    params = moved(with_adapters(narrow, "lora", rank, jax.random.key(1)))
+    wide = {**params, "model": jax.tree.map(lambda x: x.astype("float32"), narrow)}
+    tokens = np.arange(24).reshape(3, 8) % MODEL.vocab_size
+
+    def loss(adapters, of, params):
+        return jnp.var(apply(MODEL, of({**params, "adapters": adapters}), tokens))
+
+    value, found = jax.value_and_grad(loss)(params["adapters"], adapted, params)
+    expected = jax.value_and_grad(loss)(params["adapters"], merged, wide)
+    # Sums of float32 in another order; gradients are to 1e-3 of the largest.
+    np.testing.assert_allclose(value, expected[0], rtol=1e-5)
+    largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected[1]))
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4 * largest),
+        found,
+        expected[1],
+    )
+
+
+@pytest.mark.parametrize(("rank", "are_apart"), [(1, True), (RANK, False)])
+def test_a_small_rank_has_no_full_gradient(model, rank, are_apart):
+    params = with_adapters(model, "lora", rank, jax.random.key(1))
+    kernels = {x.shape[1:] for x in params["model"]["blocks"]["mlp"].values()}
+    # As many tokens as no kernel has rows or columns.
+    tokens = np.arange(21).reshape(3, 7) % MODEL.vocab_size
+
+    def full_gradients(of):
+        def loss(adapters):
+            return jnp.var(apply(MODEL, of({**params, "adapters": adapters}), tokens))
+
+        return [x for x in products_of(loss, params["adapters"]) if x in kernels]
+
+    assert full_gradients(merged)
+    # A larger rank takes more operations than the gradient of a sum.
+    assert bool(full_gradients(adapted)) is not are_apart
+
+
+def test_small_steps_of_an_adapter_move_a_bfloat16_model(model):
+    """A sum rounds them away: half the distance of two bfloat16 is 1 / 512."""
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), narrow)
+    adapters = moved(start(narrow, "lora"))["adapters"]
+    assert {x.dtype for x in jax.tree.leaves(adapters)} == {jnp.dtype("float32")}
+    adapters = {k: {**x, "up": x["up"] / 1000} for k, x in adapters.items()}
+    tokens = np.arange(24).reshape(3, 8) % MODEL.vocab_size
+
+    def moves(of, model):
+        moved = apply(MODEL, of({"model": model, "adapters": adapters}), tokens)
+        return moved - apply(MODEL, model, tokens)
+
+    true = moves(merged, wide)
+    # Differences of logits of 0.1 in float32, and of small ones.
+    np.testing.assert_allclose(moves(adapted, narrow), true, atol=1e-7)
+    assert jnp.linalg.norm(moves(merged, narrow) - true) > jnp.linalg.norm(true) / 2
+
+
 def test_a_restart_keeps_the_model_and_forgets_the_moments(model):
     params = start(model, "relora")
     params["adapters"] = jax.tree.map(lambda x: x + 0.1, params["adapters"])
@@ -122,17 +212,19 @@ def test_a_restart_keeps_the_model_and_forgets_the_moments(model):
     assert new_state[0].count == 1
 
 
+ENCODER = EncoderConfig(
+    kind="bert",
+    vocab_size=11,
+    hidden_size=16,
+    intermediate_size=24,
+    num_layers=2,
+    num_heads=2,
+)
+
+
 @pytest.fixture(scope="module")
 def encoder():
-    config = EncoderConfig(
-        kind="bert",
-        vocab_size=11,
-        hidden_size=16,
-        intermediate_size=24,
-        num_layers=2,
-        num_heads=2,
-    )
-    shapes = jax.eval_shape(lambda: init_encoder(config, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: init_encoder(ENCODER, jax.random.key(0)))
     rng = np.random.default_rng(0)
     return jax.tree.map(
         lambda x: jnp.asarray(rng.standard_normal(x.shape) / 4, x.dtype), shapes
@@ -179,6 +271,21 @@ def test_the_scale_is_a_factor_of_the_adapters(encoder, tuning):
     state = optax.adam(1e-3).init(params)
     new, _ = restarted(params, state, jax.random.key(2), scale=2.0)
     assert_same(merged(new, scale=2.0), twice, rtol=1e-6)
+
+
+def test_an_encoders_products_apart_are_those_of_the_sum(encoder):
+    params = moved(with_adapters(encoder, "lora", 1, jax.random.key(1)))
+    tokens = np.arange(10).reshape(2, 5)
+    mask, segments = np.ones((2, 5), bool), np.zeros((2, 5), np.int32)
+    apart = adapted(params)
+    assert isinstance(apart["pooler"]["kernel"], Adapted)
+
+    def logits(params):
+        return apply_encoder(ENCODER, params, tokens, mask, segments, None)
+
+    found, expected = logits(apart), logits(merged(params))
+    assert jnp.any(jnp.abs(found - logits(encoder)) > 1e-2)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_merging_keeps_the_dtype_of_the_model(encoder, tuning):

@@ -17,8 +17,10 @@ from tests.experiments.small_runs import one_error_line, write_inputs
 ROOT = Path(__file__).resolve().parents[2]
 # A process of its own, which has no threads: each word is the program of a child.
 LAUNCHER = """
-import json, os, sys
+import json, os, signal, sys
 from experiments.distribution import children
+# nohup, around these tests, has it ignored.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 settings = json.loads(sys.argv[1])
 children._SECONDS_TO_TERMINATE = 1.0
 commands = [[sys.executable, "-c", program] for program in sys.argv[2:]]
