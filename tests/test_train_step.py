@@ -370,6 +370,40 @@ def test_modules_of_nnx_are_trained_in_place():
     assert len(step.bases) == 2
 
 
+def test_what_a_call_adds_to_a_module_is_kept():
+    """A variable that is not there before the first call; steps go on with it."""
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.up = nnx.Linear(8, 20, rngs=rngs)
+
+        def __call__(self, x):
+            hidden = self.up(x)
+            self.mean = nnx.BatchStat(jnp.mean(hidden))
+            return hidden
+
+    def loss(model, batch):
+        return jnp.mean(model(batch) ** 2)
+
+    alone, *xs = Net(nnx.Rngs(0)), *batches(3)
+    model = Net(nnx.Rngs(0))
+    step = train_step(loss, optax.sgd(0.0))
+    state = step.init(model)
+    for x in xs:
+        model, state, _ = step(model, state, x)
+    alone(xs[-1])
+    # One program fuses the mean otherwise than the operations one by one.
+    np.testing.assert_allclose(model.mean[...], alone.mean[...], rtol=1e-5, atol=1e-7)
+
+    step = train_step(loss, optax.sgd(0.0), micro_batches=2)
+    new = Net(nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"loss_fn changes .*'mean'.* call the module"):
+        step(new, step.init(new), xs[0])
+    new(xs[0])
+    _, _, metrics = step(new, step.init(new), xs[0])
+    np.testing.assert_allclose(metrics["loss"], loss(alone, xs[0]), rtol=1e-6)
+
+
 def test_leaves_of_other_methods_get_full_gradients():
     """A method that needs full gradients beside one that does not."""
     optimizer = optax.partition(

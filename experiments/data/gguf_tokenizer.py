@@ -104,7 +104,11 @@ def read_gguf_bpe(path: Path) -> tuple[tokenizers.Tokenizer, Settings]:
 
 def _settings(file: GgufFile, words: list[str]) -> Settings:
     ids = {role: file.fields.get(f"tokenizer.ggml.{x}") for role, x in _ROLES.items()}
-    named = {role: words[i] for role, i in ids.items() if i in range(len(words))}
+    named = {
+        role: words[i]
+        for role, i in ids.items()
+        if i is not None and i in range(len(words))
+    }
     return Settings(named, file.field("tokenizer.chat_template", str, None))
 
 

@@ -233,7 +233,7 @@ class _Rule:
                 yield self._array(prefix, node, self._moment(prefix, owners), False)
                 continue
             node = low_rank_record(node)
-            in_subspace = slots_of(node)
+            slots = slots_of(node)
             for path, leaf in jax.tree.leaves_with_path(node, is_leaf=is_coded):
                 if path[0] == _SUBSPACES:
                     # A NamedTuple's field, or a mapping's key in flax.nnx.Optimizer.
@@ -243,18 +243,18 @@ class _Rule:
                 else:
                     owner, _ = owner_and_field(path, owners)
                     kind = self._moment(path, owners)
-                    by_column = owner in in_subspace
-                    yield self._array((*prefix, *path), leaf, kind, by_column)
+                    in_subspace = owner in slots
+                    yield self._array((*prefix, *path), leaf, kind, in_subspace)
 
     def _moment(self, path, owners) -> Format | None:
         _, field = owner_and_field(path, owners)
         return _MOMENTS.get(self.kinds.get(field, "")) if self.bits else None
 
-    def _array(self, path, node, kind: Format | None, by_column: bool) -> _Array:
+    def _array(self, path, node, kind: Format | None, in_subspace: bool) -> _Array:
         shape = shape_of(node)
         is_wide = not is_coded(node) and node.dtype not in _CODED_DTYPES
         is_large = math.prod(shape) >= self.min_size and not is_wide
-        if by_column:
+        if in_subspace:
             tile = (self.block, 1)
         else:
             # Narrow rows share a block: their scales would take more than the codes.
@@ -263,7 +263,7 @@ class _Rule:
         like = None
         if kind and shape and is_large:
             like = coded_like(shape, tile, kind)
-        return _Array(path, node, kind, like, by_column)
+        return _Array(path, node, kind, like, in_subspace)
 
 
 _SUBSPACES = jax.tree_util.GetAttrKey("subspaces")

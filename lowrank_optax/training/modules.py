@@ -4,6 +4,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+
 
 class Model(NamedTuple):
     """A model as a step takes it.
@@ -62,6 +64,29 @@ def loss_of(function: Any, has_aux: bool, graph: Any) -> Callable[..., Any]:
         return value, (carried, aux)
 
     return loss
+
+
+def check_added(carried: Any, behind: Any) -> None:
+    """Checks that a loss leaves a module the variables that it had.
+
+    Args:
+        carried: What the module carries before a micro-batch.
+        behind: The same, or its shapes, behind it.
+
+    Raises:
+        ValueError: If the loss adds or removes variables.
+    """
+    if jax.tree.structure(behind) != jax.tree.structure(carried):
+        names = [
+            {jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(tree)}
+            for tree in (carried, behind)
+        ]
+        changed = ", ".join(sorted(names[0] ^ names[1])) or "their kinds"
+        raise ValueError(
+            f"loss_fn changes the variables of the module ({changed}), and micro-"
+            "batches need them to stay; call the module once before init, or leave "
+            "out micro_batches."
+        )
 
 
 def _called(

@@ -16,7 +16,7 @@ from lowrank_optax.projected import Sketch
 from lowrank_optax.rules.power_iteration import PowerIteration
 from lowrank_optax.training.accumulate import Accumulation
 from lowrank_optax.training.host_memory import moved_late, on_devices
-from lowrank_optax.training.modules import Model, loss_of
+from lowrank_optax.training.modules import Model, check_added, loss_of
 from lowrank_optax.training.placed import Placed, whole_on
 from lowrank_optax.training.renewals import (
     AHEAD,
@@ -212,12 +212,12 @@ class Step:
         cut = jax.tree.map(self._cut, batch)
         numbers = jnp.arange(self.micro_batches)
         first = jax.tree.map(lambda x: x[0], (numbers, cut))
-        shapes = jax.eval_shape(of_one, carried, state, *first)[-1]
+        behind, *_, shapes = jax.eval_shape(of_one, carried, state, *first)
+        check_added(carried, behind)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        (carried, state, sums), aux = jax.lax.scan(
+        (carried, state, (summed, sketches, weight)), aux = jax.lax.scan(
             add, (carried, state, zeros), (numbers, cut)
         )
-        summed, sketches, weight = sums
         weight = jnp.where(weight > 0, weight, 1)
         norm = optax.tree.norm(state.sums) / weight
         updates, state = optimizer.finish(state, params, refresh=renews)

@@ -141,7 +141,7 @@ def train_step(
         optimizer=optax.with_extra_args_support(optimizer),
         micro_batches=micro_batches,
         weight=weight or (lambda batch, aux: 1.0),
-        metrics=_named_anew(metrics) if metrics else lambda params, state: {},
+        metrics=_with_names_checked(metrics) if metrics else lambda params, state: {},
         refresh=refresh,
         oversample=oversample,
         full_gradients=None if gradients == "full" else tuple(full_gradients),
@@ -149,7 +149,7 @@ def train_step(
     return TrainStep(step, new_shapes)
 
 
-def _named_anew(
+def _with_names_checked(
     metrics: Callable[[Any, Any], Mapping[str, Any]],
 ) -> Callable[[Any, Any], Mapping[str, Any]]:
     """Returns the function; its metrics may not have the names of a step's own."""

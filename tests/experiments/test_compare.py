@@ -435,6 +435,27 @@ def test_rates_of_other_settings_are_not_taken(started, tmp_path):
     assert {float(call["--learning-rate"]) for call in started} == {0.008}
 
 
+def test_rates_of_a_comparison_with_an_unknown_flag_are_a_mistake(
+    started, tmp_path, capsys
+):
+    source, other = tmp_path / "source", tmp_path / "other"
+    source.mkdir()
+    other.mkdir()
+    assert run(source) == 0
+    path = source / "out/suite.json"
+    definition = json.loads(path.read_text())
+    definition["flags"]["stepz"] = 3
+    path.write_text(json.dumps(definition))
+    started.clear()
+    capsys.readouterr()
+    flags = ["--rates-from", str(source / "out"), "--data", "other"]
+    assert run(other, *flags) == 2
+    assert "--stepz is not a flag of this command; did you mean --steps?" in (
+        capsys.readouterr().err
+    )
+    assert not started
+
+
 def test_a_suite_takes_its_own_rates_of_a_method_that_is_like_another(
     started, tmp_path, monkeypatch
 ):
