@@ -16,6 +16,7 @@ import optax
 
 from experiments.errors import UserError
 from experiments.model.groups import parameter_groups
+from experiments.model.layers import together
 from experiments.model.linear import Adapted
 
 Kind = Literal["lora", "relora", "low_rank"]
@@ -83,19 +84,21 @@ def adapted(params: Any) -> Any:
             return _merged_matrix(leaf, down, up, 1.0)
         return Adapted(leaf, down, up)
 
-    return _with_matrices(params, matrix)
+    return _with_matrices(params, matrix) if has_adapters(params) else params
 
 
 def merged(params: Any, scale: float = 1.0) -> Any:
-    """Returns a model's parameters, with adapters merged into the block matrices.
+    """Returns a model's parameters as they are written: in stacks, without adapters.
 
-    Gradients go to the adapters, and to parameters without adapters. The sums have the
-    dtype of W.
+    Adapters are merged into the block matrices, in the dtype of W. Gradients go to the
+    adapters, and to parameters without adapters.
 
     Args:
         params: Parameters, with adapters or without.
         scale: Factor of down up. PEFT's alpha / r in fine-tuning, 1 in pre-training.
     """
+    if not has_adapters(params):
+        return together(params)
     return _with_matrices(
         params, lambda leaf, down, up: _merged_matrix(leaf, down, up, scale)
     )
@@ -154,8 +157,6 @@ def block_matrices(params: Any) -> dict[str, jax.Array]:
 
 def _with_matrices(params: Any, matrix: Callable[..., Any]) -> Any:
     """Returns a model's parameters, those with adapters as ``matrix`` says."""
-    if not has_adapters(params):
-        return params
     adapters = params["adapters"]
 
     def per_leaf(path, leaf):

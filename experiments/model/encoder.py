@@ -31,6 +31,7 @@ from flax import nnx
 
 from experiments.errors import UserError
 from experiments.model.encoder_shape import EncoderConfig
+from experiments.model.layers import are_apart, create_layers, run_layers
 from experiments.model.linear import Linear
 from experiments.model.rows import for_table, from_table, keep_rows
 
@@ -66,7 +67,8 @@ def apply_encoder(
 
     Args:
         config: The model.
-        params: The tree of :func:`init_encoder`.
+        params: The tree of :func:`init_encoder`, its layers in stacks or
+            :func:`experiments.model.layers.apart`.
         tokens: (B, T) integers in [0, V), T at most ``config.max_positions``; any other
             token gives logits of NaN.
         mask: (B, T), true or 1 for a token, false or 0 for padding. What stands in the
@@ -90,25 +92,26 @@ def apply_encoder(
     tokens, mask = jnp.asarray(tokens), jnp.asarray(mask) > 0
     if segments is None or config.kind == "roberta":
         segments = jnp.zeros_like(tokens)
-    abstract = nnx.eval_shape(lambda: Encoder(config, rngs=nnx.Rngs(0)))
+    scanned = not are_apart(params)
+    abstract = nnx.eval_shape(
+        lambda: Encoder(config, rngs=nnx.Rngs(0), scanned=scanned)
+    )
     model = nnx.merge(nnx.graphdef(abstract), params)
     return model(tokens, mask, jnp.asarray(segments), key)
 
 
 class Encoder(nnx.Module):
-    """Embeddings, L blocks stacked on axis 0, pooler of the first token, and head."""
+    """Embeddings, L blocks in a stack or apart, pooler of the first token, and head."""
 
-    def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs, scanned: bool = True):
         self.config = config
 
-        @nnx.split_rngs(splits=config.num_layers)
-        @nnx.vmap(in_axes=0, out_axes=0)
-        def create_blocks(rngs: nnx.Rngs) -> Block:
+        def create(rngs: nnx.Rngs) -> Block:
             return Block(config, rngs=rngs)
 
         hidden = config.hidden_size
         self.embeddings = Embeddings(config, rngs=rngs)
-        self.blocks = create_blocks(rngs)
+        self.blocks = create_layers(create, config.num_layers, rngs, scanned=scanned)
         self.pooler = _linear(config, rngs, hidden, hidden)
         self.classifier = _linear(config, rngs, hidden, config.num_labels, "float32")
 
@@ -125,16 +128,13 @@ class Encoder(nnx.Module):
         kernel_products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         policy = None if config.remat else kernel_products
 
-        @nnx.scan(in_axes=(nnx.Carry, 0, None, 0), out_axes=nnx.Carry)
-        # The loop keeps XLA from merging the recomputation into the forward pass.
-        @nnx.remat(policy=policy, prevent_cse=False)
-        def run_blocks(hidden, block, mask, key):
+        def call(hidden, block, mask, key):
             return block(hidden, mask, key)
 
         embedded_with, blocks_with, *pooled_with = _split(key, 4)
         hidden = self.embeddings(tokens, segments, embedded_with)
         layer_keys = None if key is None else _split(blocks_with, config.num_layers)
-        hidden = run_blocks(hidden, self.blocks, mask, layer_keys)
+        hidden = run_layers(call, hidden, self.blocks, mask, layer_keys, policy=policy)
         first = hidden.reshape(*tokens.shape, -1)[:, 0]
         if config.kind == "roberta":
             first = _dropped(first, config.classifier_dropout, pooled_with[0])

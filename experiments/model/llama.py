@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from experiments.model.layers import are_apart, create_layers, run_layers
 from experiments.model.linear import linear
 from experiments.model.rows import for_table, from_table, keep_rows
 from experiments.model.shape import LlamaConfig
@@ -59,7 +60,8 @@ def apply(
 
     Args:
         config: The model.
-        params: The tree of :func:`init_params`.
+        params: The tree of :func:`init_params`, its layers in stacks or
+            :func:`experiments.model.layers.apart`.
         tokens: (B, T) integers in [0, V); any other gives logits of NaN.
 
     Returns:
@@ -70,7 +72,8 @@ def apply(
 
 def module_of(config: LlamaConfig, params: Params) -> "Llama":
     """Returns the module that holds the parameters."""
-    abstract = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    scanned = not are_apart(params)
+    abstract = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0), scanned=scanned))
     return nnx.merge(nnx.graphdef(abstract), params)
 
 
@@ -83,19 +86,17 @@ def rotation_of(config: LlamaConfig, positions: jax.Array) -> Rotation:
 
 
 class Llama(nnx.Module):
-    """Token embedding, L blocks stacked on axis 0, final norm and head."""
+    """Token embedding, L blocks stacked on axis 0 or apart, final norm and head."""
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, scanned: bool = True):
         self.config = config
 
-        @nnx.split_rngs(splits=config.num_layers)
-        @nnx.vmap(in_axes=0, out_axes=0)
-        def create_blocks(rngs: nnx.Rngs) -> Block:
+        def create(rngs: nnx.Rngs) -> Block:
             return Block(config, rngs=rngs)
 
         vocab, hidden = config.vocab_size, config.hidden_size
         self.embedding = _kernel(config, rngs, (vocab, hidden))
-        self.blocks = create_blocks(rngs)
+        self.blocks = create_layers(create, config.num_layers, rngs, scanned=scanned)
         self.norm = _scale(config)
         if not config.tie_embeddings:
             self.head = _kernel(config, rngs, (hidden, vocab))
@@ -108,14 +109,14 @@ class Llama(nnx.Module):
         kernel_products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         policy = None if config.remat else kernel_products
 
-        @nnx.scan(in_axes=(nnx.Carry, 0, None), out_axes=nnx.Carry)
-        # The loop keeps XLA from merging the recomputation into the forward pass.
-        @nnx.remat(policy=policy, prevent_cse=False)
-        def run_blocks(hidden, block, rotation):
+        def call(hidden, block, rotation, _):
             return block(hidden, rotation)[0]
 
         rotation = rotation_of(config, jnp.arange(tokens.shape[1], dtype=jnp.float32))
-        return self.logits(run_blocks(self.embed(tokens), self.blocks, rotation))
+        hidden = self.embed(tokens)
+        return self.logits(
+            run_layers(call, hidden, self.blocks, rotation, (), policy=policy)
+        )
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """Returns what the first block reads, (B, T, d), of (B, T) integers."""

@@ -5,20 +5,27 @@ from typing import Any
 import numpy as np
 
 import lowrank_optax
+from experiments.model.layers import by_kind
 
 
 def ranks_by_name(opt_state: Any) -> dict[str, Any]:
-    """Returns the rank in use per projected leaf: an int, or a list of a stack's."""
+    """Returns the rank in use per kind of matrix: an int, or a list of its layers'."""
     ranks = lowrank_optax.ranks(opt_state)
-    return {
-        matrix_name(path): np.asarray(rank).tolist() for path, rank in ranks.items()
-    }
+    return by_kind(
+        {matrix_name(k): np.asarray(rank).tolist() for k, rank in ranks.items()}
+    )
 
 
 def capacities_line(opt_state: Any) -> str:
-    """Returns the columns of each leaf in words."""
+    """Returns the columns of each kind of matrix in words: one number, or a range."""
     found = lowrank_optax.capacities(opt_state)
-    return ", ".join(f"{matrix_name(path)} {count}" for path, count in found.items())
+    kinds = by_kind({matrix_name(path): count for path, count in found.items()})
+    return ", ".join(f"{name} {_range(counts)}" for name, counts in kinds.items())
+
+
+def _range(counts: Any) -> str:
+    least, most = np.min(counts), np.max(counts)
+    return f"{least}" if least == most else f"{least} to {most}"
 
 
 def matrix_name(path: str) -> str:

@@ -30,7 +30,8 @@ from experiments.run.wandb_run import import_wandb
 # place in the data.
 FIXED = frozenset(
     {
-        *("param_dtype", "optimizer", "vocabulary_optimizer", "rank"),
+        *("param_dtype", "scan_layers"),
+        *("optimizer", "vocabulary_optimizer", "rank"),
         *("block_state_bytes", "granularity", "side", "basis"),
         *("moment_bits", "basis_bits"),
         *("accumulate", "batch_size", "seed"),

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lowrank_optax
+from experiments.model.layers import by_kind
 from experiments.run.columns import matrix_name
 
 
@@ -83,8 +84,8 @@ def effective_ranks(
         effective_rank: R_adap, in columns.
         effective_rank_share: As the paper prints it: numbers of a basis and a moment,
             by numbers of the matrices.
-        effective_rank_by_layer: Name of a leaf -> R_adap^j, a number, or a list with
-            one for each matrix of the stack.
+        effective_rank_by_layer: Kind of matrix -> R_adap^j, a number, or a list with
+            one for each layer.
         rank_reduction: M_red, in numbers; None where R is not known.
 
         Without projected matrices, or steps, the numbers are None.
@@ -119,6 +120,6 @@ def effective_ranks(
     return {
         "effective_rank": float(means @ widths / widths.sum()),
         "effective_rank_share": float(means @ widths / sizes.sum()),
-        "effective_rank_by_layer": by_layer,
+        "effective_rank_by_layer": by_kind(by_layer),
         "rank_reduction": saved,
     }

@@ -26,6 +26,10 @@ class ModelFlags:
     kv_heads: AtLeastOne | None = None
     #: Use the embedding as the head too.
     tied_embeddings: bool = False
+    #: Keep the layers in stacks, which are scanned: they compile once. Else each layer
+    #: has arrays of its own in the optimizer's state, of which columns are freed by
+    #: layer and not by stack; compilation takes longer with each layer.
+    scan_layers: bool = True
     #: Type of activations and matrix products.
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     #: Type of parameters and gradients. Moments in a subspace are float32; those at

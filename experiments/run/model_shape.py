@@ -6,6 +6,7 @@ import jax
 
 from experiments.errors import UserError
 from experiments.model.adapters import with_adapters
+from experiments.model.layers import apart
 from experiments.model.llama import Params
 from experiments.model.shape import LlamaConfig, preset
 from experiments.optim.methods import OPTIMIZERS
@@ -53,8 +54,8 @@ def model_of(
 
 
 def parameterised(params: Params, config: Config, key: jax.Array) -> Params:
-    """Returns a LLaMA's parameters with the adapters of the run's optimizer, if any."""
+    """Returns a LLaMA's parameters as a run trains them: with adapters, or apart."""
     kind = OPTIMIZERS[config.optimizer].adapters
     if kind is None:
-        return params
+        return params if config.scan_layers else apart(params)
     return with_adapters(params, kind, config.rank or 1, jax.random.fold_in(key, 1))

@@ -51,6 +51,11 @@ OF_ALL_RUNS = (
         "--block-state-bytes {c.block_state_bytes} decides about ranks",
     ),
     Rule(
+        ("scan_layers",),
+        lambda c, m: m.adapters is not None,
+        "{c.optimizer} has adapters of one rank",
+    ),
+    Rule(
         ("min_rank_steps",),
         lambda c, m: c.final_min_rank is None,
         "the least rank stays without --final-min-rank",

@@ -8,6 +8,7 @@ import jax
 
 from experiments.data.tokenizers import Tokenizer
 from experiments.model.adapters import adapted
+from experiments.model.layers import together
 from experiments.model.llama import apply
 from experiments.model.shape import LlamaConfig
 from experiments.run.step import mean_loss, summed_token_loss
@@ -55,7 +56,7 @@ class AnswerWork(TuningWork):
         metrics = {
             split: evaluate_answers(
                 self.model,
-                adapted(params),
+                together(adapted(params)),
                 self.prompts,
                 rows,
                 text_column=question,

@@ -17,6 +17,7 @@ from experiments.model.adapters import Draw, check_adapter_rank, with_adapters
 from experiments.model.encoder_files import load_encoder, read_encoder_shape
 from experiments.model.encoder_shape import EncoderConfig
 from experiments.model.hugging_face import load_llama, read_shape
+from experiments.model.layers import apart
 from experiments.optim.build import build_optimizer
 from experiments.optim.methods import OPTIMIZERS
 from experiments.optim.schedule import make_schedule
@@ -240,8 +241,8 @@ def _start(config: TuningConfig, load: Callable[[], Any], draw: Draw) -> Any:
     kind = OPTIMIZERS[config.optimizer].adapters
     if kind is not None:
         key = jax.random.fold_in(jax.random.key(config.seed), 1)
-        params = with_adapters(params, kind, config.rank or 1, key, draw)
-    return params
+        return with_adapters(params, kind, config.rank or 1, key, draw)
+    return params if config.scan_layers else apart(params)
 
 
 def _is_head(path: tuple) -> bool:

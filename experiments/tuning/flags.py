@@ -31,6 +31,10 @@ class ModelFlags:
     #: Regular expression, searched in the paths of the parameters, such as embeddings
     #: or 'blocks/.*': what it finds is not trained. None: all is trained.
     frozen: str | None = None
+    #: Keep the layers in stacks, which are scanned: they compile once. Else each layer
+    #: has arrays of its own in the optimizer's state, of which columns are freed by
+    #: layer and not by stack; compilation takes longer with each layer.
+    scan_layers: bool = True
     #: Type of activations and matrix products.
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     #: Type of parameters and gradients; an encoder's new head stays float32. None: that

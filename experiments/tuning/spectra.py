@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from experiments.distribution.placement import shard_batch
+from experiments.model.layers import together
 from experiments.optim.methods import OPTIMIZERS
 from experiments.run.parts import Parts
 from experiments.run.spectra import Spectra, first_spectra, load_spectra, save_spectra
@@ -39,7 +40,7 @@ def write_spectra(parts: Parts[Any]) -> str | None:
         return jax.grad(lambda params: parts.work.loss(params, batch)[0])(params)
 
     grads = gradient(parts.initial_params(), shard_batch(batch, parts.mesh))
-    spectra, line = first_spectra(grads)
+    spectra, line = first_spectra(together(grads))
     save_spectra(parts.directory / SPECTRA_FILE, spectra)
     return line
 
