@@ -84,6 +84,19 @@ def due_by_path(
     return due
 
 
+def attempts_by_path(state: Any) -> dict[str, jax.Array]:
+    """Returns, for each leaf with a basis, how often its bases were to be renewed.
+
+    Returns:
+        Key path -> int32 (2, *stack); renewals, and failures since the last one.
+    """
+    return {
+        jax.tree_util.keystr(path): jnp.stack([slot.refreshes, slot.failures])
+        for node in low_rank_states(state)
+        for path, slot in slots_of(node).items()
+    }
+
+
 def due_next(
     binding: Binding, state: Any, steps: int, early: Set[str]
 ) -> dict[str, jax.Array]:

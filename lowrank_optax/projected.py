@@ -1,6 +1,8 @@
 """``Projected`` and ``Sketch``: what may stand in the place of a full gradient."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +32,10 @@ class Projected:
     """A projected gradient R = G P, in place of the full gradient in a tree.
 
     ``accumulate`` and the ``update`` of every low-rank transformation take it.
-    Functions of each leaf work on it unchanged: norms, clipping, a schedule's factor.
+    Linear functions of each leaf keep their meaning: a schedule's factor, sums. A norm,
+    and clipping by it, is that of what is projected. Functions of entries and of axes
+    work on coordinates, which changes them without a word: ``optax.clip``, noise,
+    ``optax.centralize``. Give these full gradients.
     Transformations with a parameter or buffer of full size beside the gradient raise an
     error that names this type: ``optax.MultiSteps``, coupled weight decay, momentum.
     Put such transformations behind the low-rank transformation.
@@ -135,3 +140,30 @@ def full_size(gradients: Any, params: Any) -> Any:
         return abstract(param)
 
     return jax.tree.map(at_full_size, gradients, params, is_leaf=is_projected)
+
+
+@contextlib.contextmanager
+def explained(gradients: Any, who: str, ways: str) -> Iterator[None]:
+    """Explains an error of an optimizer that does not take projected gradients.
+
+    Args:
+        gradients: What the optimizer is given inside the context.
+        who: Who gives it.
+        ways: What the user can do.
+
+    Raises:
+        TypeError: In the place of JAX's error about structures.
+    """
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        # jax 0.10.0 says "node type mismatch"; a cond names its branches.
+        words = ("pytree", "node type mismatch", "branch outputs")
+        is_of_structure = any(word in str(error) for word in words)
+        has_projected = any(map(is_projected, gradients_by_path(gradients).values()))
+        if not (is_of_structure and has_projected):
+            raise
+        raise TypeError(
+            f"{who} gives the optimizer projected gradients (lowrank_optax.Projected), "
+            f"and a transformation inside the optimizer does not take them. {ways}"
+        ) from error

@@ -17,6 +17,7 @@ LIBRARY = ROOT / "lowrank_optax"
 
 # A module may import those above it.
 ORDER = [
+    "equations",
     "matrix.__init__",
     "matrix.arrays",
     "matrix.boxes",
@@ -56,6 +57,7 @@ ORDER = [
     "binding.__init__",
     "binding.moments",
     "binding.states",
+    "binding.numbers",
     "binding.optimizer",
     "initial",
     "due",
@@ -76,7 +78,6 @@ ORDER = [
     "methods.apollo",
     "gradients.__init__",
     "gradients.layout",
-    "gradients.equations",
     "gradients.followed",
     "gradients.moves",
     "gradients.contraction",
@@ -100,6 +101,7 @@ ORDER = [
     "training.by_role",
     "training.accumulate",
     "training.renewals",
+    "training.register",
     "training.host_memory",
     "training.modules",
     "training.shapes",

@@ -33,7 +33,7 @@ def run(steps, register, start=0, renewed=None):
     """Returns what each step renews, on the host, and the device's register."""
     host, found = Renewals(register), []
     renewed = dict.fromkeys(range(STEPS), False) if renewed is None else renewed
-    update = jax.jit(next_register, static_argnums=1)
+    update, none_left = jax.jit(next_register), jnp.zeros(len(DUE_AT), bool)
     for step in range(start, steps):
         renews = host.next()
         found.append(renews.tolist())
@@ -42,7 +42,7 @@ def run(steps, register, start=0, renewed=None):
         renewed[step] = True
         due = due_after(step, renewed)
         host.observe(due)
-        register = update(register, bool(renews.any()), due)
+        register = update(register, jnp.asarray(renews), none_left, due)
     return found, register
 
 
@@ -69,8 +69,24 @@ def test_a_basis_that_is_soon_due_again_is_renewed_at_every_step():
         assert host.next()[0]
         due = jnp.array([ALWAYS, 0], jnp.int8)
         host.observe(due)
-        register = next_register(register, True, due)
+        renewed = jnp.array([True, False])
+        register = next_register(register, renewed, ~renewed, due)
         assert register[0, 0] == ALWAYS
+
+
+def test_what_a_step_should_have_renewed_is_asked_for_until_it_is():
+    """An update that is left out leaves its bases due: at each of the next steps."""
+    register = first_register([ONCE])
+    host, found = Renewals(register), []
+    for step in range(12):
+        found.append(bool(host.next()[0]))
+        # The first update of all is that of step 7.
+        renewed = jnp.array([step == 7])
+        is_left = jnp.array([step < 7])
+        due = jnp.where(is_left, DUE, 0).astype(jnp.int8)
+        register = next_register(register, renewed, is_left, due)
+        host.observe(register[-1])
+    assert found == [True] + [False] * AHEAD + [True] * 7 + [False] * 2
 
 
 def test_a_step_does_not_wait_for_the_two_before_it():

@@ -586,3 +586,103 @@ def test_a_refused_use_is_named_and_may_get_its_full_gradient():
 def test_bad_calls_are_refused(make, error, words):
     with pytest.raises(error, match=words):
         make()
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("name", ["galore", "adarankgrad", "ldadam"])
+def test_injected_numbers_train_as_plain_ones(name, micro_batches):
+    """optax.inject_hyperparams makes arrays of a trace of the numbers of the bases."""
+    method = getattr(lowrank_optax, name)
+    injected = optax.inject_hyperparams(method, static_args=("rank",))
+    found = [
+        trained(
+            train_step(loss_fn, make(learning_rate=1e-2, rank=RANK), **options),
+            random_like(SHAPES),
+            batches(4),
+        )[0]
+        for options in ({"micro_batches": micro_batches},)
+        for make in (injected, method)
+    ]
+    assert_close(*found, 1e-3)
+
+
+def test_an_injected_learning_rate_is_that_of_the_state():
+    injected = optax.inject_hyperparams(lowrank_optax.galore, static_args=("rank",))
+    optimizer = injected(learning_rate=1e-2, rank=RANK, update_proj_gap=3)
+    params, (x,) = random_like(SHAPES), batches(1)
+    step = train_step(loss_fn, optimizer)
+    state = step.init(params)
+    state.optimizer.hyperparams["learning_rate"] = jnp.zeros([])
+    found, state, _ = trained(step, params, [x] * 2, state)
+    assert_same(found, params)
+    accumulating = lowrank_optax.accumulate(optimizer, 2)
+    state, gradients = accumulating.init(params), jax.grad(loss_fn)(params, x)
+    # A second function is compiled anew.
+    for _ in range(2):
+        updates, state = jax.jit(lambda *args: accumulating.update(*args))(
+            gradients, state, params
+        )
+    assert jnp.any(updates["up"] != 0)
+
+
+def test_a_number_of_the_bases_that_depends_on_the_parameters_is_refused():
+    def init(params):
+        seed = jnp.int32(params["bias"][0])
+        return lowrank_optax.galore(0.1, RANK, seed=seed).init(params)
+
+    optimizer = optax.GradientTransformation(init, optax.identity().update)
+    with pytest.raises(TypeError, match="depends on the parameters"):
+        train_step(loss_fn, optimizer).init(random_like(SHAPES))
+
+
+@pytest.mark.parametrize(("every", "at"), [(3, 1), (3, 2), (6, 5), (4, 3)])
+def test_bases_come_where_updates_are_left_out(every, at):
+    """A step that had to renew, and has no update, is tried again until it has one."""
+    optimizer = optax.conditionally_mask(
+        low_rank(20, basis=lowrank_optax.dct_columns()), lambda step: step % every == at
+    )
+    step = train_step(loss_fn, optimizer, gradients="full")
+    _, state, _ = trained(step, random_like(SHAPES), batches(3 * every))
+    assert {refreshes for _, refreshes in ages(state)} == {1}
+
+
+def test_the_norm_of_half_precision_is_float32():
+    params = {"up": random_like({"up": (8, 20)})["up"].astype(jnp.float16)}
+    x = random_like({"x": (12, 8)})["x"]
+
+    def loss(params, x):
+        return 8000 * jnp.mean((x.astype(params["up"].dtype) @ params["up"]) ** 2)
+
+    step = train_step(loss, optax.sgd(1e-6))
+    _, _, (metrics,) = trained(step, params, [x])
+    wide = {"up": params["up"].astype(jnp.float32)}
+    expected = optax.tree.norm(jax.grad(loss)(wide, x))
+    assert expected > 256  # its square is infinite in float16
+    assert metrics["grad_norm"].dtype == jnp.float32
+    np.testing.assert_allclose(metrics["grad_norm"], expected, rtol=1e-2)
+
+
+def test_a_loss_of_python_is_a_number():
+    step = train_step(lambda params, x: 0.0, low_rank())
+    params = random_like(SHAPES)
+    found, _, (metrics,) = trained(step, params, batches(1))
+    assert metrics["loss"] == 0
+    assert_same(found, params)
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda tx: optax.chain(optax.add_decayed_weights(0.1), tx),
+        lambda tx: optax.MultiSteps(tx, 2),
+        lambda tx: optax.apply_if_finite(tx, 3),
+        lambda tx: optax.conditionally_mask(tx, lambda step: step % 2 == 0),
+    ],
+)
+def test_what_takes_no_projected_gradients_is_explained(around):
+    params, xs = random_like(SHAPES), batches(1)
+    step = train_step(loss_fn, around(low_rank()))
+    with pytest.raises(TypeError, match=r'train_step gives .*Give gradients="full"'):
+        trained(step, params, xs)
+    step = train_step(loss_fn, around(low_rank()), gradients="full")
+    trained(step, params, xs)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from lowrank_optax.binding.numbers import computed, replaced, traced_numbers
 from lowrank_optax.binding.states import is_slot, slots_of
 from lowrank_optax.matrix.arrays import as_arrays
 from lowrank_optax.matrix.plan import LeafPlan
@@ -157,7 +158,8 @@ def bind(optimizer: optax.GradientTransformation, params: Any) -> Binding:
     """Returns the low-rank transformations of an optimizer, with their leaves.
 
     The binding comes from the optimizer's own ``init`` on shapes: nothing is allocated,
-    and chains, masks and partitions are followed at any depth.
+    and chains, masks and partitions are followed at any depth. Numbers that
+    ``optax.inject_hyperparams`` has made arrays have the values of ``init``.
 
     Args:
         optimizer: Any Optax transformation.
@@ -170,13 +172,23 @@ def bind(optimizer: optax.GradientTransformation, params: Any) -> Binding:
     params = as_arrays(params)
     heard = _Heard([], {})
     token = _listeners.set(heard)
+
+    def numbers(params: Any) -> list[jax.core.Tracer]:
+        optimizer.init(params)
+        return [x for who in heard.bound for x in traced_numbers(who.parts)]
+
     try:
-        # A new function each time: eval_shape caches init, and would not call it again.
-        jax.eval_shape(lambda p: optimizer.init(p), jax.tree.map(abstract, params))
+        # A new function each time: a cached init would not be called again.
+        program = jax.make_jaxpr(numbers)(jax.tree.map(abstract, params))
     finally:
         _listeners.reset(token)
+    values = iter(computed(program) if program.jaxpr.outvars else ())
+    bound = [
+        who._replace(parts=replaced(who.parts, lambda _: next(values)))
+        for who in heard.bound
+    ]
     seen: set[tuple] = set()
-    for who in heard.bound:
+    for who in bound:
         twice = seen & who.projected
         if twice:
             raise ValueError(
@@ -185,4 +197,4 @@ def bind(optimizer: optax.GradientTransformation, params: Any) -> Binding:
                 "dimension_numbers, optax.masked or optax.partition."
             )
         seen |= who.projected
-    return Binding(tuple(heard.bound), heard.roles)
+    return Binding(tuple(bound), heard.roles)

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.extend import core
 
+from lowrank_optax.equations import bound
 from lowrank_optax.gradients.contraction import contract
-from lowrank_optax.gradients.equations import bound
 from lowrank_optax.gradients.followed import (
     Entries,
     Followed,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.extend import core
 
-from lowrank_optax.gradients.equations import bound
+from lowrank_optax.equations import bound
 from lowrank_optax.gradients.followed import (
     Followed,
     Refused,

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from lowrank_optax.gradients.equations import bound
+from lowrank_optax.equations import bound
 from lowrank_optax.gradients.followed import (
     Followed,
     Refused,

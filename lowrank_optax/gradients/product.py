@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.extend import core
 
+from lowrank_optax.equations import as_tuples
 from lowrank_optax.gradients.contraction import contract, type_of_contraction
-from lowrank_optax.gradients.equations import as_tuples
 from lowrank_optax.gradients.followed import (
     Followed,
     Term,

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from lowrank_optax.gradients.equations import bound, has_derivative
+from lowrank_optax.equations import bound, has_derivative
 from lowrank_optax.gradients.followed import (
     Entries,
     Followed,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.extend import core
 
-from lowrank_optax.gradients.equations import as_tuples
+from lowrank_optax.equations import as_tuples
 from lowrank_optax.gradients.followed import (
     Followed,
     Refused,

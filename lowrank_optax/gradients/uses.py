@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lowrank_optax.gradients.equations import bound
+from lowrank_optax.equations import bound
 from lowrank_optax.gradients.followed import Followed, Refused, Term
 from lowrank_optax.gradients.linear import added, negated, scaled
 from lowrank_optax.gradients.lookups import picked

@@ -32,9 +32,9 @@ def subspace_value_and_grad(
     scans, checkpoints, conditionals, jitted functions, and products with a number or
     with a vector along one side. The products may be with another parameter or with
     activations (``dot_general``, ``ragged_dot``). A stack axis may be a batch axis, a
-    free axis or summed over. An array that scales a parameter gets its gradient too,
-    and so does an added array. A parameter with several uses (tied, for instance) gets
-    the sum of the gradients.
+    free axis, or summed over, by a sum or together with a side. An array that scales a
+    parameter gets its gradient too, and so does an added array. A parameter with
+    several uses (tied, for instance) gets the sum of the gradients.
 
     Some uses form one array of full size in the backward pass and project it at once:
 

@@ -6,6 +6,7 @@ transfer is :func:`random_transfer`.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -98,16 +99,17 @@ def ldadam_rebase(
     References:
         Robert et al., `LDAdam <https://arxiv.org/abs/2410.16103>`_, 2024.
     """
+    # Not a closure: `bind` finds the numbers of a partial.
+    return RebaseRule(_exact, functools.partial(_ldadam_second, b1, b2))
 
-    def second(nu, mu, r, count):
-        # count is 0 only before the first basis, and the moments are zero then.
-        t = jnp.maximum(count, 1)
-        correction = 1 - jnp.asarray(b2, nu.dtype) ** t
-        mean = mu / (1 - jnp.asarray(b1, nu.dtype) ** t)
-        variance = _exact(nu / correction - mean**2, r**2)
-        return correction * jnp.abs(variance + _exact(mean, r) ** 2)
 
-    return RebaseRule(_exact, second)
+def _ldadam_second(b1, b2, nu, mu, r, count):
+    # count is 0 only before the first basis, and the moments are zero then.
+    t = jnp.maximum(count, 1)
+    correction = 1 - jnp.asarray(b2, nu.dtype) ** t
+    mean = mu / (1 - jnp.asarray(b1, nu.dtype) ** t)
+    variance = _exact(nu / correction - mean**2, r**2)
+    return correction * jnp.abs(variance + _exact(mean, r) ** 2)
 
 
 REBASE_RULES: dict[str, RebaseRule] = {

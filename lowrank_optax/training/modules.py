@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 
 class Model(NamedTuple):
@@ -58,6 +59,8 @@ def loss_of(function: Any, has_aux: bool, graph: Any) -> Callable[..., Any]:
                 f"{type(found).__name__}."
             )
         value, aux = found if has_aux else (found, None)
+        if isinstance(value, (int, float)):
+            value = jnp.asarray(value, float)
         shape = getattr(value, "shape", ())
         if shape != ():
             raise TypeError(f"loss_fn must return a scalar, not shape {shape}.")

@@ -15,8 +15,9 @@ import numpy as np
 
 # Steps that may be in flight: what a step renews is read off the state so far back.
 AHEAD = 2
-# What a step has to renew, by basis. ALWAYS: even right behind another renewal.
-NOT_DUE, DUE, ALWAYS = 0, 1, 2
+# What a step has to renew, by basis. ALWAYS: even right behind another renewal. RETRY:
+# likewise, because a step that had to renew it has not.
+NOT_DUE, DUE, ALWAYS, RETRY = 0, 1, 2, 3
 
 
 def first_register(due: Sequence[jax.Array]) -> jax.Array:
@@ -32,18 +33,24 @@ def first_register(due: Sequence[jax.Array]) -> jax.Array:
     return jnp.where(rows, ALWAYS, NOT_DUE).astype(jnp.int8)
 
 
-def next_register(register: jax.Array, renews: bool, due: jax.Array) -> jax.Array:
+def next_register(
+    register: jax.Array, renewed: jax.Array, is_left: jax.Array, due: jax.Array
+) -> jax.Array:
     """Returns the register behind a step.
 
     Args:
         register: The register before the step.
-        renews: Whether the step has renewed what was due.
+        renewed: bool (bases,); what the step has renewed.
+        is_left: bool (bases,); what is due still. Where the step had to renew it, its
+            update was left out, as under ``optax.conditionally_mask``. Who waits for
+            the step after :data:`AHEAD` others, again and again, might meet none that
+            has an update.
         due: int8 (bases,); what the step has to renew that comes AHEAD steps after the
             next one, as the state behind the step says.
     """
-    later = register[1:]
-    if renews:
-        later = jnp.where((register[0] > 0) & (later == DUE), NOT_DUE, later)
+    later = jnp.where(renewed & (register[1:] == DUE), NOT_DUE, register[1:])
+    asked = (register[0] > 0) | jnp.any(register == RETRY, axis=0)
+    due = jnp.where(asked & ~renewed & is_left, RETRY, due)
     return jnp.concatenate([later, due[None]])
 
 
@@ -73,6 +80,6 @@ class Renewals:
         """
         due = np.asarray(self._rows.popleft())
         just_now = np.any(self._renewed, axis=0) if self._renewed else False
-        renews = (due == ALWAYS) | ((due == DUE) & ~np.asarray(just_now))
+        renews = (due >= ALWAYS) | ((due == DUE) & ~np.asarray(just_now))
         self._renewed.append(renews)
         return renews

@@ -9,23 +9,24 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.binding.optimizer import Binding, bind
-from lowrank_optax.due import due_again, due_by_path, due_next
+from lowrank_optax.due import due_by_path
 from lowrank_optax.gradients.variants import SubspaceValueAndGrad
 from lowrank_optax.matrix.arrays import wide
-from lowrank_optax.projected import Sketch
+from lowrank_optax.projected import Sketch, explained
 from lowrank_optax.rules.power_iteration import PowerIteration
 from lowrank_optax.training.accumulate import Accumulation
 from lowrank_optax.training.host_memory import moved_late, on_devices
 from lowrank_optax.training.modules import Model, check_added, loss_of
 from lowrank_optax.training.placed import Placed, whole_on
-from lowrank_optax.training.renewals import (
-    AHEAD,
-    ALWAYS,
-    first_register,
-    next_register,
-)
+from lowrank_optax.training.register import register_before, register_behind
 
 Refresh = Literal["sketch", "full"]
+_WAYS = (
+    'Give gradients="full"; or replace optax.apply_if_finite by '
+    "lowrank_optax.apply_if_finite, optax.MultiSteps by micro_batches, and put any "
+    "other transformation that needs gradients like the parameters behind the low-rank "
+    "one."
+)
 
 
 class TrainState(NamedTuple):
@@ -87,26 +88,7 @@ class Step:
     def due_first(self, params: Any, state: Any) -> jax.Array:
         """Returns the register before a step from an optimizer's state."""
         binding = bind(self.optimizer, params)
-        due = due_next(binding, state, AHEAD + 1, self._sketched(binding, state))
-        return first_register(list(due.values()))
-
-    def _due(self, params: Any, state: Any) -> jax.Array:
-        """Returns what the step has to renew that comes AHEAD steps after the next one.
-
-        A sketch makes the basis of the next step, so that it is computed one earlier.
-
-        Returns:
-            int8 (bases,), see :mod:`lowrank_optax.training.renewals`.
-        """
-        binding = bind(self.optimizer, params)
-        soon, later = (
-            due_by_path(binding, state, AHEAD + more, drawn=True) for more in (0, 1)
-        )
-        again = due_again(binding, state, AHEAD)
-        sketched = self._sketched(binding, state)
-        due = {path: (later if path in sketched else soon)[path] for path in soon}
-        each = [jnp.where(again[path], ALWAYS, x) for path, x in due.items()]
-        return jnp.array(each, jnp.int8)
+        return register_before(binding, state, self._sketched(binding, state))
 
     def _sketched(self, binding: Binding, state: Any) -> Set[str]:
         """Returns the key paths of the leaves whose bases are renewed from sketches."""
@@ -143,14 +125,16 @@ class Step:
         if found.sketches:
             renewed = self._gradient.renewed
             optimizer = renewed(params, optimizer, found.sketches)
-        due = self._due(params, optimizer)
+        binding = bind(self.optimizer, params)
+        sketched = self._sketched(binding, optimizer)
+        register = register_behind(binding, state, optimizer, sketched)
         metrics = {
             "loss": found.loss.astype(wide(found.loss.dtype)),
             "grad_norm": found.grad_norm,
-            "due": due,
+            "due": register[-1],
             **self.metrics(params, optimizer),
         }
-        state = TrainState(optimizer, next_register(state.due, renews, due))
+        state = TrainState(optimizer, register)
         return params, found.carried, state, metrics, found.aux
 
     def _gradients(self, renews: bool, params: Any, state: Any) -> Callable[..., Any]:
@@ -179,8 +163,10 @@ class Step:
             # would add up whole gradients on each device.
             grads = jax.lax.with_sharding_constraint(grads, placed.params)
         state = moved_late(state, placed.optimizer, used, left, grads)
-        updates, state = self.optimizer.update(grads, state, params, refresh=renews)
-        norm = optax.tree.norm(grads)
+        with explained(grads, "train_step", _WAYS):
+            updates, state = self.optimizer.update(grads, state, params, refresh=renews)
+        # The squares of half precision overflow.
+        norm = optax.tree.norm(jax.tree.map(lambda x: x.astype(wide(x.dtype)), grads))
         return _Found(loss, norm, carried, aux, updates, state, sketches)
 
     def _micro_batches(

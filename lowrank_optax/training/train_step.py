@@ -52,9 +52,11 @@ def train_step(
     matrix. ``refresh="full"`` renews from full gradients instead, at the start of an
     update.
 
-    Any Optax optimizer may be given. Leaves of methods that need full gradients
-    (``low_rank_muon``, ``fira``, ``apollo``, ``ldadam``) get full gradients, and so do
-    all leaves that are not projected.
+    Any Optax optimizer may be given, but what stands before or around a low-rank
+    transformation gets projected gradients (:class:`lowrank_optax.Projected`); with
+    ``gradients="full"`` everything gets full ones. Leaves of methods that need full
+    gradients (``low_rank_muon``, ``fira``, ``apollo``, ``ldadam``) get full gradients,
+    and so do all leaves that are not projected.
 
     Parameters and states on a mesh stay where they are; put each batch on the mesh. An
     optimizer's state in ``pinned_host`` memory comes to the devices around its uses

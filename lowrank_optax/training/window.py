@@ -15,11 +15,16 @@ from lowrank_optax.matrix.sharding import zeros_like_update
 from lowrank_optax.projected import (
     Projected,
     ProjectedSum,
-    gradients_by_path,
+    explained,
     is_projected,
 )
 from lowrank_optax.renewal import renewed_everywhere
 from lowrank_optax.subspace import Projector
+
+_WAYS = (
+    "Replace optax.apply_if_finite by lowrank_optax.apply_if_finite. Put any other "
+    "transformation that needs gradients like the parameters around accumulate."
+)
 
 
 class AccumulateState(NamedTuple):
@@ -173,24 +178,10 @@ def finished(
         is_leaf=lambda x: isinstance(x, ProjectedSum),
     )
     means = boxed_like(means, params)
-    try:
+    with explained(means, "accumulate", _WAYS):
         updates, inner_state = optimizer.update(
             means, state.inner_state, params, **extra_args
         )
-    except (TypeError, ValueError) as error:
-        # jax 0.10.0 says "node type mismatch".
-        is_of_structure = any(
-            words in str(error) for words in ("pytree", "node type mismatch")
-        )
-        has_projected = any(map(is_projected, gradients_by_path(means).values()))
-        if not (is_of_structure and has_projected):
-            raise
-        raise TypeError(
-            "accumulate gives the optimizer projected means (lowrank_optax.Projected), "
-            "and a transformation inside the optimizer does not take them. Replace "
-            "optax.apply_if_finite by lowrank_optax.apply_if_finite. Put any other "
-            "transformation that needs gradients like the parameters around accumulate."
-        ) from error
     inner_state = jax.tree.map(_of_dtype, inner_state, state.inner_state)
     return updates, AccumulateState(
         micro_step=jnp.zeros_like(state.micro_step),
