@@ -12,21 +12,22 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.extend import core
 
 from lowrank_optax.equations import bound
 
 
-def traced_numbers(part: Any) -> Iterator[jax.core.Tracer]:
+def traced_numbers(part: Any) -> Iterator[Tracer]:
     """Yields the arrays of a trace in records, tuples and mappings, in their order."""
-    found: list[jax.core.Tracer] = []
+    found: list[Tracer] = []
     replaced(part, lambda x: found.append(x) or x)
     yield from found
 
 
-def replaced(part: Any, new: Callable[[jax.core.Tracer], Any]) -> Any:
+def replaced(part: Any, new: Callable[[Tracer], Any]) -> Any:
     """Returns records, tuples, mappings and partials with other values for tracers."""
-    if isinstance(part, jax.core.Tracer):
+    if isinstance(part, Tracer):
         return new(part)
     if dataclasses.is_dataclass(part) and not isinstance(part, type):
         fields = {x.name: getattr(part, x.name) for x in dataclasses.fields(part)}
@@ -40,10 +41,10 @@ def replaced(part: Any, new: Callable[[jax.core.Tracer], Any]) -> Any:
         return functools.partial(part.func, *args, **keywords)
     if isinstance(part, Mapping):
         return {name: replaced(value, new) for name, value in part.items()}
-    if isinstance(part, tuple) and hasattr(part, "_fields"):
-        return type(part)(*(replaced(value, new) for value in part))
-    if type(part) in (tuple, list):
-        return type(part)(replaced(value, new) for value in part)
+    if isinstance(part, (tuple, list)):
+        values = [replaced(value, new) for value in part]
+        is_record = hasattr(part, "_fields")
+        return type(part)(*values) if is_record else type(part)(values)
     return part
 
 
@@ -68,7 +69,7 @@ def computed(program: core.ClosedJaxpr) -> list[Any]:
             "a number of the optimizer depends on the parameters; give numbers that "
             "are known without them."
         )
-    is_inner = any(isinstance(x, jax.core.Tracer) for x in program.consts)
+    is_inner = any(isinstance(x, Tracer) for x in program.consts)
     values = dict(zip(jaxpr.constvars, program.consts, strict=True))
 
     def read(atom: Any) -> Any:
@@ -79,4 +80,4 @@ def computed(program: core.ClosedJaxpr) -> list[Any]:
             results = bound(equation, list(map(read, equation.invars)))
             values |= zip(equation.outvars, results, strict=True)
         found = list(map(read, jaxpr.outvars))
-    return [x if isinstance(x, jax.core.Tracer) else np.asarray(x)[()] for x in found]
+    return [x if isinstance(x, Tracer) else np.asarray(x)[()] for x in found]

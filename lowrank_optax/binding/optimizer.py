@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
+from jax.core import Tracer
 
 from lowrank_optax.binding.numbers import computed, replaced, traced_numbers
 from lowrank_optax.binding.states import is_slot, slots_of
@@ -173,7 +174,7 @@ def bind(optimizer: optax.GradientTransformation, params: Any) -> Binding:
     heard = _Heard([], {})
     token = _listeners.set(heard)
 
-    def numbers(params: Any) -> list[jax.core.Tracer]:
+    def numbers(params: Any) -> list[Tracer]:
         optimizer.init(params)
         return [x for who in heard.bound for x in traced_numbers(who.parts)]
 
