@@ -109,7 +109,8 @@ def words_of(fields: Mapping[str, Any]) -> list[str]:
         if isinstance(value, bool):
             words.append(flag(name if value else f"no_{name}"))
         else:
-            words += [flag(name), str(value)]
+            # In one word: a value may begin as a flag does.
+            words.append(f"{flag(name)}={value}")
     return words
 
 

@@ -36,8 +36,9 @@ def is_sentencepiece(path: Path) -> bool:
     if kind not in ("gpt2", "llama"):
         raise UserError(
             f"{path}: its tokenizer is of the kind {kind!r}, and only 'gpt2', "
-            "byte-level BPE, and 'llama', SentencePiece, are supported; give "
-            "--tokenizer PATH, the tokenizer.json of the model"
+            "byte-level BPE, and 'llama', SentencePiece, are supported; take the "
+            "model in Hugging Face's layout, or its tokenizer.json by --tokenizer in "
+            "pre-training"
         )
     return kind == "llama"
 
@@ -55,9 +56,11 @@ def read_gguf_sentencepiece(path: Path) -> tuple[bytes, Settings]:
     words = file.field("tokenizer.ggml.tokens", list)
     scores = file.field("tokenizer.ggml.scores", list)
     types = file.field("tokenizer.ggml.token_type", list)
-    for word, score, type_ in zip(words, scores, types, strict=False):
+    # Some files say that these are words of the user's.
+    ends = {file.fields.get(f"tokenizer.ggml.{x}_token_id") for x in ("bos", "eos")}
+    for i, (word, score, type_) in enumerate(zip(words, scores, types, strict=False)):
         # llama.cpp took over SentencePiece's numbers of types.
-        model.pieces.add(piece=word, score=score, type=type_)
+        model.pieces.add(piece=word, score=score, type=_CONTROL if i in ends else type_)
     trainer = model.trainer_spec
     trainer.model_type = trainer.BPE
     trainer.byte_fallback = True
@@ -87,8 +90,8 @@ def read_gguf_bpe(path: Path) -> tuple[tokenizers.Tokenizer, Settings]:
     if split not in splits:
         raise UserError(
             f"{path}: its tokenizer splits text as {split!r}, and only "
-            f"{', '.join(splits)} are supported; give --tokenizer PATH, the "
-            "tokenizer.json of the model"
+            f"{', '.join(splits)} are supported; take the model in Hugging "
+            "Face's layout, or its tokenizer.json by --tokenizer in pre-training"
         )
     words = file.field("tokenizer.ggml.tokens", list)
     model = tokenizers.Tokenizer(_bpe(file, words, ignore_merges=split == "llama-bpe"))

@@ -38,6 +38,7 @@ def _rows(path, file, column=None):
     row = 0
     try:
         table = pq.ParquetFile(file)
+        _check_names(table.schema_arrow, path)
         if column is not None:
             _check_column(table.schema_arrow, column, path)
         columns = None if column is None else [column]
@@ -50,12 +51,31 @@ def _rows(path, file, column=None):
             f"{path}, row {row + 1} or one of the {_ROWS_AT_ONCE} behind it: {what} "
             f"is not UTF-8 ({error.reason}); write the file again"
         ) from error
-    except (pa.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except (OverflowError, ValueError) as error:
+        if isinstance(error, pa.ArrowException):
+            raise _damaged(path, row, error) from error
         raise UserError(
-            f"{path} is truncated, damaged or not Parquet: reading stopped "
-            f"after {row:,} rows ({reason}); fetch it again"
+            f"{path}, row {row + 1} or one of the {_ROWS_AT_ONCE} behind it: a value "
+            f"is none that Python has ({error}); leave out its column"
         ) from error
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(path, row, error) from error
+
+
+def _damaged(path, row, error):
+    reason = " ".join(str(error).split())[:200]
+    return UserError(
+        f"{path} is truncated, damaged or not Parquet: reading stopped "
+        f"after {row:,} rows ({reason}); fetch it again"
+    )
+
+
+def _check_names(schema, path):
+    for name in schema.names:
+        if schema.names.count(name) > 1:
+            raise UserError(
+                f"{path}: two columns are called {name!r}; rename or drop one of them"
+            )
 
 
 def _check_column(schema, column, path):

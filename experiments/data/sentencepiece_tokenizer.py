@@ -1,7 +1,7 @@
 """SentencePiece's models as tokenizers: a ``.model`` file, or a GGUF file's."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +53,7 @@ class SentencePieceTokenizer:
         words = self._model.id_to_piece(list(range(self.vocab_size)))
         pieces = {word: i for i, word in enumerate(words)}
         self._control = {k: i for k, i in pieces.items() if self._model.is_control(i)}
+        _check_pieces(path, settings, pieces)
         end = pieces.get(settings.words.get("eos_token", ""), self.end_of_document)
         self.ends: tuple[int, ...] = tuple(dict.fromkeys((end, self.end_of_document)))
         roles = {"bos_token": self.beginning, "eos_token": self.end_of_document}
@@ -71,7 +72,8 @@ class SentencePieceTokenizer:
         return [np.array(ids, np.int32) for ids in self._model.encode(list(texts))]
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._model.decode([int(i) for i in ids])
+        # A model may have more tokens than there are pieces, and write one of them.
+        return self._model.decode([int(i) for i in ids if i < self.vocab_size])
 
     def save(self, directory: Path) -> None:
         """Writes a copy of the model as ``tokenizer.model``."""
@@ -92,3 +94,15 @@ class SentencePieceTokenizer:
             control = self._control.get(part)
             ids += self._model.encode(part) if control is None else [control]
         return np.array(ids, np.int32)
+
+
+def _check_pieces(path: Path, settings: Settings, pieces: Collection[str]) -> None:
+    """Raises UserError if a chat needs tokens that stand beside the model's pieces."""
+    used = [word for word in settings.added if word in (settings.chat_template or "")]
+    for word in (*filter(None, [settings.words.get("eos_token")]), *used):
+        if word not in pieces:
+            raise UserError(
+                f"tokenizer: {path} has no piece {word!r}, which the files beside it "
+                "add; give the tokenizer.json of the model, which has all tokens "
+                "(transformers' AutoTokenizer writes it)"
+            )

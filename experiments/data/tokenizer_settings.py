@@ -20,10 +20,12 @@ class Settings:
         words: Special tokens as text, by their roles: "bos_token" begins a text,
             "eos_token" ends one, or a turn of a chat; there may be more.
         chat_template: How a conversation is spelled, in Jinja; None: not at all.
+        added: Tokens as text that the files add to those of the tokenizer's own file.
     """
 
     words: Mapping[str, str]
     chat_template: str | None = None
+    added: tuple[str, ...] = ()
 
 
 def read_settings(directory: Path) -> Settings:
@@ -33,7 +35,7 @@ def read_settings(directory: Path) -> Settings:
         UserError: If a file cannot be read.
     """
     raw = _parsed(directory / _FILE)
-    template = _text(directory / _TEMPLATE_FILE) or _template(raw)
+    template = _text(directory / _TEMPLATE_FILE) or _template(directory, raw)
     # An older form of a token is an object with its text and its properties.
     tokens = {
         role: token.get("content") if isinstance(token, dict) else token
@@ -41,7 +43,7 @@ def read_settings(directory: Path) -> Settings:
         if role.endswith("_token")
     }
     words = {role: word for role, word in tokens.items() if isinstance(word, str)}
-    return Settings(words, template)
+    return Settings(words, template, _added(directory, raw))
 
 
 def write_settings(directory: Path, settings: Settings) -> None:
@@ -60,12 +62,26 @@ def write_settings(directory: Path, settings: Settings) -> None:
     (directory / _FILE).write_text(json.dumps(raw, indent=2) + "\n")
 
 
-def _template(raw: dict[str, Any]) -> str | None:
+def _template(directory: Path, raw: dict[str, Any]) -> str | None:
     template = raw.get("chat_template")
-    if isinstance(template, list):
-        named = {entry["name"]: entry["template"] for entry in template}
-        template = named.get("default")
+    try:
+        if isinstance(template, list):
+            named = {entry["name"]: entry["template"] for entry in template}
+            template = named.get("default")
+    except (TypeError, KeyError) as error:
+        raise _unreadable(directory / _FILE, "its chat_template is no text") from error
+    if template is not None and not isinstance(template, str):
+        raise _unreadable(directory / _FILE, "its chat_template is no text")
     return template
+
+
+def _added(directory: Path, raw: dict[str, Any]) -> tuple[str, ...]:
+    numbered = raw.get("added_tokens_decoder") or {}
+    found = [*_parsed(directory / "added_tokens.json")]
+    if isinstance(numbered, dict):
+        tokens = [x.get("content") for x in numbered.values() if isinstance(x, dict)]
+        found += [word for word in tokens if isinstance(word, str)]
+    return tuple(dict.fromkeys(found))
 
 
 def _parsed(path: Path) -> dict[str, Any]:

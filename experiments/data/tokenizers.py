@@ -136,7 +136,8 @@ class ByteTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Bytes that are not UTF-8, such as half a character, become U+FFFD."""
-        kept = bytes(int(i) for i in ids if i != self.end_of_document)
+        # A model may have more tokens than these, and write one of them.
+        kept = bytes(int(i) for i in ids if i < self.end_of_document)
         return kept.decode("utf-8", errors="replace")
 
     def save(self, directory: Path) -> None:

@@ -53,7 +53,12 @@ def read_config(path: Path) -> LlamaConfig:
     """
     raw = read_json(path)
     # Since its version 5, transformers nests what concerns the positions.
-    rope = {"rope_type": "default", **(raw.get("rope_parameters") or {})}
+    rope = raw.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{path}: rope_parameters is no object; download it again")
+    rope = {"rope_type": "default", **rope}
+    if raw.get("rope_scaling") in ({"rope_type": "default"}, {"type": "default"}):
+        raw = {**raw, "rope_scaling": None}
     raw = {**raw, **{k: v for k, v in rope.items() if k == "rope_theta"}}
     odd = {k: raw[k] for k, v in _FIXED.items() if k in raw and raw[k] != v}
     odd |= {k: v for k, v in rope.items() if k not in ("rope_theta", "rope_type")}

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -53,7 +54,12 @@ def open_tensors(directory: Path) -> dict[str, StoredTensor]:
     index = directory / "model.safetensors.index.json"
     files = {"model.safetensors"}
     if index.exists() and not (directory / "model.safetensors").exists():
-        files = set(read_json(index).get("weight_map", {}).values())
+        places = read_json(index).get("weight_map", {})
+        if not isinstance(places, dict) or not all(
+            isinstance(file, str) for file in places.values()
+        ):
+            raise UserError(f"{index}: weight_map names no files; download it again")
+        files = set(places.values())
     tensors = {}
     for file in sorted(files):
         tensors |= open_file(directory / file)
@@ -144,13 +150,22 @@ def whole_directory(directory: Path, replace: bool) -> Iterator[Path]:
         raise UserError(f"{directory} is a file; give a directory to save the model in")
     if directory.exists() and not replace and any(directory.iterdir()):
         raise UserError(f"{directory} is not empty; save the model in a new directory")
-    place = directory.absolute()
+    # Of a link the directory that it names is replaced.
+    place = directory.resolve()
     unfinished = place.with_name(f"{place.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     yield unfinished
-    shutil.rmtree(directory, ignore_errors=True)
-    unfinished.rename(directory)
+    if place == Path.cwd() or os.path.ismount(place):
+        # It cannot be replaced itself.
+        for child in place.iterdir():
+            shutil.rmtree(child) if child.is_dir() else child.unlink()
+        for child in unfinished.iterdir():
+            shutil.move(child, place / child.name)
+        unfinished.rmdir()
+        return
+    shutil.rmtree(place, ignore_errors=True)
+    unfinished.rename(place)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:

@@ -100,10 +100,15 @@ def _of_run(flags: SourceFlags, steps: list[int]) -> Loaded:
     step = _chosen_step(flags, steps)
     path = flags.source / CHECKPOINTS / str(step)
     damage = first_damage(path)
+    others = [str(x) for x in steps if x != step]
     if damage is not None:
         raise UserError(
-            f"the checkpoint {path} is damaged: {damage}; choose another one of "
-            f"--checkpoint {', '.join(map(str, steps))}"
+            f"the checkpoint {path} is damaged: {damage}; "
+            + (
+                f"choose --checkpoint {' or '.join(others)}"
+                if others
+                else "it is the only one: train again"
+            )
         )
     saved = record_of(path).config
     if "task" in saved:
@@ -146,7 +151,7 @@ def _chosen_step(flags: SourceFlags, steps: list[int]) -> int:
                 "train with --keep-best"
             )
         found = str(best["step"])
-    if not found.isdigit() or int(found) not in steps:
+    if found not in map(str, steps):
         raise UserError(
             f"--checkpoint {flags.checkpoint} is none of {flags.source}: choose "
             f"newest, best or one of {', '.join(map(str, steps))}"

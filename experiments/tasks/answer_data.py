@@ -93,6 +93,33 @@ def fit(pairs: Sequence[Pair], max_length: int) -> tuple[list[Pair], int]:
     return kept, sum(len(new.prompt) < len(old.prompt) for old, new in sizes)
 
 
+def first_answered(
+    prompts: Prompts, rows: Rows, most: int, question: str, answer: str, length: int
+) -> Rows:
+    """Returns the first rows of a validation part, those that a model is to answer.
+
+    Args:
+        prompts: Of the task. Of completions, only rows whose answers fit are returned.
+        rows: Of the part, one or more.
+        most: Most rows to return, >= 1.
+        question: Column of the questions.
+        answer: Column of the answers.
+        length: Most tokens of an answer.
+    """
+    first = range(min(most, len(rows)))
+    if prompts.task != "completion":
+        return rows.take(first, rows.name)
+    found: list[int] = []
+    for begin in range(0, len(rows), most):
+        places = range(begin, min(begin + most, len(rows)))
+        exchanges = read_exchanges(rows.take(places, rows.name), question, answer)
+        pairs = zip(places, prompts.encode(exchanges), strict=True)
+        found += [place for place, pair in pairs if len(pair.answer) <= length]
+        if len(found) >= most:
+            break
+    return rows.take(found[:most] or first, rows.name)
+
+
 def make_answer_data(
     prompts: Prompts,
     train: Rows,

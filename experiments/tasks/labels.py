@@ -77,8 +77,9 @@ def _found_names(values: Iterable[Any], places: list[Place]) -> tuple[str, ...]:
             f"all training rows have the label {names.pop()!r}; give rows of two "
             f"classes or more, or name another column by {_FLAG}"
         )
-    if all(name.removeprefix("-").isdecimal() for name in names):
-        return tuple(sorted(names, key=int))
+    # Python reads no more than 4,300 digits. "01" is another class than "1".
+    if all(len(x) < 100 and x.removeprefix("-").isdecimal() for x in names):
+        return tuple(sorted(names, key=lambda name: (int(name), name)))
     return tuple(sorted(names))
 
 
@@ -136,12 +137,13 @@ def _to_number(task):
         try:
             # bool is an int to Python.
             number = math.nan if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
-        if not math.isfinite(number):
+        if not abs(number) <= float(np.finfo(np.float32).max):
+            shown = repr(value)[:100]
             raise UserError(
-                f"{place}: the label {value!r} is no finite number; repair that row, "
-                f"or name another column by {_FLAG}"
+                f"{place}: the label {shown} is no finite number in float32; repair "
+                f"that row, or name another column by {_FLAG}"
             )
         if not low <= number <= high:
             why = "; GLUE's test rows have no label" if number == -1 else ""

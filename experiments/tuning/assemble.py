@@ -30,7 +30,7 @@ from experiments.run.parts import (
     read_checkpoint,
     say_changes,
 )
-from experiments.tasks.answer_data import make_answer_data
+from experiments.tasks.answer_data import first_answered, make_answer_data
 from experiments.tasks.answers import Prompts
 from experiments.tasks.embedded import embedded_rows
 from experiments.tasks.encoder_data import make_encoder_data
@@ -169,7 +169,18 @@ def _numerics(config: TuningConfig, model: EncoderConfig) -> EncoderConfig:
 
 def _answer_work(config, path, task, rows, validation):
     model = read_shape(path)
-    tokenizer = load_tokenizer(str(find_tokenizer(path) or "bytes"))
+    file = find_tokenizer(path)
+    if file is None:
+        raise UserError(
+            f"{path} has no tokenizer; put the model's tokenizer.json or "
+            "tokenizer.model beside its weights"
+        )
+    tokenizer = load_tokenizer(str(file))
+    if tokenizer.vocab_size > model.vocab_size:
+        raise UserError(
+            f"{file} has {tokenizer.vocab_size} tokens, the model beside it only "
+            f"{model.vocab_size}; put the tokenizer there that it was trained with"
+        )
     chat = None if config.prompt == "plain" else tokenizer.chat
     if config.prompt == "chat" and chat is None:
         raise UserError(
@@ -213,7 +224,7 @@ def _answer_work(config, path, task, rows, validation):
         tokenizer=tokenizer,
         prompts=prompts,
         rows={
-            name: part.take(range(min(most, len(part))), part.name)
+            name: first_answered(prompts, part, most, columns[0], answer, length)
             for name, part in validation.items()
         },
         columns=(columns[0], answer),

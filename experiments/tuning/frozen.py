@@ -1,5 +1,6 @@
 """Which parameters a fine-tuning run trains: their groups, and those it freezes."""
 
+import dataclasses
 import re
 from typing import Any
 
@@ -21,7 +22,7 @@ def groups_of(config: TuningConfig, params: Any) -> Any:
     encoder's head.
     """
     keeps = OPTIMIZERS[config.optimizer].adapters in ("lora", "relora")
-    pattern = re.compile(config.frozen) if config.frozen else None
+    pattern = None if config.frozen is None else re.compile(config.frozen)
 
     def group(path, name):
         is_found = pattern is not None and pattern.search(leaf_name(path))
@@ -58,11 +59,16 @@ def check_frozen(config: TuningConfig, params: Any) -> None:
         raise UserError(
             f"--frozen {config.frozen} is not a regular expression: {error}"
         ) from error
-    names = [leaf_name(path) for path, _ in jax.tree.leaves_with_path(params)]
+    groups = groups_of(dataclasses.replace(config, frozen=None), params)
+    names = [
+        leaf_name(path)
+        for path, group in jax.tree.leaves_with_path(groups)
+        if group != "frozen"
+    ]
     if not any(map(pattern.search, names)):
         raise UserError(
-            f"--frozen {config.frozen} finds no parameter; their names are "
-            f"{', '.join(names)}"
+            f"--frozen {config.frozen} finds no parameter that is trained; their names "
+            f"are {', '.join(names)}"
         )
     groups = set(jax.tree.leaves(groups_of(config, params)))
     if groups == {"frozen"}:
@@ -75,6 +81,11 @@ def check_frozen(config: TuningConfig, params: Any) -> None:
 
 
 def leaf_name(path: tuple) -> str:
-    """Returns the name of a parameter, such as blocks/mlp/up/kernel."""
+    """Returns the name of a parameter, such as blocks/mlp/up/kernel.
+
+    An adapter's two arrays have that of their matrix: blocks/mlp/up/kernel/down.
+    """
     name = jax.tree_util.keystr(path, simple=True, separator="/")
+    if name.startswith("adapters/"):
+        name = name.removeprefix("adapters/").replace(".", "/")
     return name.removeprefix("model/")

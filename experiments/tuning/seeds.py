@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -115,8 +116,8 @@ def report(configs: list[TuningConfig], console: Console) -> None:
 
 
 def _spread(values: list[float]) -> tuple[float, float]:
-    deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
-    return statistics.mean(values), deviation
+    mean = statistics.mean(values) if values else math.nan
+    return mean, statistics.stdev(values) if len(values) > 1 else math.nan
 
 
 def _print(whole: dict[str, Any], directory: Path, console: Console) -> None:

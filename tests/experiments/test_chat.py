@@ -38,6 +38,8 @@ def render(template, messages=MESSAGES, prompt=False, **words):
         ("{% generation %}{{ messages[1].content }}{% endgeneration %}!", "é!"),
         ("{{ bos_token }}{{ tools is none }}{{ documents is none }}", "<s>TrueTrue"),
         ("{{ strftime_now('%%') }}", "%"),
+        # The same on every day: a run is resumed with the same text.
+        ("{{ strftime_now('%d %b %Y') }}", "26 Jul 2024"),
     ],
 )
 def test_templates_have_what_transformers_gives_them(template, expected):
@@ -58,6 +60,7 @@ def test_the_beginning_of_an_answer_is_asked_for():
         ("{{ messages[0].absent.more }}", "has no attribute 'absent'"),
         ("{{ messages.append(1) }}", "access to attribute 'append'.* is unsafe"),
         ("{{ ''.__class__.__mro__ }}", "is unsafe"),
+        ("{{ 'x' + 1 }}", "can only concatenate str"),
     ],
 )
 def test_a_template_that_fails_is_an_error(template, message):
@@ -123,3 +126,11 @@ def test_without_its_package_the_installation_is_named(monkeypatch):
         UserError, match=r"needs the package jinja2; .*'\.\[finetune\]'"
     ):
         render("a template of its own")
+
+
+@pytest.mark.parametrize("template", [5, {"a": "b"}, [{"name": "default"}], ["x"]])
+def test_a_template_that_is_no_text_is_an_error(template, directory):
+    path = directory / "tokenizer_config.json"
+    path.write_text(json.dumps({"eos_token": "</s>", "chat_template": template}))
+    with pytest.raises(UserError, match=r"tokenizer_config\.json .*is no text"):
+        load_tokenizer(str(directory))

@@ -330,6 +330,11 @@ def test_only_wsd_has_a_decay_of_its_own():
     assert complete(parse(words), hidden_size=64).decay_fraction == 0.5
 
 
+def test_a_value_may_begin_as_a_flag_does():
+    config = parse(["--text-column=--b", "--data=x.jsonl"])
+    assert PRETRAINING.from_json(to_json(config)) == config
+
+
 def test_what_the_user_sets_is_kept():
     config = complete(parse(["--rank", "6", "--warmup-steps", "0"]), hidden_size=64)
     assert (config.rank, config.warmup_steps) == (6, 0)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import statistics
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from experiments import generate
+from experiments.data.tokenizers import load_tokenizer
 from experiments.model.adapters import merged
 from experiments.model.encoder import apply_encoder
 from experiments.model.encoder_files import load_encoder
@@ -200,6 +202,35 @@ def test_an_adapter_of_frozen_matrices_is_refused(flags, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_frozen_adapters_are_found_by_the_names_of_their_matrices(flags, tmp_path):
+    out = tmp_path / "out"
+    lora = ["--optimizer", "lora", "--steps", 2, "--frozen", "blocks/attention"]
+    assert tune(*flags, *lora, "--out", out) == 0
+    params = params_of(out, 2)
+    ups = {k: x for k, x in params.items() if "adapters" in k and k.endswith("['up']")}
+    assert len(ups) == 7
+    for name, up in ups.items():
+        # It begins at zero.
+        assert np.any(up) == ("attention" not in name), name
+
+
+@pytest.mark.parametrize(
+    ("frozen", "message"),
+    [
+        # LoRA trains none of them.
+        ("embeddings", "finds no parameter that is trained; .*attention/key/kernel/up"),
+        ("", "leaves nothing to train"),
+    ],
+)
+def test_what_leaves_the_training_as_it_is_is_refused(
+    frozen, message, flags, tmp_path, capsys
+):
+    words = ["--optimizer", "lora", "--frozen", frozen, "--out", tmp_path / "out"]
+    assert tune(*flags, *words) == 2
+    assert re.search(message, one_error_line(capsys))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_a_restart_of_relora_draws_as_its_start(flags, tmp_path):
     relora = ["--optimizer", "relora", "--rank", 4, "--update-proj-gap", 2]
@@ -238,6 +269,17 @@ def test_seeds_have_a_table_of_mean_and_deviation(flags, tmp_path, capsys):
     assert "holds other runs" in one_error_line(capsys)
 
 
+@pytest.mark.slow
+def test_seeds_that_have_all_diverged_have_no_mean(flags, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ["--optimizer", "adamw", "--learning-rate", 1e30, "--steps", 2]
+    assert tune(*flags, *words, "--seeds", 2, "--out", out) == 0
+    found = read(out, "seeds.json")
+    assert found["validation_loss"] == [None, None]
+    assert found["mean"]["validation_loss"] is None
+    assert "deviation" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
@@ -249,7 +291,7 @@ def test_seeds_have_a_table_of_mean_and_deviation(flags, tmp_path, capsys):
         ("--save-adapter 2.5", "2.5 is neither a rank nor a share"),
         (
             "--frozen nothing_here",
-            "finds no parameter; their names are .*pooler/kernel",
+            "finds no parameter that is trained; their names are .*pooler/kernel",
         ),
         ("--frozen (", "is not a regular expression"),
         ("--frozen .", "--frozen . leaves nothing to train"),
@@ -315,7 +357,10 @@ def test_an_encoder_needs_examples_of_the_task(capsys):
 
 
 def test_a_llama_is_tuned_on_answers_and_its_adapter_is_saved(tmp_path, inputs):
-    model = inputs[inputs.index("--initial-weights") + 1]
+    model = shutil.copytree(
+        inputs[inputs.index("--initial-weights") + 1], tmp_path / "model"
+    )
+    load_tokenizer("bytes").save(model)
     rows = [
         {"prompt": f"{i} is", "completion": "odd" if i % 2 else "even"}
         for i in range(24)
@@ -337,3 +382,28 @@ def test_a_llama_is_tuned_on_answers_and_its_adapter_is_saved(tmp_path, inputs):
     assert max(summary["adapter"]["errors"]["blocks.mlp.up"]) <= 0.1**0.5 + 1e-3
     lines = read_lines(out)
     assert lines[-1]["validation_loss"] < lines[0]["validation_loss"]
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "message"),
+    [(None, "has no tokenizer; put"), ("larger", "has 300 tokens, the model .* 257")],
+)
+def test_a_llama_needs_the_tokenizer_that_it_was_trained_with(
+    tokenizer, message, tmp_path, inputs, capsys
+):
+    model = shutil.copytree(
+        inputs[inputs.index("--initial-weights") + 1], tmp_path / "model"
+    )
+    if tokenizer:
+        load_tokenizer("bytes").save(model)
+        path = model / "tokenizer.json"
+        settings = json.loads(path.read_text())
+        settings["model"]["vocab"]["one more"] = 299
+        path.write_text(json.dumps(settings))
+    rows = write_rows(
+        tmp_path / "rows.jsonl", [{"prompt": "a", "completion": x} for x in "bc"]
+    )
+    words = ["--task", "completion", "--model", model, "--train", rows]
+    assert tune(*words, "--out", tmp_path / "out") == 2
+    assert re.search(message, one_error_line(capsys))
+    assert not (tmp_path / "out").exists()

@@ -171,7 +171,7 @@ def test_a_file_is_continued_as_the_directory_that_it_is_exported_to(
             {"ggml.pre": "qwen2"},
             "splits text as 'qwen2', and only smollm, gpt-2, llama",
         ),
-        ({"ggml.pre": None}, "splits text as 'default', and only .*--tokenizer PATH"),
+        ({"ggml.pre": None}, "splits text as 'default', and only .*by --tokenizer"),
         ({"ggml.tokens": "abc"}, "ggml.tokens is abc; it must be of type list"),
         ({"ggml.merges": ["1 2", "12"]}, "its tokens make no tokenizer"),
         ({"ggml.merges": ["1 5"]}, "its tokens make no tokenizer .*15"),
@@ -253,3 +253,46 @@ def test_the_answers_end_is_a_piece_that_the_settings_name(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     tokenizer = load_tokenizer(file)
     assert tokenizer.ends == (tokenizer.chat.end, tokenizer.end_of_document) == (3, 2)
+
+
+@pytest.mark.parametrize("place", ["eos_token", "added_tokens.json", "decoder"])
+def test_tokens_beside_the_pieces_that_a_chat_needs_are_refused(place, tmp_path):
+    file = write_sentencepiece_model(tmp_path / "tokenizer.model")
+    settings = {"chat_template": "<|turn|>{{ messages[0].content }}"}
+    if place == "eos_token":
+        settings["eos_token"] = "<|turn|>"
+    elif place == "decoder":
+        settings["added_tokens_decoder"] = {"400": {"content": "<|turn|>"}}
+    else:
+        (tmp_path / place).write_text(json.dumps({"<|turn|>": 400}))
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"has no piece '<\|turn\|>', which the files"):
+        load_tokenizer(file)
+    # A token that nothing uses, such as one for padding, does no harm.
+    path.write_text(json.dumps({"added_tokens_decoder": {"400": {"content": "<pad>"}}}))
+    (tmp_path / "added_tokens.json").unlink(missing_ok=True)
+    assert load_tokenizer(file).chat is None
+
+
+def test_the_end_of_a_gguf_file_may_be_a_word_of_the_users(path, tmp_path):
+    file = Path(write_sentencepiece_model(tmp_path / "tokenizer.model"))
+    model = sentencepiece_model_pb2.ModelProto.FromString(file.read_bytes())
+    types = [4 if i == 2 else piece.type for i, piece in enumerate(model.pieces)]
+    fields = {
+        "model": "llama",
+        "tokens": [piece.piece for piece in model.pieces],
+        "scores": [piece.score for piece in model.pieces],
+        "token_type": types,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    small_gguf.write(path, {}, **{f"tokenizer.ggml.{k}": v for k, v in fields.items()})
+    assert load_tokenizer(str(path)).end_of_document == 2
+
+
+def test_tokens_that_a_model_has_beside_its_tokenizers_are_nothing(tmp_path):
+    file = write_sentencepiece_model(tmp_path / "tokenizer.model")
+    for tokenizer in (load_tokenizer(file), load_tokenizer("bytes")):
+        ids = [*tokenizer.encode("low"), tokenizer.vocab_size, tokenizer.vocab_size + 9]
+        assert tokenizer.decode(ids) == "low"

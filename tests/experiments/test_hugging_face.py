@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -259,6 +260,7 @@ def test_integer_tensors_are_an_error(tmp_path):
         ("config.json", b"{", r"config\.json is not JSON"),
         ("config.json", b"\xff", r"config\.json is not JSON"),
         ("config.json", b"[]", r"config\.json does not hold a JSON object"),
+        ("config.json", b'{"rope_parameters": [1]}', "rope_parameters is no object"),
         ("model.safetensors", None, r"model\.safetensors is missing"),
         ("model.safetensors", b"half", r"model\.safetensors is not a safetensors file"),
     ],
@@ -283,6 +285,18 @@ def test_saving_overwrites_nothing(tmp_path):
         save_llama(tmp_path / "notes.txt", CONFIG, params)
 
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("where", ["link", "here"])
+def test_a_directory_that_cannot_be_replaced_is_filled(where, tmp_path, monkeypatch):
+    params = llama_reference.random_params(CONFIG)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    monkeypatch.chdir(tmp_path / "real")
+    save_llama(tmp_path / "link" if where == "link" else Path("."), CONFIG, params)
+    assert (tmp_path / "link").is_symlink()
+    assert load_llama(tmp_path / "real")[0].hidden_size == CONFIG.hidden_size
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["link", "real"]
 
 
 def test_a_saved_model_carries_its_tokenizer(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 from pyarrow import parquet
 
 from experiments.data.documents import read_documents
+from experiments.data.parquet import parquet_rows
 from experiments.errors import UserError
 
 DOCUMENTS = ["One.\r\nTwo.", "", "žluťoučký \u2028 \U0001f40e\n", "\ufefflast"]
@@ -90,3 +91,19 @@ def test_text_that_is_not_utf8_is_an_error(tmp_path):
     text = pa.Array.from_buffers(pa.string(), 2, raw.buffers())
     path = write(tmp_path / "a.parquet", {"text": text})
     assert "column 'text' is not UTF-8" in error_of(path)
+
+
+def test_two_columns_of_a_name_are_refused(tmp_path):
+    path = tmp_path / "t.parquet"
+    table = pa.table([["a"], ["b"]], names=["text", "text"])
+    parquet.write_table(table, path)
+    assert "two columns are called 'text'" in error_of(path)
+
+
+def test_a_value_that_python_has_not_is_an_error(tmp_path):
+    path = tmp_path / "t.parquet"
+    times = pa.array([10**15], pa.timestamp("ms"))
+    parquet.write_table(pa.table({"text": ["a"], "when": times}), path)
+    message = "none that Python has .*leave out its column"
+    with pytest.raises(UserError, match=message), path.open("rb") as file:
+        list(parquet_rows(path, file))

@@ -5,7 +5,13 @@ import pytest
 
 from experiments.data.tokenizers import ByteTokenizer
 from experiments.errors import UserError
-from experiments.tasks.answer_data import AnswerExamples, cut, fit, make_answer_data
+from experiments.tasks.answer_data import (
+    AnswerExamples,
+    cut,
+    first_answered,
+    fit,
+    make_answer_data,
+)
 from experiments.tasks.answers import Pair, Prompts
 from experiments.tasks.rows import Place, Rows
 
@@ -49,6 +55,20 @@ def test_weights_are_one_where_a_token_of_the_answer_is_predicted():
         [1, 0, 0, 0, 0, 0],
         [0] * 6,
     ]
+
+
+@pytest.mark.parametrize(
+    ("most", "length", "expected"),
+    [(2, 3, "bd"), (1, 3, "b"), (9, 3, "bde"), (2, 99, "ab"), (2, 1, "ab")],
+)
+def test_the_first_rows_whose_answers_fit_are_answered(most, length, expected):
+    """A long answer has five tokens, a short one two; none fits one token."""
+    answers = {"a": "long", "b": "b", "c": "long", "d": "d", "e": "e"}
+    rows = rows_of("v.jsonl", answers.items())
+    prompts = Prompts("completion", ByteTokenizer())
+    found = first_answered(prompts, rows, most, "prompt", "completion", length)
+    assert "".join(found.column("prompt", "--text-column")) == expected
+    assert found.name == "v.jsonl"
 
 
 def test_a_batch_fits_the_longest_pair_exactly():

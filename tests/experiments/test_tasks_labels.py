@@ -102,6 +102,18 @@ def test_what_is_no_label_names_row_and_label(task, train, validation, message):
     assert message in error_of(task, train, validation)
 
 
+@pytest.mark.parametrize("number", [1e39, -1e39, 10**400])
+def test_a_number_that_float32_has_not_is_no_label(number):
+    assert "is no finite number in float32" in error_of("regression", [0.5, number], [])
+
+
+def test_classes_of_equal_numbers_have_an_order():
+    names, _, _ = read("classification", ["1", "01", "2", "001"], ["1"])
+    assert names == ("001", "01", "1", "2")
+    digits = "9" * 5000
+    assert read("classification", [digits, "2"], ["2"])[0] == ("2", digits)
+
+
 def test_a_column_that_is_not_there_names_those_that_are():
     rows = rows_of([0, 1])
     with pytest.raises(
