@@ -476,7 +476,7 @@ def test_what_does_not_take_projected_means_is_refused_by_one_line(wrapper):
     params = zeros(SMALL)
     accumulation = accumulate(wrapper(lowrank_optax.galore(0.1, 2)), 2)
     state = accumulation.init(params)
-    with pytest.raises(TypeError, match=r"projected gradients .* apply_if_finite by"):
+    with pytest.raises(TypeError, match=r"projected gradients .*apply_if_finite by"):
         jax.eval_shape(accumulation.update, params, state, params)
 
 

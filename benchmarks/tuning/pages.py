@@ -90,6 +90,25 @@ def thresholds() -> Rows:
         ]
 
 
+def layers() -> Rows:
+    yield [
+        *("task", "seed", "metric at the end", "loss", "effective rank"),
+        *("block state, bytes", "of GaLore's"),
+    ]
+    steps = json.loads((RESULTS / "tuning-cpu/steps.json").read_text())
+    (of_minilm,) = steps["cases"].values()
+    galore = of_minilm["galore, full gradients"]["block_state_bytes"]
+    for run in _records(("tuning-cpu/layers",)):
+        size = run["block_state_bytes"]
+        yield [
+            *(run["task"], f"{run['seed']}"),
+            f"{run['metric']} {run['last_metric']:.4f}",
+            f"{run['validation_loss']:.4f}",
+            f"{run['effective_rank']:.2f}",
+            *(f"{size:,}", f"{size / galore:.3f}"),
+        ]
+
+
 def steps() -> Rows:
     yield [
         *("batch", "method", "ms a step", "against AdamW", "tokens a second"),
@@ -130,6 +149,7 @@ TABLES = {
     "tuning-tasks": tasks,
     "tuning-answers": answers,
     "tuning-thresholds": thresholds,
+    "tuning-layers": layers,
     "tuning-steps": steps,
     "tuning-adapters": adapters,
 }
