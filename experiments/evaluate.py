@@ -72,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str]) -> None:
     options = parse_arguments(Options, "python -m experiments.evaluate", argv)
     check_ranges(options)
+    if options.json is not None and not options.json.absolute().parent.is_dir():
+        raise UserError(f"--json {options.json}: its directory is not there; make it")
     say = functools.partial(Console(stderr=True).print, highlight=False, soft_wrap=True)
     found = evaluate(options, load(options), say)
     print(f"model          {found['model']}")

@@ -55,6 +55,12 @@ def _run(argv: Sequence[str]) -> None:
     check_ranges(options)
     if options.temperature == 0 and options.top_p < 1:
         raise UserError("--top-p has no effect at --temperature 0; leave it out")
+    try:
+        options.prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"--prompt cannot be encoded as UTF-8 ({error.reason}); give text"
+        ) from error
     loaded = load(options)
     tokenizer = loaded.tokenizer
     # Here the end of a document begins the next one.

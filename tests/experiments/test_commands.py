@@ -120,6 +120,13 @@ def test_mistakes_are_one_line(trained, tmp_path, capsys):
         (generate, [trained, "--top-p", 0], "--top-p must be above 0"),
         (generate, [trained, "--temperature", 0, "--top-p", 0.5], "has no effect"),
         (generate, [trained, "--tokns", 3], "did you mean --tokens?"),
+        (generate, [trained, "--prompt", "a\udc80b"], "--prompt cannot be encoded"),
+        (
+            generate,
+            [trained, "--checkpoint", "\u00b2"],
+            "choose newest, best or one of",
+        ),
+        (evaluate, [trained, "--json", "nowhere/x.json"], "nowhere/x.json: its direct"),
         (generate, [], "DIRECTORY"),
     ]:
         assert call(command, *words) == 2, words
