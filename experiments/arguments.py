@@ -109,8 +109,10 @@ def words_of(fields: Mapping[str, Any]) -> list[str]:
         if isinstance(value, bool):
             words.append(flag(name if value else f"no_{name}"))
         else:
-            # In one word: a value may begin as a flag does.
-            words.append(f"{flag(name)}={value}")
+            word = str(value)
+            # One that begins as a flag does is given in a word with its flag.
+            is_apart = not word.startswith("-")
+            words += [flag(name), word] if is_apart else [f"{flag(name)}={word}"]
     return words
 
 

@@ -19,8 +19,9 @@ ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = """
 import json, os, signal, sys
 from experiments.distribution import children
-# nohup, around these tests, has it ignored.
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
+# nohup, or a shell's background, around these tests, has them ignored.
+for number in (signal.SIGHUP, signal.SIGINT):
+    signal.signal(number, signal.SIG_DFL)
 settings = json.loads(sys.argv[1])
 children._SECONDS_TO_TERMINATE = 1.0
 commands = [[sys.executable, "-c", program] for program in sys.argv[2:]]

@@ -95,6 +95,7 @@ def test_layers_follow_their_numbers():
     assert by_kind(named) == {"blocks/mlp/up": [0, 1, 2, 3, 10, 11], "pooler": 7}
 
 
+@pytest.mark.slow
 def test_a_run_frees_columns_by_layer_and_is_resumed(flags, tmp_path, die_at):
     """The same losses as in stacks, until the first columns are freed, and after it."""
     more = ["--threshold", 0.5, "--rank-smoothing", 0, "--min-rank", 1]
