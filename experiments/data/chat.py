@@ -64,10 +64,10 @@ class Chat:
                 add_generation_prompt=add_generation_prompt,
                 **self._words,
             )
+        except UserError:
+            raise
         # Not only Jinja's own errors: a template may add a number to a text.
         except Exception as error:
-            if isinstance(error, UserError):
-                raise
             raise UserError(
                 f"the model's chat template fails ({error}); change the messages, or "
                 "use a plain prompt"

@@ -51,23 +51,18 @@ def _rows(path, file, column=None):
             f"{path}, row {row + 1} or one of the {_ROWS_AT_ONCE} behind it: {what} "
             f"is not UTF-8 ({error.reason}); write the file again"
         ) from error
+    except (pa.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{path} is truncated, damaged or not Parquet: reading stopped "
+            f"after {row:,} rows ({reason}); fetch it again"
+        ) from error
+    # Behind Arrow's, some of which are of these kinds too.
     except (OverflowError, ValueError) as error:
-        if isinstance(error, pa.ArrowException):
-            raise _damaged(path, row, error) from error
         raise UserError(
             f"{path}, row {row + 1} or one of the {_ROWS_AT_ONCE} behind it: a value "
             f"is none that Python has ({error}); leave out its column"
         ) from error
-    except (pa.ArrowException, OSError) as error:
-        raise _damaged(path, row, error) from error
-
-
-def _damaged(path, row, error):
-    reason = " ".join(str(error).split())[:200]
-    return UserError(
-        f"{path} is truncated, damaged or not Parquet: reading stopped "
-        f"after {row:,} rows ({reason}); fetch it again"
-    )
 
 
 def _check_names(schema, path):

@@ -68,10 +68,10 @@ def _template(directory: Path, raw: dict[str, Any]) -> str | None:
         if isinstance(template, list):
             named = {entry["name"]: entry["template"] for entry in template}
             template = named.get("default")
+        if not isinstance(template, str | None):
+            raise TypeError
     except (TypeError, KeyError) as error:
         raise _unreadable(directory / _FILE, "its chat_template is no text") from error
-    if template is not None and not isinstance(template, str):
-        raise _unreadable(directory / _FILE, "its chat_template is no text")
     return template
 
 

@@ -80,9 +80,10 @@ def adapted(params: Any) -> Any:
     """
 
     def matrix(leaf, down, up):
-        if isinstance(leaf, optax.MaskedNode) or not _is_apart(leaf, up.shape[-2]):
-            return _merged_matrix(leaf, down, up, 1.0)
-        return Adapted(leaf, down, up)
+        is_there = not isinstance(leaf, optax.MaskedNode)
+        if is_there and _has_own_product(leaf, up.shape[-2]):
+            return Adapted(leaf, down, up)
+        return _merged_matrix(leaf, down, up, 1.0)
 
     return _with_matrices(params, matrix) if has_adapters(params) else params
 
@@ -177,7 +178,7 @@ def _merged_matrix(leaf: Any, down: jax.Array, up: jax.Array, scale: float) -> A
     return (jax.lax.stop_gradient(leaf) + product).astype(leaf.dtype)
 
 
-def _is_apart(leaf: jax.Array, rank: int) -> bool:
+def _has_own_product(leaf: jax.Array, rank: int) -> bool:
     """Returns whether x W + (x down) up takes fewer operations, or W is narrow.
 
     A token takes 2 r (n + m) operations of the second product and twice these of its

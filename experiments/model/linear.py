@@ -45,7 +45,7 @@ def linear(x: jax.Array, kernel: jax.Array | Adapted, dtype: Any = None) -> jax.
     flat = x.reshape(-1, x.shape[-1])
     if isinstance(kernel, Adapted):
         y = _dot(flat, jax.lax.stop_gradient(kernel.frozen), dtype)
-        y += _small(_dot(flat, kernel.down), kernel.up, dtype)
+        y += _recomputed(_dot(flat, kernel.down), kernel.up, dtype)
     else:
         y = _dot(flat, kernel, dtype)
     return y.reshape(*x.shape[:-1], -1)
@@ -55,7 +55,7 @@ def _dot(x, kernel, dtype=None):
     return jnp.dot(x, kernel.astype(x.dtype), preferred_element_type=dtype)
 
 
-def _small(x, kernel, dtype):
+def _recomputed(x, kernel, dtype):
     """A product as of :func:`_dot` that is computed again in the backward pass.
 
     The models' policies keep the outputs of products without a batch axis. Both parts

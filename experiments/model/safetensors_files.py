@@ -136,7 +136,8 @@ def param_dtype(tensors: Mapping[str, StoredTensor]) -> str:
 def whole_directory(directory: Path, replace: bool) -> Iterator[Path]:
     """Yields a directory to write in, which has the wanted name when it is whole.
 
-    Before, it is called ``.unfinished`` behind that.
+    Before, it is called ``.unfinished`` behind that. A current directory, or a mount
+    point, gets the files one by one at the end.
 
     Args:
         directory: Created if absent; must be empty if not.

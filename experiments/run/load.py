@@ -100,15 +100,12 @@ def _of_run(flags: SourceFlags, steps: list[int]) -> Loaded:
     step = _chosen_step(flags, steps)
     path = flags.source / CHECKPOINTS / str(step)
     damage = first_damage(path)
-    others = [str(x) for x in steps if x != step]
     if damage is not None:
+        others = [str(x) for x in steps if x != step]
+        way = f"choose --checkpoint {' or '.join(others)}"
         raise UserError(
             f"the checkpoint {path} is damaged: {damage}; "
-            + (
-                f"choose --checkpoint {' or '.join(others)}"
-                if others
-                else "it is the only one: train again"
-            )
+            f"{way if others else 'it is the only one: train again'}"
         )
     saved = record_of(path).config
     if "task" in saved:

@@ -7,7 +7,7 @@ is an array of this trace, and means nothing behind it.
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,11 +18,16 @@ from jax.extend import core
 from lowrank_optax.equations import bound
 
 
-def traced_numbers(part: Any) -> Iterator[Tracer]:
-    """Yields the arrays of a trace in records, tuples and mappings, in their order."""
+def traced_numbers(part: Any) -> list[Tracer]:
+    """Returns what :func:`replaced` replaces, in its order."""
     found: list[Tracer] = []
-    replaced(part, lambda x: found.append(x) or x)
-    yield from found
+
+    def same(tracer: Tracer) -> Tracer:
+        found.append(tracer)
+        return tracer
+
+    replaced(part, same)
+    return found
 
 
 def replaced(part: Any, new: Callable[[Tracer], Any]) -> Any:

@@ -69,7 +69,7 @@ def loss_of(function: Any, has_aux: bool, graph: Any) -> Callable[..., Any]:
     return loss
 
 
-def check_added(carried: Any, behind: Any) -> None:
+def check_same_variables(carried: Any, behind: Any) -> None:
     """Checks that a loss leaves a module the variables that it had.
 
     Args:

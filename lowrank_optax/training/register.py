@@ -29,22 +29,22 @@ def register_before(binding: Binding, state: Any, sketched: Set[str]) -> jax.Arr
 
 
 def register_behind(
-    binding: Binding, before: Any, state: Any, sketched: Set[str]
+    binding: Binding, register: jax.Array, before: Any, state: Any, sketched: Set[str]
 ) -> jax.Array:
     """Returns the register behind a step; see :func:`next_register`.
 
     Args:
         binding: Of the optimizer.
-        before: The optimizer's state before the step, as ``optimizer``, and the
-            register before it, as ``due``.
+        register: The register before the step.
+        before: The optimizer's state before the step.
         state: The optimizer's state behind the step.
         sketched: As for :func:`register_before`.
     """
-    old, new = attempts_by_path(before.optimizer), attempts_by_path(state)
+    old, new = attempts_by_path(before), attempts_by_path(state)
     left = due_by_path(binding, state, drawn=True)
     renewed = [jnp.any(new[path] != old[path]) for path in left]
     return next_register(
-        before.due,
+        register,
         jnp.array(renewed, bool),
         jnp.array(list(left.values()), bool),
         _due(binding, state, sketched),

@@ -16,7 +16,7 @@ from lowrank_optax.projected import Sketch, explained
 from lowrank_optax.rules.power_iteration import PowerIteration
 from lowrank_optax.training.accumulate import Accumulation
 from lowrank_optax.training.host_memory import moved_late, on_devices
-from lowrank_optax.training.modules import Model, check_added, loss_of
+from lowrank_optax.training.modules import Model, check_same_variables, loss_of
 from lowrank_optax.training.placed import Placed, whole_on
 from lowrank_optax.training.register import register_before, register_behind
 
@@ -127,7 +127,8 @@ class Step:
             optimizer = renewed(params, optimizer, found.sketches)
         binding = bind(self.optimizer, params)
         sketched = self._sketched(binding, optimizer)
-        register = register_behind(binding, state, optimizer, sketched)
+        states = (state.optimizer, optimizer)
+        register = register_behind(binding, state.due, *states, sketched)
         metrics = {
             "loss": found.loss.astype(wide(found.loss.dtype)),
             "grad_norm": found.grad_norm,
@@ -199,7 +200,7 @@ class Step:
         numbers = jnp.arange(self.micro_batches)
         first = jax.tree.map(lambda x: x[0], (numbers, cut))
         behind, *_, shapes = jax.eval_shape(of_one, carried, state, *first)
-        check_added(carried, behind)
+        check_same_variables(carried, behind)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         (carried, state, (summed, sketches, weight)), aux = jax.lax.scan(
             add, (carried, state, zeros), (numbers, cut)
