@@ -461,6 +461,10 @@ UNSUPPORTED = {
         lambda p, x: squares(jnp.einsum("td,dhk->thk", x, p["heads"])),
         r"\['heads'\] is used by dot_general, .* dimension_numbers",
     ),
+    "a mixture of a stack's matrices": (
+        lambda p, x: squares(x[:, :5] @ jnp.einsum("shk,s->hk", p["heads"], x[0])),
+        r"\['heads'\] is used by dot_general, .* mixes the matrices of a stack",
+    ),
     "inside of shard_map": (
         lambda p, x: squares(_mapped(x, p["w"])),
         r"\['w'\] is used by shard_map, where",

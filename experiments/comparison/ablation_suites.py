@@ -1,4 +1,4 @@
-"""Suites that vary one method, at its rates of cpu-small, and search nothing."""
+"""Suites that vary methods, at their rates of cpu-small, and search nothing."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,6 +14,10 @@ from experiments.comparison.suite import Suite
 
 # Without a limit on the time.
 _ON_CONVERGENCE = {"min_refresh_interval": 200, "max_refresh_interval": 1_000}
+_STRONGEST = (
+    *("adamw", "adarankgrad", "muon", "normuon"),
+    "low_rank_muon dct r=104 8 bits",
+)
 
 
 def _ablation(
@@ -31,6 +35,21 @@ def _ablation(
             for name, flags in variants.items()
         ),
         seeds=seeds,
+        search=1,
+    )
+
+
+def _of_all(description: str, variants: Mapping[str, Mapping[str, Any]]) -> Suite:
+    """Returns variants of the strongest methods, all alike, each at its own rates."""
+    return Suite(
+        description,
+        CPU_SMALL,
+        tuple(
+            variant(like, name, **flags)
+            for name, flags in variants.items()
+            for like in _STRONGEST
+        ),
+        seeds=(0, 1),
         search=1,
     )
 
@@ -92,5 +111,17 @@ ABLATION_SUITES: dict[str, Suite] = {
             f"c={c} r={r}": {"granularity": c, "rank": r}
             for c, r in ((1, 32), (4, 8), (16, 2))
         },
+    ),
+    "ablation-schedule": _of_all(
+        "how the learning rate falls; without a name: a cosine to a tenth",
+        {
+            "cosine to zero": {"final_learning_rate_fraction": 0.0},
+            "line to zero": {"schedule": "linear", "final_learning_rate_fraction": 0.0},
+            "wsd to zero": {"schedule": "wsd", "final_learning_rate_fraction": 0.0},
+        },
+    ),
+    "ablation-decay": _of_all(
+        "weight decay; without a name: none",
+        {f"decay {decay:g}": {"weight_decay": decay} for decay in (0.01, 0.1)},
     ),
 }

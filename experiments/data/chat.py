@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from experiments.errors import UserError
+from experiments.extras import import_extra
 
 # What templates take for today: that of Llama 3.2's own template where none is given.
 # With the day of the start, a run could not be resumed on another one.
@@ -83,7 +84,9 @@ class Chat:
 
 @functools.lru_cache(maxsize=4)
 def _compiled(template: str) -> Any:
-    jinja2 = _jinja2()
+    jinja2 = import_extra(
+        "jinja2", "a chat template needs the package jinja2", "finetune"
+    )
     sandbox = importlib.import_module("jinja2.sandbox").ImmutableSandboxedEnvironment
     environment = sandbox(
         trim_blocks=True,
@@ -120,13 +123,3 @@ def _generation_tag() -> type:
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     return Generation
-
-
-def _jinja2() -> Any:
-    try:
-        return importlib.import_module("jinja2")
-    except ImportError as error:
-        raise UserError(
-            "a chat template needs the package jinja2; install it with pip install "
-            "-c constraints.txt -e '.[finetune]' in this clone"
-        ) from error

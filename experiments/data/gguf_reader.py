@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from experiments.errors import UserError
+from experiments.extras import import_extra
 
 _REQUIRED = object()
 
@@ -75,13 +75,7 @@ def open_gguf(path: str | Path) -> GgufFile:
 def _opened(path: Path, *changed: int) -> GgufFile:
     """Opens the file; ``changed`` tells a new file at the path from the old one."""
     del changed
-    try:
-        gguf = importlib.import_module("gguf")
-    except ImportError as error:
-        raise UserError(
-            f"{path} needs the package gguf; install it with pip install "
-            "-c constraints.txt -e '.[finetune]' in this clone"
-        ) from error
+    gguf = import_extra("gguf", f"{path} needs the package gguf", "finetune")
 
     class Reader(gguf.GGUFReader):
         """Slices an array and not a ``memmap``, which takes three times as long."""

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from experiments.data.columns import no_column, text_of
 from experiments.errors import UserError
+from experiments.extras import import_extra
 
 _PREFIX = "hub:"
 _SECONDS_TO_ANSWER = 15.0
@@ -60,13 +61,8 @@ def open_splits(text: HubText) -> dict[str, Any]:
         UserError: If ``datasets`` is not installed, or the data set cannot be read. The
             hub is asked once, with 15 s to answer: ``datasets`` would try for minutes.
     """
-    try:
-        datasets = importlib.import_module("datasets")
-    except ImportError as error:
-        raise UserError(
-            f"{text.name} needs Hugging Face datasets; install it with pip install "
-            "-c constraints.txt -e '.[c4]' in this clone, or use make pretrain"
-        ) from error
+    needs = f"{text.name} needs Hugging Face datasets"
+    datasets = import_extra("datasets", needs, "c4", "use make pretrain")
     with hub_errors(text.name):
         _ask_for(text.name)
         return dict(

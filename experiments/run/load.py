@@ -85,6 +85,12 @@ def _of_directory(flags: SourceFlags) -> Loaded:
     directory = flags.source
     if (directory / CHECKPOINTS).is_dir():
         raise UserError(f"{directory} has no complete checkpoint; let the run save one")
+    seeds = sorted(x.parent.name for x in directory.glob("seed-*/config.json"))
+    if seeds:
+        raise UserError(
+            f"{directory} holds the runs of several seeds: {', '.join(seeds)}; give "
+            f"{directory / seeds[0] / 'weights'}, which a run has with --save-weights"
+        )
     if flags.checkpoint != "newest":
         raise UserError(
             f"--checkpoint {flags.checkpoint}: {directory} has no checkpoints; leave "

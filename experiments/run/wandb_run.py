@@ -1,12 +1,12 @@
 """A run in Weights & Biases: started once, and gone on with by each process."""
 
-import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from experiments.errors import UserError
+from experiments.extras import import_extra
 from experiments.run.files import write_json
 
 _RUN_FILE = "wandb.json"
@@ -18,13 +18,8 @@ def import_wandb() -> Any:
     Raises:
         UserError: If it is not installed.
     """
-    try:
-        return importlib.import_module("wandb")
-    except ImportError as error:
-        raise UserError(
-            "--wandb needs Weights & Biases; install it with pip install "
-            "-c constraints.txt -e '.[wandb]' in this clone, or leave out --wandb"
-        ) from error
+    needs = "--wandb needs Weights & Biases"
+    return import_extra("wandb", needs, "wandb", "leave out --wandb")
 
 
 class WandbRun:

@@ -8,6 +8,7 @@ import numpy as np
 from experiments.errors import UserError
 from experiments.tasks.answers import Pair, Prompts, read_exchanges
 from experiments.tasks.describe import Part, describe, sizes
+from experiments.tasks.exact_match import reference
 from experiments.tasks.rows import Rows
 from experiments.tasks.task_data import TaskData, make_task_data
 
@@ -105,10 +106,16 @@ def first_answered(
         question: Column of the questions.
         answer: Column of the answers.
         length: Most tokens of an answer.
+
+    Raises:
+        UserError: If a problem's solution has no number; the row is named.
     """
     first = range(min(most, len(rows)))
     if prompts.task != "completion":
-        return rows.take(first, rows.name)
+        chosen = rows.take(first, rows.name)
+        if prompts.task == "gsm8k":
+            _check_solutions(chosen, question, answer)
+        return chosen
     found: list[int] = []
     for begin in range(0, len(rows), most):
         places = range(begin, min(begin + most, len(rows)))
@@ -118,6 +125,15 @@ def first_answered(
         if len(found) >= most:
             break
     return rows.take(found[:most] or first, rows.name)
+
+
+def _check_solutions(rows: Rows, question: str, answer: str) -> None:
+    exchanges = read_exchanges(rows, question, answer)
+    for exchange, place in zip(exchanges, rows.places, strict=True):
+        try:
+            reference(exchange.answer)
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from error
 
 
 def make_answer_data(

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 import scipy.stats
-import sklearn.metrics
+
+from experiments.extras import import_extra
 
 
 def score(
@@ -43,11 +44,21 @@ def score(
     return {name: _METRICS[name](predictions, labels) for name in metric_names}
 
 
+def import_judge() -> Any:
+    """Returns the library of metrics, which only fine-tuning needs.
+
+    Raises:
+        UserError: If it is not installed.
+    """
+    needs = "the metrics of --task need scikit-learn"
+    return import_extra("sklearn.metrics", needs, "finetune", "run make finetune")
+
+
 def _f1(average):
     def f1(predictions, labels):
         # 0 for 0 / 0; the annotation of the library has "warn" alone.
         options: Any = {"average": average, "zero_division": 0.0}
-        return float(sklearn.metrics.f1_score(labels, predictions, **options))
+        return float(import_judge().f1_score(labels, predictions, **options))
 
     return f1
 
@@ -55,7 +66,7 @@ def _f1(average):
 def _matthews(predictions, labels):
     if _is_constant(predictions) or _is_constant(labels):
         return 0.0
-    return float(sklearn.metrics.matthews_corrcoef(labels, predictions))
+    return float(import_judge().matthews_corrcoef(labels, predictions))
 
 
 def _correlation(function):

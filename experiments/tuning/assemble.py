@@ -31,7 +31,7 @@ from experiments.run.parts import (
     say_changes,
 )
 from experiments.tasks.answer_data import first_answered, make_answer_data
-from experiments.tasks.answers import Prompts
+from experiments.tasks.answers import Prompts, chat_of
 from experiments.tasks.embedded import embedded_rows
 from experiments.tasks.encoder_data import make_encoder_data
 from experiments.tasks.parts import read_parts
@@ -181,12 +181,7 @@ def _answer_work(config, path, task, rows, validation):
             f"{file} has {tokenizer.vocab_size} tokens, the model beside it only "
             f"{model.vocab_size}; put the tokenizer there that it was trained with"
         )
-    chat = None if config.prompt == "plain" else tokenizer.chat
-    if config.prompt == "chat" and chat is None:
-        raise UserError(
-            f"--prompt chat: {path} has no chat template; give --prompt plain"
-        )
-    prompts = Prompts(config.task, tokenizer, chat)
+    prompts = Prompts(config.task, tokenizer, chat_of(tokenizer, config.prompt))
     columns = _names(config.text_columns) or task.text_columns
     if len(columns) > 1:
         raise UserError(

@@ -17,6 +17,7 @@ from experiments.run.flags import (
 )
 from experiments.run.settings import Settings
 from experiments.run.unused import OF_ALL_RUNS, Rule, check_unused, unused_by
+from experiments.tasks.metrics import import_judge
 from experiments.tasks.table import TASKS
 from experiments.tuning.flags import AdapterFlags, TuningConfig, ValidationFlags
 
@@ -106,6 +107,8 @@ def check(config: TuningConfig, given: frozenset[str] = frozenset()) -> None:
     if config.train is None and config.validation is not None:
         raise UserError("--validation needs --train; give both, or neither")
     check_unused(config, unused(config), given)
+    if not _is_answer(config):
+        import_judge()
 
 
 def _implied(config: TuningConfig) -> dict[str, Any]:

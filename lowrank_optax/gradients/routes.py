@@ -116,11 +116,12 @@ def _route(own, other, result, term: Term, sizes: Sequence[int]) -> Route:
             found[route] = math.prod(sizes[label] for label in labels)
     if not found:
         raise Refused(
-            "which uses other matrices than its dimension_numbers name: the product "
-            "neither sums over the whole projected side nor leaves this side whole. By "
+            "which neither sums over the whole projected side nor leaves this side "
+            "whole. Either the matrices are not those that dimension_numbers name (by "
             "default an unknown leaf is a stack of matrices of its last two axes; a "
             "kernel (embed, heads, head_dim) needs "
-            "LowRankDimensionNumbers(reduction_axis=0, output_axis=(1, 2))"
+            "LowRankDimensionNumbers(reduction_axis=0, output_axis=(1, 2))), or the "
+            "product mixes the matrices of a stack"
         )
     return min(found, key=found.__getitem__)
 

@@ -262,6 +262,11 @@ def test_seeds_have_a_table_of_mean_and_deviation(flags, tmp_path, capsys):
     assert one_error_line(capsys).count("--learning-rate was") == 1
     assert read(out, "config.json")["learning_rate"] != 0.5
     # More steps, and one more seed.
+    capsys.readouterr()
+    assert generate.main([str(out)]) == 2
+    error = one_error_line(capsys)
+    assert f"the runs of several seeds: seed-0, seed-1; give {out}/seed-0/w" in error
+
     assert tune("--out", out, "--resume", "--steps", 3, "--seeds", 3) == 0
     assert [read(out / f"seed-{i}")["steps"] for i in range(3)] == [3, 3, 3]
     assert len(read(out, "seeds.json")["seeds"]) == 3

@@ -15,15 +15,17 @@ MOST_LINES = 300
 BELOW = {
     "__init__": set(),
     "errors": set(),
+    "extras": {"errors"},
     "ranges": set(),
     "arguments": {"errors", "ranges"},
-    "data": {"errors"},
+    "data": {"errors", "extras"},
     "model": {"errors", "data"},
     "distribution": {"errors", "model"},
-    "tasks": {"errors", "ranges", "data", "model"},
+    "tasks": {"errors", "extras", "ranges", "data", "model"},
     "optim": {"errors", "ranges", "model"},
     "run": {
         *("errors", "ranges", "arguments", "data", "model", "distribution", "optim"),
+        "extras",
     },
     "tuning": {
         *("errors", "ranges", "arguments", "data", "model", "tasks", "optim", "run"),

@@ -71,6 +71,15 @@ def test_the_first_rows_whose_answers_fit_are_answered(most, length, expected):
     assert found.name == "v.jsonl"
 
 
+def test_a_problem_without_a_number_is_named_before_anything_is_trained():
+    rows = rows_of("v.jsonl", [("a", "#### 1"), ("b", "two"), ("c", "three")])
+    prompts = Prompts("gsm8k", ByteTokenizer())
+    with pytest.raises(UserError, match=r"^v\.jsonl, line 2: .*'two' has no number"):
+        first_answered(prompts, rows, 2, "prompt", "completion", 99)
+    # What is not asked needs no answer.
+    assert len(first_answered(prompts, rows, 1, "prompt", "completion", 99)) == 1
+
+
 def test_a_batch_fits_the_longest_pair_exactly():
     batch = AnswerExamples([pair([5, 6], [8, 9])]).batch(np.array([0]), 3)
 

@@ -5,6 +5,7 @@ import inspect
 import json
 import math
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import pytest
 
 import lowrank_optax
 from experiments.arguments import groups_of, parse_arguments
+from experiments.errors import UserError
 from experiments.model.encoder import init_encoder
 from experiments.model.encoder_shape import EncoderConfig
 from experiments.optim import options, tuning
@@ -213,3 +215,18 @@ def test_a_resumed_run_takes_another_length(flag, steps, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(to_json(whole)))
     config = COMMAND.parse([f"--out={tmp_path}", "--resume", flag])
     assert complete(config, steps_per_epoch=10).steps == steps
+
+
+@pytest.mark.parametrize("task", ["classification", "stsb"])
+def test_a_missing_library_of_metrics_is_told_before_anything_begins(task, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
+    with pytest.raises(UserError, match=r"need scikit-learn; .*'\.\[finetune\]'.*, or"):
+        COMMAND.parse(["--task", task, "--train", "x.csv", "--validation", "x.csv"])
+    # What is wrong in the flags is told first.
+    with pytest.raises(UserError, match="adamm"):
+        COMMAND.parse(["--optimizer", "adamm"])
+
+
+def test_answers_need_no_library_of_metrics(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
+    COMMAND.parse(["--task", "gsm8k", "--model", "x", "--train", "x.jsonl"])
