@@ -68,7 +68,7 @@ def measured(config: Config, model: LlamaConfig, renews: bool) -> dict[str, Any]
     params, state = placed_shapes(tx, placed)
     plan = on_a_device(memory_plan(tx, params))
     own = bytes_per_device(params), bytes_per_device(state)
-    assert (plan[0], plan[2]) == own, (plan, own)
+    assert (plan.parameters, plan.optimizer) == own, (plan, own)
     programs: dict[str, Any] = {}
     kinds = {"without renewal": False} | ({"with renewal": True} if renews else {})
     gradients = gradients_of(config)

@@ -24,6 +24,7 @@ import lowrank_optax
 from experiments.arguments import check_choice, check_ranges, given_flags, run_command
 from experiments.data.tokenizers import load_tokenizer
 from experiments.errors import UserError
+from experiments.optim.methods import gradients_of
 from experiments.ranges import AtLeastOne
 from experiments.run.config import PRETRAINING, check
 from experiments.run.flags import Config
@@ -98,7 +99,7 @@ def _run(argv: Sequence[str]) -> None:
     for line in said:
         print(line)
     if options.leaves_of is None:
-        _print_table(plans, plan_of(adamw_of(config), vocab_size), options)
+        _print_table(plans, plan_of(adamw_of(config), vocab_size), runs, options)
     else:
         print(plans[options.leaves_of])
     if options.json is not None:
@@ -124,11 +125,13 @@ def _vocab_size(options: Options) -> int:
     return 257 if options.model == "tiny" else 32_000
 
 
-def _print_table(plans: Mapping[str, Any], plain: Any, options: Options) -> None:
+def _print_table(
+    plans: Mapping[str, Any], plain: Any, runs: Mapping[str, Config], options: Options
+) -> None:
     memory = lowrank_optax.budget(options.memory).limit
     dtype = next(iter(plain.leaves)).dtype
     of_plain = on_a_device(plain)
-    is_large = of_plain[0] >= 1e9
+    is_large = of_plain.parameters >= 1e9
     unit, size_of_unit = ("GB (10^9)", 1e9) if is_large else ("MB (10^6)", 1e6)
 
     def in_units(size: int) -> str:
@@ -143,19 +146,24 @@ def _print_table(plans: Mapping[str, Any], plain: Any, options: Options) -> None
     for name in columns:
         table.add_column(name, justify="right")
     for name, plan in plans.items():
-        parameters, gradients, state = on_a_device(plan)
+        found = on_a_device(plan)
+        left = memory - found.parameters - found.optimizer
+        is_inside = gradients_of(runs[name]) == "subspace"
         table.add_row(
             name,
-            *map(in_units, (parameters, gradients, state)),
-            f"{state / of_plain[2]:.3f}",
-            in_units(memory - parameters - state - gradients),
-            in_units(memory - parameters - state),
+            *map(in_units, (found.parameters, found.gradients, found.optimizer)),
+            f"{found.optimizer / of_plain.optimizer:.3f}",
+            in_units(left - found.gradients),
+            in_units(left - found.subspace_gradients) if is_inside else "",
         )
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
     console.print(
-        f"left: of {options.memory}. left *: in a step that never holds all gradients "
-        f"at once. of AdamW's: of the state of AdamW without bits.\n{_BESIDE}",
+        f"left: of {options.memory}. left *: in a step that holds the gradients of "
+        "projected matrices inside their subspaces: every step with --refresh sketch, "
+        "else those that renew no basis. Without a number: the method looks at full "
+        "gradients. of AdamW's: of the state of AdamW without bits.\n"
+        f"{_BESIDE}",
         highlight=False,
     )
 

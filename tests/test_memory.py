@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -149,6 +150,38 @@ def test_a_key_in_the_state_is_counted():
     added = plans[0].other_bytes - plans[1].other_bytes
     # Its counter and two words of a key.
     assert added == 4 + 8
+
+
+def _squares(params):
+    return sum(jnp.sum(x.astype(jnp.float32) ** 2) for x in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", METHODS)
+def test_gradients_inside_subspaces_are_counted_as_they_are(name, dtype):
+    tx, params = METHODS[name], arrays(SCANNED, dtype)
+    plan, state = memory_plan(tx, params), jax.eval_shape(tx.init, params)
+    gradient = lowrank_optax.subspace_value_and_grad(_squares, tx)
+    try:
+        found, why = bytes_of(jax.eval_shape(gradient, params, state)[1]), ""
+    except ValueError as error:
+        found, why = plan.gradient_bytes, str(error)
+    assert plan.subspace_gradient_bytes == found
+    is_full = re.search("full gradient|no leaf of these", why) is not None
+    assert is_full == (found == plan.gradient_bytes)
+
+
+def test_a_device_has_its_part_of_the_gradients_inside_subspaces(cut_rows):
+    tx, (w,) = lowrank_optax.galore(0.1, 8), cut_rows.values()
+    across = jax.ShapeDtypeStruct(
+        w.shape, w.dtype, sharding=NamedSharding(w.sharding.mesh, P(None, None, "x"))
+    )
+    for params, rows in (({"w": w}, 64 // 4), ({"w": across}, 64)):
+        plan = memory_plan(tx, params)
+        assert plan.per_device is not None
+        assert plan.per_device.gradients == 3 * 64 * 48 * 4 // 4
+        # Coordinates (3, 64, 8): sums over a side that is cut are whole everywhere.
+        assert plan.per_device.subspace_gradients == 3 * rows * 8 * 4
 
 
 def test_it_prints_a_table_and_converts_to_json():

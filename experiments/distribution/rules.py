@@ -1,5 +1,6 @@
 """How parameters and optimizer state lie on the mesh: one table of rules."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ import lowrank_optax
 from experiments.distribution.host_memory import DEVICE, PINNED, in_host_memory
 from experiments.distribution.mesh import whole
 from experiments.errors import UserError
+from experiments.model.groups import parameter_groups
 from experiments.model.logical_axes import logical_axes
 
 # Axis of the mesh -> names of the axes of parameters that it may cut. tensor cuts each
@@ -189,6 +191,8 @@ def memory_plan(
 ) -> Any:
     """Returns the plan of :func:`lowrank_optax.memory_plan`, the state placed as here.
 
+    Matrices that adapters leave as they are have no gradients.
+
     Args:
         tx: The optimizer.
         params: Shapes of the parameters. With shardings on one mesh the plan has the
@@ -200,7 +204,19 @@ def memory_plan(
     if all(x.sharding is not None for x in jax.tree.leaves(params)):
         _, state = placed_shapes(tx, params, memory)
         shardings = jax.tree.map(lambda x: x.sharding, state)
-    return lowrank_optax.memory_plan(tx, params, state_shardings=shardings)
+    plan = lowrank_optax.memory_plan(tx, params, state_shardings=shardings)
+    groups = jax.tree.leaves(parameter_groups(params))
+    leaves = map(_without_gradient_if_frozen, plan.leaves, groups)
+    return dataclasses.replace(plan, leaves=tuple(leaves))
+
+
+def _without_gradient_if_frozen(leaf: Any, group: str) -> Any:
+    if group != "frozen":
+        return leaf
+    none = {"gradients": 0, "subspace_gradients": 0}
+    of_device = leaf.per_device and dataclasses.replace(leaf.per_device, **none)
+    of_all = dataclasses.replace(leaf.bytes, **none)
+    return dataclasses.replace(leaf, bytes=of_all, per_device=of_device)
 
 
 def bytes_per_device(shapes: Any) -> int:

@@ -61,7 +61,8 @@ def check_fits(parts: Parts) -> None:
     # A CPU's memories are the machine's.
     memory = DEVICE if device.platform == "cpu" else memory
     plan = memory_plan(parts.tx, parts.param_shapes, memory)
-    parameters, _, state = on_a_device(plan)
+    found = on_a_device(plan)
+    parameters, state = found.parameters, found.optimizer
     if parts.resumed is not None:
         # Its state may have been compacted since.
         for done in parts.resumed.progress["compaction"]["done"][-1:]:
@@ -95,8 +96,12 @@ def out_of_memory(parts: Parts, compiled: Sequence[Any] = ()) -> str:
     """
     params, _ = parts.abstract_state()
     plan = memory_plan(parts.tx, params, parts.config.state_memory)
-    kinds = ("of parameters", "of gradients", "of optimizer state")
-    planned: dict[str, int] = dict(zip(kinds, on_a_device(plan), strict=True))
+    found = on_a_device(plan)
+    planned: dict[str, int] = {
+        "of parameters": found.parameters,
+        "of gradients": found.gradients,
+        "of optimizer state": found.optimizer,
+    }
     peaks = [_peak(parts, params, step) for step in compiled]
     if peaks:
         planned["at the peak of the compiled step"] = max(peaks)

@@ -80,17 +80,14 @@ def shapes_of(
     return config, tx, params
 
 
-def on_a_device(plan: Any) -> tuple[int, int, int]:
+def on_a_device(plan: Any) -> Any:
     """Returns the bytes that one device has of parameters, gradients and state.
 
     Args:
         plan: From :func:`lowrank_optax.memory_plan`; where it knows no shardings, one
             device has everything.
     """
-    found = plan.per_device
-    if found is None:
-        return plan.parameter_bytes, plan.gradient_bytes, plan.optimizer_bytes
-    return found.parameters, found.gradients, found.optimizer
+    return plan.per_device or plan.bytes
 
 
 def adamw_of(config: Config) -> Config:

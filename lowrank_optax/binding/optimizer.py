@@ -18,6 +18,7 @@ from lowrank_optax.matrix.roles import Assigned
 from lowrank_optax.matrix.sharding import abstract
 from lowrank_optax.parts import Parts
 from lowrank_optax.projected import gradients_by_path
+from lowrank_optax.rules.power_iteration import PowerIteration
 from lowrank_optax.subspace import Projector, ScaleByLowRankState, projectors_of_state
 
 
@@ -143,6 +144,18 @@ class Binding:
         """
         given = [path for who in self.transformations for path in who.plans]
         return {path for path in self.projected if given.count(path) > 1}
+
+    @property
+    def at_full_size(self) -> Set[tuple]:
+        """Key paths of projected leaves whose methods need full gradients."""
+        found = {
+            path
+            for who in self.transformations
+            for path in who.projected
+            if who.parts.needs_full_gradients
+            or isinstance(who.parts.basis, PowerIteration)
+        }
+        return found | self.shared
 
     @property
     def projected(self) -> Mapping[tuple, LeafPlan]:

@@ -12,12 +12,16 @@ class Bytes:
     Attributes:
         parameters: Bytes of the parameters.
         gradients: Bytes of the gradients, in the dtype of the parameters.
+        subspace_gradients: The same, of a step that computes gradients inside the
+            subspaces where the method allows it: (stack, a c, r) for a projected leaf,
+            in float32 or wider.
         state: Bytes of the optimizer's state by kind: "basis", the fields of inner
             transformations ("mu", "nu", ...), "sums" of micro-batches, "scalars".
     """
 
     parameters: int
     gradients: int
+    subspace_gradients: int
     state: Mapping[str, int]
 
     @property
@@ -84,6 +88,11 @@ class MemoryPlan:
         return sum(leaf.bytes.gradients for leaf in self.leaves)
 
     @property
+    def subspace_gradient_bytes(self) -> int:
+        """Bytes of all gradients, those inside the subspaces where methods allow it."""
+        return sum(leaf.bytes.subspace_gradients for leaf in self.leaves)
+
+    @property
     def optimizer_bytes(self) -> int:
         """Bytes of all arrays of the optimizer's state, exact to the byte."""
         return sum(leaf.bytes.optimizer for leaf in self.leaves) + self.other_bytes
@@ -104,6 +113,16 @@ class MemoryPlan:
         return total
 
     @property
+    def bytes(self) -> Bytes:
+        """All bytes on all devices together, each array counted once."""
+        return Bytes(
+            self.parameter_bytes,
+            self.gradient_bytes,
+            self.subspace_gradient_bytes,
+            self.state_bytes,
+        )
+
+    @property
     def per_device(self) -> Bytes | None:
         """All bytes on one device; None, if shardings are not known."""
         parts = [leaf.per_device for leaf in self.leaves]
@@ -114,14 +133,19 @@ class MemoryPlan:
         for part in known:
             for field, size in part.state.items():
                 state[field] = state.get(field, 0) + size
-        parameters = sum(part.parameters for part in known)
-        return Bytes(parameters, sum(part.gradients for part in known), state)
+        return Bytes(
+            sum(part.parameters for part in known),
+            sum(part.gradients for part in known),
+            sum(part.subspace_gradients for part in known),
+            state,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Returns everything as dicts, lists, strings and ints, for JSON."""
         totals = {
             "parameter_bytes": self.parameter_bytes,
             "gradient_bytes": self.gradient_bytes,
+            "subspace_gradient_bytes": self.subspace_gradient_bytes,
             "optimizer_bytes": self.optimizer_bytes,
             "full_rank_bytes": self.full_rank_bytes,
             "state_bytes": self.state_bytes,

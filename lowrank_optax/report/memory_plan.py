@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 
@@ -13,6 +14,7 @@ from lowrank_optax.binding.optimizer import bind
 from lowrank_optax.codes import bytes_of, is_coded, shape_of
 from lowrank_optax.matrix.arrays import as_arrays, struct_of
 from lowrank_optax.matrix.boxes import leaves_by_path, unboxed
+from lowrank_optax.matrix.plan import LeafPlan
 from lowrank_optax.matrix.sharding import abstract, named_sharding
 from lowrank_optax.projected import ProjectedSum
 from lowrank_optax.report.memory import Bytes, LeafMemory, MemoryPlan
@@ -64,8 +66,9 @@ def memory_plan(
     # A new function each time: eval_shape caches init, and would not call it again.
     state = jax.eval_shape(lambda p: optimizer.init(p), shapes)
     plans = projections(optimizer, shapes)
-    kinds = dict(KNOWN_FIELDS)
-    for who in bind(optimizer, shapes).transformations:
+    kinds, binding = dict(KNOWN_FIELDS), bind(optimizer, shapes)
+    inside = binding.projected.keys() - binding.at_full_size
+    for who in binding.transformations:
         kinds.update(who.parts.moments)
     sharded = _sharded_state(optimizer, params, state, state_shardings)
     leaves = leaves_by_path(params)
@@ -88,18 +91,18 @@ def memory_plan(
 
     def of_leaf(path, leaf) -> LeafMemory:
         name = jax.tree_util.keystr(path) or "(the whole tree)"
-        plan, size = plans[name], bytes_of(leaf)
-        per_device = None
+        plan, per_device = plans[name], None
+        in_subspace = plan if path in inside else None
         if sharded is not None:
-            shard = _shard_bytes(leaf)
-            per_device = Bytes(shard, shard, on_device[path])
+            shard = _shard_shape(leaf)
+            per_device = _bytes(shard, leaf.dtype, in_subspace, on_device[path])
         return LeafMemory(
             path=name,
             shape=tuple(leaf.shape),
             dtype=str(leaf.dtype),
             projection=str(plan),
             is_projected=plan.is_projected,
-            bytes=Bytes(size, size, fields[path]),
+            bytes=_bytes(leaf.shape, leaf.dtype, in_subspace, fields[path]),
             full_rank_bytes=full_rank[path],
             per_device=per_device,
         )
@@ -175,11 +178,35 @@ def _sharded_state(optimizer, params: Any, state: Any, given: Any) -> Any:
 
 
 def _shard_bytes(leaf: Any) -> int:
+    return math.prod(_shard_shape(leaf)) * leaf.dtype.itemsize
+
+
+def _shard_shape(leaf: Any) -> tuple[int, ...]:
+    """Returns the shape of an array's part in the memory of a device."""
     sharding = getattr(leaf, "sharding", None)
     if sharding is not None and sharding.memory_kind == "pinned_host":
-        return 0
-    shape = tuple(leaf.shape) if sharding is None else sharding.shard_shape(leaf.shape)
-    return math.prod(shape) * leaf.dtype.itemsize
+        return (0,) * max(1, len(leaf.shape))
+    return tuple(leaf.shape) if sharding is None else sharding.shard_shape(leaf.shape)
+
+
+def _bytes(
+    shape: tuple[int, ...], dtype: Any, plan: LeafPlan | None, state: dict[str, int]
+) -> Bytes:
+    """Returns the bytes of a leaf, or of its part with this shape on a device.
+
+    Args:
+        shape: Of the leaf, or of the part.
+        dtype: Of the leaf.
+        plan: Of a leaf whose gradient may be inside the subspace; None: it may not.
+        state: Bytes of the optimizer's state by kind.
+    """
+    size = inside = math.prod(shape) * dtype.itemsize
+    if plan is not None and plan.view is not None:
+        view = plan.view
+        kept = math.prod(shape[x] for x in (*view.stack_axes, *view.kept_axes))
+        numbers = kept * view.granularity * plan.capacity
+        inside = numbers * jnp.promote_types(dtype, jnp.float32).itemsize
+    return Bytes(size, size, inside, state)
 
 
 def _analysis(compiled: Any) -> dict[str, int]:

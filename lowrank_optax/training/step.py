@@ -13,7 +13,6 @@ from lowrank_optax.due import due_by_path
 from lowrank_optax.gradients.variants import SubspaceValueAndGrad
 from lowrank_optax.matrix.arrays import wide
 from lowrank_optax.projected import Sketch, explained
-from lowrank_optax.rules.power_iteration import PowerIteration
 from lowrank_optax.training.accumulate import Accumulation
 from lowrank_optax.training.host_memory import moved_late, on_devices
 from lowrank_optax.training.modules import Model, check_same_variables, loss_of
@@ -259,16 +258,8 @@ def full_gradients_of(
         None: no leaf has a gradient inside a subspace.
     """
     binding = bind(optimizer, params)
-    projected = binding.projected.keys()
-    full = {
-        path
-        for who in binding.transformations
-        for path in who.projected
-        if who.parts.needs_full_gradients or isinstance(who.parts.basis, PowerIteration)
-    }
-    full |= binding.shared & projected
-    names = {jax.tree_util.keystr(path) for path in full} | set(named)
-    if names >= {jax.tree_util.keystr(path) for path in projected}:
+    names = {jax.tree_util.keystr(path) for path in binding.at_full_size} | set(named)
+    if names >= {jax.tree_util.keystr(path) for path in binding.projected}:
         return None
     return tuple(sorted(names))
 

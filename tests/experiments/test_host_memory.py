@@ -87,9 +87,9 @@ def test_over_a_mesh_each_device_moves_its_share(inputs):
     # The plan has what is left on a device.
     plan = memory_plan(parts.tx, parts.param_shapes, PINNED)
     left = [x for x in jax.tree.leaves(state) if not is_pinned(x)]
-    assert on_a_device(plan)[2] == bytes_per_device(left)
+    assert on_a_device(plan).optimizer == bytes_per_device(left)
     whole = memory_plan(parts.tx, parts.param_shapes)
-    assert on_a_device(whole)[2] == bytes_per_device(state)
+    assert on_a_device(whole).optimizer == bytes_per_device(state)
 
 
 def test_small_arrays_stay_on_the_devices():

@@ -44,7 +44,7 @@ BELOW = {
         *("errors", "ranges", "arguments", "data", "model", "distribution", "run"),
     },
     "export": {"arguments", "model", "run"},
-    "plan_memory": {"errors", "ranges", "arguments", "data", "run"},
+    "plan_memory": {"errors", "ranges", "arguments", "data", "optim", "run"},
     "launch": {"errors", "ranges", "arguments", "distribution"},
     "compare": {"errors", "arguments", "comparison"},
 }
