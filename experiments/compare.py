@@ -26,10 +26,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0: done; 2: a mistake of the user's, told in one line on stderr; 130: interrupted.
     """
-    console = Console()
+    console = Console(markup=False, emoji=False)
     # They stop it as Ctrl-C does: runs under way save and end.
     previous = {
-        number: signal.signal(number, signal.default_int_handler) for number in _STOPS
+        number: signal.signal(number, signal.default_int_handler)
+        for number in _STOPS
+        # Under nohup a lost terminal is to be ignored.
+        if signal.getsignal(number) != signal.SIG_IGN
     }
     try:
         options = parse_options(sys.argv[1:] if argv is None else argv)
@@ -39,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 comparison.run()
             finally:
                 comparison.report()
-    except UserError as error:
+    except (UserError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -74,7 +74,8 @@ def _run(argv: Sequence[str]) -> None:
     check_ranges(options)
     if options.json is not None and not options.json.absolute().parent.is_dir():
         raise UserError(f"--json {options.json}: its directory is not there; make it")
-    say = functools.partial(Console(stderr=True).print, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, markup=False, emoji=False)
+    say = functools.partial(console.print, highlight=False, soft_wrap=True)
     found = evaluate(options, load(options), say)
     print(f"model          {found['model']}")
     print(f"text           {found['text']}")

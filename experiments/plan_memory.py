@@ -156,7 +156,9 @@ def _print_table(
             in_units(left - found.gradients),
             in_units(left - found.subspace_gradients) if is_inside else "",
         )
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(
+        width=None if sys.stdout.isatty() else 120, markup=False, emoji=False
+    )
     console.print(table)
     console.print(
         f"left: of {options.memory}. left *: in a step that holds the gradients of "

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 import threading
 from collections.abc import Iterable, Mapping
@@ -13,8 +14,14 @@ from experiments.comparison.measures import Measure
 from experiments.comparison.rows import rows_of
 from experiments.comparison.suites import SUITES
 from experiments.errors import UserError
-from experiments.run.files import CHECKPOINTS, read_lines, write_json, write_whole
-from experiments.run.lock import Lock
+from experiments.run.files import (
+    CHECKPOINTS,
+    read_lines,
+    unfinished,
+    write_json,
+    write_whole,
+)
+from experiments.run.lock import LOCK_FILE, Lock
 
 RESULTS_FILE = "results.jsonl"
 SUITE_FILE = "suite.json"
@@ -42,9 +49,13 @@ class Ledger:
 
     def __init__(self, directory: Path, definition: Mapping[str, Any]):
         self.directory = directory
+        # Before the lock, which writes a file; and as it is under the lock.
         _check(directory, definition)
         self._directory_lock = Lock(directory)
         try:
+            if _check(directory, definition):
+                # Nothing was done: a mistake in the data, say, that has been mended.
+                shutil.rmtree(directory / RUNS, ignore_errors=True)
             self.records = _without_a_cut_line(directory / RESULTS_FILE)
         except BaseException:
             self.close()
@@ -124,7 +135,13 @@ def rates_of(directory: Path, measure: Measure) -> dict[str, tuple[float, float]
     """
     if not (directory / SUITE_FILE).exists():
         raise UserError(f"--rates-from {directory} holds no comparison ({SUITE_FILE})")
-    definition = json.loads((directory / SUITE_FILE).read_text())
+    tasks = sorted(x.parent for x in directory.glob(f"*/{SUITE_FILE}"))
+    if tasks:
+        raise UserError(
+            f"--rates-from {directory} has rates for each of its tasks; give "
+            f"{' or '.join(map(str, tasks))}"
+        )
+    definition = _definition(directory)
     records = read_lines(directory / RESULTS_FILE)
     if any(measure.entry not in record for record in records):
         raise UserError(
@@ -142,29 +159,38 @@ def rates_of(directory: Path, measure: Measure) -> dict[str, tuple[float, float]
 def best_rates(
     records: Iterable[Mapping[str, Any]], seeds: int, measure: Measure
 ) -> dict[str, tuple[float, float]]:
-    """Returns the best rates of each method with at least so many seeds."""
+    """Returns the best rates of each method with at least so many seeds.
+
+    A method of which a seed has diverged at these rates has none.
+    """
     return {
         row.method: (row.learning_rate, row.block_learning_rate)
         for row in rows_of(records, measure)
-        if len(row.losses) >= seeds
+        if len(row.losses) >= seeds and math.isfinite(row.mean)
     }
 
 
-def _check(directory: Path, definition: Mapping[str, Any]) -> None:
-    """Raises UserError if the directory holds anything but this comparison."""
-    path = directory / SUITE_FILE
-    if not path.exists():
-        if directory.is_dir() and any(directory.iterdir()):
+def _check(directory: Path, definition: Mapping[str, Any]) -> bool:
+    """Returns whether the directory holds a comparison of other settings, not begun.
+
+    Raises:
+        UserError: If it holds anything else but this comparison.
+    """
+    if not (directory / SUITE_FILE).exists():
+        # What a comparison leaves that was ended before its first file.
+        own = {LOCK_FILE, unfinished(directory / SUITE_FILE).name}
+        found = {x.name for x in directory.iterdir()} if directory.is_dir() else set()
+        if found - own:
             raise UserError(f"--out {directory} is not empty; give another one")
-        return
-    saved = json.loads(path.read_text())
+        return False
+    saved = _definition(directory)
     changed = [
         f"{name} was {saved.get(name)}, is {value}"
         for name, value in definition.items()
         if name not in _FREE and saved.get(name) != value
     ]
     if not changed:
-        return
+        return False
     # Of itself, or of its tasks.
     done = (RESULTS_FILE, f"{RUNS}/*/{CHECKPOINTS}")
     if any(any(directory.glob(x)) for name in done for x in (name, f"*/{name}")):
@@ -172,5 +198,19 @@ def _check(directory: Path, definition: Mapping[str, Any]) -> None:
             f"{directory} holds another comparison: {'; '.join(changed)}; give another "
             "--out"
         )
-    # Nothing was done: a mistake in the data, say, that has been mended.
-    shutil.rmtree(directory / RUNS, ignore_errors=True)
+    return True
+
+
+def _definition(directory: Path) -> dict[str, Any]:
+    """Returns the settings that a comparison's file says.
+
+    Raises:
+        UserError: If it is broken.
+    """
+    path = directory / SUITE_FILE
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise UserError(
+            f"{path} is broken ({error}); mend it, or give another directory"
+        ) from error

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -27,8 +27,11 @@ class Measure:
     is_larger_better: bool = False
 
     def cost(self, record: Mapping[str, Any]) -> float:
-        """Returns the cost of a recorded run, infinite if the run diverged."""
-        if record["status"] != "finished":
+        """Returns the cost of a recorded run, infinite if the run diverged.
+
+        Files have None for a number that is not finite.
+        """
+        if record["status"] != "finished" or record[self.entry] is None:
             return math.inf
         return self.flipped(record[self.entry])
 
@@ -36,9 +39,10 @@ class Measure:
         """Returns the cost of a number, and the number of a cost."""
         return 1 - number if self.is_larger_better else number
 
-    def best(self, numbers: Sequence[float]) -> float:
-        """Returns the best of some numbers."""
-        return max(numbers) if self.is_larger_better else min(numbers)
+    def best(self, numbers: Iterable[float | None]) -> float:
+        """Returns the best of some numbers; None are those that are not finite."""
+        found = [x for x in numbers if x is not None]
+        return max(found) if self.is_larger_better else min(found)
 
 
 LOSS = Measure(

@@ -71,7 +71,7 @@ class Row:
     def _share(self, ours: str, adamw: str) -> float:
         run = self.runs[0]
         # A diverged run has no summary.
-        return run[ours] / run[adamw] if run.get(ours) else float("nan")
+        return run[ours] / run[adamw] if run.get(adamw) else float("nan")
 
 
 def rows_of(records: Iterable[Mapping[str, Any]], measure: Measure = LOSS) -> list[Row]:

@@ -239,7 +239,8 @@ class Comparison:
             if self._processes.stopped:
                 raise concurrent.futures.CancelledError
             is_done = (directory / SUMMARY_FILE).exists()
-            if not is_done and (code == 0 or "not finite" not in log.read_text()):
+            said = log.read_text() if log.exists() else ""
+            if not is_done and (code == 0 or "not finite" not in said):
                 # The run was stopped from outside, or failed without a divergence.
                 raise UserError(f"{name} ended with status {code}; {log} says why")
         return outcome(directory, self.suite)

@@ -47,8 +47,10 @@ def _text(flags, data, validation_data, tokenizer):
 
 
 def _has_fallen(summary: Mapping[str, Any]) -> bool:
-    loss, first = summary.get("validation_loss"), summary.get("initial_validation_loss")
-    return loss is not None and math.isfinite(loss) and loss < first
+    first = summary.get("initial_validation_loss")
+    # None in a file is a number that is not finite.
+    highest = math.inf if first is None else first
+    return _is_finite(summary) and summary["validation_loss"] < highest
 
 
 def _tuning(fields: Mapping[str, Any]) -> TuningConfig:

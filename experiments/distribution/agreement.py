@@ -29,17 +29,19 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def check_agreement(settings: Mapping[str, Any]) -> None:
+def check_agreement(settings: Mapping[str, Any], what: str, advice: str) -> None:
     """Checks that this process has the settings and versions of all others.
 
     Args:
         settings: Name, as it is told -> value, as JSON knows it.
+        what: Name of the settings, not used before.
+        advice: What to do if they differ.
 
     Raises:
         UserError: If they differ, in all processes. It names each difference.
     """
     own = {**{k: str(v) for k, v in settings.items()}, **versions(_PACKAGES)}
-    first, *others = map(json.loads, processes.of_all("agreement", json.dumps(own)))
+    first, *others = map(json.loads, processes.of_all(what, json.dumps(own)))
     found = [
         f"process {i} has {name} {other.get(name)}, process 0 has {first.get(name)}"
         for i, other in enumerate(others, 1)
@@ -48,6 +50,5 @@ def check_agreement(settings: Mapping[str, Any]) -> None:
     ]
     if found:
         raise UserError(
-            f"the processes of this run differ: {'; '.join(found)}; start all with the "
-            "same flags and packages"
+            f"the processes of this run differ: {'; '.join(found)}; {advice}"
         )

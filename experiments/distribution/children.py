@@ -53,7 +53,7 @@ def run_together(
         verbose: Shows stdout and noise of the others too.
 
     Returns:
-        That of the first process whose status is not 0; 128 + N if signal N ended it.
+        That of the first process to fail; 128 + N if signal N ended it; 0 if none did.
     """
     processes: list[subprocess.Popen] = []
     readers: list[threading.Thread] = []
@@ -69,13 +69,15 @@ def run_together(
                 )
                 reader.start()
                 readers.append(reader)
-            _wait(processes, signals, seconds)
+            ended = _wait(processes, signals, seconds)
         finally:
             _kill(processes)
     for reader in readers:
         # A process of theirs may have the other end of the pipe.
         reader.join(timeout=2)
-    codes = (process.returncode for process in processes)
+    # In the order of their ends; what was killed here comes last.
+    ended += [process for process in processes if process not in ended]
+    codes = (process.returncode for process in ended)
     statuses = (code if code >= 0 else 128 - code for code in codes)
     return next(filter(None, statuses), 0)
 
@@ -147,10 +149,11 @@ def _wait(
     processes: Sequence[subprocess.Popen],
     signals: collections.deque[int],
     seconds: float,
-) -> None:
-    """Waits for all, and passes signals on."""
-    first_end = None
+) -> list[subprocess.Popen]:
+    """Waits for all, and passes signals on; returns those that ended, in this order."""
+    first_end, ended = None, []
     while running := [p for p in processes if p.poll() is None]:
+        ended += [p for p in processes if p not in running and p not in ended]
         while signals:
             number = _SIGNALS[signals.popleft()]
             for process in running:
@@ -164,8 +167,9 @@ def _wait(
                 f"{left} of {len(processes)} goes on; it is ended"
             )
             _terminate(running)
-            return
+            return ended
         time.sleep(_INTERVAL)
+    return ended
 
 
 def _terminate(processes: Sequence[subprocess.Popen]) -> None:

@@ -7,21 +7,30 @@ import os
 import shlex
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 
 from experiments.arguments import flag
 from experiments.distribution.agreement import check_agreement
 from experiments.distribution.placement import on_host
-from experiments.distribution.processes import count, host_of, is_first, is_joined, join
+from experiments.distribution.processes import (
+    count,
+    host_of,
+    index,
+    is_first,
+    is_joined,
+    join,
+    of_first,
+)
 from experiments.distribution.watch import leave, watched
 from experiments.errors import UserError
 from experiments.run.failures import told_in_a_line
-from experiments.run.lock import Lock, Unlocked
+from experiments.run.lock import Lock, Unlocked, held_by
 from experiments.run.parts import Parts
 from experiments.run.settings import to_json
 from experiments.run.train import Trained, train
@@ -71,7 +80,7 @@ def run_training(
 def _run_together(config: Any, run: Callable[[Any, Console], int]) -> int:
     """Runs with the other processes, if there are any; the first one alone speaks."""
     if config.coordinator is None:
-        return run(config, Console())
+        return run(config, _console())
     join(
         config.coordinator,
         config.num_processes,
@@ -80,9 +89,15 @@ def _run_together(config: Any, run: Callable[[Any, Console], int]) -> int:
     )
     advice = "start all again with --resume, from the last complete checkpoint"
     with watched(config.process_timeout, advice, host_of(config.coordinator)):
-        check_agreement({flag(k): v for k, v in to_json(config).items()})
+        settings = {flag(k): v for k, v in to_json(config).items()}
+        check_agreement(settings, "settings", "start all with the same flags")
         with open(os.devnull, "w") as nowhere:
-            return run(config, Console(file=None if is_first() else nowhere))
+            return run(config, _console(None if is_first() else nowhere))
+
+
+def _console(file: IO[str] | None = None) -> Console:
+    # Paths may have brackets and colons.
+    return Console(file=file, markup=False, emoji=False)
 
 
 def train_and_finish(
@@ -111,7 +126,12 @@ def train_and_finish(
     say = functools.partial(console.print, soft_wrap=True, highlight=False)
     parts = assemble(config, say)
     say(parts.work.description)
-    with told_in_a_line(parts), lock_of(parts.directory) as lock:
+    check_agreement(
+        {parts.work.data_flag: f"with the digest {parts.work.digest}"},
+        f"the data of {parts.directory}",
+        "give all the same files",
+    )
+    with told_in_a_line(parts), _lock_of(parts) as lock:
         trained = train(parts, lock, console)
         lock.check()
         if trained.stopped_by is not None:
@@ -131,9 +151,35 @@ def status_of(stopped: signal.Signals | None) -> int:
     return 128 + signal.SIGINT if stopped == signal.SIGINT else 0
 
 
-def lock_of(directory: Path) -> Lock | Unlocked:
-    """Returns the lock of a directory: the first process has it for all."""
-    return Lock(directory) if is_first() else Unlocked()
+def _lock_of(parts: Parts) -> Lock | Unlocked:
+    """Returns the lock of the run's directory: the first process has it for all.
+
+    Raises:
+        UserError: If another run has it, or another process has another directory.
+    """
+    lock = Lock(parts.directory) if is_first() else Unlocked()
+    try:
+        _check_is_shared(parts.directory, parts.config.process_timeout)
+    except BaseException:
+        lock.close()
+        raise
+    return lock
+
+
+def _check_is_shared(directory: Path, seconds: float) -> None:
+    """Raises UserError if the processes do not have one directory in common."""
+    if count() == 1:
+        return
+    held = of_first(f"the lock of {directory}", held_by(directory))
+    # A file system of several machines may show a new file late.
+    until = time.monotonic() + seconds
+    while held_by(directory) != held and time.monotonic() < until:
+        time.sleep(0.5)
+    if held_by(directory) != held:
+        raise UserError(
+            f"--out {directory} of process {index()} is not that of process 0, so that "
+            "no checkpoint would be whole; give a directory that all machines share"
+        )
 
 
 def _say_how_to_resume(parts: Parts, trained: Trained, whole: Path, say) -> None:

@@ -105,6 +105,10 @@ def finite(value: Any) -> Any:
 
 def write_whole(path: Path, text: str) -> None:
     """Writes a file that is whole or not there."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)
+    unfinished(path).write_text(text)
+    os.replace(unfinished(path), path)
+
+
+def unfinished(path: Path) -> Path:
+    """Returns the file that is written before :func:`write_whole` gives it its name."""
+    return path.with_name(path.name + ".unfinished")

@@ -31,13 +31,12 @@ class Lock:
         make_directory(directory)
         self._directory = directory
         # Not "w": what it says of its holder is to stay readable.
-        self._file = (directory / LOCK_FILE).open("ab+", buffering=0)
+        self._file = (directory / LOCK_FILE).open("ab", buffering=0)
         if fcntl is not None:
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                self._file.seek(0)
-                holder = self._file.read().decode().strip() or "another process"
+                holder = held_by(directory) or "another process"
                 self._file.close()
                 raise UserError(
                     f"--out {directory} is in use by {holder}, or by one that it "
@@ -74,8 +73,19 @@ class Lock:
             )
 
 
+def held_by(directory: Path) -> str:
+    """Returns what the lock of a directory says of its last holder; "": nothing."""
+    try:
+        return (directory / LOCK_FILE).read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return ""
+
+
 class Unlocked:
     """In the place of :class:`Lock`, where another process of the run has the lock."""
+
+    def close(self) -> None:
+        """The other process has it."""
 
     def __enter__(self) -> "Unlocked":
         return self

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -23,11 +24,14 @@ from experiments import compare
 from experiments.arguments import words_of
 from experiments.comparison import suites
 from experiments.comparison.flags import fields_of
+from experiments.comparison.ledger import Ledger, best_rates, rates_of
+from experiments.comparison.measures import LOSS, METRIC
 from experiments.comparison.processes import Processes
 from experiments.comparison.report import table
 from experiments.comparison.rows import front, rows_of
 from experiments.comparison.search import best_point, next_point
 from experiments.comparison.trainers import TUNER
+from experiments.errors import UserError
 from experiments.optim.methods import OPTIMIZERS
 from experiments.run.config import complete, parse
 from experiments.run.settings import to_json
@@ -494,6 +498,106 @@ def test_a_directory_at_work_is_refused(started, tmp_path, capsys):
         assert run(tmp_path) == 2
     assert "is in use by another process" in one_error_line(capsys)
     assert run(tmp_path) == 0
+
+
+def test_a_comparison_that_is_refused_leaves_the_runs_of_the_one_at_work(
+    tmp_path,
+):
+    pytest.importorskip("fcntl", reason="needs locks of files")
+    out = tmp_path / "out"
+    definition = {"suite": "cpu-small", "flags": {"steps": 10}}
+    at_work = Ledger(out, definition)
+    (out / "runs/first").mkdir(parents=True)
+    # Nothing of it is recorded yet.
+    with pytest.raises(UserError, match="is in use by process"):
+        Ledger(out, {**definition, "flags": {"steps": 11}})
+    assert (out / "runs/first").is_dir()
+    at_work.close()
+
+
+def test_a_comparison_that_was_ended_before_its_first_file_begins_again(
+    started, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".lock").write_text("process 1")
+    (out / "suite.json.unfinished").write_text("{")
+    assert run(tmp_path, "--only", "adamw") == 0
+    assert started
+    (out / "suite.json").write_text("{")
+    assert run(tmp_path) == 2
+    assert f"{out}/suite.json is broken" in one_error_line(capsys)
+
+
+def test_a_full_disk_is_one_line(started, tmp_path, monkeypatch, capsys):
+    del started
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Ledger, "add", full)
+    assert run(tmp_path) == 2
+    assert "No space left on device" in one_error_line(capsys)
+
+
+def test_a_lost_terminal_is_ignored_where_the_shell_says_so(started, tmp_path):
+    del started
+    seen = []
+
+    class Suspicious(compare.Console):
+        def print(self, *words, **options):
+            seen.append(signal.getsignal(signal.SIGHUP))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "Console", Suspicious)
+        old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        try:
+            assert run(tmp_path, "--only", "adamw") == 0
+        finally:
+            signal.signal(signal.SIGHUP, old)
+    assert set(seen) == {signal.SIG_IGN}
+
+
+def test_paths_are_printed_as_they_are(started, tmp_path, capsys):
+    del started
+    out = tmp_path / "x[v2][/v3]:key:"
+    assert compare.main(["cpu-small", "--out", str(out), "--only", "adamw"]) == 0
+    assert f"results in {out}" in capsys.readouterr().out
+
+
+def test_rates_are_not_taken_from_a_method_that_has_diverged():
+    record = {
+        **{"method": "adamw", "learning_rate": 1.0, "block_learning_rate": 1.0},
+        **{"status": "finished", "validation_loss": 2.0, "step": 9},
+    }
+    whole = [{**record, "seed": 0}, {**record, "seed": 1}]
+    assert best_rates(whole, 2, LOSS) == {"adamw": (1.0, 1.0)}
+    assert not best_rates([whole[0], {**whole[1], "status": "diverged"}], 2, LOSS)
+    # What a file has for a number that is not finite.
+    assert not best_rates([whole[0], {**whole[1], "validation_loss": None}], 2, LOSS)
+
+
+def test_rates_of_all_tasks_are_none_of_a_suite_without_tasks(tmp_path):
+    for directory in (tmp_path, tmp_path / "mrpc", tmp_path / "rte"):
+        directory.mkdir(exist_ok=True)
+        (directory / "suite.json").write_text("{}")
+    named = f"give {tmp_path / 'mrpc'} or {tmp_path / 'rte'}"
+    with pytest.raises(UserError, match=re.escape(named)):
+        rates_of(tmp_path, METRIC)
+
+
+def test_no_state_is_a_share_of_nothing(started, tmp_path):
+    del started
+    assert run(tmp_path, "--only", "adamw") == 0
+    (row,) = rows_of(results(tmp_path))
+    free = {**row.runs[0], "block_state_bytes": 0}
+    assert dataclasses.replace(row, runs=(free,)).block_share == 0
+    assert math.isnan(dataclasses.replace(row, runs=({},)).block_share)
+
+
+def test_the_best_of_a_curve_passes_over_what_is_not_finite():
+    assert LOSS.best([3.0, None, 2.0]) == 2.0
+    assert METRIC.best([None, 0.5]) == 0.5
 
 
 def test_rates_are_not_taken_from_a_search_that_has_not_ended(

@@ -94,12 +94,16 @@ def ends(pid):
     return True
 
 
+LATER = "import time; time.sleep(1)"
+
+
 @pytest.mark.parametrize(
     ("programs", "status"),
     [
         (["pass", "pass"], 0),
-        (["pass", "raise SystemExit(4)", "raise SystemExit(3)"], 4),
-        (["import os; os.kill(os.getpid(), 9)", "raise SystemExit(3)"], 137),
+        (["pass", "raise SystemExit(4)", f"{LATER}; raise SystemExit(3)"], 4),
+        (["pass", f"{LATER}; raise SystemExit(4)", "raise SystemExit(3)"], 3),
+        ([f"{LATER}; raise SystemExit(3)", "import os; os.kill(os.getpid(), 9)"], 137),
     ],
 )
 def test_the_status_is_that_of_the_first_process_that_fails(programs, status):

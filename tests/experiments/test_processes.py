@@ -24,7 +24,7 @@ SECONDS = 240
 TIMEOUT = 20
 
 
-def started(words, processes, devices, own):
+def started(words, processes, devices, own, folders):
     """Returns the processes of one run, each with so many simulated devices."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -50,7 +50,7 @@ def started(words, processes, devices, own):
             subprocess.Popen(
                 [*command, *map(str, own[i]), *joined],
                 env=environment,
-                cwd=ROOT,
+                cwd=folders[i],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -60,9 +60,10 @@ def started(words, processes, devices, own):
 
 
 @contextlib.contextmanager
-def running(words, processes=2, devices=2, own=()):
+def running(words, processes=2, devices=2, own=(), folders=()):
     """Gives the processes of a run, and leaves none behind."""
-    found = started(words, processes, devices, own or [()] * processes)
+    own, folders = own or [()] * processes, folders or [ROOT] * processes
+    found = started(words, processes, devices, own, folders)
     try:
         yield found
     finally:
@@ -206,6 +207,33 @@ def test_processes_with_different_flags_say_which(flags, tmp_path):
             (line,) = errors(stderr)
             assert "process 1 has --b1 0.8, process 0 has 0.9" in line
     assert not (tmp_path / "out").exists()
+
+
+def test_processes_with_other_data_say_so(flags, tmp_path):
+    (tmp_path / "text.txt").write_text("of another text " * 700)
+    given = dict(zip(flags[::2], flags[1::2], strict=True))["--data"]
+    folders = [Path(given).parent, tmp_path]
+    words = [*flags, "--out", tmp_path / "out", "--data", "text.txt"]
+    with running(words, folders=folders) as found:
+        for status, stderr in ends(found):
+            assert status == 2, stderr[-2000:]
+            (line,) = errors(stderr)
+            assert "process 1 has --data text.txt with the digest" in line
+            assert "give all the same files" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_processes_without_a_shared_directory_are_told(flags, tmp_path):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+    words = [*flags, "--out", "out"]
+    with running(words, folders=folders) as found:
+        _, (status, stderr) = ends(found)
+    assert status == 2, stderr[-2000:]
+    (line,) = errors(stderr)
+    assert "--out out of process 1 is not that of process 0" in line
+    assert not checkpoint_steps(folders[0] / "out")
 
 
 def test_a_coordinator_that_does_not_answer_is_named(flags, tmp_path):
