@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.binding.moments import locate_moments
+from lowrank_optax.binding.moments import check_is_not_centered, locate_moments
 from lowrank_optax.binding.optimizer import announce, unheard
 from lowrank_optax.codes import bytes_of
 from lowrank_optax.core import Core, Views
@@ -41,6 +41,8 @@ def initial_state(params: Any, core: Core, parts: Parts) -> ScaleByLowRankState:
     views = views_of(plans)
     state, in_subspace = _state(params, core, projectors, views)
     shapes = {path: projector.shape for path, projector in projectors.items()}
+    if projectors:
+        check_is_not_centered(state.inner_state, "moments follow a new basis")
     others, arrays = plans.keys() - shapes.keys(), unboxed(state.inner_state)
     locate_moments(arrays, shapes, others, parts.moments)
     core.check(unboxed(in_subspace), arrays, projectors, views)

@@ -140,6 +140,34 @@ def test_weights_are_numbers_of_tokens():
     )
 
 
+def test_a_micro_batch_without_weight_counts_nothing_whatever_it_has():
+    """A mean over no tokens is 0 / 0."""
+    params = zeros(SMALL)
+    accumulation = accumulate(lowrank_optax.vlorp(0.1, 1), 2)
+    grads = gradients(params, 0)
+    spoiled = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), grads)
+    found = []
+    for parts in ([(grads, 5.0)], [(spoiled, 0.0), (grads, 5.0)], [(grads, 5.0)] * 2):
+        state = accumulation.init(params)
+        for part, weight in parts:
+            state = accumulation.add(part, state, weight, params)
+        found.append(accumulation.finish(state, params)[0])
+    assert_same_bits(found[1], found[0])
+    assert float(optax.tree.norm(found[0])) > 0
+
+
+def test_a_window_without_micro_batches_has_a_mean_of_zero():
+    params = zeros(SMALL)
+    accumulation = accumulate(optax.sgd(1.0), 2)
+    state = accumulation.init(params)
+    for micro_batches, expected in ((2, 1.0), (0, 0.0), (1, 1.0)):
+        grads = gradients(params, 0)
+        for _ in range(micro_batches):
+            state = accumulation.add(grads, state)
+        updates, state = accumulation.finish(state, params)
+        assert_same_bits(updates, jax.tree.map(lambda x: -expected * x, grads))  # noqa: B023
+
+
 def test_the_clipped_norm_is_that_of_the_projected_mean():
     params = {"w": jnp.zeros((8, 6)), "b": jnp.zeros(6)}
     low_rank = lowrank_optax.scale_by_low_rank(

@@ -517,3 +517,18 @@ def test_a_saved_array_says_itself_what_it_is():
     expected, _ = update(gradients(PARAMS, 2), state, PARAMS)
     actual, _ = update(gradients(PARAMS, 2), restored, PARAMS)
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def test_a_root_of_a_difference_of_moments_is_refused():
+    """Each is rounded by itself: nu - mu^2 would be negative somewhere."""
+    params = {"w": jnp.zeros((64, 64))}
+    for optimizer in (
+        optax.rmsprop(0.1, centered=True),
+        optax.chain(optax.scale_by_stddev(bias_correction=True), optax.scale(0.1)),
+    ):
+        with pytest.raises(ValueError, match=r"nu - mu\^2.*use optax.scale_by_rms"):
+            lowrank_optax.low_bit(optimizer).init(params)
+        lowrank_optax.low_bit(optimizer, None, 8).init(params)
+    lowrank_optax.low_bit(optax.rmsprop(0.1)).init(params)
+    with pytest.raises(ValueError, match=r"negative.*where moments follow a new basis"):
+        lowrank_optax.scale_by_low_rank(optax.scale_by_stddev(), 4).init(params)

@@ -311,6 +311,30 @@ def test_a_batch_without_weight_changes_nothing():
     jax.tree.map(np.testing.assert_array_equal, found, before)
 
 
+def test_micro_batches_without_tokens_count_nothing():
+    """The mean over none is not a number, in loss and gradients."""
+
+    def mean(params, batch):
+        x, weights = batch
+        weight = jnp.sum(weights)
+        return jnp.sum(weights * jnp.sum((x @ params["up"]) ** 2, -1)) / weight, weight
+
+    params = {"up": random_like(SHAPES)["up"]}
+    # Each third example is in a micro-batch of its own.
+    batch = batches(1)[0], (jnp.arange(12) % 3 > 0) * 1.0
+    step = train_step(
+        mean,
+        lowrank_optax.galore(0.1, 2),
+        has_aux=True,
+        micro_batches=3,
+        weight=lambda batch, weight: weight,
+    )
+    found, _, (metrics,) = trained(step, params, [batch])
+    expected = mean(params, batch)[0]
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=ROUNDING)
+    assert np.all(np.isfinite(found["up"]))
+
+
 def test_the_mode_of_a_module_is_that_of_the_step():
     """model.eval() between two steps turns dropout off, as in a new run."""
 

@@ -198,6 +198,12 @@ USES = {
             @ jnp.pad(p["w"], ((0, 1), (3, 0)))
         ),
     ),
+    "padded by a trained number": (
+        {**WIDE, "bias": (1,)},
+        lambda p, x: squares(
+            x @ jnp.pad(p["w"], ((0, 0), (3, 0)), constant_values=p["bias"][0])
+        ),
+    ),
     # Put together.
     "fused by concatenate": (
         TWO,

@@ -83,6 +83,25 @@ def locate_moments(
     return found
 
 
+def check_is_not_centered(state: Any, by: str) -> None:
+    """Raises ValueError if a transformation takes the root of nu - mu^2.
+
+    Args:
+        state: Of an optimizer; arrays or their shapes.
+        by: What changes mu and nu apart, for the message.
+    """
+
+    def is_centered(node):
+        return type(node).__name__.startswith("ScaleByRStdDev")
+
+    if any(map(is_centered, jax.tree.leaves(state, is_leaf=is_centered))):
+        raise ValueError(
+            "optax.scale_by_stddev (rmsprop with centered=True) takes the root of "
+            f"nu - mu^2, which is negative, and so not a number, where {by}; use "
+            "optax.scale_by_rms."
+        )
+
+
 def owner_and_field(path: tuple, owners: Set[tuple]) -> tuple[tuple | None, str]:
     """Returns the parameter of a state's array, and the name of the array's field.
 

@@ -92,11 +92,12 @@ def padded_by(equation: core.JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
     if not isinstance(x, Followed):
         raise Refused("as a padding value")
     (value,) = bound(equation, [x.value, filling])
-    zeros = jnp.zeros_like(x.value)
+    inside = jnp.zeros(x.value.shape, bool)
     for dim, sizes in enumerate(equation.params["padding_config"]):
         if tuple(sizes) != (0, 0, 0):
             x = padded(x, dim, *map(int, sizes))
-    (around,) = bound(equation, [zeros, filling])
+    (is_around,) = bound(equation, [inside, jnp.array(True)])
+    around = jnp.where(is_around, filling, 0).astype(value.dtype)
     terms = (*x.terms, plain_term(around, x.dims))
     return [dataclasses.replace(x, value=value, terms=terms)]
 

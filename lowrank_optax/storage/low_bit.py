@@ -10,7 +10,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.binding.moments import KNOWN_FIELDS, Kind, owner_and_field
+from lowrank_optax.binding.moments import (
+    KNOWN_FIELDS,
+    Kind,
+    check_is_not_centered,
+    owner_and_field,
+)
 from lowrank_optax.binding.states import is_low_rank, low_rank_record, slots_of
 from lowrank_optax.codes import (
     Coded,
@@ -56,9 +61,10 @@ def low_bit(
     rounded to nearest. The rounded basis is in use from then on, for the re-basing of
     moments too.
 
-    Moments are rounded up or down at random, and are right on average. Rounded to
-    nearest, they could not decay: at b2 = 0.999 the root of a second moment falls by
-    0.05 % an update, less than half a step. Suppose that the gradients of some values
+    Moments are rounded up or down at random. First moments are right on average, and so
+    are the fourth roots of second moments, which are divisors. Rounded to nearest, they
+    could not decay: at b2 = 0.999 the root of a second moment falls by 0.05 % an
+    update, less than half a step. Suppose that the gradients of some values
     of a block fall to 1/30 or 1/100 of the other gradients. After 5,000 updates v is
     within 1 % of v in float32, and the root mean square of Adam's updates within 2 or
     3 %.
@@ -106,8 +112,9 @@ def low_bit(
         the block do not change.
 
     Raises:
-        ValueError: If a number is out of its range; in ``update``, if a state holds
-            other formats than these arguments give.
+        ValueError: If a number is out of its range; in ``init``, if a transformation
+            takes the root of nu - mu^2 (``optax.scale_by_stddev``); in ``update``, if a
+            state holds other formats than these arguments give.
 
     Example:
         >>> params = {"w": jnp.ones((512, 64))}
@@ -137,6 +144,8 @@ def low_bit(
     def init(params):
         with stored_as(rule.shapes):
             state = inner.init(params)
+        if bits:
+            check_is_not_centered(state, "each is rounded by itself")
         return rule.encoded(state, params)
 
     def update(updates, state, params=None, **extra_args):

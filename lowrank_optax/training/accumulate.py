@@ -51,7 +51,8 @@ class Accumulation(optax.GradientTransformationExtraArgs):
         Args:
             gradients: Gradients of the micro-batch, full or projected.
             state: State before the micro-batch.
-            weight: Weight of the micro-batch.
+            weight: Weight of the micro-batch. 0 leaves its gradients out, whatever they
+                are: a mean over no tokens is not a number.
             params: Parameters, or their shapes; needed for projected gradients.
             refresh: False leaves the renewal of bases out of the program.
         """

@@ -18,6 +18,7 @@ from lowrank_optax.training.host_memory import moved_late, on_devices
 from lowrank_optax.training.modules import Model, check_same_variables, loss_of
 from lowrank_optax.training.placed import Placed, whole_on
 from lowrank_optax.training.register import register_before, register_behind
+from lowrank_optax.training.window import weighted
 
 Refresh = Literal["sketch", "full"]
 _WAYS = (
@@ -186,7 +187,7 @@ class Step:
             weight = jnp.asarray(self.weight(batch, aux), jnp.float32)
             loss = loss.astype(wide(loss.dtype))
             state = optimizer.add(grads, state, weight, params, refresh=renews)
-            sums = jax.tree.map(lambda x: x * weight.astype(x.dtype), (loss, sketches))
+            sums = jax.tree.map(lambda x: weighted(x, weight), (loss, sketches))
             return carried, state, aux, (*sums, weight)
 
         def add(carry, numbered):

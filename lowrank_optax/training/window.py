@@ -89,7 +89,7 @@ def with_gradients(
         optimizer: The accumulating optimizer.
         gradients: Gradients of the micro-batch, full or projected.
         state: The window before the micro-batch.
-        weight: Weight of the micro-batch; (), float32.
+        weight: Weight of the micro-batch; (), float32. 0 leaves its gradients out.
         like: Tree of the gradients' full shapes.
         refresh: Whether to renew due bases.
     """
@@ -137,7 +137,7 @@ def with_gradients(
     def _sum(total, gradient):
         # A new window forgets the old sum, whatever its values.
         start = jnp.where(is_first, 0, total)
-        return start + weight.astype(total.dtype) * gradient.astype(total.dtype)
+        return start + weighted(gradient.astype(total.dtype), weight)
 
     sums = jax.tree_util.tree_map_with_path(
         add_leaf, unboxed(gradients), unboxed(state.sums), is_leaf=is_projected
@@ -148,6 +148,14 @@ def with_gradients(
         sums=boxed_like(sums, state.sums),
         inner_state=inner_state,
     )
+
+
+def weighted(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """Returns an array times its weight: zero at weight 0, whatever the array has.
+
+    A mean over no tokens is not a number.
+    """
+    return jnp.where(weight == 0, 0, x * weight.astype(x.dtype))
 
 
 def finished(
@@ -165,11 +173,15 @@ def finished(
     """
     weight = jnp.where(state.weight > 0, state.weight, 1)
 
+    def quotient(total):
+        # Without a micro-batch the sums are those of the last window.
+        sums = jnp.where(state.micro_step > 0, total, 0)
+        return sums / weight.astype(total.dtype)
+
     def mean(total, leaf):
         if isinstance(total, ProjectedSum):
-            sums = total.coordinates
-            return Projected(sums / weight.astype(sums.dtype))
-        return (total / weight.astype(total.dtype)).astype(leaf.dtype)
+            return Projected(quotient(total.coordinates))
+        return quotient(total).astype(leaf.dtype)
 
     means = jax.tree.map(
         mean,
