@@ -120,6 +120,7 @@ def measurement(
 
 
 def main() -> None:
+    harness.parse_no_flags(__doc__)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
     found: dict[str, list[dict[str, Any]]] = {}

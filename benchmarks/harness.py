@@ -1,5 +1,6 @@
 """Runs alternatives side by side, and writes results with device and versions."""
 
+import argparse
 import datetime
 import json
 import os
@@ -15,6 +16,17 @@ import jax
 import optax
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def parse_no_flags(about: str | None) -> None:
+    """Ends a command that has no flags where ``--help``, or any other, is given.
+
+    Args:
+        about: What the command does, for the help.
+    """
+    argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
 
 
 def seconds(prepare: Callable[[], Callable[[], Any]]) -> float:

@@ -105,6 +105,7 @@ def eight_bit_table() -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
+    harness.parse_no_flags(__doc__)
     found, eight_bit = bfloat16_table(), eight_bit_table()
     for name, row in PUBLISHED.items():
         print(f"{name:44}published G ", *(f"{size} {x:.3f}" for size, x in row.items()))

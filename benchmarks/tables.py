@@ -12,7 +12,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import bytes_moved, collectives_tables, run_tables, suite_tables
+from benchmarks import (
+    bytes_moved,
+    collectives_tables,
+    harness,
+    run_tables,
+    suite_tables,
+)
 from benchmarks.tuning import pages
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -378,6 +384,7 @@ def filled(page: str) -> str:
 
 
 if __name__ == "__main__":
+    harness.parse_no_flags(__doc__)
     for path in PAGES:
         text = path.read_text(encoding="utf-8")
         path.write_text(filled(text), encoding="utf-8")

@@ -1,5 +1,6 @@
 """Draws every figure of the documentation anew: ``python -m docs.figures``."""
 
+from benchmarks.harness import parse_no_flags
 from docs.figures import concepts, decision, holds, losses, memory_and_speed, roles
 from docs.figures.style import DIRECTORY, as_svg, settings
 
@@ -23,4 +24,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    parse_no_flags(__doc__)
     main()

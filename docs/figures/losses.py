@@ -28,7 +28,7 @@ _BYTES = {
     "adamw": ("AdamW", "right", 0, 13),
     "adamw 8 bits": ("AdamW, 8 bits", "center", 4, 15),
     "adafactor": ("Adafactor", "left", -8, -17),
-    "muon": ("Muon", "right", -7, -5),
+    "muon": ("Muon", "left", 7, 3),
     "optax_galore": ("optax.contrib.galore, d/4", "left", -8, 11),
     "low_rank_muon dct r=104 8 bits": (
         "low_rank_muon, cosines, 13d/16",
@@ -36,8 +36,15 @@ _BYTES = {
         -8,
         -11,
     ),
+    "low_rank_muon dct r=16 8 bits": (
+        "low_rank_muon, cosines, d/8",
+        "left",
+        -10,
+        16,
+    ),
+    "normuon": ("NorMuon", "left", 7, -2),
     "low_rank_muon r=64 8 bits": ("low_rank_muon, d/2, 8 bits", "left", 7, 1),
-    "low_rank_muon 8 bits": ("low_rank_muon, d/4, 8 bits", "left", -10, -13),
+    "low_rank_muon 8 bits": ("low_rank_muon, d/4, 8 bits", "left", -10, 14),
     "sumo r=64 8 bits": ("sumo, d/2, 8 bits", "left", 6, 5),
     "sumo 8 bits": ("sumo, d/4, 8 bits", "left", 6, 0),
     "adarankgrad": ("adarankgrad, 3d/8", "left", 5, -10),
@@ -45,12 +52,12 @@ _BYTES = {
     "frugal": ("FRUGAL, d/4", "right", -6, -15),
     "stable_spam": ("Stable-SPAM", "right", -6, 9),
     "scale": ("SCALE", "left", 7, 0),
-    "galore": ("galore, d/4", "left", 6, 2),
+    "galore": ("galore, d/4", "left", 5, -6),
     "galore 8 bits": ("galore, d/4, 8 bits", "left", -52, 17),
     "projfactor": ("projfactor", "right", -5, 5),
 }
 _THEIRS = {"adamw", "adamw 8 bits", "adafactor", "muon", "optax_galore"}
-_THEIRS |= {"frugal", "stable_spam", "scale"}
+_THEIRS |= {"normuon", "frugal", "stable_spam", "scale"}
 
 
 def loss_against_bytes() -> Figure:
@@ -89,7 +96,7 @@ def loss_against_bytes() -> Figure:
     axes.set(
         xlabel="optimizer state, share of AdamW's bytes",
         ylabel="validation loss, nats per byte",
-        xlim=(0.045, 1.25),
+        xlim=(0.033, 1.25),
         ylim=(1.7, 2.015),
     )
     axes.grid()

@@ -31,14 +31,14 @@ class Options:
     out: Path | None = None
     #: What to train on. Text, named as for pretrain_llama; or examples, named as for
     #: finetune, or a directory with the files TASK_train and TASK_validation. None: the
-    #: data of the suite: embedded for the tiny model, c4 for larger ones, GLUE or GSM8K
-    #: of the Hugging Face hub for fine-tuning.
+    #: data of the suite: c4 for c4-* and papers-*, embedded for other pre-training,
+    #: GLUE or GSM8K of the Hugging Face hub for fine-tuning.
     data: str | None = None
     #: What to validate on. None: the validation part of the data, or a part held out
     #: from --data.
     validation_data: str | None = None
-    #: bytes, or the path of a SentencePiece .model or of a tokenizer.json. Models above
-    #: tiny need such a path. In fine-tuning the model brings its own.
+    #: bytes, or the path of a SentencePiece .model or of a tokenizer.json. c4-* and
+    #: papers-* need such a path. In fine-tuning the model brings its own.
     tokenizer: str = "bytes"
     #: Model to tune, named as for finetune. None: that of the suite. Some suites have
     #: none, and need it.

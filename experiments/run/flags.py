@@ -15,8 +15,8 @@ from experiments.ranges import AtLeastOne, Count, NotNegative, Positive, Seed
 class ModelFlags:
     """The model, and the numbers that it is made of."""
 
-    #: Size of the LLaMA: tiny (made for bytes), or about that many parameters with a
-    #: vocabulary of 32,000.
+    #: Size of the LLaMA: tiny and 5m (made for bytes), or about that many parameters
+    #: with a vocabulary of 32,000.
     model: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(MODELS) + "}")] = "tiny"
     #: Directory with a Hugging Face LLaMA (config.json, *.safetensors), or GGUF
     #: file, to start from; its shape takes the place of --model, --kv-heads and

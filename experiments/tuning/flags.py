@@ -52,10 +52,11 @@ class TaskFlags:
     task: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(TASKS) + "}")] = (
         "classification"
     )
-    #: Examples to train on: a file, folder or quoted glob of .jsonl, .json, .csv or
-    #: .tsv (also .gz, .xz, .bz2, .zst), or hub:OWNER/NAME[:CONFIGURATION[:SPLIT]].
-    #: None, for classification alone: paragraphs of the documentation inside Python's
-    #: own standard library, and the subject that each is about.
+    #: Examples to train on: a file, folder or quoted glob of .jsonl, .json, .csv, .tsv
+    #: (also .gz, .xz, .bz2, .zst) or .parquet; or hub:OWNER/NAME, behind which
+    #: :CONFIGURATION and :SPLIT may stand. None, for classification alone: paragraphs
+    #: of the documentation inside Python's own standard library, and the subject that
+    #: each is about.
     train: str | None = None
     #: Examples to validate on, named likewise; of mnli two, with a comma between. None:
     #: those of the data set on the hub; of files, a tenth of --train is held out.
@@ -146,7 +147,7 @@ class TuningConfig(
 ):
     """Fine-tunes a pre-trained encoder or LLaMA with a low-rank optimizer.
 
-    Without flags: all-MiniLM-L6-v2, AdaRankGrad, sentences of the standard library's
+    Without flags: all-MiniLM-L6-v2, AdaRankGrad, paragraphs of the standard library's
     documentation by subject, some minutes on two cores. Results go to --out:
     summary.json, metrics.jsonl, figures, TensorBoard events and checkpoints.
     """
