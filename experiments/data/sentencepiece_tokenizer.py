@@ -47,6 +47,7 @@ class SentencePieceTokenizer:
             )
         self.name = path.name
         self.vocab_size: int = self._model.vocab_size()
+        self.used_vocab_size = self.vocab_size
         self.end_of_document: int = self._model.eos_id()
         ends: list[int] = [self._model.bos_id(), self.end_of_document]
         self.beginning = next(piece for piece in ends if piece >= 0)

@@ -36,6 +36,9 @@ class Tokenizer(Protocol):
     Attributes:
         name: For people, e.g. in a table.
         vocab_size: Every id is in [0, vocab_size).
+        used_vocab_size: Every id of a text, of its beginning and of its end is in
+            [0, used_vocab_size): what a model needs. A token beyond, such as a padding
+            that was added to the file and not to the model, can stand in a chat alone.
         end_of_document: The id that separates documents; never produced by ``encode``.
         beginning: The id that stands for the beginning of a text; that of the end of a
             document, which stands before the next one, where there is no other. No
@@ -47,6 +50,7 @@ class Tokenizer(Protocol):
 
     name: str
     vocab_size: int
+    used_vocab_size: int
     end_of_document: int
     beginning: int
     ends: tuple[int, ...]
@@ -122,7 +126,7 @@ class ByteTokenizer:
     """The 256 bytes of UTF-8, lossless, and 256 as the end of a document."""
 
     name = "bytes"
-    vocab_size = 257
+    vocab_size = used_vocab_size = 257
     end_of_document = 256
     beginning = 256
     ends: tuple[int, ...] = (256,)
@@ -192,6 +196,10 @@ class HuggingFaceTokenizer:
         spelled = {role: self._model.id_to_token(i) or "" for role, i in roles.items()}
         words = {**spelled, **settings.words}
         self._settings = Settings(words, settings.chat_template)
+        kept = self._model.get_vocab(with_added_tokens=False).values()
+        added = self._model.get_added_tokens_decoder().items()
+        in_texts = [i for i, token in added if not token.special]
+        self.used_vocab_size = 1 + max(*kept, *in_texts, self.beginning, *self.ends)
         self.chat: Chat | None = None
         if settings.chat_template is not None:
             self.chat = Chat(settings.chat_template, words, end, self._encode_rendered)

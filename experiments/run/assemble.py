@@ -49,7 +49,8 @@ def assemble(config: Config, report: Callable[[str], None]) -> Parts[TextWork]:
     weights = config.initial_weights and load_llama(config.initial_weights)
     config = _with_tokenizer(config, report)
     tokenizer = load_tokenizer(config.tokenizer or "bytes")
-    model = model_of(config, tokenizer.vocab_size, weights[0] if weights else None)
+    size = tokenizer.used_vocab_size if weights else tokenizer.vocab_size
+    model = model_of(config, size, weights[0] if weights else None)
     config = complete(config, model.hidden_size)
     resumed, changed = read_checkpoint(config, PRETRAINING, directory, report)
     data = make_data(

@@ -72,11 +72,12 @@ def load(flags: SourceFlags) -> Loaded:
     check_ranges(flags)
     steps = checkpoint_steps(flags.source)
     loaded = _of_run(flags, steps) if steps else _of_directory(flags)
-    if loaded.tokenizer.vocab_size > loaded.model.vocab_size:
+    used = loaded.tokenizer.used_vocab_size
+    if used > loaded.model.vocab_size:
         raise UserError(
-            f"the tokenizer {loaded.tokenizer.name} has {loaded.tokenizer.vocab_size} "
-            f"tokens, the model in {flags.source} only {loaded.model.vocab_size}; give "
-            "--tokenizer PATH, the one that it was trained with"
+            f"the tokenizer {loaded.tokenizer.name} has {used} tokens, the model in "
+            f"{flags.source} only {loaded.model.vocab_size}; give --tokenizer PATH, "
+            "the one that it was trained with"
         )
     return loaded
 
@@ -125,9 +126,8 @@ def _of_run(flags: SourceFlags, steps: list[int]) -> Loaded:
     tokenizer = load_tokenizer(config.tokenizer or "bytes")
     weights = config.initial_weights
     shape = _shape_of(weights) if weights else None
-    model, params = _restored(
-        path / "state", config, model_of(config, tokenizer.vocab_size, shape)
-    )
+    size = tokenizer.used_vocab_size if shape else tokenizer.vocab_size
+    model, params = _restored(path / "state", config, model_of(config, size, shape))
     name = f"{flags.source}, step {step}"
     return Loaded(name, model, merged(params), tokenizer, config)
 

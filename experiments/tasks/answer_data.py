@@ -143,6 +143,7 @@ def make_answer_data(
     *,
     text_column: str,
     answer_column: str,
+    vocab_size: int,
     max_length: int,
     batch_size: int,
     seed: int,
@@ -155,19 +156,27 @@ def make_answer_data(
         validation: By the name of their split.
         text_column: Holds the question.
         answer_column: Holds the answer.
+        vocab_size: Of the model.
         max_length: As in :func:`fit`.
         batch_size: Examples per batch, >= 1.
         seed: Of the training order, in [0, 2**32).
 
     Raises:
-        UserError: If a number is out of range, a column is absent or holds no text, or
-            no answer of a split fits.
+        UserError: If a number is out of range, a column is absent or holds no text, no
+            answer of a split fits, or a chat has a token that the model has not.
     """
     if max_length < 1:
         raise UserError(f"--max-length is {max_length}; give at least 1")
     examples, described = [], []
     for name, rows in {"training": train, **validation}.items():
         pairs = prompts.encode(read_exchanges(rows, text_column, answer_column))
+        largest = max(int(ids.max(initial=0)) for pair in pairs for ids in pair)
+        if largest >= vocab_size:
+            raise UserError(
+                f"{rows.name}: the chat template writes the token {largest}, the model "
+                f"has 0 to {vocab_size - 1}; give --prompt plain, or put the tokenizer "
+                "there that the model was trained with"
+            )
         try:
             kept, count = fit(pairs, max_length)
         except UserError as error:

@@ -176,9 +176,9 @@ def _answer_work(config, path, task, rows, validation):
             "tokenizer.model beside its weights"
         )
     tokenizer = load_tokenizer(str(file))
-    if tokenizer.vocab_size > model.vocab_size:
+    if tokenizer.used_vocab_size > model.vocab_size:
         raise UserError(
-            f"{file} has {tokenizer.vocab_size} tokens, the model beside it only "
+            f"{file} has {tokenizer.used_vocab_size} tokens, the model beside it only "
             f"{model.vocab_size}; put the tokenizer there that it was trained with"
         )
     prompts = Prompts(config.task, tokenizer, chat_of(tokenizer, config.prompt))
@@ -202,6 +202,7 @@ def _answer_work(config, path, task, rows, validation):
         validation,
         text_column=columns[0],
         answer_column=answer,
+        vocab_size=model.vocab_size,
         max_length=length,
         batch_size=config.batch_size,
         seed=config.seed,

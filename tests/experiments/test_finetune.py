@@ -389,9 +389,42 @@ def test_a_llama_is_tuned_on_answers_and_its_adapter_is_saved(tmp_path, inputs):
     assert lines[-1]["validation_loss"] < lines[0]["validation_loss"]
 
 
+def _add_special_token(settings, word):
+    """Adds a token behind all others, as a padding is added to many models' files."""
+    (end,) = settings["added_tokens"]
+    settings["added_tokens"].append({**end, "id": end["id"] + 1, "content": word})
+
+
+def test_a_token_that_no_text_has_may_be_beyond_the_model(
+    tmp_path, inputs, capsys, flags
+):
+    del flags
+    model = shutil.copytree(
+        inputs[inputs.index("--initial-weights") + 1], tmp_path / "model"
+    )
+    load_tokenizer("bytes").save(model)
+    path = model / "tokenizer.json"
+    settings = json.loads(path.read_text())
+    _add_special_token(settings, "<pad>")
+    path.write_text(json.dumps(settings))
+    assert load_tokenizer(str(path)).vocab_size == 258
+    rows = write_rows(
+        tmp_path / "rows.jsonl", [{"prompt": "a", "completion": x} for x in "bc"]
+    )
+    words = ["--task", "completion", "--model", model, "--train", rows]
+    words += ["--optimizer", "adamw", "--steps", 1, "--batch-size", 2]
+    assert tune(*words, "--out", tmp_path / "out", "--save-weights") == 0
+    capsys.readouterr()
+    assert generate.main([str(tmp_path / "out/weights"), "--tokens", "2"]) == 0
+
+
 @pytest.mark.parametrize(
     ("tokenizer", "message"),
-    [(None, "has no tokenizer; put"), ("larger", "has 300 tokens, the model .* 257")],
+    [
+        (None, "has no tokenizer; put"),
+        ("larger", "has 300 tokens, the model .* 257"),
+        ("chat", "the chat template writes the token 257, the model has 0 to 256"),
+    ],
 )
 def test_a_llama_needs_the_tokenizer_that_it_was_trained_with(
     tokenizer, message, tmp_path, inputs, capsys
@@ -403,7 +436,12 @@ def test_a_llama_needs_the_tokenizer_that_it_was_trained_with(
         load_tokenizer("bytes").save(model)
         path = model / "tokenizer.json"
         settings = json.loads(path.read_text())
-        settings["model"]["vocab"]["one more"] = 299
+        if tokenizer == "larger":
+            settings["model"]["vocab"]["one more"] = 299
+        else:
+            _add_special_token(settings, "<user>")
+            template = "<user>{% for m in messages %}{{ m.content }}{% endfor %}"
+            (model / "chat_template.jinja").write_text(template)
         path.write_text(json.dumps(settings))
     rows = write_rows(
         tmp_path / "rows.jsonl", [{"prompt": "a", "completion": x} for x in "bc"]

@@ -33,6 +33,7 @@ def data_of(train, validation=(("a", "b"),), *, max_length=64, batch_size=2):
         {"validation": rows_of("other.jsonl", validation)},
         text_column="prompt",
         answer_column="completion",
+        vocab_size=257,
         max_length=max_length,
         batch_size=batch_size,
         seed=0,
