@@ -106,7 +106,8 @@ def extract_adapter(
 
     Trees are read leaf by leaf on the host, matrices are decomposed one after another
     on the default device. One matrix costs O(n m min(n, m)) operations, in float32 for
-    parameters of up to 32 bits.
+    parameters of up to 32 bits. Float64 needs ``jax_enable_x64``; without it JAX reads
+    such parameters as float32.
 
     Args:
         tuned: Parameters after fine-tuning: arrays, or boxes such as those of

@@ -12,10 +12,10 @@ packed    uint16, four of [-7, 7] along a row    q/7 s          no    bases
 ========  =====================================  =============  ====  ==============
 
 The codes -128 and 255 mean NaN. To nearest, an average that decays by less than half a
-step an update would never move. Arrays with a seed are rounded up or down at random
-(:func:`lowrank_optax.rules.hashing.dither`): first moments are right on average, and
-the fourth roots of second ones, which are divisors. Scales stay while they can, so that
-the decay of one value moves no other. Powers make steps small where values are small.
+step an update would never move. Arrays with a seed are rounded up or down, their codes
+right on average (:func:`lowrank_optax.rules.hashing.dither`); successive draws leave
+little noise. Scales stay while they can, so that the decay of one value moves no other.
+Powers make steps small where values are small, because the noise is a step wide.
 """
 
 import math
@@ -27,7 +27,7 @@ import jax.numpy as jnp
 
 from lowrank_optax.matrix.arrays import blank
 from lowrank_optax.matrix.sharding import with_automatic_axes
-from lowrank_optax.rules.hashing import GOLDEN, dither, rounded
+from lowrank_optax.rules.hashing import GOLDEN, dither
 
 Format = Literal["signed", "root", "linear", "packed"]
 
@@ -151,9 +151,10 @@ def _decode(coded: Coded) -> jax.Array:
 def encode(array: jax.Array, like: Any) -> Any:
     """Returns an array in the format of ``like``; unchanged, if ``like`` is not coded.
 
-    With a seed in ``like``, codes are rounded up or down, see above; otherwise to
-    nearest. A value that is not finite becomes NaN (0 in the packed format), and does
-    not change its block. In the root format a value above 0 never becomes 0.
+    With a seed in ``like``, codes are rounded up or down, and they, not their powers,
+    are right on average; otherwise to nearest. A value that is not finite becomes NaN
+    (0 in the packed format), and does not change its block. In the root format a value
+    above 0 never becomes 0, because second moments are divisors.
 
     Args:
         array: Values; not negative for the root format.
@@ -183,9 +184,8 @@ def _encode(array: jax.Array, like: Coded) -> Coded:
     inverse = jnp.where(usable, _LARGEST[kind] / jnp.where(usable, absmax, 1), 0)
     scaled = values * _spread(inverse, values.shape)
     if kind in _SEEDED:
-        shift = dither(like.seed, _rows_and_columns(values.shape)).reshape(scaled.shape)
-        round_up = rounded if kind == "signed" else lambda x, d: jnp.floor(x + d)
-        codes = round_up(scaled, shift)
+        shift = dither(like.seed, _rows_and_columns(values.shape))
+        codes = jnp.floor(scaled + shift.reshape(values.shape))
     else:
         codes = jnp.round(scaled)
     # A rounded inverse may exceed the largest code by a unit in the last place.

@@ -59,6 +59,8 @@ def scale_by_neuron(
             optax.scale_by_learning_rate(1e-3),
         )
 
+    Squares are in float32: updates between 1e-15 and 1e18 in size have them.
+
     State: m numbers a matrix, float32; none with ``decay=0``. Cost: some passes over
     the update. What it gains behind :func:`low_rank_muon` is in
     ``docs/methods/low_rank_muon.md``.

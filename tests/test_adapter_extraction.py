@@ -133,6 +133,13 @@ def test_what_has_no_factors_is_listed():
     assert POOLER in adapter.not_covered
 
 
+def test_an_empty_matrix_has_no_factors():
+    empty = {"empty": jnp.zeros((0, 12))}
+    adapter = extract_adapter({**AFTER, **empty}, {**BEFORE, **empty}, 4)
+    assert adapter.factors.keys() == extract_adapter(AFTER, BEFORE, 4).factors.keys()
+    assert adapter.merged({**BEFORE, **empty})["empty"].shape == (0, 12)
+
+
 def test_merging_changes_the_matrices_alone():
     merged = extract_adapter(AFTER, BEFORE, M).merged(BEFORE)
 

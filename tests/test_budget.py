@@ -273,8 +273,14 @@ def test_a_limit_is_kept_and_one_too_low_is_refused():
         reallocate(state, 1000, bucket=4)
     with pytest.raises(ValueError, match="weight"):
         reallocate(state, weight="size")
-    with pytest.raises(ValueError, match="bucket"):
-        reallocate(state, bucket=0)
+    for bucket in (0, 2.5):
+        with pytest.raises(ValueError, match="bucket must be an int >= 1"):
+            reallocate(state, bucket=bucket)
+    assert lowrank_optax.capacities(
+        reallocate(state, "15 kB", bucket=4)
+    ) == lowrank_optax.capacities(smaller)
+    with pytest.raises(ValueError, match="much"):
+        reallocate(state, "much")
 
 
 @pytest.mark.parametrize("weight", ["energy", "share"])

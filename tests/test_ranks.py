@@ -156,10 +156,12 @@ def test_adarankgrads_rank_follows_the_gradients_both_ways_and_does_not_collapse
     [
         ({"max_rank": 0}, "max_rank must be an int >= 1, got 0"),
         ({"max_rank": 2.5}, "max_rank must be an int >= 1, got 2.5"),
+        ({"max_rank": True}, "max_rank must be an int >= 1, got True"),
         ({"threshold": 0.0}, r"threshold must be inside \(0, 1\), got 0.0"),
         ({"threshold": 1}, r"threshold must be inside \(0, 1\), got 1"),
         ({"min_rank": 0}, r"min_rank must be in 1\.\.8, got 0"),
         ({"min_rank": 9}, r"min_rank must be in 1\.\.8, got 9"),
+        ({"min_rank": np.int64(9)}, r"min_rank must be in 1\.\.8, got 9"),
         ({"smoothing": 1.0}, r"smoothing must be inside \[0, 1\), got 1.0"),
         ({"smoothing": -0.1}, r"smoothing must be inside \[0, 1\), got -0.1"),
     ],

@@ -157,6 +157,16 @@ def test_a_peak_is_kept():
     assert capacities(smaller) == {"['layers']": USED, "['w']": 9}
 
 
+def test_numbers_of_numpy_are_numbers():
+    """The largest rank of lowrank_optax.ranks is one."""
+    _, _, state = used("plain")
+    peaks = {k: x.max() + 4 for k, x in lowrank_optax.ranks(state).items()}
+    assert set(capacities(compact(state, bucket=1, peaks=peaks)).values()) == {USED + 4}
+    eight = dict.fromkeys(capacities(state), 8)
+    assert capacities(resize(state, np.int32(8))) == eight
+    assert capacities(resize(state, {k: np.int64(8) for k in eight})) == eight
+
+
 def test_a_demand_above_the_rank_is_kept():
     """Smoothed demand rounds up to the rank, but a minimum may be above it."""
     _, _, state = used("plain")
@@ -251,9 +261,10 @@ def test_a_random_basis_has_no_columns_to_free():
         resize(state, {"['w']": 1})
 
 
-def test_bucket_is_checked():
-    with pytest.raises(ValueError, match="bucket"):
-        compact(used("plain")[2], bucket=0)
+@pytest.mark.parametrize("bucket", [0, 2.5, True])
+def test_bucket_is_checked(bucket):
+    with pytest.raises(ValueError, match="bucket must be an int >= 1"):
+        compact(used("plain")[2], bucket=bucket)
 
 
 @every_optimizer

@@ -92,7 +92,7 @@ def assigned_roles(
         raise ValueError(
             "no leaf has a name that tells its role: the key paths are like "
             f"{_name(leaves[0])}. Give a dictionary of names, such as {{variable.path: "
-            "variable.value}}, or patterns for all leaves."
+            "variable.value}, or patterns for all leaves."
         )
     numbers = inferred(params)
     heads = _heads(leaves, numbers)

@@ -203,7 +203,9 @@ def matrix_view(
     # A square matrix projects its columns for "short", as GaLore's code does.
     projects_rows = n < m if side == "short" else n >= m
     b = n if projects_rows else m
-    divisor = next(c for c in range(min(granularity, b), 0, -1) if b % c == 0)
+    divisor = (
+        next(c for c in range(min(granularity, b), 0, -1) if b % c == 0) if b else 1
+    )
     return MatrixView(shape, stack, rows, columns, projects_rows, divisor)
 
 

@@ -24,8 +24,11 @@ def state_shardings(
     array without a parameter is replicated. The optimizer's own ``init`` runs on
     shapes: nothing is allocated.
 
-    Outside ``jax.jit``, ``optimizer.init(params)`` makes a state with these shardings.
-    Inside ``jax.jit`` automatic shardings are unknown, so give them to the jit. ::
+    Outside ``jax.jit``, ``optimizer.init(params)`` makes the arrays of parameters with
+    these shardings. Under automatic axes, arrays without a parameter, such as counters,
+    are on one device: ``jax.device_put(state, state_shardings(optimizer, params))``
+    places them, so that the second update is not compiled anew. Inside ``jax.jit``
+    automatic shardings are unknown, so give them to the jit. ::
 
         init = jax.jit(optimizer.init, out_shardings=state_shardings(optimizer, params))
         state = init(params)

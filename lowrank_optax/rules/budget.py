@@ -44,7 +44,8 @@ def budget(limit: int | str) -> Budget:
 
     ``init`` gives every matrix the same rank: the largest rank whose state fits. The
     state is that of the whole transformation: bases, moments, counters and leaves at
-    full size, all in the storage of an outer ``low_bit``. A leaf whose short side is
+    full size, all in the storage of an outer ``low_bit``. The sums of an outer
+    :func:`lowrank_optax.accumulate` come on top. A leaf whose short side is
     not above the rank stays at full size. This may take fewer bytes, so that a rank may
     fit although a smaller rank does not. At least one leaf is projected. After some
     gradients, :func:`lowrank_optax.reallocate` spreads the same bytes over the leaves

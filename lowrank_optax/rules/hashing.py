@@ -68,20 +68,3 @@ def dither(seed: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     places = rows * jnp.uint32(0xD1B54A33) + columns * jnp.uint32(0xC13FA9A9)
     words = hashed(places) + seed[..., None, None]
     return (words >> 8).astype(jnp.float32) / 2**24
-
-
-def rounded(x: jax.Array, shift: jax.Array) -> jax.Array:
-    """Returns whole numbers next to x, whose squares are those of x on average.
-
-    |x| between q and q + 1 is rounded up with the probability
-    (x^2 - q^2) / ((q + 1)^2 - q^2).
-
-    Args:
-        x: Numbers, with their signs.
-        shift: Uniform on [0, 1), such as from :func:`dither`.
-    """
-    high = jnp.abs(x)
-    low = jnp.floor(high)
-    # A product, because the squares of x and q may be equal in float32.
-    share = (high - low) * (high + low) / (2 * low + 1)
-    return jnp.sign(x) * jnp.floor(low + share + shift)

@@ -5,6 +5,7 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lowrank_optax.matrix.arrays import check_is_static
@@ -108,13 +109,15 @@ def energy_rank(
         cumulative sum gives the answer in one pass. The paper's rank is the demand of
         one gradient, without smoothing.
     """
-    if not isinstance(max_rank, int) or max_rank < 1:
+    if isinstance(max_rank, bool) or not isinstance(max_rank, int) or max_rank < 1:
         raise ValueError(f"max_rank must be an int >= 1, got {max_rank!r}.")
     if min_rank is None:
         min_rank = max(1, 7 * max_rank // 8)
     # Traced values (optax.inject_hyperparams) cannot be checked.
     if isinstance(threshold, (int, float)) and not 0 < threshold < 1:
         raise ValueError(f"threshold must be inside (0, 1), got {threshold}.")
+    if isinstance(min_rank, np.integer):
+        min_rank = int(min_rank)
     if isinstance(min_rank, int) and not 1 <= min_rank <= max_rank:
         raise ValueError(f"min_rank must be in 1..{max_rank}, got {min_rank}.")
     if isinstance(smoothing, (int, float)) and not 0 <= smoothing < 1:

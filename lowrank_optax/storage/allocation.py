@@ -11,12 +11,13 @@ import numpy as np
 from lowrank_optax.binding.moments import KNOWN_FIELDS, Kind
 from lowrank_optax.binding.states import arrays_by_leaf
 from lowrank_optax.codes import decode
-from lowrank_optax.storage.resize import Columns, columns, resized
+from lowrank_optax.rules.budget import parse_bytes
+from lowrank_optax.storage.resize import Columns, check_bucket, columns, resized
 
 
 def reallocate(
     state: Any,
-    limit: int | None = None,
+    limit: int | str | None = None,
     *,
     bucket: int = 8,
     weight: Literal["share", "energy"] = "share",
@@ -44,8 +45,9 @@ def reallocate(
 
     Args:
         state: State of any optimizer that contains low-rank transformations.
-        limit: Bytes for all arrays with columns: bases, moments, sums of micro-batches.
-            None: the present bytes of these arrays.
+        limit: Bytes for all arrays with columns: bases, moments, sums of micro-batches;
+            an int, or text as in :func:`lowrank_optax.budget`. None: the present bytes
+            of these arrays.
         bucket: Columns given out at a time, and the least number per leaf; >= 1.
         weight: "share" or "energy": the weights w_l above.
         moments: Kinds of further fields of the inner state, as in
@@ -58,14 +60,13 @@ def reallocate(
         ValueError: If a value is unknown, if the limit is below one bucket per leaf, or
             if a leaf has no known moment.
     """
-    if bucket < 1 or weight not in ("share", "energy"):
-        raise ValueError(
-            f"bucket must be >= 1 and weight 'share' or 'energy', got {bucket=}, "
-            f"{weight=}."
-        )
+    check_bucket(bucket)
+    if weight not in ("share", "energy"):
+        raise ValueError(f"weight must be 'share' or 'energy', got {weight!r}.")
     found = columns(state)
     if limit is None:
         limit = int(sum(x.capacity * x.bytes_per_column for x in found.values()))
+    limit = parse_bytes(limit)
     wanted = allocate(found, energies(state, moments), limit, bucket, weight)
     by_name = {jax.tree_util.keystr(path): path for path in arrays_by_leaf(state)}
     return resized(state, {by_name[name]: k for name, k in wanted.items()})

@@ -5,8 +5,9 @@ functions here run on the host, between two steps. ``update``, checkpoints and s
 follow the shapes of the arrays; the next step is compiled for the new shapes.
 """
 
+import operator
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +76,7 @@ def capacities(state: Any) -> dict[str, int]:
     }
 
 
-def resize(state: Any, ranks: int | Mapping[str, int]) -> Any:
+def resize(state: Any, ranks: SupportsIndex | Mapping[str, SupportsIndex]) -> Any:
     """Cuts or grows the arrays of projected leaves to the given numbers of columns.
 
     Columns at and above the rank in use are zero, so that a cut changes updates by
@@ -107,7 +108,8 @@ def resize(state: Any, ranks: int | Mapping[str, int]) -> Any:
     """
     slots, arrays = stored_slots(state), arrays_by_leaf(state)
     by_name = {jax.tree_util.keystr(path): path for path in slots}
-    wanted = dict.fromkeys(by_name, ranks) if isinstance(ranks, int) else dict(ranks)
+    by_leaf = ranks if isinstance(ranks, Mapping) else dict.fromkeys(by_name, ranks)
+    wanted = {name: _as_int(columns) for name, columns in by_leaf.items()}
     for name, columns in wanted.items():
         if name not in by_name:
             raise ValueError(
@@ -127,7 +129,7 @@ def compact(
     state: Any,
     bucket: int = 16,
     *,
-    peaks: Mapping[str, int] | None = None,
+    peaks: Mapping[str, SupportsIndex] | None = None,
     min_saving: float = 0.0,
 ) -> Any:
     """Frees the columns that no matrix of a leaf uses, in whole buckets.
@@ -152,14 +154,13 @@ def compact(
         The smaller state, or ``state`` itself if nothing is freed.
 
     Raises:
-        ValueError: If ``bucket`` is below 1.
+        ValueError: If ``bucket`` is no int, or below 1.
     """
-    if bucket < 1:
-        raise ValueError(f"bucket must be >= 1, got {bucket}.")
+    check_bucket(bucket)
     found = columns(state)
     smaller = {}
     for name, leaf in found.items():
-        needed = max(leaf.wanted(bucket), (peaks or {}).get(name, 0))
+        needed = max(leaf.wanted(bucket), operator.index((peaks or {}).get(name, 0)))
         if needed < leaf.capacity:
             smaller[name] = needed
     freed = sum(
@@ -210,6 +211,18 @@ def _side(slot: Subspace) -> Any:
 def _rows(arrays: Mapping[str, Any]) -> int | None:
     rows = (shape_of(x)[-2] for name, x in arrays.items() if name != "basis")
     return next(rows, None)
+
+
+def check_bucket(bucket: int) -> None:
+    """Raises ValueError if a number of columns at a time is none."""
+    if isinstance(bucket, bool) or not isinstance(bucket, int) or bucket < 1:
+        raise ValueError(f"bucket must be an int >= 1, got {bucket!r}.")
+
+
+def _as_int(number: Any) -> Any:
+    """Returns a whole number, of NumPy too, as an int; anything else as it is."""
+    is_whole = hasattr(number, "__index__") and not isinstance(number, bool)
+    return operator.index(number) if is_whole else number
 
 
 def _check_columns(name: str, columns: int, slot: Subspace, most: int | None) -> None:
