@@ -20,6 +20,8 @@ _SHOWN = {
     "low_rank_muon dct r=104 8 bits": ("low_rank_muon, cosines, 13d/16", BLUE),
     "muon": ("Muon", ORANGE),
     "normuon": ("NorMuon", "#b8860b"),
+    "adarankgrad": ("adarankgrad, 3d/8", "#5aa9e6"),
+    "optax_galore": ("optax.contrib.galore, d/4", "#c58f6a"),
 }
 
 
