@@ -9,7 +9,7 @@ nearer to one device than these runs are to each other.
 
 import json
 
-from benchmarks.harness import RESULTS, parse_no_flags
+from benchmarks.harness import RESULTS
 from benchmarks.meshes import arguments_of, run
 
 FILE = RESULTS / "rounding.json"
@@ -17,7 +17,6 @@ NOISE = 1e-7
 
 
 def main() -> None:
-    parse_no_flags(__doc__)
     """Runs, prints, and writes the differences if asked to."""
     arguments = arguments_of(__doc__)
     found = json.loads(FILE.read_text()) if arguments.save and FILE.exists() else []

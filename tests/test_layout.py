@@ -294,3 +294,15 @@ def test_every_method_has_the_transformation_that_it_is_made_of():
     modules = {m.partition(".")[2] for m in ORDER if m.startswith("methods.")}
     for name in modules - {"__init__", "optimizer"}:
         assert {name, f"scale_by_{name}"} <= set(lowrank_optax.__all__)
+
+
+def test_a_benchmark_that_says_it_has_no_flags_has_none():
+    """The other parser would never see them."""
+    found = 0
+    for path in (ROOT / "benchmarks").rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        if "parse_no_flags(" in text and path.name != "harness.py":
+            found += 1
+            assert "ArgumentParser(" not in text, path
+            assert "arguments_of(" not in text, path
+    assert found

@@ -87,10 +87,11 @@ def _run_together(config: Any, run: Callable[[Any, Console], int]) -> int:
         config.process_id,
         config.process_timeout,
     )
-    advice = "start all again with --resume, from the last complete checkpoint"
-    with watched(config.process_timeout, advice, host_of(config.coordinator)):
+    again = "start all again with --resume, from the last complete checkpoint"
+    alike = "start all with the same flags and packages"
+    with watched(config.process_timeout, again, host_of(config.coordinator)):
         settings = {flag(k): v for k, v in to_json(config).items()}
-        check_agreement(settings, "settings", "start all with the same flags")
+        check_agreement(settings, "settings", alike)
         with open(os.devnull, "w") as nowhere:
             return run(config, _console(None if is_first() else nowhere))
 

@@ -44,7 +44,7 @@ def score(
     return {name: _METRICS[name](predictions, labels) for name in metric_names}
 
 
-def import_judge() -> Any:
+def import_metrics() -> Any:
     """Returns the library of metrics, which only fine-tuning needs.
 
     Raises:
@@ -58,7 +58,7 @@ def _f1(average):
     def f1(predictions, labels):
         # 0 for 0 / 0; the annotation of the library has "warn" alone.
         options: Any = {"average": average, "zero_division": 0.0}
-        return float(import_judge().f1_score(labels, predictions, **options))
+        return float(import_metrics().f1_score(labels, predictions, **options))
 
     return f1
 
@@ -66,7 +66,7 @@ def _f1(average):
 def _matthews(predictions, labels):
     if _is_constant(predictions) or _is_constant(labels):
         return 0.0
-    return float(import_judge().matthews_corrcoef(labels, predictions))
+    return float(import_metrics().matthews_corrcoef(labels, predictions))
 
 
 def _correlation(function):

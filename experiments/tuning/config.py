@@ -17,7 +17,7 @@ from experiments.run.flags import (
 )
 from experiments.run.settings import Settings
 from experiments.run.unused import OF_ALL_RUNS, Rule, check_unused, unused_by
-from experiments.tasks.metrics import import_judge
+from experiments.tasks.metrics import import_metrics
 from experiments.tasks.table import TASKS
 from experiments.tuning.flags import AdapterFlags, TuningConfig, ValidationFlags
 
@@ -108,7 +108,7 @@ def check(config: TuningConfig, given: frozenset[str] = frozenset()) -> None:
         raise UserError("--validation needs --train; give both, or neither")
     check_unused(config, unused(config), given)
     if not _is_answer(config):
-        import_judge()
+        import_metrics()
 
 
 def _implied(config: TuningConfig) -> dict[str, Any]:
