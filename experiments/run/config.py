@@ -1,6 +1,7 @@
 """The configuration of a pre-training run: what its flags and its file may say."""
 
 import dataclasses
+import glob
 import re
 from typing import Any
 
@@ -111,6 +112,12 @@ def check_run(config: Any) -> None:
     check_processes(config)
     if config.resume and config.out is None:
         raise UserError("--resume needs --out, the directory of the run to continue")
+    # Orbax reads a checkpoint's path as a pattern, and would not find it again.
+    if config.out is not None and glob.has_magic(str(config.out.absolute())):
+        raise UserError(
+            f"--out {config.out}: a checkpoint below a directory with one of * ? [ in "
+            "its name cannot be restored; give another one"
+        )
 
 
 def check_processes(config: Any) -> None:

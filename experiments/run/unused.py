@@ -77,7 +77,7 @@ OF_ALL_RUNS = (
     ),
     Rule(
         ("refresh",),
-        lambda c, m: "bases" not in m.codes,
+        lambda c, m: gradients_of(c) == "subspace" and "bases" not in m.codes,
         "{c.optimizer} draws its bases, and needs no full gradients for them",
     ),
     Rule(
