@@ -2,6 +2,7 @@
 
 import dataclasses
 import glob
+import os
 import re
 from typing import Any
 
@@ -113,7 +114,7 @@ def check_run(config: Any) -> None:
     if config.resume and config.out is None:
         raise UserError("--resume needs --out, the directory of the run to continue")
     # Orbax reads a checkpoint's path as a pattern, and would not find it again.
-    if config.out is not None and glob.has_magic(str(config.out.absolute())):
+    if config.out is not None and glob.has_magic(os.path.abspath(config.out)):
         raise UserError(
             f"--out {config.out}: a checkpoint below a directory with one of * ? [ in "
             "its name cannot be restored; give another one"
