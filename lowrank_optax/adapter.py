@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_optax.checks import as_count
 from lowrank_optax.matrix.arrays import as_arrays, wide
 from lowrank_optax.matrix.boxes import boxed_like, leaves_by_path, unboxed
-from lowrank_optax.matrix.inference import inferred
+from lowrank_optax.matrix.dimension_numbers import DimensionNumbers
+from lowrank_optax.matrix.plan import plan_leaves, views_of
 from lowrank_optax.matrix.roles import Patterns, assigned_roles
 from lowrank_optax.matrix.sharding import named_sharding
-from lowrank_optax.matrix.view import MatrixView, matrix_view
+from lowrank_optax.matrix.view import MatrixView
 from lowrank_optax.rules.lapack import one_by_one
 
 
@@ -44,12 +46,14 @@ class Adapter:
         errors: Key path -> ||D - A B||_F / ||D||_F of each matrix, float64 (*stack,);
             0 for a matrix of a stack that did not change.
         not_covered: Key paths of the leaves that changed and have no factors.
+        dimension_numbers: Axes of the matrices, as :func:`extract_adapter` took them.
     """
 
     factors: Mapping[str, Factors]
     ranks: Mapping[str, np.ndarray]
     errors: Mapping[str, np.ndarray]
     not_covered: tuple[str, ...]
+    dimension_numbers: DimensionNumbers | None = None
 
     def merged(self, pretrained: Any) -> Any:
         """Returns the parameters W + A B, each leaf in its dtype and sharding.
@@ -62,7 +66,8 @@ class Adapter:
             ValueError: If a leaf with factors is missing or has another shape.
         """
         arrays = as_arrays(pretrained)
-        views = {_name(path): view for path, view in _views(arrays).items()}
+        found = _views(arrays, self.dimension_numbers)
+        views = {_name(path): view for path, view in found.items()}
         for name, factors in self.factors.items():
             view = views.get(name)
             shape = (*factors.down.shape[:-1], factors.up.shape[-1])
@@ -92,6 +97,7 @@ def extract_adapter(
     energy: float | None = None,
     *,
     patterns: Patterns | None = None,
+    dimension_numbers: DimensionNumbers | None = None,
 ) -> Adapter:
     r"""Returns the change of every matrix as a product of two thin matrices.
 
@@ -122,6 +128,8 @@ def extract_adapter(
         patterns: {regular expression: role}, as for :func:`lowrank_optax.roles`. A leaf
             with another role than ``"hidden"`` gets no factors, a new classifier for
             example: ``{"classifier": "frozen"}``.
+        dimension_numbers: Axes of the matrices, where the optimizer was given some; see
+            :func:`scale_by_low_rank <lowrank_optax.scale_by_low_rank>`.
 
     Returns:
         The factors, ranks and errors by key path, the leaves that changed and are not
@@ -130,8 +138,9 @@ def extract_adapter(
     Raises:
         ValueError: If not exactly one of rank and energy is given, or it is out of its
             range for a matrix; if the trees differ in names or shapes; if a change is
-            not finite; if a pattern does not fit, as for :func:`lowrank_optax.roles`.
-        TypeError: If rank is no int, or a leaf is neither an array nor a number.
+            not finite; if a pattern does not fit, as for :func:`lowrank_optax.roles`,
+            or if dimension numbers do not fit a leaf.
+        TypeError: If a leaf is neither an array nor a number.
 
     Example:
         >>> rng = np.random.default_rng(0)
@@ -152,7 +161,8 @@ def extract_adapter(
     tuned, pretrained = as_arrays(tuned), as_arrays(pretrained)
     before, after = leaves_by_path(pretrained), leaves_by_path(tuned)
     _check_same(after, before)
-    roles, views = assigned_roles(pretrained, patterns), _views(pretrained)
+    roles = assigned_roles(pretrained, patterns)
+    views = _views(pretrained, dimension_numbers)
     changed = [path for path in before if _differ(after[path], before[path])]
     covered: dict[tuple, MatrixView] = {}
     for path in changed:
@@ -173,7 +183,7 @@ def extract_adapter(
             raise ValueError(f"{name}: the change is not finite everywhere.")
         factors[name], ranks[name], errors[name] = _factored(change, rank, energy)
     left = tuple(_name(path) for path in changed if path not in covered)
-    return Adapter(factors, ranks, errors, left)
+    return Adapter(factors, ranks, errors, left, dimension_numbers)
 
 
 def _factored(
@@ -226,10 +236,8 @@ def _needed(values: np.ndarray, longest: int, energy: float | None) -> int:
 def _check(rank: int | None, energy: float | None) -> None:
     if (rank is None) == (energy is None):
         raise ValueError(f"give one of rank and energy, got {rank=}, {energy=}.")
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int)):
-        raise TypeError(f"rank must be an int, got {rank!r}.")
-    if rank is not None and rank < 1:
-        raise ValueError(f"rank must be >= 1, got {rank}.")
+    if rank is not None:
+        as_count("rank", rank)
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"energy must be inside (0, 1], got {energy}.")
 
@@ -263,17 +271,11 @@ def _on_host(leaf: Any) -> np.ndarray:
     return np.asarray(leaf)
 
 
-def _views(params: Any) -> dict[tuple, MatrixView | None]:
+def _views(
+    params: Any, dimension_numbers: DimensionNumbers | None
+) -> dict[tuple, MatrixView | None]:
     """Returns each leaf as a stack of matrices; None for a leaf without a matrix."""
-    found = inferred(params)
-
-    def view(path, leaf):
-        numbers = found[path].numbers
-        if numbers is None:
-            return None
-        return matrix_view(leaf.shape, numbers, "short", _name(path))
-
-    return {path: view(path, leaf) for path, leaf in leaves_by_path(params).items()}
+    return views_of(plan_leaves(params, 0, "short", dimension_numbers))
 
 
 def _name(path: tuple) -> str:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.binding.states import as_given
+from lowrank_optax.checks import check_decay, check_positive, is_known
 from lowrank_optax.matrix.arrays import as_arrays, wide
 from lowrank_optax.matrix.boxes import boxed_like, contents, is_box, unboxed
 from lowrank_optax.matrix.dimension_numbers import DimensionNumbers
@@ -95,11 +96,9 @@ def scale_by_neuron(
         >>> state.squares["w"].shape, state.squares["b"]
         ((1, 16), MaskedNode())
     """
-    if isinstance(decay, (int, float)) and not 0 <= decay < 1:
-        raise ValueError(f"decay must be inside [0, 1), got {decay}.")
-    if isinstance(rms, (int, float)) and not rms > 0:
-        raise ValueError(f"rms must be above 0, got {rms}.")
-    is_stateless = isinstance(decay, (int, float)) and decay == 0
+    check_decay("decay", decay)
+    check_positive("rms", rms)
+    is_stateless = is_known(decay) and decay == 0
 
     def views(tree: Any) -> dict[tuple, MatrixView | None]:
         return views_of(plan_leaves(tree, 0, "short", dimension_numbers))

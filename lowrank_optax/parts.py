@@ -1,15 +1,17 @@
 """The choices that make a low-rank transformation, besides its core."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
-from lowrank_optax.matrix.arrays import check_is_static
+from lowrank_optax.checks import as_count, check_is_static
+from lowrank_optax.kinds import Kind, kinds_of
 from lowrank_optax.matrix.dimension_numbers import DimensionNumbers
 from lowrank_optax.matrix.plan import LeafPlan, plan_leaves
 from lowrank_optax.matrix.view import Side
 from lowrank_optax.rules.bases import BasisRule
+from lowrank_optax.rules.budget import Budget
 from lowrank_optax.rules.dct_columns import DctColumns
 from lowrank_optax.rules.random_bases import RandomBasis
 from lowrank_optax.rules.ranks import FixedRank, RankRule, as_rank_rule
@@ -29,7 +31,7 @@ class Parts(NamedTuple):
     side: Side
     granularity: int
     dimension_numbers: DimensionNumbers | None
-    moments: Mapping[str, Any]
+    moments: Mapping[str, Kind]
     seed: jax.typing.ArrayLike
 
     @property
@@ -69,39 +71,46 @@ def make_parts(
     side: Side = "short",
     granularity: int = 1,
     dimension_numbers: DimensionNumbers | None = None,
-    moments: Mapping[str, Any] | None = None,
+    moments: Mapping[str, Kind] | None = None,
     seed: jax.typing.ArrayLike = 0,
 ) -> Parts:
     """Returns the parts, checked.
 
     Raises:
-        TypeError: If ``rank`` is neither an int nor a rule, or an array.
+        TypeError: If a part is no rule of its kind, or ``rank`` is an array.
         ValueError: If a value is unknown or out of its range.
     """
     if side not in ("short", "long"):
         raise ValueError(f"side must be 'short' or 'long', got {side!r}.")
     check_is_static("granularity", granularity, '("rank", "granularity")')
-    is_int = isinstance(granularity, int) and not isinstance(granularity, bool)
-    if not is_int or granularity < 1:
-        raise ValueError(f"granularity must be an int >= 1, got {granularity!r}.")
     rule = as_rank_rule(rank)
+    residual = Dropped() if residual is None else residual
+    _check_rule("basis", basis, ("compute", "draw"), "range_finder()")
+    _check_rule("refresh", refresh, ("is_due",), "every(200)")
+    _check_rule("residual", residual, ("needs_full_gradients",), "sign_residual()")
     if isinstance(basis, RandomBasis) and not isinstance(rule, FixedRank):
-        raise ValueError(
-            "a random basis captures no energy for a rank rule to measure; give an int "
-            f"as rank, got {rank!r}."
-        )
+        why = "captures no energy for a rank rule to measure"
+        if isinstance(rule, Budget):
+            why = "is not stored, so that no state tells the columns that a budget gave"
+        raise ValueError(f"a random basis {why}; give an int as rank, got {rank!r}.")
     return Parts(
         rank=rule,
         basis=basis,
         refresh=refresh,
         rebase=as_rebase_rule(rebase),
-        residual=Dropped() if residual is None else residual,
+        residual=residual,
         side=side,
-        granularity=granularity,
+        granularity=as_count("granularity", granularity),
         dimension_numbers=dimension_numbers,
-        moments=moments or {},
+        moments=kinds_of(moments),
         seed=seed,
     )
+
+
+def _check_rule(name: str, rule: Any, methods: Sequence[str], example: str) -> None:
+    """Raises TypeError if a part has none of the methods of its rules."""
+    if isinstance(rule, type) or not any(hasattr(rule, x) for x in methods):
+        raise TypeError(f"{name} must be a rule, such as {example}, got {rule!r}.")
 
 
 def check_subspace_is_enough(parts: Parts, path: tuple) -> None:

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.binding.moments import Kind, locate_moments
+from lowrank_optax.binding.moments import locate_moments
 from lowrank_optax.binding.states import (
     as_given,
     low_rank_record,
@@ -38,6 +38,7 @@ from lowrank_optax.binding.states import (
 from lowrank_optax.codes import decoded_tree, encoded_tree
 from lowrank_optax.core import Core, InLeaf, Inner, InsideSubspace
 from lowrank_optax.initial import initial_state
+from lowrank_optax.kinds import Kind
 from lowrank_optax.matrix.arrays import as_arrays
 from lowrank_optax.matrix.boxes import is_box, unboxed, with_contents
 from lowrank_optax.matrix.dimension_numbers import DimensionNumbers

@@ -26,6 +26,8 @@ METHODS = {
     "8 bits": lambda rank: lowrank_optax.low_bit(
         lowrank_optax.galore(0.1, rank, update_proj_gap=3), 8, 4, min_size=1
     ),
+    "sumo": lambda rank: lowrank_optax.sumo(0.1, rank),
+    "low_rank_muon": lambda rank: lowrank_optax.low_rank_muon(0.1, rank),
     "momentum": lambda rank: lowrank_optax.scale_by_low_rank(optax.trace(0.9), rank),
 }
 
@@ -84,7 +86,7 @@ def test_a_budget_below_the_least_names_the_least():
 
 
 def test_a_random_basis_has_no_budget():
-    with pytest.raises(ValueError, match="random basis"):
+    with pytest.raises(ValueError, match="a random basis is not stored, so that no"):
         lowrank_optax.vlorp(0.1, budget("1MB"), 2)
 
 

@@ -17,6 +17,8 @@ LIBRARY = ROOT / "lowrank_optax"
 
 # A module may import those above it.
 ORDER = [
+    "checks",
+    "kinds",
     "equations",
     "matrix.__init__",
     "matrix.arrays",

@@ -7,6 +7,7 @@ import pytest
 
 import lowrank_optax
 from lowrank_optax.binding.moments import locate_moments
+from lowrank_optax.kinds import kinds_of
 
 PARAMS = {"b": jnp.ones(5), "w": jnp.ones((6, 2))}
 W, B = (jax.tree_util.DictKey("w"),), (jax.tree_util.DictKey("b"),)
@@ -17,7 +18,7 @@ def _kinds(inner, params=PARAMS, shapes=None, others=None, fields=None):
     state = inner.init(params)
     shapes = {W: (6, 2)} if shapes is None else shapes
     found = locate_moments(
-        state, shapes, {B} if others is None else others, fields or {}
+        state, shapes, {B} if others is None else others, kinds_of(fields)
     )
     names = [jax.tree_util.keystr(p) for p, _ in jax.tree.leaves_with_path(state)]
     return {
@@ -92,7 +93,7 @@ def test_parameters_may_be_any_tree_and_have_any_name(params, path):
 def test_a_field_of_ones_own_has_the_kind_that_was_given():
     state = {"velocity": {"w": jnp.ones((6, 2))}, "table": jnp.ones(7)}
     fields = {"velocity": "first", "table": "constant"}
-    found = locate_moments(state, {W: (6, 2)}, set(), fields)
+    found = locate_moments(state, {W: (6, 2)}, set(), kinds_of(fields))
     assert [moment.kind for moment in found[W]] == ["first"]
 
 

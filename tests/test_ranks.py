@@ -173,7 +173,7 @@ def test_a_value_out_of_its_range_raises(arguments, message):
 
 @pytest.mark.parametrize("rank", [0, -3])
 def test_a_rank_below_one_raises(rank):
-    match = f"^rank must be >= 1, got {rank}"
+    match = f"^rank must be an int >= 1, got {rank}"
     with pytest.raises(ValueError, match=match):
         lowrank_optax.scale_by_low_rank(optax.identity(), rank)
     with pytest.raises(ValueError, match=match):

@@ -181,9 +181,9 @@ def test_a_demand_above_the_rank_is_kept():
     [
         (USED - 1, r"\['layers'\]: 4 columns are below the rank in use, 5"),
         ({"['w']": 3}, r"\['w'\]: 3 columns are below the rank in use, 5"),
-        ({"['w']": 0}, "1 to 24 columns, not 0"),
+        ({"['w']": 0}, "columns must be an int >= 1, got 0"),
         ({"['w']": 25}, "1 to 24 columns, not 25"),
-        ({"['w']": 2.0}, "not 2.0"),
+        ({"['w']": 2.0}, "columns must be an int >= 1, got 2.0"),
         ({"['bias']": 4}, r"\['bias'\] has no stored basis .* \['layers'\], \['w'\]"),
     ],
 )

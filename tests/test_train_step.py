@@ -710,3 +710,72 @@ def test_what_takes_no_projected_gradients_is_explained(around):
         trained(step, params, xs)
     step = train_step(loss_fn, around(low_rank()), gradients="full")
     trained(step, params, xs)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_the_optimizer_gets_the_loss(micro_batches):
+    """The mean over the micro-batches, which are equally many examples here."""
+    plateau = optax.contrib.reduce_on_plateau(patience=1)
+    step = train_step(
+        loss_fn, optax.chain(low_rank(), plateau), micro_batches=micro_batches
+    )
+    _, state, metrics = trained(step, random_like(SHAPES), batches(3))
+    inner = getattr(state.optimizer, "inner_state", state.optimizer)
+    best = min(float(seen["loss"]) for seen in metrics)
+    np.testing.assert_allclose(inner[-1].best_value, best, rtol=ROUNDING)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_a_state_made_of_gradients_keeps_its_arrays(micro_batches):
+    optimizer = optax.chain(optax.zero_nans(), low_rank())
+    step = train_step(loss_fn, optimizer, micro_batches=micro_batches)
+    params, xs = random_like(SHAPES), batches(3)
+    structure = jax.tree.structure(step.init(params))
+    found, state, _ = trained(step, params, xs)
+    assert jax.tree.structure(state) == structure
+    assert step.compilations == 2
+    plain = train_step(loss_fn, low_rank(), micro_batches=micro_batches)
+    assert_same(found, trained(plain, params, xs)[0])
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_a_state_that_grows_at_its_first_update_may(micro_batches):
+    monitor = optax.monitor({"norm": optax.tree.norm})
+    optimizer = optax.chain(monitor, low_rank())
+    step = train_step(loss_fn, optimizer, micro_batches=micro_batches)
+    _, state, metrics = trained(step, random_like(SHAPES), batches(3))
+    inner = getattr(state.optimizer, "inner_state", state.optimizer)
+    (norm,) = jax.tree.leaves(inner[0].measurements)
+    np.testing.assert_allclose(norm, metrics[-1]["grad_norm"], rtol=ROUNDING)
+
+
+def test_an_optimizer_that_hands_on_a_part_of_the_parameters_is_refused():
+    optimizer = optax.lookahead(low_rank(), 2, 0.5)
+    params = optax.LookaheadParams.init_synced(random_like(SHAPES))
+    for call in (
+        lambda: lowrank_optax.projections(optimizer, params),
+        lambda: train_step(loss_fn, optimizer).init(params),
+        lambda: lowrank_optax.accumulate(optimizer, 2).init(params),
+    ):
+        with pytest.raises(
+            ValueError, match=r"projects .*\['up'\].*as optax.lookahead"
+        ):
+            call()
+
+
+@pytest.mark.parametrize(
+    "method", [lowrank_optax.sumo, lowrank_optax.low_rank_muon, lowrank_optax.fira]
+)
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_no_shape_is_promoted(method, micro_batches):
+    shapes = {"stack": (3, 8, 20), "down": (20, 8), "bias": (8,)}
+
+    def loss(params, x):
+        for matrix in params["stack"]:
+            x = jnp.tanh(x @ matrix) @ params["down"]
+        return jnp.mean((x + params["bias"][None]) ** 2)
+
+    with jax.numpy_rank_promotion("raise"):
+        step = train_step(loss, method(1e-2, rank=4), micro_batches=micro_batches)
+        _, _, metrics = trained(step, random_like(shapes), batches(2))
+    assert all(np.isfinite(seen["loss"]) for seen in metrics)

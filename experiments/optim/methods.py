@@ -222,8 +222,11 @@ OPTIMIZERS: dict[str, Method] = {
         takes_vocabulary=False,
     ),
 }
-# Methods whose rank may follow from --block-state-bytes.
-BUDGETED = ("galore", "adarankgrad")
+# Methods whose rank may follow from --block-state-bytes: their states hold the bases,
+# and so tell the rank.
+BUDGETED = tuple(
+    name for name, x in OPTIMIZERS.items() if "rank" in x.own and x.codes == _BASES_TOO
+)
 # The own options of all methods.
 OWN_OPTIONS = frozenset(name for method in OPTIMIZERS.values() for name in method.own)
 

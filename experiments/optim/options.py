@@ -186,8 +186,8 @@ class MemoryFlags:
     #: right on average, or nearest, which drops small updates.
     rounding: Literal["stochastic", "nearest"] = "stochastic"
     #: Bytes of the state of the block matrices, like 600MB, in the place of --rank: the
-    #: largest rank that fits, of galore and adarankgrad (which then has no --threshold,
-    #: but for its refreshes). None: --rank decides.
+    #: largest rank that fits, of a method that stores its bases. adarankgrad has no
+    #: --threshold then, but for its refreshes. None: --rank decides.
     block_state_bytes: str | None = None
     #: Free columns of the optimizer's state that have not been wanted for four looks,
     #: or, with --block-state-bytes, spread them over the matrices by captured energy.

@@ -160,7 +160,7 @@ def _check_budget(config: OptimizerOptions) -> None:
     if config.optimizer not in BUDGETED:
         raise UserError(
             f"--block-state-bytes does not work with {config.optimizer}; choose "
-            f"{' or '.join(BUDGETED)}, or give --rank"
+            f"{', '.join(BUDGETED)}, or give --rank"
         )
     try:
         lowrank_optax.budget(config.block_state_bytes or "")

@@ -1,23 +1,12 @@
 """The moments in an inner transformation's state: their places and kinds."""
 
 from collections.abc import Mapping, Set
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
 from lowrank_optax.codes import is_coded, shape_of
-
-Kind = Literal["first", "second", "constant"]
-
-KNOWN_FIELDS: dict[str, Kind] = {
-    "mu": "first",  # Adam and its family, Lion, Muon
-    "trace": "first",  # momentum
-    "ema": "first",
-    "nu": "second",  # Adam and its family, RMS
-    "nu_max": "second",  # AMSGrad
-    "sum_of_squares": "second",  # Adagrad
-    "ns_coeffs": "constant",  # Muon
-}
+from lowrank_optax.kinds import Kind
 
 
 class Moment(NamedTuple):
@@ -37,7 +26,7 @@ def locate_moments(
     inner_state: Any,
     shapes: Mapping[tuple, tuple[int, ...]],
     other_paths: set[tuple],
-    fields: Mapping[str, Kind],
+    kinds: Mapping[str, Kind],
 ) -> dict[tuple, list[Moment]]:
     """Returns the moments of every projected leaf, by the leaf's key path.
 
@@ -49,13 +38,12 @@ def locate_moments(
         inner_state: State of the inner transformation; arrays or their shapes.
         shapes: Key path of each projected leaf -> (*stack, a, r) of its coordinates.
         other_paths: Key paths of the leaves at full size.
-        fields: Field name -> kind: the caller's own, beside the known ones.
+        kinds: Field name -> kind; from :func:`lowrank_optax.kinds.kinds_of`.
 
     Raises:
         ValueError: If an array in a subspace, or an array without a parameter, has an
             unknown field; if the shape of a moment is not that of its coordinates.
     """
-    kinds: dict[str, Kind] = {**KNOWN_FIELDS, **fields}
     if not shapes:
         return {}
     found: dict[tuple, list[Moment]] = {path: [] for path in shapes}

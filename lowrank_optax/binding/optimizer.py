@@ -3,7 +3,8 @@
 import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Iterator, Mapping, Set
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping, Set
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ from jax.core import Tracer
 from lowrank_optax.binding.numbers import computed, replaced, traced_numbers
 from lowrank_optax.binding.states import is_slot, slots_of
 from lowrank_optax.matrix.arrays import as_arrays
+from lowrank_optax.matrix.boxes import leaves_by_path
 from lowrank_optax.matrix.plan import LeafPlan
 from lowrank_optax.matrix.roles import Assigned
 from lowrank_optax.matrix.sharding import abstract
@@ -171,6 +173,9 @@ class Binding:
 def bind(optimizer: optax.GradientTransformation, params: Any) -> Binding:
     """Returns the low-rank transformations of an optimizer, with their leaves.
 
+    A second call with parameters of these shapes returns the first one's result: to
+    trace ``init`` takes a second for a model of many arrays, and a step asks often.
+
     The binding comes from the optimizer's own ``init`` on shapes: nothing is allocated,
     and chains, masks and partitions are followed at any depth. Numbers that
     ``optax.inject_hyperparams`` has made arrays have the values of ``init``.
@@ -181,9 +186,49 @@ def bind(optimizer: optax.GradientTransformation, params: Any) -> Binding:
 
     Raises:
         TypeError: If a leaf is neither an array nor a number.
-        ValueError: If two transformations project the same leaf.
+        ValueError: If two transformations project the same leaf, or a transformation
+            projects a leaf that the parameters lack.
     """
-    params = as_arrays(params)
+    shapes = jax.tree.map(abstract, as_arrays(params))
+    known, key = _known_bindings(optimizer.init), _key(shapes)
+    if key not in known:
+        made = _bind(optimizer, shapes)
+        if traced_numbers([who.parts for who in made.transformations]):
+            return made  # It ends with the trace around this call.
+        known[key] = made
+    return known[key]
+
+
+# Function init -> key of the parameters -> what it decided. It lives as long as init.
+_bindings: MutableMapping[Callable, dict[Hashable, Binding]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _known_bindings(init: Callable) -> dict[Hashable, Binding]:
+    try:
+        return _bindings.setdefault(init, {})
+    except TypeError:  # It cannot be hashed, or not be referred to weakly.
+        return {}
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path) or "(the whole tree)"
+
+
+def _key(shapes: Any) -> Hashable:
+    """Returns what a binding depends on, besides the optimizer."""
+    leaves, structure = jax.tree.flatten(shapes)
+    mesh, x64 = jax.sharding.get_abstract_mesh(), jax.config.read("jax_enable_x64")
+    key = (*leaves, structure, mesh, x64)
+    try:
+        hash(key)
+    except TypeError:  # Metadata of a box, for example.
+        return object()
+    return key
+
+
+def _bind(optimizer: optax.GradientTransformation, params: Any) -> Binding:
     heard = _Heard([], {})
     token = _listeners.set(heard)
 
@@ -193,7 +238,7 @@ def bind(optimizer: optax.GradientTransformation, params: Any) -> Binding:
 
     try:
         # A new function each time: a cached init would not be called again.
-        program = jax.make_jaxpr(numbers)(jax.tree.map(abstract, params))
+        program = jax.make_jaxpr(numbers)(params)
     finally:
         _listeners.reset(token)
     values = iter(computed(program) if program.jaxpr.outvars else ())
@@ -202,7 +247,16 @@ def bind(optimizer: optax.GradientTransformation, params: Any) -> Binding:
         for who in heard.bound
     ]
     seen: set[tuple] = set()
+    leaves = leaves_by_path(params)
     for who in bound:
+        if strange := who.projected - leaves.keys():
+            raise ValueError(
+                f"the optimizer projects {', '.join(map(_name, strange))}, and the "
+                f"parameters have {', '.join(map(_name, list(leaves)[:4]))}: it hands "
+                "on a part of them, as optax.lookahead does. Such an optimizer gets "
+                "full gradients, from jax.value_and_grad; put accumulate and "
+                "apply_if_finite inside it."
+            )
         twice = seen & who.projected
         if twice:
             raise ValueError(

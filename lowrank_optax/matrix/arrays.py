@@ -4,7 +4,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 
 def wide(dtype: Any) -> Any:
@@ -50,19 +49,3 @@ def as_arrays(tree: Any) -> Any:
         )
 
     return jax.tree_util.tree_map_with_path(of_leaf, tree)
-
-
-def check_is_static(name: str, value: Any, static_args: str) -> None:
-    """Raises TypeError if a value that shapes depend on is an array.
-
-    Args:
-        name: Name of the value.
-        value: The user's value.
-        static_args: The ``static_args`` that ``optax.inject_hyperparams`` needs.
-    """
-    if isinstance(value, (jax.Array, np.ndarray)):
-        raise TypeError(
-            f"{name} must be a Python number, because shapes depend on {name}; got "
-            f"an array. With optax.inject_hyperparams write "
-            f"inject_hyperparams(method, static_args={static_args})."
-        )

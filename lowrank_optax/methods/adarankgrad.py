@@ -3,6 +3,7 @@
 import jax
 import optax
 
+from lowrank_optax.checks import check_share
 from lowrank_optax.matrix.dimension_numbers import DimensionNumbers
 from lowrank_optax.matrix.view import Side
 from lowrank_optax.methods.optimizer import Mask, as_optimizer, checked_adam
@@ -162,8 +163,7 @@ def scale_by_adarankgrad(
         - Updating layer by layer during backpropagation is left to the training loop.
     """
     # energy_rank checks the threshold too, but not where ``rank`` is a rule.
-    if isinstance(threshold, (int, float)) and not 0 < threshold < 1:
-        raise ValueError(f"threshold must be inside (0, 1), got {threshold}.")
+    check_share("threshold", threshold)
     if refresh is None:
         refresh = on_convergence(fraction=(1 - threshold) ** 0.5)
     rule = as_rank_rule(rank)

@@ -3,9 +3,9 @@
 import jax
 import optax
 
+from lowrank_optax.checks import check_at_least, check_decay
 from lowrank_optax.matrix.dimension_numbers import DimensionNumbers
-from lowrank_optax.methods.optimizer import Mask, as_optimizer
-from lowrank_optax.methods.sumo import by_kind, check_beta
+from lowrank_optax.methods.optimizer import Mask, as_optimizer, by_kind
 from lowrank_optax.neurons import scale_by_neuron
 from lowrank_optax.rules.bases import BasisRule, range_finder
 from lowrank_optax.rules.newton_schulz import Coefficients
@@ -153,9 +153,13 @@ def scale_by_low_rank_muon(
         a gradient. Chen et al., `Fira <https://arxiv.org/abs/2410.01623>`_, 2024, add
         the part of the gradient outside the subspace, scaled by row, to Adam's update.
     """
-    check_beta(beta)
-    if isinstance(residual, (int, float)) and not residual >= 0:
-        raise ValueError(f"residual must be >= 0, got {residual}.")
+    check_decay("beta", beta)
+    if hasattr(residual, "needs_full_gradients"):
+        raise TypeError(
+            f"residual is a number here, the weight of the part outside, got {residual}"
+            "; for other residuals use scale_by_low_rank(optax.trace(0.95), ...)."
+        )
+    check_at_least("residual", residual, 0)
     return scale_by_low_rank(
         by_kind(lambda numbers: optax.trace(beta, nesterov=nesterov)),
         rank,

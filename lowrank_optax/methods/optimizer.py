@@ -1,4 +1,4 @@
-"""Shared by all methods: Adam with checked arguments, and the chain to an optimizer."""
+"""Shared by methods: Adam with checked arguments, and the chain to an optimizer."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,6 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+
+from lowrank_optax.checks import check_at_least, check_decay, check_positive
+from lowrank_optax.core import NumbersByPath
+from lowrank_optax.matrix.boxes import is_box
 
 Mask = Any | Callable[[Any], Any]
 
@@ -29,13 +33,10 @@ def checked_adam(
         ValueError: If a value is out of its range. Traced values
             (``optax.inject_hyperparams``) cannot be checked.
     """
-    for name, value in (("b1", b1), ("b2", b2)):
-        if isinstance(value, (int, float)) and not 0 <= value < 1:
-            raise ValueError(f"{name} must be inside [0, 1), got {value}.")
-    if isinstance(eps, (int, float)) and eps <= 0:
-        raise ValueError(f"eps must be above 0, got {eps}.")
-    if isinstance(eps_root, (int, float)) and eps_root < 0:
-        raise ValueError(f"eps_root must be >= 0, got {eps_root}.")
+    check_decay("b1", b1)
+    check_decay("b2", b2)
+    check_positive("eps", eps)
+    check_at_least("eps_root", eps_root, 0)
     adam = optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype)
     if not raw_eps:
         return adam
@@ -60,10 +61,29 @@ def as_optimizer(
     Raises:
         ValueError: If ``weight_decay`` is negative.
     """
-    if isinstance(weight_decay, (int, float)) and weight_decay < 0:
-        raise ValueError(f"weight_decay must be >= 0, got {weight_decay}.")
+    check_at_least("weight_decay", weight_decay, 0)
     return optax.chain(
         transformation,
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
+
+
+def by_kind(
+    matrix: Callable[[NumbersByPath], optax.GradientTransformation],
+) -> Callable[[NumbersByPath], optax.GradientTransformation]:
+    """Returns a maker of ``matrix`` for (stacks of) matrices and Adam for vectors."""
+
+    def made(numbers: NumbersByPath) -> optax.GradientTransformation:
+        def labels(tree):
+            return jax.tree_util.tree_map_with_path(
+                lambda path, _: "vector" if numbers[path] is None else "matrix",
+                tree,
+                is_leaf=is_box,
+            )
+
+        return optax.partition(
+            {"matrix": matrix(numbers), "vector": optax.scale_by_adam()}, labels
+        )
+
+    return made

@@ -1,18 +1,17 @@
 """SUMO: Muon inside a subspace, with the momentum orthogonalized there."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax.checks import check_decay
 from lowrank_optax.core import NumbersByPath
-from lowrank_optax.matrix.boxes import is_box
 from lowrank_optax.matrix.dimension_numbers import DimensionNumbers
 from lowrank_optax.matrix.shares import is_shared
 from lowrank_optax.matrix.view import MatrixView, matrix_view
-from lowrank_optax.methods.optimizer import Mask, as_optimizer
+from lowrank_optax.methods.optimizer import Mask, as_optimizer, by_kind
 from lowrank_optax.rules.bases import BasisRule, range_finder
 from lowrank_optax.rules.newton_schulz import (
     Coefficients,
@@ -151,7 +150,7 @@ def scale_by_sumo(
         of the norm's growth and its factor on the update are left out. The paper has no
         Nesterov's step.
     """
-    check_beta(beta)
+    check_decay("beta", beta)
     check_orthogonalization(ns_steps, rms)
     coefficients = coefficients_of(ns_coefficients)
 
@@ -170,32 +169,6 @@ def scale_by_sumo(
         dimension_numbers=dimension_numbers,
         seed=seed,
     )
-
-
-def check_beta(beta: jax.typing.ArrayLike) -> None:
-    """Raises ValueError if a decay is out of its range."""
-    if isinstance(beta, (int, float)) and not 0 <= beta < 1:
-        raise ValueError(f"beta must be inside [0, 1), got {beta}.")
-
-
-def by_kind(
-    matrix: Callable[[NumbersByPath], optax.GradientTransformation],
-) -> Callable[[NumbersByPath], optax.GradientTransformation]:
-    """Returns a maker of ``matrix`` for (stacks of) matrices and Adam for vectors."""
-
-    def made(numbers: NumbersByPath) -> optax.GradientTransformation:
-        def labels(tree):
-            return jax.tree_util.tree_map_with_path(
-                lambda path, _: "vector" if numbers[path] is None else "matrix",
-                tree,
-                is_leaf=is_box,
-            )
-
-        return optax.partition(
-            {"matrix": matrix(numbers), "vector": optax.scale_by_adam()}, labels
-        )
-
-    return made
 
 
 def _muon(

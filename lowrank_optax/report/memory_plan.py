@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 
-from lowrank_optax.binding.moments import KNOWN_FIELDS, Kind, owner_and_field
+from lowrank_optax.binding.moments import owner_and_field
 from lowrank_optax.binding.optimizer import bind
 from lowrank_optax.codes import bytes_of, is_coded, shape_of
+from lowrank_optax.kinds import Kind, kinds_of
 from lowrank_optax.matrix.arrays import as_arrays, struct_of
 from lowrank_optax.matrix.boxes import leaves_by_path, unboxed
 from lowrank_optax.matrix.plan import LeafPlan
@@ -20,8 +21,9 @@ from lowrank_optax.projected import ProjectedSum
 from lowrank_optax.report.memory import Bytes, LeafMemory, MemoryPlan
 from lowrank_optax.report.projections import projections
 from lowrank_optax.report.state_shardings import sharded_state
+from lowrank_optax.subspace import Subspace
 
-_OF_SUBSPACE = {"rank", "demand", "age", "refreshes", "failures", "trend", "residual"}
+_OF_SUBSPACE = set(Subspace._fields) - {"basis"}
 _SUMS = {"sums", "acc_grads"}
 
 
@@ -66,7 +68,7 @@ def memory_plan(
     # A new function each time: eval_shape caches init, and would not call it again.
     state = jax.eval_shape(lambda p: optimizer.init(p), shapes)
     plans = projections(optimizer, shapes)
-    kinds, binding = dict(KNOWN_FIELDS), bind(optimizer, shapes)
+    kinds, binding = kinds_of(None), bind(optimizer, shapes)
     inside = binding.projected.keys() - binding.at_full_size
     for who in binding.transformations:
         kinds.update(who.parts.moments)

@@ -11,6 +11,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
+from lowrank_optax.checks import as_count
 from lowrank_optax.rules.hashing import hashed_uniform
 from lowrank_optax.rules.lapack import one_by_one
 from lowrank_optax.rules.orthonormal import HIGHEST, gram, orthonormalize
@@ -143,10 +144,10 @@ def range_finder(
         several times faster. AdaRankGrad's Algorithm 1 (SSRF) is orth(Y), with
         unordered columns.
     """
-    if oversample < 0 or power_iterations < 0 or (2 * power_iterations) % 1:
+    oversample = as_count("oversample", oversample, 0)
+    if not power_iterations >= 0 or (2 * power_iterations) % 1:
         raise ValueError(
-            "oversample must be >= 0 and power_iterations a multiple of 0.5, >= 0, got "
-            f"{oversample=}, {power_iterations=}."
+            f"power_iterations must be a multiple of 0.5, >= 0, got {power_iterations}."
         )
     return RangeFinder(oversample, power_iterations, warm_start)
 

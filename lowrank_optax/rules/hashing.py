@@ -7,6 +7,8 @@ gradient. Random bases are drawn by ``jax.random``.
 import jax
 import jax.numpy as jnp
 
+from lowrank_optax.checks import is_known
+
 
 def hashed(words: jax.Array) -> jax.Array:
     """Returns a hash of each word, uint32: a bijection that depends on every bit."""
@@ -18,8 +20,8 @@ def hashed(words: jax.Array) -> jax.Array:
 
 def hashed_seed(seed: jax.typing.ArrayLike) -> jax.Array:
     """Returns the hash of a user's seed, modulo 2^32; an int of any size, or traced."""
-    if isinstance(seed, int):
-        return hashed(jnp.uint32(seed % 2**32))
+    if is_known(seed):
+        return hashed(jnp.uint32(int(seed) % 2**32))
     return hashed(jnp.asarray(seed).astype(jnp.uint32))
 
 

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_optax.checks import as_count, check_decay
 from lowrank_optax.matrix.arrays import wide as dtype_of_sums
 from lowrank_optax.matrix.shares import in_shares
 from lowrank_optax.rules.orthonormal import HIGHEST
@@ -53,11 +54,9 @@ def check_orthogonalization(
     ns_steps: jax.typing.ArrayLike, rms: jax.typing.ArrayLike
 ) -> None:
     """Raises ValueError if a hyperparameter of Muon is out of its range."""
-    if isinstance(rms, (int, float)) and not 0 <= rms < 1:
-        raise ValueError(f"rms must be inside [0, 1), got {rms}.")
-    is_traced = isinstance(ns_steps, jax.Array)
-    if not is_traced and not (isinstance(ns_steps, int) and ns_steps >= 1):
-        raise ValueError(f"ns_steps must be an int >= 1, got {ns_steps!r}.")
+    check_decay("rms", rms)
+    if not isinstance(ns_steps, jax.Array):
+        as_count("ns_steps", ns_steps)
 
 
 def coefficients_of(ns_coefficients: Coefficients) -> Triples:
@@ -172,8 +171,8 @@ def _groups(
 def _polynomial(wide: jax.Array, triples: Triples) -> jax.Array:
     """Returns Q (*stack, r, r), for which Q X has taken the steps of a group."""
     product = jnp.matmul if len(triples) == 1 else _exact
-    one = jnp.eye(wide.shape[-2], dtype=wide.dtype)
     gram, whole = product(wide, jnp.swapaxes(wide, -1, -2)), None
+    one = jnp.broadcast_to(jnp.eye(wide.shape[-2], dtype=wide.dtype), gram.shape)
     for first, second, third in triples:
         each = first * one + second * gram + third * product(gram, gram)
         whole = each if whole is None else product(each, whole)

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from lowrank_optax.checks import check_decay
 from lowrank_optax.rules.bases import BasisRule, range_finder
 from lowrank_optax.rules.orthonormal import orthonormalize
 from lowrank_optax.rules.products import (
@@ -84,7 +85,7 @@ def power_iteration(
     References:
         Robert et al., `LDAdam <https://arxiv.org/abs/2410.16103>`_, 2024.
     """
-    if isinstance(rho, (int, float)) and not 0 <= rho < 1:
-        raise ValueError(f"rho must be inside [0, 1), got {rho}.")
+    check_decay("rho", rho)
+    check_decay("b1", b1)
     start = range_finder(power_iterations=2) if start is None else start
     return PowerIteration(rho, b1, start)

@@ -5,10 +5,16 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from lowrank_optax.matrix.arrays import check_is_static
+from lowrank_optax.checks import (
+    as_count,
+    check_decay,
+    check_is_static,
+    check_share,
+    is_known,
+    is_whole,
+)
 
 
 class RankRule(Protocol):
@@ -109,19 +115,15 @@ def energy_rank(
         cumulative sum gives the answer in one pass. The paper's rank is the demand of
         one gradient, without smoothing.
     """
-    if isinstance(max_rank, bool) or not isinstance(max_rank, int) or max_rank < 1:
-        raise ValueError(f"max_rank must be an int >= 1, got {max_rank!r}.")
+    max_rank = as_count("max_rank", max_rank)
     if min_rank is None:
         min_rank = max(1, 7 * max_rank // 8)
-    # Traced values (optax.inject_hyperparams) cannot be checked.
-    if isinstance(threshold, (int, float)) and not 0 < threshold < 1:
-        raise ValueError(f"threshold must be inside (0, 1), got {threshold}.")
-    if isinstance(min_rank, np.integer):
+    check_share("threshold", threshold)
+    if is_known(min_rank):
+        if not is_whole(min_rank) or not 1 <= min_rank <= max_rank:
+            raise ValueError(f"min_rank must be in 1..{max_rank}, got {min_rank}.")
         min_rank = int(min_rank)
-    if isinstance(min_rank, int) and not 1 <= min_rank <= max_rank:
-        raise ValueError(f"min_rank must be in 1..{max_rank}, got {min_rank}.")
-    if isinstance(smoothing, (int, float)) and not 0 <= smoothing < 1:
-        raise ValueError(f"smoothing must be inside [0, 1), got {smoothing}.")
+    check_decay("smoothing", smoothing)
     return EnergyRank(max_rank, threshold, min_rank, smoothing)
 
 
@@ -149,10 +151,8 @@ def as_rank_rule(rank: "int | RankRule") -> RankRule:
         TypeError: If ``rank`` is neither an int nor a rule.
     """
     check_is_static("rank", rank, '("rank",)')
-    if isinstance(rank, bool) or not (isinstance(rank, int) or hasattr(rank, "select")):
+    if is_whole(rank):
+        return FixedRank(as_count("rank", rank))
+    if isinstance(rank, int) or not hasattr(rank, "select"):
         raise TypeError(f"rank must be an int or a rank rule, got {rank!r}.")
-    if not isinstance(rank, int):
-        return rank
-    if rank < 1:
-        raise ValueError(f"rank must be >= 1, got {rank}.")
-    return FixedRank(rank)
+    return rank

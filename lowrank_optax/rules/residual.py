@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from lowrank_optax.checks import check_at_least
 from lowrank_optax.matrix.view import MatrixView
 
 # Of R = G P, of R P^T, of the difference, and of P itself.
@@ -161,5 +162,4 @@ def added(pieces: Pieces, part: jax.Array) -> jax.Array:
 
 def check_weight(weight: jax.typing.ArrayLike) -> None:
     """Raises ValueError if the weight of a residual is negative."""
-    if isinstance(weight, (int, float)) and not weight >= 0:
-        raise ValueError(f"weight must be >= 0, got {weight}.")
+    check_at_least("weight", weight, 0)

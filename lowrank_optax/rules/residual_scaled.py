@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax.checks import check_at_least
 from lowrank_optax.matrix.sharding import stack_axes, zeros_beside
 from lowrank_optax.matrix.view import MatrixView
 from lowrank_optax.rules.residual import Pieces
@@ -131,5 +132,4 @@ def scaled_residual(
 
 def check_growth(growth: jax.typing.ArrayLike) -> None:
     """Raises ValueError if the limiter's growth is below 1."""
-    if isinstance(growth, (int, float)) and growth < 1:
-        raise ValueError(f"growth must be >= 1, got {growth}.")
+    check_at_least("growth", growth, 1)

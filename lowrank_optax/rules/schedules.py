@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from lowrank_optax.checks import check_at_least, check_decay, check_share, is_known
+
 
 class RefreshRule(Protocol):
     """The interface of a refresh rule for ``scale_by_low_rank``."""
@@ -96,8 +98,7 @@ def every(interval: jax.typing.ArrayLike, stagger: bool = True) -> Every:
     Raises:
         ValueError: If ``interval`` is below 1.
     """
-    if isinstance(interval, int) and interval < 1:
-        raise ValueError(f"interval must be >= 1, got {interval}.")
+    check_at_least("interval", interval, 1)
     return Every(interval, stagger)
 
 
@@ -208,21 +209,17 @@ def on_convergence(
         norm of one mini-batch, and the noise of this norm crosses the threshold always
         or never. The smoothing, both bounds and the interval of the tests are ours.
     """
-    if isinstance(min_interval, int) and min_interval < 1:
-        raise ValueError(f"min_interval must be >= 1, got {min_interval}.")
+    check_at_least("min_interval", min_interval, 1)
     if (
-        isinstance(min_interval, int)
-        and isinstance(max_interval, int)
-        and max_interval < min_interval
+        is_known(min_interval)
+        and is_known(max_interval)
+        and not max_interval >= min_interval
     ):
         raise ValueError(
             "max_interval must be >= min_interval, got "
             f"{min_interval=}, {max_interval=}."
         )
-    if isinstance(fraction, (int, float)) and not 0 < fraction < 1:
-        raise ValueError(f"fraction must be inside (0, 1), got {fraction}.")
-    if isinstance(decay, (int, float)) and not 0 <= decay < 1:
-        raise ValueError(f"decay must be inside [0, 1), got {decay}.")
-    if isinstance(check_interval, int) and check_interval < 1:
-        raise ValueError(f"check_interval must be >= 1, got {check_interval}.")
+    check_share("fraction", fraction)
+    check_decay("decay", decay)
+    check_at_least("check_interval", check_interval, 1)
     return OnConvergence(min_interval, max_interval, fraction, decay, check_interval)

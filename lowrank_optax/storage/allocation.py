@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_optax.binding.moments import KNOWN_FIELDS, Kind
 from lowrank_optax.binding.states import arrays_by_leaf
+from lowrank_optax.checks import as_count
 from lowrank_optax.codes import decode
+from lowrank_optax.kinds import Kind, kinds_of
 from lowrank_optax.rules.budget import parse_bytes
-from lowrank_optax.storage.resize import Columns, check_bucket, columns, resized
+from lowrank_optax.storage.resize import Columns, columns, resized
 
 
 def reallocate(
@@ -60,7 +61,7 @@ def reallocate(
         ValueError: If a value is unknown, if the limit is below one bucket per leaf, or
             if a leaf has no known moment.
     """
-    check_bucket(bucket)
+    bucket = as_count("bucket", bucket)
     if weight not in ("share", "energy"):
         raise ValueError(f"weight must be 'share' or 'energy', got {weight!r}.")
     found = columns(state)
@@ -87,7 +88,7 @@ def energies(
     Raises:
         ValueError: If a leaf has no known moment.
     """
-    squares, known = {}, {**KNOWN_FIELDS, **(moments or {})}
+    squares, known = {}, kinds_of(moments)
     for path, arrays in arrays_by_leaf(state).items():
         kinds = {known.get(field): x for field, x in arrays.items()}
         if "second" in kinds:

@@ -10,13 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.binding.moments import (
-    KNOWN_FIELDS,
-    Kind,
-    check_is_not_centered,
-    owner_and_field,
-)
+from lowrank_optax.binding.moments import check_is_not_centered, owner_and_field
 from lowrank_optax.binding.states import is_low_rank, low_rank_record, slots_of
+from lowrank_optax.checks import as_count
 from lowrank_optax.codes import (
     Coded,
     Format,
@@ -26,6 +22,7 @@ from lowrank_optax.codes import (
     is_coded,
     shape_of,
 )
+from lowrank_optax.kinds import Kind, kinds_of
 from lowrank_optax.matrix.boxes import is_box, unboxed
 from lowrank_optax.projected import gradients_by_path
 from lowrank_optax.rules.budget import stored_as
@@ -133,12 +130,8 @@ def low_bit(
         raise ValueError(f"bits must be 8 or None, got {bits!r}.")
     if basis_bits not in (8, 4, None):
         raise ValueError(f"basis_bits must be 8, 4 or None, got {basis_bits!r}.")
-    if block < 2 or min_size < 1:
-        raise ValueError(
-            f"block must be >= 2 and min_size >= 1, got {block=}, {min_size=}."
-        )
-    kinds: dict[str, Kind] = {**KNOWN_FIELDS, **(moments or {})}
-    rule = _Rule(bits, basis_bits, block, min_size, kinds, seed)
+    block, min_size = as_count("block", block, 2), as_count("min_size", min_size)
+    rule = _Rule(bits, basis_bits, block, min_size, kinds_of(moments), seed)
     inner = optax.with_extra_args_support(optimizer)
 
     def init(params):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_optax.binding.states import arrays_by_leaf, map_columns, stored_slots
+from lowrank_optax.checks import as_count
 from lowrank_optax.codes import bytes_of, is_coded, shape_of, with_columns
 from lowrank_optax.subspace import Subspace
 
@@ -109,8 +110,8 @@ def resize(state: Any, ranks: SupportsIndex | Mapping[str, SupportsIndex]) -> An
     slots, arrays = stored_slots(state), arrays_by_leaf(state)
     by_name = {jax.tree_util.keystr(path): path for path in slots}
     by_leaf = ranks if isinstance(ranks, Mapping) else dict.fromkeys(by_name, ranks)
-    wanted = {name: _as_int(columns) for name, columns in by_leaf.items()}
-    for name, columns in wanted.items():
+    wanted = {}
+    for name, columns in by_leaf.items():
         if name not in by_name:
             raise ValueError(
                 f"{name} has no stored basis in this state; those with one are "
@@ -121,8 +122,9 @@ def resize(state: Any, ranks: SupportsIndex | Mapping[str, SupportsIndex]) -> An
         lengths = [
             shape_of(x)[-2] for x in arrays[path].values() if not _is_numbered(x)
         ]
-        _check_columns(name, columns, slots[path], min(lengths, default=None))
-    return resized(state, {by_name[name]: k for name, k in wanted.items()})
+        most = min(lengths, default=None)
+        wanted[path] = _as_columns(name, columns, slots[path], most)
+    return resized(state, wanted)
 
 
 def compact(
@@ -156,7 +158,7 @@ def compact(
     Raises:
         ValueError: If ``bucket`` is no int, or below 1.
     """
-    check_bucket(bucket)
+    bucket = as_count("bucket", bucket)
     found = columns(state)
     smaller = {}
     for name, leaf in found.items():
@@ -213,33 +215,22 @@ def _rows(arrays: Mapping[str, Any]) -> int | None:
     return next(rows, None)
 
 
-def check_bucket(bucket: int) -> None:
-    """Raises ValueError if a number of columns at a time is none."""
-    if isinstance(bucket, bool) or not isinstance(bucket, int) or bucket < 1:
-        raise ValueError(f"bucket must be an int >= 1, got {bucket!r}.")
-
-
-def _as_int(number: Any) -> Any:
-    """Returns a whole number, of NumPy too, as an int; anything else as it is."""
-    is_whole = hasattr(number, "__index__") and not isinstance(number, bool)
-    return operator.index(number) if is_whole else number
-
-
-def _check_columns(name: str, columns: int, slot: Subspace, most: int | None) -> None:
-    is_int = isinstance(columns, int) and not isinstance(columns, bool)
-    if not is_int or columns < 1 or (most is not None and columns > most):
+def _as_columns(name: str, columns: Any, slot: Subspace, most: int | None) -> int:
+    """Returns a number of columns as an int, if a leaf may have as many."""
+    columns = as_count(f"{name}: the number of columns", columns)
+    if most is not None and columns > most:
         raise ValueError(
-            f"{name}: a basis of this leaf has 1 {f'to {most}' if most else 'or more'} "
-            f"columns, not {columns!r}."
+            f"{name}: a basis of this leaf has 1 to {most} columns, not {columns}."
         )
     if isinstance(slot.rank, jax.ShapeDtypeStruct):
-        return
+        return columns
     rank = int(np.max(jax.device_get(slot.rank)))
     if columns < rank:
         raise ValueError(
             f"{name}: {columns} columns are below the rank in use, {rank}; give "
             f"{rank} or more."
         )
+    return columns
 
 
 def resized(state: Any, wanted: Mapping[tuple, int]) -> Any:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax.checks import as_count
 from lowrank_optax.matrix.arrays import as_arrays, struct_of
 from lowrank_optax.matrix.sharding import (
     on_mesh_of,
@@ -113,7 +114,8 @@ def accumulate(optimizer: optax.GradientTransformation, every_k: int) -> Accumul
     Returns:
         An :class:`Accumulation`. Its ``update`` needs ``params``, and takes the
         micro-batch's ``weight``, 1.0 by default. Give the number of tokens where
-        gradients are means over tokens.
+        gradients are means over tokens. Extra arguments reach the optimizer from the
+        call that ends a window.
 
     Raises:
         ValueError: If ``every_k`` is below 1.
@@ -125,9 +127,7 @@ def accumulate(optimizer: optax.GradientTransformation, every_k: int) -> Accumul
         >>> jax.eval_shape(tx.init, params).sums["w"]
         ProjectedSum(coordinates=ShapeDtypeStruct(shape=(64, 2), dtype=float32))
     """
-    is_int = isinstance(every_k, int) and not isinstance(every_k, bool)
-    if not is_int or every_k < 1:
-        raise ValueError(f"every_k must be an int >= 1, got {every_k!r}.")
+    every_k = as_count("every_k", every_k)
     inner = optax.with_extra_args_support(optimizer)
 
     def init(params):

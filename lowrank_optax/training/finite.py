@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax.checks import check_at_least
 from lowrank_optax.matrix.arrays import as_arrays
 from lowrank_optax.matrix.sharding import zeros_like_update
 from lowrank_optax.projected import full_size
@@ -39,10 +40,8 @@ def apply_if_finite(
         >>> float(jnp.abs(updates["w"]).max()), int(state.total_notfinite)
         (0.0, 1)
     """
-    if max_consecutive_errors is not None and max_consecutive_errors < 0:
-        raise ValueError(
-            f"max_consecutive_errors must be >= 0, got {max_consecutive_errors}."
-        )
+    if max_consecutive_errors is not None:
+        check_at_least("max_consecutive_errors", max_consecutive_errors, 0)
     inner = optax.with_extra_args_support(inner)
 
     def init(params):

@@ -48,7 +48,7 @@ def next_register(
         due: int8 (bases,); what the step has to renew that comes AHEAD steps after the
             next one, as the state behind the step says.
     """
-    later = jnp.where(renewed & (register[1:] == DUE), NOT_DUE, register[1:])
+    later = jnp.where(renewed[None] & (register[1:] == DUE), NOT_DUE, register[1:])
     asked = (register[0] > 0) | jnp.any(register == RETRY, axis=0)
     due = jnp.where(asked & ~renewed & is_left, RETRY, due)
     return jnp.concatenate([later, due[None]])

@@ -18,7 +18,7 @@ from lowrank_optax.training.host_memory import moved_late, on_devices
 from lowrank_optax.training.modules import Model, check_same_variables, loss_of
 from lowrank_optax.training.placed import Placed, whole_on
 from lowrank_optax.training.register import register_before, register_behind
-from lowrank_optax.training.window import weighted
+from lowrank_optax.training.window import like_before, weighted
 
 Refresh = Literal["sketch", "full"]
 _WAYS = (
@@ -165,7 +165,10 @@ class Step:
             grads = jax.lax.with_sharding_constraint(grads, placed.params)
         state = moved_late(state, placed.optimizer, used, left, grads)
         with explained(grads, "train_step", _WAYS):
-            updates, state = self.optimizer.update(grads, state, params, refresh=renews)
+            updates, after = self.optimizer.update(
+                grads, state, params, refresh=renews, value=loss
+            )
+        state = like_before(after, state)
         # The squares of half precision overflow.
         norm = optax.tree.norm(jax.tree.map(lambda x: x.astype(wide(x.dtype)), grads))
         return _Found(loss, norm, carried, aux, updates, state, sketches)
@@ -207,8 +210,9 @@ class Step:
         )
         weight = jnp.where(weight > 0, weight, 1)
         norm = optax.tree.norm(state.sums) / weight
-        updates, state = optimizer.finish(state, params, refresh=renews)
-        return _Found(summed / weight, norm, carried, aux, updates, state, sketches)
+        loss = summed / weight
+        updates, state = optimizer.finish(state, params, refresh=renews, value=loss)
+        return _Found(loss, norm, carried, aux, updates, state, sketches)
 
     def _cut(self, x: jax.Array) -> jax.Array:
         """Returns a batch's array as (micro_batches, examples, ...)."""

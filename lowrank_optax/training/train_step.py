@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args
 
 import optax
 
+from lowrank_optax.checks import as_count
 from lowrank_optax.training.accumulate import Accumulation, accumulate
 from lowrank_optax.training.programs import NewShapes, TrainStep
 from lowrank_optax.training.step import Refresh, Step
@@ -56,7 +57,9 @@ def train_step(
     transformation gets projected gradients (:class:`lowrank_optax.Projected`); with
     ``gradients="full"`` everything gets full ones. Leaves of methods that need full
     gradients (``low_rank_muon``, ``fira``, ``apollo``, ``ldadam``) get full gradients,
-    and so do all leaves that are not projected.
+    and so do all leaves that are not projected. The optimizer's ``update`` gets the
+    step's loss as ``value``, for ``optax.contrib.reduce_on_plateau`` and its like. Line
+    searches, which evaluate the loss again, do not work.
 
     Parameters and states on a mesh stay where they are; put each batch on the mesh. An
     optimizer's state in ``pinned_host`` memory comes to the devices around its uses
@@ -115,9 +118,7 @@ def train_step(
         >>> float(metrics["loss"]), step.compilations
         (4096.0, 2)
     """
-    is_int = isinstance(micro_batches, int) and not isinstance(micro_batches, bool)
-    if not is_int or micro_batches < 1:
-        raise ValueError(f"micro_batches must be an int >= 1, got {micro_batches!r}.")
+    micro_batches = as_count("micro_batches", micro_batches)
     for name, value, kind in (
         ("gradients", gradients, Gradients),
         ("refresh", refresh, Refresh),
@@ -126,8 +127,8 @@ def train_step(
         choices = get_args(kind)
         if value not in choices:
             raise ValueError(f"{name} must be one of {choices}, got {value!r}.")
-    if oversample is not None and oversample < 0:
-        raise ValueError(f"oversample must be >= 0, got {oversample}.")
+    if oversample is not None:
+        oversample = as_count("oversample", oversample, 0)
     if isinstance(optimizer, Accumulation):
         if optimizer.every_k != micro_batches:
             raise ValueError(

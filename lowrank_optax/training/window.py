@@ -23,7 +23,8 @@ from lowrank_optax.subspace import Projector
 
 _WAYS = (
     "Replace optax.apply_if_finite by lowrank_optax.apply_if_finite. Put any other "
-    "transformation that needs gradients like the parameters around accumulate."
+    "transformation that needs gradients like the parameters behind the low-rank one "
+    'or around accumulate; or give train_step gradients="full".'
 )
 
 
@@ -194,7 +195,7 @@ def finished(
         updates, inner_state = optimizer.update(
             means, state.inner_state, params, **extra_args
         )
-    inner_state = jax.tree.map(_of_dtype, inner_state, state.inner_state)
+    inner_state = like_before(inner_state, state.inner_state)
     return updates, AccumulateState(
         micro_step=jnp.zeros_like(state.micro_step),
         weight=jnp.zeros_like(state.weight),
@@ -203,8 +204,23 @@ def finished(
     )
 
 
-def _of_dtype(new: Any, old: Any) -> Any:
-    return new if new.dtype == old.dtype else new.astype(old.dtype)
+def like_before(state: Any, old: Any) -> Any:
+    """Returns an optimizer's state with the arrays and the dtypes that it had.
+
+    ``optax.zero_nans`` makes its state out of the gradients, and so a ``Projected`` in
+    the place of an array. A state that had another structure, as ``optax.monitor`` has
+    before its first update, stays as it is.
+    """
+    trees = [jax.tree.structure(x, is_leaf=is_projected) for x in (state, old)]
+    if trees[0] != trees[1]:
+        return state
+
+    def like(new, old):
+        if is_projected(new) and not is_projected(old):
+            new = new.coordinates
+        return new if new.dtype == old.dtype else new.astype(old.dtype)
+
+    return jax.tree.map(like, state, old, is_leaf=is_projected)
 
 
 def _early(binding: Binding, params: Any, state: Any) -> dict[tuple, Projector]:

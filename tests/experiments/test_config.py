@@ -66,7 +66,7 @@ MISTAKES = [
     ("--block-state-bytes 12XB", "'12XB' is not a number of bytes"),
     (
         "--optimizer vlorp --block-state-bytes 1MB",
-        "--block-state-bytes does not work with vlorp; choose galore or adarankgrad",
+        "--block-state-bytes does not work with vlorp; choose adarankgrad, galore,",
     ),
 ]
 

@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from experiments.distribution.rules import bytes_per_device
+from experiments.optim.methods import BUDGETED
 from experiments.plan_memory import main
 from experiments.run.assemble import assemble
 from experiments.run.config import check, parse
@@ -65,7 +66,9 @@ def test_flags_count_in_each_row_that_has_them():
     assert (bits["galore"].moment_bits, bits["adafactor"].moment_bits) == (8, None)
     assert "galore, 8 bits" not in bits
     budgeted = every_optimizer(parse(["--block-state-bytes", "1GB"]))
-    assert {row.optimizer for row in budgeted.values()} == {"galore", "adarankgrad"}
+    assert {row.optimizer for row in budgeted.values()} == set(BUDGETED)
+    assert {"adarankgrad", "low_rank_muon", "sumo"} < set(BUDGETED)
+    assert not {"adamw", "vlorp", "lora", "optax_galore"} & set(BUDGETED)
 
 
 RUNS = {
