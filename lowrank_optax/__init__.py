@@ -30,17 +30,18 @@ from lowrank_optax.report.memory_plan import memory_plan
 from lowrank_optax.report.projections import projections
 from lowrank_optax.report.ranks import ranks, subspaces
 from lowrank_optax.report.state_shardings import state_shardings
-from lowrank_optax.rules.bases import exact_svd, range_finder
+from lowrank_optax.rules.bases import BasisRule, exact_svd, range_finder
 from lowrank_optax.rules.budget import budget
 from lowrank_optax.rules.dct_columns import dct_columns
 from lowrank_optax.rules.power_iteration import power_iteration
 from lowrank_optax.rules.random_bases import gaussian, rademacher
-from lowrank_optax.rules.ranks import energy_rank
+from lowrank_optax.rules.ranks import RankRule, energy_rank
 from lowrank_optax.rules.rebase import REBASE_RULES, RebaseRule, ldadam_rebase
+from lowrank_optax.rules.residual import ResidualRule
 from lowrank_optax.rules.residual_orthogonalized import orthogonalized_residual
 from lowrank_optax.rules.residual_scaled import scaled_residual
 from lowrank_optax.rules.residual_signs import normalized_residual, sign_residual
-from lowrank_optax.rules.schedules import every, on_convergence
+from lowrank_optax.rules.schedules import RefreshRule, every, on_convergence
 from lowrank_optax.storage.allocation import reallocate
 from lowrank_optax.storage.low_bit import low_bit
 from lowrank_optax.storage.resize import capacities, columns, compact, resize
@@ -57,9 +58,13 @@ from lowrank_optax.transform import scale_by_low_rank
 
 __all__ = [
     "REBASE_RULES",
+    "BasisRule",
     "LowRankDimensionNumbers",
     "Projected",
+    "RankRule",
     "RebaseRule",
+    "RefreshRule",
+    "ResidualRule",
     "ScaleByLowRankState",
     "ScaleByNeuronState",
     "ScaleByProjfactorState",

@@ -10,6 +10,7 @@ import pytest
 
 import lowrank_optax
 from lowrank_optax.binding.optimizer import bind
+from lowrank_optax.rules.schedules import Every
 
 PARAMS = {"w": jnp.ones((24, 16)), "b": jnp.ones(16)}
 
@@ -73,15 +74,27 @@ def test_a_number_of_an_outer_trace_is_not_kept():
         lambda updates, state, params=None: (updates, state),
     )
 
-    @jax.jit
     def interval(gap):
         kept.append(gap)
         (who,) = bind(optimizer, PARAMS).transformations
+        assert isinstance(who.parts.refresh, Every)
         return who.parts.refresh.interval
 
-    assert int(interval(7)) == 7
-    interval.clear_cache()
-    assert int(interval(9)) == 9
+    for gap in (7, 9):
+        assert int(jax.jit(lambda x: interval(x))(gap)) == gap
+
+
+def test_a_budget_counts_the_bytes_of_the_format_around_it():
+    """The same optimizer, as it is and inside ``low_bit``."""
+    inner = lowrank_optax.accumulate(
+        lowrank_optax.galore(0.1, lowrank_optax.budget("20kB")), 2
+    )
+    params = {"w": jnp.ones((96, 64))}
+    for optimizer in (inner, lowrank_optax.low_bit(inner, 8, 8, min_size=1), inner):
+        state = optimizer.init(params)
+        (rank,) = lowrank_optax.capacities(state).values()
+        sums = optax.tree.get(state, "sums")
+        assert sums["w"].coordinates.shape == (96, rank)
 
 
 def test_what_was_decided_ends_with_the_optimizer():

@@ -15,11 +15,13 @@ from lowrank_optax.binding.numbers import computed, replaced, traced_numbers
 from lowrank_optax.binding.states import is_slot, slots_of
 from lowrank_optax.matrix.arrays import as_arrays
 from lowrank_optax.matrix.boxes import leaves_by_path
+from lowrank_optax.matrix.inference import is_in_model
 from lowrank_optax.matrix.plan import LeafPlan
 from lowrank_optax.matrix.roles import Assigned
 from lowrank_optax.matrix.sharding import abstract
 from lowrank_optax.parts import Parts
 from lowrank_optax.projected import gradients_by_path
+from lowrank_optax.rules.budget import storage
 from lowrank_optax.rules.power_iteration import PowerIteration
 from lowrank_optax.subspace import Projector, ScaleByLowRankState, projectors_of_state
 
@@ -191,12 +193,13 @@ def bind(optimizer: optax.GradientTransformation, params: Any) -> Binding:
     """
     shapes = jax.tree.map(abstract, as_arrays(params))
     known, key = _known_bindings(optimizer.init), _key(shapes)
-    if key not in known:
-        made = _bind(optimizer, shapes)
-        if traced_numbers([who.parts for who in made.transformations]):
-            return made  # It ends with the trace around this call.
+    if key in known:
+        return known[key]
+    made = _bind(optimizer, shapes)
+    # An array of a trace around this call ends with the trace.
+    if key and not traced_numbers([who.parts for who in made.transformations]):
         known[key] = made
-    return known[key]
+    return made
 
 
 # Function init -> key of the parameters -> what it decided. It lives as long as init.
@@ -217,14 +220,20 @@ def _name(path: tuple) -> str:
 
 
 def _key(shapes: Any) -> Hashable:
-    """Returns what a binding depends on, besides the optimizer."""
+    """Returns what a binding depends on, besides the optimizer.
+
+    None, if that cannot be told: inside the ``init`` of another transformation, which
+    shows a whole model or a storage format, or with metadata that cannot be hashed.
+    """
+    if is_in_model() or storage() is not None:
+        return None
     leaves, structure = jax.tree.flatten(shapes)
     mesh, x64 = jax.sharding.get_abstract_mesh(), jax.config.read("jax_enable_x64")
     key = (*leaves, structure, mesh, x64)
     try:
         hash(key)
-    except TypeError:  # Metadata of a box, for example.
-        return object()
+    except TypeError:
+        return None
     return key
 
 

@@ -116,6 +116,11 @@ def seen_in(params: Any) -> Iterator[None]:
         _model.reset(token)
 
 
+def is_in_model() -> bool:
+    """Returns whether the context shows a whole model; see :func:`seen_in`."""
+    return _model.get() is not None
+
+
 def inferred_in_model(params: Any) -> dict[tuple, Inferred]:
     """Returns the inference about each leaf, from the whole model where it is known.
 

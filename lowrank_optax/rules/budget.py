@@ -180,7 +180,12 @@ def stored_as(storage: Storage) -> Iterator[None]:
         _storage.reset(token)
 
 
+def storage() -> Storage | None:
+    """Returns the storage format of the context; see :func:`stored_as`."""
+    return _storage.get()
+
+
 def as_stored(state: Any, params: Any) -> Any:
     """Returns the shapes of a state in its storage format; see :func:`stored_as`."""
-    storage = _storage.get()
-    return state if storage is None else storage(state, params)
+    format_of = _storage.get()
+    return state if format_of is None else format_of(state, params)
