@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import lowrank_optax
 from lowrank_optax import accumulate
-from tests.suite import ROWS, SMALL, gradients, types, zeros
+from tests.suite import ROWS, SMALL, gradients, random_like, types, zeros
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -544,3 +544,19 @@ def test_projections_looks_through_an_accumulation():
     expected = lowrank_optax.projections(tx, params)
     assert expected["['layers']"].is_projected
     assert lowrank_optax.projections(accumulate(tx, K), params) == expected
+
+
+def test_sums_are_divided_by_the_sum_of_the_weights():
+    """SGD, because Adam's first update does not show the size of a mean."""
+    params = {"w": jnp.zeros((8, 6)), "b": jnp.zeros(6)}
+    optimizer = lowrank_optax.scale_by_low_rank(optax.identity(), 2)
+    accumulation = lowrank_optax.accumulate(optimizer, 2)
+    grads, state = random_like({"w": (8, 6), "b": (6,)}), accumulation.init(params)
+    for weight in (3.0, 5.0):
+        updates, state = accumulation.update(grads, state, params, weight=weight)
+    expected, _ = optimizer.update(grads, optimizer.init(params), params)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
+        updates,
+        expected,
+    )

@@ -11,6 +11,7 @@ import lowrank_optax
 from lowrank_optax.rules.bases import captured_energies
 from lowrank_optax.rules.hashing import hashed_uniform
 from tests import references
+from tests.suite import random_like
 
 ROWS, COLUMNS, RANK = 20, 14, 4
 
@@ -226,3 +227,10 @@ def test_a_count_out_of_its_range_raises(arguments, shown):
     message = f"oversample must be >= 0 and power_iterations .* got .*{shown}"
     with pytest.raises(ValueError, match=message):
         lowrank_optax.range_finder(**arguments)
+
+
+def test_each_matrix_of_a_stack_has_energies_of_its_own():
+    matrices = random_like({"w": (2, 9, 6)})["w"] * jnp.array([1.0, 3.0])[:, None, None]
+    basis = jnp.broadcast_to(jnp.eye(6), (2, 6, 6))
+    found = captured_energies(matrices, basis)
+    np.testing.assert_allclose(jnp.sum(found, -1), 1, rtol=1e-5)

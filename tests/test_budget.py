@@ -14,7 +14,7 @@ from lowrank_optax.codes import bytes_of
 from lowrank_optax.rules.budget import Size, largest_fitting, parse_bytes
 from lowrank_optax.storage.allocation import allocate, energies, spectrum
 from lowrank_optax.storage.resize import Columns
-from tests.suite import averaging, types
+from tests.suite import averaging, random_like, types
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -328,3 +328,45 @@ def test_the_power_law_goes_on():
 def test_a_budget_needs_no_new_program_until_it_is_spread():
     update, state = trained("galore", budget(30_000), steps=2)
     assert types(update(gradients(2), state, PARAMS)[1]) == types(state)
+
+
+def test_a_bucket_too_dear_for_what_is_left_makes_room_for_a_cheaper_one():
+    leaves = {
+        "dear": Columns(4, 4, 4.0, 13, 13, 100.0),
+        "cheap": Columns(4, 4, 4.0, 13, 13, 1.0),
+    }
+    found = {"dear": 1e6 * np.ones(12), "cheap": np.ones(12)}
+    # 2 columns each take 202 bytes; two more of "dear" would take 200.
+    assert allocate(leaves, found, 220, 2, "energy") == {"dear": 2, "cheap": 12}
+
+
+def test_a_power_law_falls_by_the_root_at_least():
+    """A flat spectrum would not fall off: further columns count less and less."""
+
+    np.testing.assert_allclose(
+        spectrum(np.ones(4), 16)[4:], (4 / np.arange(5, 17)) ** 0.5, rtol=1e-12
+    )
+
+
+def test_a_share_is_of_the_sum_of_a_leafs_energies():
+    """In a long flat leaf each column has a small share, and as much as its largest."""
+
+    leaves = {
+        "long": Columns(4, 4, 4.0, 25, 25, 10.0),
+        "steep": Columns(4, 4, 4.0, 13, 13, 10.0),
+    }
+    found = {"long": np.ones(24), "steep": np.array([4.0, *[2.0] * 11])}
+    expected = {"long": 2, "steep": 12}
+    assert allocate(leaves, found, 140, 2, "share") == expected
+
+
+def test_a_leaf_that_loses_columns_demands_no_more_than_are_left():
+    params = {"a": jnp.zeros((64, 40)), "b": jnp.zeros((64, 40))}
+    optimizer = lowrank_optax.adarankgrad(0.1, 12)
+    grads = random_like({"a": (64, 40), "b": (64, 40)})
+    steep = jnp.exp(-jnp.arange(40.0))
+    grads = {"a": grads["a"], "b": grads["b"] * steep}
+    _, state = optimizer.update(grads, optimizer.init(params), params)
+    state = lowrank_optax.reallocate(state, bucket=4)
+    for leaf in lowrank_optax.columns(state).values():
+        assert max(leaf.rank, leaf.demand) <= leaf.capacity

@@ -14,6 +14,7 @@ from lowrank_optax.codes import (
     shape_of,
     with_columns,
 )
+from lowrank_optax.rules.hashing import dither
 
 LARGEST = {"signed": 127, "root": 254, "linear": 127, "packed": 7}
 # What of its value a code is the multiple of; seeded formats are rounded by it.
@@ -273,3 +274,9 @@ def test_a_mapping_of_the_fields_is_a_coded_array():
     coded = encode(jnp.ones((8, 4)), empty((8, 4), (4, 1), "signed"))
     assert isinstance(coded, Coded)
     np.testing.assert_array_equal(decode(coded._asdict()), decode(coded))
+
+
+def test_places_of_a_matrix_are_rounded_by_numbers_of_their_own():
+    found = np.asarray(dither(jnp.uint32(3), (64, 64)))
+    # 4,096 of 2^24: half a pair is equal by chance.
+    assert len(np.unique(found)) > 4090

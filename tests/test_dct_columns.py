@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import lowrank_optax
 from lowrank_optax import dct_columns, subspaces
+from lowrank_optax.rules.dct_columns import cosine_columns
 from tests import references
 from tests.suite import random_like
 
@@ -324,3 +325,13 @@ def test_bytes_are_spread_anew_without_a_loss_of_columns():
     spread = lowrank_optax.capacities(lowrank_optax.reallocate(state, bucket=4))
     assert spread["['low']"] >= 8
     assert sum(spread.values()) == sum(before.values())
+
+
+def test_columns_of_a_side_beyond_the_products_of_32_bits_are_those_of_the_formula():
+    """2 length^2 exceeds 2^32: the last rows of high columns show it."""
+
+    length, numbers = 70_001, np.array([[1, 30_001, 47_852, 70_000]])
+    found = cosine_columns(jnp.asarray(numbers), length, jnp.float32)
+    angles = np.pi * (2 * np.arange(length)[:, None] + 1) * numbers / (2 * length)
+    expected = np.cos(angles) * np.sqrt(2 / length)
+    np.testing.assert_allclose(found, expected, atol=1e-6 * 9 / length**0.5)

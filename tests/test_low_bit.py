@@ -532,3 +532,19 @@ def test_a_root_of_a_difference_of_moments_is_refused():
     lowrank_optax.low_bit(optax.rmsprop(0.1)).init(params)
     with pytest.raises(ValueError, match=r"negative.*where moments follow a new basis"):
         lowrank_optax.scale_by_low_rank(optax.scale_by_stddev(), 4).init(params)
+
+
+def test_matrices_of_a_stack_and_leaves_are_rounded_by_seeds_of_their_own():
+    params = {"a": jnp.zeros((2, 3, 8, 8)), "b": jnp.zeros((8, 8))}
+    state = lowrank_optax.low_bit(optax.trace(0.9), min_size=1).init(params)
+    seeds = np.concatenate([np.ravel(x.seed) for x in state.trace.values()])
+    assert len(np.unique(seeds)) == 7
+
+
+@pytest.mark.parametrize(
+    ("width", "rows"), [(2, 16), (20, 2), (31, 2), (32, 1), (40, 1)]
+)
+def test_rows_narrower_than_32_share_a_block_of_at_least_32(width, rows):
+    optimizer = lowrank_optax.low_bit(optax.trace(0.9), min_size=1)
+    state = jax.eval_shape(optimizer.init, {"w": jnp.zeros((64, width))})
+    assert state.trace["w"].absmax.shape == (64 // rows, 1)

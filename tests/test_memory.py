@@ -331,3 +331,19 @@ def test_seven_billion_parameters_are_planned_from_shapes():
         np.prod(x.shape) for x in jax.tree.leaves(params)
     )
     assert 13.4e9 < plan.parameter_bytes < 13.5e9
+
+
+def test_moments_of_half_precision_are_counted_in_float32_at_full_rank():
+    params = {"w": jnp.zeros((64, 40), jnp.bfloat16)}
+    plan = memory_plan(lowrank_optax.galore(0.1, 8), params)
+    assert plan.leaves[0].full_rank_bytes == 2 * 4 * 64 * 40
+
+
+def test_donated_arguments_count_once_in_the_peak():
+    params = {"w": jnp.zeros((64, 40))}
+    step = jax.jit(lambda p: jax.tree.map(lambda x: x + 1, p), donate_argnums=0)
+    compiled = step.lower(params).compile()
+    found = memory_plan(lowrank_optax.galore(0.1, 8), params, compiled).compiled
+    size = 4 * 64 * 40
+    assert (found["arguments"], found["aliased"]) == (size, size)
+    assert found["peak"] == size + found["temporaries"]

@@ -277,3 +277,15 @@ def test_a_state_of_the_default_is_that_of_optax():
 
 def _is_muon(node):
     return isinstance(node, optax.contrib.MuonState)
+
+
+def test_the_last_coefficients_count_from_there_on():
+    first, last = (2.0, 0.0, 0.0), (1.5, -0.5, 0.0)
+    x = np.asarray([[3.0, 0.0, 0.0], [0.0, 4.0, 0.0]], np.float32)
+    s = 2 * np.asarray([0.6, 0.8])
+    for _ in range(4):
+        s = 1.5 * s - 0.5 * s**3
+    for steps in (5, jnp.int32(5)):
+        for form in (orthogonalized, orthogonalized_by_factor):
+            found = form(x, steps, (first, last))
+            np.testing.assert_allclose(np.diag(found), s, rtol=1e-5)

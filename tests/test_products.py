@@ -3,12 +3,15 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.extend import core
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import lowrank_optax
 from lowrank_optax import LowRankDimensionNumbers, subspace_value_and_grad
+from lowrank_optax.binding.optimizer import bind
 from tests.suite import random_like
 from tests.test_uses import assert_projected, low_rank, squares
 
@@ -284,3 +287,24 @@ def test_a_gradient_inside_of_shard_map(check_vma):
         actual, one = jax.tree.leaves((found[name], expected[name]))
         # Sums in another order, float32.
         np.testing.assert_allclose(actual, one, rtol=1e-4, atol=1e-6)
+
+
+def test_sums_over_a_batch_of_half_precision_are_in_float32():
+    """100,000 ones and a hundredth part more: 1 in bfloat16 has 1 / 128 beside it."""
+    params = {"w": jnp.ones((16, 8), jnp.bfloat16)}
+    optimizer = lowrank_optax.scale_by_low_rank(
+        optax.scale_by_adam(), 2, basis=lowrank_optax.rademacher()
+    )
+    gradient = lowrank_optax.subspace_value_and_grad(
+        lambda p, x: jnp.sum((x @ p["w"]).astype(jnp.float32)), optimizer
+    )
+    x = jnp.ones((1001, 16), jnp.bfloat16)
+    _, found, state = gradient(params, optimizer.init(params), x)
+    (projector,) = bind(optimizer, params).projectors(params, state).values()
+    basis = projector.basis(state.subspaces["w"])
+    expected = 1001 * jnp.sum(basis.astype(jnp.bfloat16), 0, dtype=jnp.float32)
+    expected = jnp.broadcast_to(expected, (16, 2))
+    # 1001 itself is no number of bfloat16: it would be 1000.
+    actual = found["w"].coordinates
+    assert jnp.any(actual != 0)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4)

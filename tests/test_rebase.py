@@ -272,3 +272,13 @@ def test_a_random_basis_with_equal_columns_hands_on_a_finite_momentum():
     expected = gradient @ old @ np.linalg.pinv(old) @ new
     # The ridge, 1e-6, and float32 rounding over it.
     np.testing.assert_allclose(gradient @ old @ r, expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e3])
+def test_the_transfer_of_equal_columns_does_not_depend_on_their_size(size):
+    old = size * jnp.asarray([[1.0, 1.0], [1.0, 1.0], [-1.0, -1.0]])
+    new = size * jnp.asarray([[1.0, 1.0], [-1.0, 1.0], [1.0, 1.0]])
+    gradient = jnp.asarray([[3.0, 1.0, 2.0], [0.5, -1.0, 4.0]])
+    r = random_transfer(old, new)
+    expected = gradient @ old @ np.linalg.pinv(old) @ new
+    np.testing.assert_allclose(gradient @ old @ r, expected, rtol=1e-3)

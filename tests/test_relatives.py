@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 import lowrank_optax
 from tests import references
-from tests.suite import gradients, run, types
+from tests.suite import gradients, random_like, run, types
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 
@@ -300,3 +300,17 @@ def test_sharded_updates_are_those_of_one_device(name, mode):
                 updates,
                 expected[step],
             )
+
+
+def test_sumo_has_muon_for_a_wide_matrix_at_full_size():
+    params = {"small": jnp.zeros((3, 12))}
+    ours = lowrank_optax.sumo(0.1, 4, rms=0.2)
+    muon = optax.contrib.muon(
+        0.1, consistent_rms=0.2, weight_decay=0.0, adam_weight_decay=0.0
+    )
+    grads = random_like({"small": (3, 12)})
+    updates, _ = ours.update(grads, ours.init(params), params)
+    expected, _ = muon.update(grads, muon.init(params), params)
+    np.testing.assert_allclose(
+        updates["small"], expected["small"], rtol=1e-3, atol=1e-5
+    )

@@ -239,3 +239,23 @@ def test_a_renewal_that_fails_is_repeated_at_the_next_update():
     # Due at 3: at once again, and then on updates that 2, 4, 8 ... divide; 32 is next.
     assert attempts == [0, 3, 4, 6, 8, 16]
     assert int(state.subspaces["w"].failures) == 5
+
+
+def test_a_failed_renewal_is_due_ahead_at_the_update_that_asks_again():
+    """After two failures, at updates of even numbers: ahead=1 is another answer."""
+    params = {"w": jnp.zeros((12, 8))}
+    optimizer = lowrank_optax.scale_by_low_rank(optax.scale_by_adam(), 2)
+    gradient = lowrank_optax.subspace_value_and_grad(
+        lambda p: jnp.sum(p["w"] ** 2), optimizer
+    )
+    state = optimizer.init(params)
+    for _ in range(4):
+        due = [bool(gradient.due(params, state, ahead)["['w']"]) for ahead in range(5)]
+        before = lowrank_optax.subspaces(state)["['w']"].failures
+        for ahead, expected in enumerate(due):
+            later = state
+            for _ in range(ahead):
+                later = optimizer.update(params, later, params, refresh=False)[1]
+            assert bool(gradient.due(params, later)["['w']"]) == expected
+        _, state = optimizer.update(params, state, params)
+        assert lowrank_optax.subspaces(state)["['w']"].failures == before + due[0]

@@ -144,7 +144,7 @@ def test_a_zero_gradient_gives_a_zero_update_and_no_nan_after_it(name):
         assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(updates))
 
 
-@pytest.mark.parametrize("size", [1e-12, 1.0, 1e15])
+@pytest.mark.parametrize("size", [1e-22, 1e-12, 1.0, 1e15, 1e25])
 @pytest.mark.parametrize("name", ["sign", "normalized"])
 def test_rounding_is_no_residual(name, size):
     """A gradient with fewer directions than the basis has columns: E is 0."""

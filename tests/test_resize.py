@@ -354,3 +354,13 @@ def test_arrays_of_numpy_are_cut_and_grown_too():
         expected, found = change(state), change(host)
         jax.tree.map(np.testing.assert_array_equal, found, expected)
         assert capacities(found) != capacities(state)
+
+
+def test_what_a_leaf_needs_is_that_of_its_neediest_matrix():
+    params = {"layers": jnp.zeros((2, 24, 40))}
+    state = lowrank_optax.adarankgrad(0.1, 8).init(params)
+    slot = state[0].subspaces["layers"]
+    slot = slot._replace(rank=jnp.array([3, 7]), demand=jnp.array([6.5, 2.5]))
+    state = (state[0]._replace(subspaces={"layers": slot}), *state[1:])
+    (found,) = lowrank_optax.columns(state).values()
+    assert (found.rank, found.demand) == (7, 6.5)

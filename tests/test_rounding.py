@@ -83,3 +83,22 @@ def test_params_are_asked_for():
     params = {"w": jnp.ones(3, jnp.bfloat16)}
     with pytest.raises(ValueError, match="needs params in update"):
         rounding.update(params, rounding.init(params))
+
+
+def test_leaves_of_one_shape_are_rounded_by_draws_of_their_own():
+    """A draw is a function of the seed, the count and the leaf's path."""
+    params = {name: jnp.ones((64, 8), jnp.bfloat16) for name in "ab"}
+    grads = jax.tree.map(lambda p: jnp.full(p.shape, 1e-3, jnp.float32), params)
+    rounding = lowrank_optax.stochastic_rounding()
+    updates, state = rounding.update(grads, rounding.init(params), params)
+    assert np.any(np.asarray(updates["a"]) != np.asarray(updates["b"]))
+    later, _ = rounding.update(grads, state, params)
+    assert np.any(np.asarray(later["a"]) != np.asarray(updates["a"]))
+
+
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7F800001, 0xFFFFFFFF, 0xFF800001])
+def test_no_number_with_any_bits_stays_no_number(bits):
+    """A carry out of the lower bits, or their loss, would make it 0 or infinite."""
+    value = jax.lax.bitcast_convert_type(jnp.uint32(bits), jnp.float32)
+    rounded = round_to_bfloat16(jnp.full(1000, value), jax.random.key(1))
+    assert np.all(np.isnan(np.asarray(rounded, np.float32)))

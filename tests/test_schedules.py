@@ -10,6 +10,7 @@ import pytest
 from jax.experimental import checkify
 
 import lowrank_optax
+from lowrank_optax.binding.optimizer import bind
 from tests import references
 
 
@@ -351,3 +352,11 @@ def test_each_layer_of_a_stack_gets_the_update_that_it_gets_alone(situation, bas
         np.testing.assert_allclose(updates[:, layer], alone, rtol=0, atol=5e-4)
         schedules.add(tuple(subspace.refreshes))
     assert len(schedules) > 1, "all layers refreshed at the same steps"
+
+
+def test_a_basis_converges_at_the_root_of_the_energy_that_is_left():
+    """Theorem 2: norms fall by sqrt(1 - threshold)."""
+    params = {"w": jnp.zeros((12, 8))}
+    optimizer = lowrank_optax.adarankgrad(0.1, 2, threshold=0.19)
+    (bound,) = bind(optimizer, params).transformations
+    assert bound.parts.refresh.fraction == pytest.approx(0.9)

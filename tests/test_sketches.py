@@ -277,3 +277,17 @@ def test_data_parallel_training_reduces_sketches_and_coordinates_only():
         assert moved <= len(SHAPES) * LAYERS * (D + F) * 2 * rank + 100, renews
         if not renews:
             assert moved <= len(SHAPES) * LAYERS * (D + F) * rank + 100
+
+
+@pytest.mark.parametrize(
+    ("shape", "side", "oversample", "width"),
+    [
+        ((20, 7), "short", None, 10),
+        ((20, 7), "short", 99, 20),
+        ((20, 7), "long", 99, 7),
+    ],
+)
+def test_a_sketch_has_at_most_the_rows_of_its_gradient(shape, side, oversample, width):
+    _, projectors = only_node(low_rank(5, side=side), random_like({"w": shape}))
+    (projector,) = projectors.values()
+    assert width_of(projector, oversample) == width

@@ -22,9 +22,7 @@ import jax.numpy as jnp
 
 from lowrank_optax.checks import check_at_least
 from lowrank_optax.matrix.view import MatrixView
-
-# Of R = G P, of R P^T, of the difference, and of P itself.
-ROUNDINGS = 4
+from lowrank_optax.rules.orthonormal import TOLERANCE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +70,9 @@ class Pieces:
     def residual(self) -> jax.Array:
         """Returns E = G - R P^T in the leaf's shape, 0 where it is rounding alone.
 
-        Entries are taken for rounding up to 4 eps times the norm of their row of G,
-        along the projected side: signs and unit columns would make steps of them.
+        Entries are taken for rounding up to 1e-5 times the norm of their row of G,
+        along the projected side, as far as bases are from orthonormal: signs and unit
+        columns would make steps of them.
         """
         view, dtype = self.view, self.basis.dtype
         assert self.gradient is not None
@@ -83,7 +82,7 @@ class Pieces:
         peak = jnp.max(jnp.abs(rows), axis=-1, keepdims=True)
         scaled = rows / jnp.where(peak > 0, peak, 1)
         size = peak * jnp.linalg.norm(scaled, axis=-1, keepdims=True)
-        is_real = jnp.abs(rest) > ROUNDINGS * jnp.finfo(dtype).eps * size
+        is_real = jnp.abs(rest) > TOLERANCE * size
         return view.unoriented(jnp.where(is_real, rest, 0))
 
 

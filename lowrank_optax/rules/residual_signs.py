@@ -53,8 +53,11 @@ class Normalized(Stateless):
         """Returns scale (N P^T + w E_j / ||E_j||); see :class:`ResidualRule`."""
         view = pieces.view
         matrices = view.matrices(pieces.residual())
-        norms = jnp.linalg.norm(matrices, axis=-2, keepdims=True)
-        unit = matrices / jnp.where(norms > 0, norms, 1)
+        # The largest entry first: squares of others may overflow or underflow.
+        peaks = jnp.max(jnp.abs(matrices), axis=-2, keepdims=True)
+        shrunk = matrices / jnp.where(peaks > 0, peaks, 1)
+        norms = jnp.linalg.norm(shrunk, axis=-2, keepdims=True)
+        unit = shrunk / jnp.where(norms > 0, norms, 1)
         weight = jnp.asarray(self.weight, unit.dtype)
         return added(pieces, weight * view.leaf(unit)), state
 
