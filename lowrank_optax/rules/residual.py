@@ -24,6 +24,9 @@ from lowrank_optax.checks import check_at_least
 from lowrank_optax.matrix.view import MatrixView
 from lowrank_optax.rules.orthonormal import TOLERANCE
 
+# Of R = G P, of R P^T, of the difference, and of P itself.
+ROUNDINGS = 4
+
 
 @dataclasses.dataclass(frozen=True)
 class Pieces:
@@ -70,9 +73,9 @@ class Pieces:
     def residual(self) -> jax.Array:
         """Returns E = G - R P^T in the leaf's shape, 0 where it is rounding alone.
 
-        Entries are taken for rounding up to 1e-5 times the norm of their row of G,
-        along the projected side, as far as bases are from orthonormal: signs and unit
-        columns would make steps of them.
+        Signs and unit columns would make steps of rounding. A row of E counts as
+        rounding up to 1e-5 of the norm of G's row, as far as bases are from
+        orthonormal, and an entry up to 4 eps of it.
         """
         view, dtype = self.view, self.basis.dtype
         assert self.gradient is not None
@@ -80,9 +83,12 @@ class Pieces:
         rows = view.oriented(self.gradient.astype(dtype))
         # The largest entry first: squares of others may overflow or underflow.
         peak = jnp.max(jnp.abs(rows), axis=-1, keepdims=True)
-        scaled = rows / jnp.where(peak > 0, peak, 1)
-        size = peak * jnp.linalg.norm(scaled, axis=-1, keepdims=True)
-        is_real = jnp.abs(rest) > TOLERANCE * size
+        peak = jnp.where(peak > 0, peak, 1)
+        size = jnp.linalg.norm(rows / peak, axis=-1, keepdims=True)
+        shrunk = jnp.abs(rest) / peak
+        length = jnp.linalg.norm(shrunk, axis=-1, keepdims=True)
+        is_real = shrunk > ROUNDINGS * jnp.finfo(dtype).eps * size
+        is_real &= length > TOLERANCE * size
         return view.unoriented(jnp.where(is_real, rest, 0))
 
 
