@@ -157,6 +157,13 @@ def neuron_losses() -> Rows:
         yield [f"`{method}`", losses, f"{mean:.4f}", f"{x['block_state_share']:.3f}"]
 
 
+def adarankgrad_long() -> Rows:
+    yield ["method", "step 350", "step 700"]
+    for method, x in measurements("adarankgrad-long-cpu").items():
+        losses = (x["losses"].get(step) for step in ("350", "700"))
+        yield [f"{method}", *("" if loss is None else f"{loss:.4f}" for loss in losses)]
+
+
 def dct_losses() -> Rows:
     yield [
         "method",
@@ -348,6 +355,7 @@ TABLES: dict[str, Callable[[], Rows]] = {
     "sketches": sketches,
     "sketch-losses": sketch_losses,
     "neuron-losses": neuron_losses,
+    "adarankgrad-long": adarankgrad_long,
     "dct-losses": dct_losses,
     "update-cpu": update_cpu,
     "renewal-cpu": renewal_cpu,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_optax.checks import as_count
-from lowrank_optax.matrix.arrays import as_arrays, wide
+from lowrank_optax.matrix.arrays import as_arrays, leaf_name, wide
 from lowrank_optax.matrix.boxes import boxed_like, leaves_by_path, unboxed
 from lowrank_optax.matrix.dimension_numbers import DimensionNumbers
 from lowrank_optax.matrix.plan import plan_leaves, views_of
@@ -67,7 +67,7 @@ class Adapter:
         """
         arrays = as_arrays(pretrained)
         found = _views(arrays, self.dimension_numbers)
-        views = {_name(path): view for path, view in found.items()}
+        views = {leaf_name(path): view for path, view in found.items()}
         for name, factors in self.factors.items():
             view = views.get(name)
             shape = (*factors.down.shape[:-1], factors.up.shape[-1])
@@ -78,7 +78,7 @@ class Adapter:
                 )
 
         def leaf(path, array):
-            factors, view = self.factors.get(_name(path)), views[_name(path)]
+            factors, view = self.factors.get(leaf_name(path)), views[leaf_name(path)]
             if factors is None or view is None:
                 return array
             change = view.leaf(np.matmul(*factors))
@@ -157,6 +157,8 @@ def extract_adapter(
         AdaRankGrad, Section 3.3. The paper takes rank(D) and finds A and B by gradient
         descent; the truncated SVD is the optimum that the descent approaches.
     """
+    if rank is not None:
+        rank = as_count("rank", rank)
     _check(rank, energy)
     tuned, pretrained = as_arrays(tuned), as_arrays(pretrained)
     before, after = leaves_by_path(pretrained), leaves_by_path(tuned)
@@ -170,19 +172,19 @@ def extract_adapter(
         if view is not None and roles[path].role == "hidden":
             if rank is not None and rank > min(view.rows, view.columns):
                 raise ValueError(
-                    f"{_name(path)}: rank {rank} is above the shorter side of "
+                    f"{leaf_name(path)}: rank {rank} is above the shorter side of "
                     f"({view.rows} x {view.columns}); give a smaller rank, or leave "
                     "the leaf out by a pattern."
                 )
             covered[path] = view
     factors, ranks, errors = {}, {}, {}
     for path, view in covered.items():
-        name = _name(path)
+        name = leaf_name(path)
         change = view.matrices(_change(after[path], before[path]))
         if not np.isfinite(change).all():
             raise ValueError(f"{name}: the change is not finite everywhere.")
         factors[name], ranks[name], errors[name] = _factored(change, rank, energy)
-    left = tuple(_name(path) for path in changed if path not in covered)
+    left = tuple(leaf_name(path) for path in changed if path not in covered)
     return Adapter(factors, ranks, errors, left, dimension_numbers)
 
 
@@ -236,8 +238,6 @@ def _needed(values: np.ndarray, longest: int, energy: float | None) -> int:
 def _check(rank: int | None, energy: float | None) -> None:
     if (rank is None) == (energy is None):
         raise ValueError(f"give one of rank and energy, got {rank=}, {energy=}.")
-    if rank is not None:
-        as_count("rank", rank)
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"energy must be inside (0, 1], got {energy}.")
 
@@ -246,11 +246,11 @@ def _check_same(after: Mapping[tuple, Any], before: Mapping[tuple, Any]) -> None
     for path in [*before, *after]:
         if path not in before or path not in after:
             where = "tuned" if path in before else "pretrained"
-            raise ValueError(f"{_name(path)} is missing in {where}.")
+            raise ValueError(f"{leaf_name(path)} is missing in {where}.")
     for path, leaf in before.items():
         if tuple(leaf.shape) != tuple(after[path].shape):
             raise ValueError(
-                f"{_name(path)} has shape {tuple(after[path].shape)} in tuned and "
+                f"{leaf_name(path)} has shape {tuple(after[path].shape)} in tuned and "
                 f"{tuple(leaf.shape)} in pretrained."
             )
 
@@ -276,7 +276,3 @@ def _views(
 ) -> dict[tuple, MatrixView | None]:
     """Returns each leaf as a stack of matrices; None for a leaf without a matrix."""
     return views_of(plan_leaves(params, 0, "short", dimension_numbers))
-
-
-def _name(path: tuple) -> str:
-    return jax.tree_util.keystr(path) or "(the whole tree)"

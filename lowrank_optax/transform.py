@@ -142,10 +142,10 @@ def scale_by_low_rank(
         program on every step without a due basis. A leaf without a basis does not move.
 
     Raises:
-        TypeError: If ``rank`` is neither an int nor a rule; in ``update``, if
-            ``refresh`` is no Python bool.
-        ValueError: If a rank, granularity, side or rule is unknown, or a random basis
-            has a rank by energy; in ``init``, if ``inner`` needs parameters, if
+        TypeError: If a rule is none of its kind; in ``update``, if ``refresh`` is no
+            Python bool.
+        ValueError: If a rank, granularity, side, kind or name is unknown, or a random
+            basis has a rank by energy; in ``init``, if ``inner`` needs parameters, if
             ``inner`` has a state without a re-basing rule, or if dimension numbers do
             not fit a leaf; in ``update``, if a gradient does not fit the state.
 

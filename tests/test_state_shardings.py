@@ -270,7 +270,6 @@ def test_map_params_with_partitions_refuses_a_subspace_unless_it_counts_as_a_lea
 
 def test_blocks_of_a_basis_are_whole_on_every_device():
     """At a granularity of 2 each device has b / 2 rows; the mesh would divide them."""
-
     mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     w = jax.device_put(jnp.zeros((64, 32)), NamedSharding(mesh, P(None, "x")))
     for granularity, rows in ((1, 32 // 4), (2, 16)):

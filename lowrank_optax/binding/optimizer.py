@@ -13,7 +13,7 @@ from jax.core import Tracer
 
 from lowrank_optax.binding.numbers import computed, replaced, traced_numbers
 from lowrank_optax.binding.states import is_slot, slots_of
-from lowrank_optax.matrix.arrays import as_arrays
+from lowrank_optax.matrix.arrays import as_arrays, leaf_name
 from lowrank_optax.matrix.boxes import leaves_by_path
 from lowrank_optax.matrix.inference import is_in_model
 from lowrank_optax.matrix.plan import LeafPlan
@@ -215,10 +215,6 @@ def _known_bindings(init: Callable) -> dict[Hashable, Binding]:
         return {}
 
 
-def _name(path: tuple) -> str:
-    return jax.tree_util.keystr(path) or "(the whole tree)"
-
-
 def _key(shapes: Any) -> Hashable:
     """Returns what a binding depends on, besides the optimizer.
 
@@ -259,12 +255,12 @@ def _bind(optimizer: optax.GradientTransformation, params: Any) -> Binding:
     leaves = leaves_by_path(params)
     for who in bound:
         if strange := who.projected - leaves.keys():
+            names, some = map(leaf_name, strange), map(leaf_name, list(leaves)[:4])
             raise ValueError(
-                f"the optimizer projects {', '.join(map(_name, strange))}, and the "
-                f"parameters have {', '.join(map(_name, list(leaves)[:4]))}: it hands "
-                "on a part of them, as optax.lookahead does. Such an optimizer gets "
-                "full gradients, from jax.value_and_grad; put accumulate and "
-                "apply_if_finite inside it."
+                f"the optimizer projects {', '.join(names)}, and the parameters have "
+                f"{', '.join(some)}: it hands on a part of them, as optax.lookahead "
+                "does. Such an optimizer gets full gradients, from jax.value_and_grad; "
+                "put accumulate and apply_if_finite inside it."
             )
         twice = seen & who.projected
         if twice:

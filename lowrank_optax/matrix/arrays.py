@@ -1,4 +1,4 @@
-"""Leaves as arrays, and the dtype of computations."""
+"""Leaves as arrays: their names, shapes and dtypes."""
 
 from typing import Any
 
@@ -26,6 +26,11 @@ def struct_of(leaf: Any, sharding: Any = None) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
 
 
+def leaf_name(path: tuple) -> str:
+    """Returns how messages and results call a leaf: its key path."""
+    return jax.tree_util.keystr(path) or "(the whole tree)"
+
+
 def as_arrays(tree: Any) -> Any:
     """Returns a tree whose leaves have a shape and a dtype. Numbers become arrays.
 
@@ -41,10 +46,9 @@ def as_arrays(tree: Any) -> Any:
             return leaf
         if isinstance(leaf, (bool, int, float, complex)):
             return jnp.asarray(leaf)
-        name = jax.tree_util.keystr(path) or "(the whole tree)"
         raise TypeError(
-            f"{name} is no array but {type(leaf).__name__}; give the optimizer the "
-            "arrays of a model alone, such as equinox.filter(model, "
+            f"{leaf_name(path)} is no array but {type(leaf).__name__}; give the "
+            "optimizer the arrays of a model alone, such as equinox.filter(model, "
             "equinox.is_inexact_array)."
         )
 

@@ -6,9 +6,9 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
+from lowrank_optax.matrix.arrays import leaf_name
 from lowrank_optax.matrix.boxes import leaves_by_path
 from lowrank_optax.matrix.dimension_numbers import DimensionNumbers, numbers_by_path
 from lowrank_optax.matrix.inference import Inferred, inferred_in_model
@@ -108,7 +108,7 @@ def plan_leaves(
 
 
 def _plan_leaf(path, leaf, capacity, side, numbers, granularity) -> LeafPlan:
-    name = jax.tree_util.keystr(path) or "(the whole tree)"
+    name = leaf_name(path)
     if path not in numbers:
         raise ValueError(f"dimension_numbers has no entry for {name}.")
 

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
+from lowrank_optax.matrix.arrays import leaf_name
 from lowrank_optax.matrix.boxes import is_box, leaves_by_path
 from lowrank_optax.matrix.inference import Inferred, inferred
 from lowrank_optax.matrix.names import (
@@ -91,8 +92,8 @@ def assigned_roles(
     if leaves and len(said) < len(leaves) and all(map(is_unnamed, leaves)):
         raise ValueError(
             "no leaf has a name that tells its role: the key paths are like "
-            f"{_name(leaves[0])}. Give a dictionary of names, such as {{variable.path: "
-            "variable.value}, or patterns for all leaves."
+            f"{leaf_name(leaves[0].path)}. Give a dictionary of names, such as "
+            "{variable.path: variable.value}, or patterns for all leaves."
         )
     numbers = inferred(params)
     heads = _heads(leaves, numbers)
@@ -133,7 +134,7 @@ def _heads(leaves: list[Leaf], numbers: Mapping[tuple, Inferred]) -> dict[tuple,
         ]
         is_told = len({*embedding.shape}) == len(embedding.shape) == 2
         if is_told and len(alike) == 1 and not is_of_layers(alike[0]):
-            found[alike[0].path] = _name(embedding)
+            found[alike[0].path] = leaf_name(embedding.path)
     return found
 
 
@@ -147,13 +148,13 @@ def _said(leaves: list[Leaf], patterns: Patterns) -> dict[tuple, Assigned]:
                 f"got {role!r}."
             )
         try:
-            of_pattern = [x for x in leaves if re.search(pattern, _name(x))]
+            of_pattern = [x for x in leaves if re.search(pattern, leaf_name(x.path))]
         except re.error as error:
             raise ValueError(
                 f"patterns: {pattern!r} is no regular expression: {error}."
             ) from error
         if not of_pattern:
-            some = ", ".join(map(_name, leaves[:3]))
+            some = ", ".join(leaf_name(x.path) for x in leaves[:3])
             raise ValueError(
                 f"patterns: {pattern!r} finds no leaf; key paths are like {some}."
             )
@@ -161,20 +162,16 @@ def _said(leaves: list[Leaf], patterns: Patterns) -> dict[tuple, Assigned]:
             other, before = found.setdefault(leaf.path, (pattern, role))
             if before != role:
                 raise ValueError(
-                    f"patterns: {other!r} makes {_name(leaf)} {before}, and "
+                    f"patterns: {other!r} makes {leaf_name(leaf.path)} {before}, and "
                     f"{pattern!r} makes it {role}; narrow one of them."
                 )
             if role == "hidden" and len(leaf.shape) < 2:
                 raise ValueError(
-                    f"patterns: {pattern!r} makes {_name(leaf)} of shape {leaf.shape} "
-                    "a hidden matrix; a matrix has two axes. Narrow the pattern, or "
-                    "give it the role vectors."
+                    f"patterns: {pattern!r} makes {leaf_name(leaf.path)} of shape "
+                    f"{leaf.shape} a hidden matrix; a matrix has two axes. Narrow the "
+                    "pattern, or give it the role vectors."
                 )
     return {
         path: Assigned(role, f"pattern {pattern!r}")
         for path, (pattern, role) in found.items()
     }
-
-
-def _name(leaf: Leaf) -> str:
-    return jax.tree_util.keystr(leaf.path) or "(the whole tree)"

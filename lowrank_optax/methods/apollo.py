@@ -3,11 +3,12 @@
 import jax
 import optax
 
+from lowrank_optax.checks import check_at_least
 from lowrank_optax.matrix.dimension_numbers import DimensionNumbers
 from lowrank_optax.methods.optimizer import Mask, as_optimizer, checked_adam
 from lowrank_optax.rules.bases import BasisRule
 from lowrank_optax.rules.random_bases import RandomBasis, gaussian
-from lowrank_optax.rules.residual_scaled import Scaled, check_growth
+from lowrank_optax.rules.residual_scaled import Scaled
 from lowrank_optax.rules.schedules import every
 from lowrank_optax.transform import scale_by_low_rank
 
@@ -148,7 +149,7 @@ def scale_by_apollo(
         - The authors add 1e-8 to every norm in a denominator. After a zero gradient
           their limiter starts from 1e-8; here the next update is not limited.
     """
-    check_growth(growth)
+    check_at_least("growth", growth, 1)
     return scale_by_low_rank(
         checked_adam(b1, b2, eps, eps_root, mu_dtype, raw_eps),
         rank,

@@ -145,6 +145,7 @@ def scale_by_low_rank_muon(
 
     Raises:
         ValueError: If a value is out of its range.
+        TypeError: If ``residual`` is a rule.
 
     References:
         A method of this library. The update is that of Jordan, `Muon

@@ -16,7 +16,7 @@ from lowrank_optax.rules.bases import BasisRule, range_finder
 from lowrank_optax.rules.newton_schulz import (
     Coefficients,
     Triples,
-    check_orthogonalization,
+    as_steps,
     coefficients_of,
     orthogonalized,
     orthogonalized_by_factor,
@@ -151,12 +151,12 @@ def scale_by_sumo(
         Nesterov's step.
     """
     check_decay("beta", beta)
-    check_orthogonalization(ns_steps, rms)
-    coefficients = coefficients_of(ns_coefficients)
+    check_decay("rms", rms)
+    steps, coefficients = as_steps(ns_steps), coefficients_of(ns_coefficients)
 
     def muon(numbers):
         return optax.chain(
-            _muon(numbers, beta, nesterov, ns_steps, coefficients),
+            _muon(numbers, beta, nesterov, steps, coefficients),
             optax.stateless(lambda tree, _: _scaled_by_sides(tree, numbers, rms)),
         )
 

@@ -13,7 +13,7 @@ from lowrank_optax.binding.moments import owner_and_field
 from lowrank_optax.binding.optimizer import bind
 from lowrank_optax.codes import bytes_of, is_coded, shape_of
 from lowrank_optax.kinds import Kind, kinds_of
-from lowrank_optax.matrix.arrays import as_arrays, struct_of
+from lowrank_optax.matrix.arrays import as_arrays, leaf_name, struct_of
 from lowrank_optax.matrix.boxes import leaves_by_path, unboxed
 from lowrank_optax.matrix.plan import LeafPlan
 from lowrank_optax.matrix.sharding import abstract, named_sharding
@@ -92,7 +92,7 @@ def memory_plan(
             on_device[owner][field] = on_device[owner].get(field, 0) + size
 
     def of_leaf(path, leaf) -> LeafMemory:
-        name = jax.tree_util.keystr(path) or "(the whole tree)"
+        name = leaf_name(path)
         plan, per_device = plans[name], None
         in_subspace = plan if path in inside else None
         if sharded is not None:

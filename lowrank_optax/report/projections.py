@@ -3,11 +3,10 @@
 import dataclasses
 from typing import Any
 
-import jax
 import optax
 
 from lowrank_optax.binding.optimizer import bind
-from lowrank_optax.matrix.arrays import as_arrays
+from lowrank_optax.matrix.arrays import as_arrays, leaf_name
 from lowrank_optax.matrix.boxes import leaves_by_path
 from lowrank_optax.matrix.plan import LeafPlan
 
@@ -47,7 +46,7 @@ def projections(
     by_path = {plan.path: plan for plan in sorted(plans, key=lambda x: x.is_projected)}
 
     def plan_of(path, leaf):
-        name = jax.tree_util.keystr(path) or "(the whole tree)"
+        name = leaf_name(path)
         assigned = binding.roles.get(path)
         reason = "not given to a low-rank transformation"
         if assigned:

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_optax.checks import as_count, check_decay
+from lowrank_optax.checks import as_count
 from lowrank_optax.matrix.arrays import wide as dtype_of_sums
 from lowrank_optax.matrix.shares import in_shares
 from lowrank_optax.rules.orthonormal import HIGHEST
@@ -50,13 +50,15 @@ GRAM_STEPS = 3  # after more of them rounding shows, in float32
 LEAST_GRAM_RATIO = 2  # long side / short side; measured on two CPU cores
 
 
-def check_orthogonalization(
-    ns_steps: jax.typing.ArrayLike, rms: jax.typing.ArrayLike
-) -> None:
-    """Raises ValueError if a hyperparameter of Muon is out of its range."""
-    check_decay("rms", rms)
-    if not isinstance(ns_steps, jax.Array):
-        as_count("ns_steps", ns_steps)
+def as_steps(ns_steps: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
+    """Returns a number of steps as an int, or as it is if it is an array of JAX.
+
+    Raises:
+        ValueError: If it is no int, or below 1.
+    """
+    if isinstance(ns_steps, jax.Array):
+        return ns_steps
+    return as_count("ns_steps", ns_steps)
 
 
 def coefficients_of(ns_coefficients: Coefficients) -> Triples:

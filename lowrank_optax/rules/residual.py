@@ -20,7 +20,6 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.checks import check_at_least
 from lowrank_optax.matrix.view import MatrixView
 from lowrank_optax.rules.orthonormal import TOLERANCE
 
@@ -163,8 +162,3 @@ def added(pieces: Pieces, part: jax.Array) -> jax.Array:
     """Returns scale (N P^T + part), ``part`` in the leaf's shape."""
     inside = pieces.view.lift(pieces.narrow.astype(pieces.basis.dtype), pieces.basis)
     return pieces.scaled(inside + part)
-
-
-def check_weight(weight: jax.typing.ArrayLike) -> None:
-    """Raises ValueError if the weight of a residual is negative."""
-    check_at_least("weight", weight, 0)

@@ -4,15 +4,16 @@ import dataclasses
 
 import jax
 
+from lowrank_optax.checks import check_at_least, check_decay
 from lowrank_optax.matrix.view import MatrixView
 from lowrank_optax.rules.newton_schulz import (
     Coefficients,
     Triples,
-    check_orthogonalization,
+    as_steps,
     coefficients_of,
     orthogonalized,
 )
-from lowrank_optax.rules.residual import Pieces, Stateless, check_weight
+from lowrank_optax.rules.residual import Pieces, Stateless
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +74,7 @@ def orthogonalized_residual(
     References:
         Jordan, `Muon <https://kellerjordan.github.io/posts/muon/>`_, 2024.
     """
-    check_weight(weight)
-    check_orthogonalization(ns_steps, rms)
-    return Orthogonalized(weight, ns_steps, rms, coefficients_of(ns_coefficients))
+    check_at_least("weight", weight, 0)
+    check_decay("rms", rms)
+    steps, coefficients = as_steps(ns_steps), coefficients_of(ns_coefficients)
+    return Orthogonalized(weight, steps, rms, coefficients)

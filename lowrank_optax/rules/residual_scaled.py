@@ -126,10 +126,5 @@ def scaled_residual(
         Chen et al., `Fira <https://arxiv.org/abs/2410.01623>`_, 2024.
         :func:`lowrank_optax.scale_by_fira` lists how the authors' code differs.
     """
-    check_growth(growth)
-    return Scaled(growth, inside, taken, decays)
-
-
-def check_growth(growth: jax.typing.ArrayLike) -> None:
-    """Raises ValueError if the limiter's growth is below 1."""
     check_at_least("growth", growth, 1)
+    return Scaled(growth, inside, taken, decays)

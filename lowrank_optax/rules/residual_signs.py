@@ -5,7 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.rules.residual import Pieces, Stateless, added, check_weight
+from lowrank_optax.checks import check_at_least
+from lowrank_optax.rules.residual import Pieces, Stateless, added
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ def sign_residual(weight: jax.typing.ArrayLike = 1.0) -> Sign:
         the subspace may consist of whole blocks, and the two parts have two learning
         rates. Their ratio is ``weight`` here.
     """
-    check_weight(weight)
+    check_at_least("weight", weight, 0)
     return Sign(weight)
 
 
@@ -79,5 +80,5 @@ def normalized_residual(weight: jax.typing.ArrayLike = 1.0) -> Normalized:
         Glentis et al., `SCALE <https://arxiv.org/abs/2506.16659>`_, 2025. The paper
         normalizes the columns of the whole gradient and has no subspace.
     """
-    check_weight(weight)
+    check_at_least("weight", weight, 0)
     return Normalized(weight)
