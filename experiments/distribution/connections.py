@@ -50,7 +50,8 @@ class Connections:
             found.settimeout(None)
             found.sendall(processes.index().to_bytes(4, "big"))
             self._sockets.append(found)
-            self._start(self._listen, found, 0)
+            # Its own descriptor: "close" gives up the other, at whatever time.
+            self._start(self._hear_first, found.dup())
 
     def close(self) -> None:
         """Says good-bye. The connection itself ends with the process."""
@@ -96,6 +97,10 @@ class Connections:
                 # Behind the good-bye: the end of the process closes the connection.
                 found.recv(1)
                 found.close()
+
+    def _hear_first(self, found: socket.socket) -> None:
+        with found:
+            self._listen(found, 0)
 
     def _listen(self, found: socket.socket, index: int) -> None:
         try:

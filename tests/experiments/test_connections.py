@@ -26,10 +26,10 @@ def connect(monkeypatch):
     monkeypatch.setattr(processes, "count", lambda: 2)
     monkeypatch.setattr(processes, "of_first", of_first)
 
-    def make(index, lost):
+    def make(index, lost, kind=Connections):
         monkeypatch.setattr(processes, "is_first", lambda: index == 0)
         monkeypatch.setattr(processes, "index", lambda: index)
-        return Connections(lost, "localhost")
+        return kind(lost, "localhost")
 
     return make
 
@@ -41,6 +41,7 @@ def test_a_closed_connection_is_told_with_its_number(connect):
     (connection,) = second._sockets
     # As the system does it for a process that dies.
     connection.shutdown(socket.SHUT_RDWR)
+    connection.close()
     assert {lost.get(timeout=10), lost.get(timeout=10)} == {0, 1}
 
 
@@ -59,6 +60,26 @@ def test_a_good_bye_is_not_the_end_of_a_process(connect):
     # As the system does it at the end of a process.
     os.close(descriptor)
     assert first.await_ends(10)
+    assert lost.empty()
+
+
+def test_a_good_bye_before_the_other_is_listened_to_is_no_loss(connect):
+    """A thread may begin late: it then finds what was said, not a closed descriptor."""
+    lost = queue.Queue()
+    late = []
+
+    class Late(Connections):
+        def _start(self, function, *arguments):
+            late.append((function, *arguments))
+
+    first = connect(0, lost.put)
+    second = connect(1, lost.put, Late)
+    while not first._listening:
+        time.sleep(0.01)
+    for each in (first, second):
+        each.close()
+    ((listen, *arguments),) = late
+    listen(*arguments)
     assert lost.empty()
 
 
