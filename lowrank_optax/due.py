@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from lowrank_optax.binding.optimizer import Binding
 from lowrank_optax.binding.states import low_rank_states, slots_of
+from lowrank_optax.matrix.arrays import leaf_name
 from lowrank_optax.parts import Parts
 from lowrank_optax.subspace import Subspace, fraction_of
 
@@ -80,7 +81,7 @@ def due_by_path(
                 continue
             later = slot._replace(age=slot.age + ahead)
             found = is_due(later, node.count + ahead, parts)
-            due[jax.tree_util.keystr(path)] = jnp.any(found)
+            due[leaf_name(path)] = jnp.any(found)
     return due
 
 
@@ -91,7 +92,7 @@ def attempts_by_path(state: Any) -> dict[str, jax.Array]:
         Key path -> int32 (2, *stack); renewals, and failures since the last one.
     """
     return {
-        jax.tree_util.keystr(path): jnp.stack([slot.refreshes, slot.failures])
+        leaf_name(path): jnp.stack([slot.refreshes, slot.failures])
         for node in low_rank_states(state)
         for path, slot in slots_of(node).items()
     }
@@ -116,7 +117,7 @@ def due_next(
     for node in low_rank_states(state):
         parts, slots = binding.of(node).parts, slots_of(node)
         for position, (path, slot) in enumerate(slots.items()):
-            name, due = jax.tree_util.keystr(path), []
+            name, due = leaf_name(path), []
             first = parts.refresh.first_age(fraction_of(position, len(slots)))
             is_first = slot.refreshes == 0
             slot = slot._replace(age=slot.age + (name in early))
@@ -149,5 +150,5 @@ def due_again(binding: Binding, state: Any, within: int) -> dict[str, jax.Array]
             rule = binding.of(node).parts.refresh
             ages = [jnp.full_like(slot.age, age) for age in range(1, within + 1)]
             each = [jnp.any(rule.is_due(age, slot.trend)) for age in ages]
-            found[jax.tree_util.keystr(path)] = jnp.any(jnp.array(each))
+            found[leaf_name(path)] = jnp.any(jnp.array(each))
     return found

@@ -8,7 +8,7 @@ import optax
 
 from lowrank_optax.binding.states import as_given
 from lowrank_optax.checks import check_decay, check_positive, is_known
-from lowrank_optax.matrix.arrays import as_arrays, wide
+from lowrank_optax.matrix.arrays import as_arrays, leaf_name, wide
 from lowrank_optax.matrix.boxes import boxed_like, contents, is_box, unboxed
 from lowrank_optax.matrix.dimension_numbers import DimensionNumbers
 from lowrank_optax.matrix.plan import plan_leaves, views_of
@@ -155,7 +155,7 @@ def _check(path: tuple, view: MatrixView, squares: Any) -> None:
     found = getattr(squares, "shape", None)
     if found != expected:
         raise ValueError(
-            f"{jax.tree_util.keystr(path)}: scale_by_neuron's state has "
+            f"{leaf_name(path)}: scale_by_neuron's state has "
             f"{'nothing' if found is None else f'shape {found}'}, and the update wants "
             f"{expected}; make the state from the same parameters."
         )

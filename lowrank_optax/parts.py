@@ -7,6 +7,7 @@ import jax
 
 from lowrank_optax.checks import as_count, check_is_static
 from lowrank_optax.kinds import Kind, kinds_of
+from lowrank_optax.matrix.arrays import leaf_name
 from lowrank_optax.matrix.dimension_numbers import DimensionNumbers
 from lowrank_optax.matrix.plan import LeafPlan, plan_leaves
 from lowrank_optax.matrix.view import Side
@@ -122,6 +123,6 @@ def check_subspace_is_enough(parts: Parts, path: tuple) -> None:
     """
     if parts.needs_full_gradients:
         raise ValueError(
-            f"{jax.tree_util.keystr(path)}: this method needs the full gradient at "
+            f"{leaf_name(path)}: this method needs the full gradient at "
             "every update; use jax.value_and_grad."
         )

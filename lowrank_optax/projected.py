@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import optax
 
+from lowrank_optax.matrix.arrays import leaf_name
 from lowrank_optax.matrix.boxes import unboxed
 from lowrank_optax.matrix.sharding import abstract
 
@@ -128,7 +129,7 @@ def full_size(gradients: Any, params: Any) -> Any:
         for path, gradient in gradients_by_path(gradients).items():
             if is_projected(gradient):
                 raise ValueError(
-                    f"{jax.tree_util.keystr(path)}: a projected gradient lacks the "
+                    f"{leaf_name(path)}: a projected gradient lacks the "
                     "full shape, so update needs params too; call "
                     "optimizer.update(gradients, state, params)."
                 )

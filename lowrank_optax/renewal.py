@@ -23,6 +23,7 @@ from lowrank_optax.binding.states import (
 from lowrank_optax.codes import coded_record, decode, encode, is_coded
 from lowrank_optax.due import asked
 from lowrank_optax.fitting import below, blended, with_basis_of
+from lowrank_optax.matrix.arrays import leaf_name
 from lowrank_optax.projected import Sketch, gradients_by_path, is_projected
 from lowrank_optax.rules.products import is_usable
 from lowrank_optax.rules.rebase import random_transfer, rebased, transfer
@@ -159,7 +160,7 @@ def _kinds(leaves: Iterable[_Leaf]) -> list[list[_Leaf]]:
     kinds: dict[Any, list[_Leaf]] = {}
     for leaf in leaves:
         arrays = jax.tree.leaves((leaf.renewable, leaf.gradient))
-        place = jax.tree_util.keystr(leaf.projector.path)
+        place = leaf_name(leaf.projector.path)
         key = (
             re.sub(r"\d+", "", place),
             leaf.projector.view,

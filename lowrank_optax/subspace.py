@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax.codes import decode, shape_of
-from lowrank_optax.matrix.arrays import wide
+from lowrank_optax.matrix.arrays import leaf_name, wide
 from lowrank_optax.matrix.boxes import leaves_by_path
 from lowrank_optax.matrix.plan import LeafPlan
 from lowrank_optax.matrix.sharding import coordinate_axes, zeros_beside
@@ -197,7 +197,7 @@ def projectors_of_state(
     for path, subspace in subspaces.items():
         if path not in plans:
             raise ValueError(
-                f"{jax.tree_util.keystr(path)} has a subspace in the state and no "
+                f"{leaf_name(path)} has a subspace in the state and no "
                 "gradient. Was the state made for other parameters? A function for "
                 "labels or masks must not depend on the gradients: give "
                 "optax.partition and optax.masked a tree made from the parameters."

@@ -39,7 +39,7 @@ from lowrank_optax.codes import decoded_tree, encoded_tree
 from lowrank_optax.core import Core, InLeaf, Inner, InsideSubspace
 from lowrank_optax.initial import initial_state
 from lowrank_optax.kinds import Kind
-from lowrank_optax.matrix.arrays import as_arrays
+from lowrank_optax.matrix.arrays import as_arrays, leaf_name
 from lowrank_optax.matrix.boxes import is_box, unboxed, with_contents
 from lowrank_optax.matrix.dimension_numbers import DimensionNumbers
 from lowrank_optax.matrix.plan import LeafPlan, views_of
@@ -292,7 +292,7 @@ def _check_projected(
         if shape != expected:
             where = expected or "there is none here"
             raise ValueError(
-                f"{jax.tree_util.keystr(path)}: a projected gradient of shape {shape} "
+                f"{leaf_name(path)}: a projected gradient of shape {shape} "
                 f"does not fit its subspace: {where}."
             )
         check_subspace_is_enough(parts, path)

@@ -7,6 +7,7 @@ import jax
 
 from lowrank_optax.codes import is_coded, shape_of
 from lowrank_optax.kinds import Kind
+from lowrank_optax.matrix.arrays import leaf_name
 
 
 class Moment(NamedTuple):
@@ -62,7 +63,7 @@ def locate_moments(
             raise ValueError(_unknown(path, field, shape))
         if shape != shapes[owner]:
             raise ValueError(
-                f"{jax.tree_util.keystr(owner)}: projected gradients of shape "
+                f"{leaf_name(owner)}: projected gradients of shape "
                 f"{shapes[owner]} do not fit {field!r} of shape {shape}; "
                 "was the state made with another rank, side or granularity, or for "
                 "other parameters or dimension_numbers?"
@@ -116,7 +117,7 @@ def _field(path) -> str:
 
 def _unknown(path, field, shape) -> str:
     return (
-        f"inner state field {field!r} at {jax.tree_util.keystr(path)} with shape "
+        f"inner state field {field!r} at {leaf_name(path)} with shape "
         f"{tuple(shape)} has no re-basing rule; name its kind by "
         f"scale_by_low_rank(..., moments={{{field!r}: kind}}). A kind is 'first' "
         "(linear in the gradients, in their shape), 'second' (an average of their "

@@ -8,6 +8,7 @@ import jax
 from lowrank_optax.gradients.leaves import ProjectedLeaf
 from lowrank_optax.gradients.program import evaluate
 from lowrank_optax.gradients.traced import traced
+from lowrank_optax.matrix.arrays import leaf_name
 from lowrank_optax.matrix.boxes import leaves_by_path
 from lowrank_optax.projected import Sketch
 
@@ -70,7 +71,7 @@ def evaluated(
         gradients.append(one.public(leaf, found))
         sketch = one.sketch(leaf, found)
         if sketch is not None:
-            sketches[jax.tree_util.keystr(one.projector.path)] = sketch
+            sketches[leaf_name(one.projector.path)] = sketch
     aux = aux_of(aux)
     return Evaluated(
         (value, aux) if has_aux else value,

@@ -7,6 +7,7 @@ import jax
 
 from lowrank_optax.gradients.followed import Followed, Term
 from lowrank_optax.gradients.layout import Layout
+from lowrank_optax.matrix.arrays import leaf_name
 from lowrank_optax.projected import Projected, Sketch
 from lowrank_optax.sketch import sketch_beside
 from lowrank_optax.subspace import Projector
@@ -53,7 +54,7 @@ class ProjectedLeaf(NamedTuple):
         if self.omega is not None:
             bases.append(layout.test_matrix(leaf, self.omega))
         terms = tuple(map(Term, arrays, bases))
-        name = jax.tree_util.keystr(self.projector.path)
+        name = leaf_name(self.projector.path)
         return Followed(leaf, terms, layout.dims, (name,))
 
     def public(self, leaf: Any, arrays: Sequence[jax.Array]) -> Projected:

@@ -12,6 +12,7 @@ from lowrank_optax.binding.states import low_rank_states, slots_of
 from lowrank_optax.due import due_by_path
 from lowrank_optax.gradients.evaluation import evaluated
 from lowrank_optax.gradients.leaves import ProjectedLeaf
+from lowrank_optax.matrix.arrays import leaf_name
 from lowrank_optax.matrix.boxes import leaves_by_path, unboxed
 from lowrank_optax.parts import check_subspace_is_enough
 from lowrank_optax.projected import Projected, Sketch
@@ -106,7 +107,7 @@ class SubspaceValueAndGrad:
         binding = bind(self._optimizer, params)
 
         def stand_in(path, _):
-            return sketches.get(jax.tree_util.keystr(path), Projected(None))
+            return sketches.get(leaf_name(path), Projected(None))
 
         gradients = jax.tree_util.tree_map_with_path(stand_in, unboxed(params))
         return renewed_everywhere(
@@ -170,12 +171,12 @@ class SubspaceValueAndGrad:
             projectors = binding.projectors(params, node)
             omegas = {} if wanted is None else wanted.omegas(projectors, slots)
             for path, projector in projectors.items():
-                if jax.tree_util.keystr(path) in self._full_gradients:
+                if leaf_name(path) in self._full_gradients:
                     continue
                 check_subspace_is_enough(projector.parts, path)
                 if path in binding.shared:
                     raise ValueError(
-                        f"{jax.tree_util.keystr(path)} is given to two low-rank "
+                        f"{leaf_name(path)} is given to two low-rank "
                         "transformations, and one of them takes its full gradient; "
                         "give each its own leaves by optax.masked or optax.partition."
                     )
@@ -204,7 +205,7 @@ class _Wanted(NamedTuple):
         """Returns test matrices of a transformation's leaves with wanted sketches."""
         found = {}
         for path, projector in projectors.items():
-            name = jax.tree_util.keystr(path)
+            name = leaf_name(path)
             is_named = name in self.paths or not self.paths
             if not is_named or projector.parts.is_random:
                 continue

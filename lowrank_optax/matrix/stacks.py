@@ -4,8 +4,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
-import jax
-
+from lowrank_optax.matrix.arrays import leaf_name
 from lowrank_optax.matrix.names import (
     InAttention,
     Kind,
@@ -155,7 +154,7 @@ def _said(leaves: Iterable[Leaf], scan_axis: ScanAxis | None) -> dict[tuple, int
     for pattern, axis in by_pattern.items():
         of_pattern: dict[int, str] = {}
         for leaf in leaves:
-            name = jax.tree_util.keystr(leaf.path)
+            name = leaf_name(leaf.path)
             if not (re.search(pattern, name) if pattern else is_of_layers(leaf)):
                 continue
             ndim = len(leaf.shape)

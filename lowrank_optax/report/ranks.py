@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from lowrank_optax.binding.states import low_rank_states, slots_of
+from lowrank_optax.matrix.arrays import leaf_name
 from lowrank_optax.subspace import Subspace
 
 
@@ -19,7 +20,7 @@ def subspaces(state: Any) -> dict[str, Subspace]:
         Key path of the parameter, as ``jax.tree_util.keystr`` writes it, -> subspace.
     """
     return {
-        jax.tree_util.keystr(path): slot
+        leaf_name(path): slot
         for node in low_rank_states(state)
         for path, slot in slots_of(node).items()
     }

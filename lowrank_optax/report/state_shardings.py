@@ -6,7 +6,7 @@ import jax
 import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lowrank_optax.matrix.arrays import struct_of
+from lowrank_optax.matrix.arrays import leaf_name, struct_of
 from lowrank_optax.matrix.boxes import contents, is_box, names_of, with_contents
 from lowrank_optax.matrix.sharding import named_sharding
 
@@ -98,7 +98,7 @@ def state_shardings(
     for path, leaf in leaves:
         if not hasattr(contents(leaf), "shape"):
             raise TypeError(
-                f"{jax.tree_util.keystr(path)} is {contents(leaf)!r}, which has no "
+                f"{leaf_name(path)} is {contents(leaf)!r}, which has no "
                 "shape; give jax.ShapeDtypeStruct(shape, dtype, sharding=...)."
             )
     known = [found.mesh for _, leaf in leaves if (found := named_sharding(leaf))]
@@ -126,7 +126,7 @@ def _spec_of_names(path: tuple, leaf: Any, mesh: Any) -> PartitionSpec:
     unknown = [x for x in named if x is not None and x not in mesh.axis_names]
     if unknown:
         raise ValueError(
-            f"{jax.tree_util.keystr(path)}: {', '.join(map(repr, unknown))} is no axis "
+            f"{leaf_name(path)}: {', '.join(map(repr, unknown))} is no axis "
             f"of the mesh, which has {', '.join(map(repr, mesh.axis_names))}; give "
             "leaves with a NamedSharding, or let Flax translate the state's own names."
         )

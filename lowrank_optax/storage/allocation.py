@@ -12,6 +12,7 @@ from lowrank_optax.binding.states import arrays_by_leaf
 from lowrank_optax.checks import as_count
 from lowrank_optax.codes import decode
 from lowrank_optax.kinds import Kind, kinds_of
+from lowrank_optax.matrix.arrays import leaf_name
 from lowrank_optax.rules.budget import parse_bytes
 from lowrank_optax.storage.resize import Columns, columns, resized
 
@@ -69,7 +70,7 @@ def reallocate(
         limit = int(sum(x.capacity * x.bytes_per_column for x in found.values()))
     limit = parse_bytes(limit)
     wanted = allocate(found, energies(state, moments), limit, bucket, weight)
-    by_name = {jax.tree_util.keystr(path): path for path in arrays_by_leaf(state)}
+    by_name = {leaf_name(path): path for path in arrays_by_leaf(state)}
     return resized(state, {by_name[name]: k for name, k in wanted.items()})
 
 
@@ -97,13 +98,11 @@ def energies(
             values = decode(kinds["first"]) ** 2
         else:
             raise ValueError(
-                f"{jax.tree_util.keystr(path)}: there is no moment in the subspace to "
+                f"{leaf_name(path)}: there is no moment in the subspace to "
                 f"read energies from; its arrays are {', '.join(arrays)}. Name the "
                 "kind of another field by reallocate(..., moments={field: kind})."
             )
-        squares[jax.tree_util.keystr(path)] = jnp.sum(
-            values.reshape(-1, values.shape[-1]), axis=0
-        )
+        squares[leaf_name(path)] = jnp.sum(values.reshape(-1, values.shape[-1]), axis=0)
     return {path: np.asarray(x) for path, x in jax.device_get(squares).items()}
 
 

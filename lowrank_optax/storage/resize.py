@@ -16,6 +16,7 @@ import numpy as np
 from lowrank_optax.binding.states import arrays_by_leaf, map_columns, stored_slots
 from lowrank_optax.checks import as_count
 from lowrank_optax.codes import bytes_of, is_coded, shape_of, with_columns
+from lowrank_optax.matrix.arrays import leaf_name
 from lowrank_optax.subspace import Subspace
 
 
@@ -72,7 +73,7 @@ def capacities(state: Any) -> dict[str, int]:
         {"['w']": 4}
     """
     return {
-        jax.tree_util.keystr(path): shape_of(slot.basis)[-1]
+        leaf_name(path): shape_of(slot.basis)[-1]
         for path, slot in stored_slots(state).items()
     }
 
@@ -108,7 +109,7 @@ def resize(state: Any, ranks: SupportsIndex | Mapping[str, SupportsIndex]) -> An
         {"['w']": 8}
     """
     slots, arrays = stored_slots(state), arrays_by_leaf(state)
-    by_name = {jax.tree_util.keystr(path): path for path in slots}
+    by_name = {leaf_name(path): path for path in slots}
     by_leaf = ranks if isinstance(ranks, Mapping) else dict.fromkeys(by_name, ranks)
     wanted = {}
     for name, columns in by_leaf.items():
@@ -185,7 +186,7 @@ def columns(state: Any) -> dict[str, Columns]:
     numbers = dict(zip(slots, read, strict=True))
     arrays = arrays_by_leaf(state)
     return {
-        jax.tree_util.keystr(path): Columns(
+        leaf_name(path): Columns(
             capacity=shape_of(slot.basis)[-1],
             rank=int(np.max(numbers[path][0])),
             demand=float(np.max(numbers[path][1])),

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 
 from lowrank_optax.binding.states import names
+from lowrank_optax.matrix.arrays import leaf_name
 
 
 def like_saved(state: Any, saved: Any) -> Any:
@@ -45,7 +46,7 @@ def like_saved(state: Any, saved: Any) -> Any:
         name = names(path)
         if name not in shapes or len(shapes[name]) != len(leaf.shape):
             raise ValueError(
-                f"{jax.tree_util.keystr(path)} of shape {tuple(leaf.shape)} is "
+                f"{leaf_name(path)} of shape {tuple(leaf.shape)} is "
                 f"{shapes.get(name, 'not there')} in the saved state; was the saved "
                 "state made by another optimizer, or by low_bit with other bits or "
                 "basis_bits?"

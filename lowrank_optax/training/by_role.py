@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from lowrank_optax.binding.optimizer import announce_roles
-from lowrank_optax.matrix.arrays import as_arrays
+from lowrank_optax.matrix.arrays import as_arrays, leaf_name
 from lowrank_optax.matrix.boxes import is_box
 from lowrank_optax.matrix.inference import seen_in
 from lowrank_optax.matrix.roles import Assigned, Patterns, assigned_roles
@@ -119,7 +119,7 @@ def _transformation(role: str, part: Any) -> optax.GradientTransformation:
 def _check_hidden(found: Mapping[tuple, Assigned]) -> None:
     if any(assigned.role == "hidden" for assigned in found.values()):
         return
-    listed = [f"{jax.tree_util.keystr(p)} {assigned}" for p, assigned in found.items()]
+    listed = [f"{leaf_name(p)} {assigned}" for p, assigned in found.items()]
     raise ValueError(
         f"no leaf of {len(found)} is a hidden matrix: {', '.join(listed[:4])}"
         f"{', ...' if len(listed) > 4 else ''}. Give patterns={{regular expression: "

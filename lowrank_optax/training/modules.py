@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lowrank_optax.matrix.arrays import leaf_name
+
 
 class Model(NamedTuple):
     """A model as a step takes it.
@@ -81,7 +83,7 @@ def check_same_variables(carried: Any, behind: Any) -> None:
     """
     if jax.tree.structure(behind) != jax.tree.structure(carried):
         names = [
-            {jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(tree)}
+            {leaf_name(path) for path, _ in jax.tree.leaves_with_path(tree)}
             for tree in (carried, behind)
         ]
         changed = ", ".join(sorted(names[0] ^ names[1])) or "their kinds"

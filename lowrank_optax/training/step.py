@@ -11,7 +11,7 @@ import optax
 from lowrank_optax.binding.optimizer import Binding, bind
 from lowrank_optax.due import due_by_path
 from lowrank_optax.gradients.variants import SubspaceValueAndGrad
-from lowrank_optax.matrix.arrays import wide
+from lowrank_optax.matrix.arrays import leaf_name, wide
 from lowrank_optax.projected import Sketch, explained
 from lowrank_optax.training.accumulate import Accumulation
 from lowrank_optax.training.host_memory import moved_late, on_devices
@@ -263,8 +263,8 @@ def full_gradients_of(
         None: no leaf has a gradient inside a subspace.
     """
     binding = bind(optimizer, params)
-    names = {jax.tree_util.keystr(path) for path in binding.at_full_size} | set(named)
-    if names >= {jax.tree_util.keystr(path) for path in binding.projected}:
+    names = {leaf_name(path) for path in binding.at_full_size} | set(named)
+    if names >= {leaf_name(path) for path in binding.projected}:
         return None
     return tuple(sorted(names))
 

@@ -9,7 +9,7 @@ import optax
 
 from lowrank_optax.binding.optimizer import Binding, bind
 from lowrank_optax.binding.states import low_rank_states, slots_of
-from lowrank_optax.matrix.arrays import wide
+from lowrank_optax.matrix.arrays import leaf_name, wide
 from lowrank_optax.matrix.boxes import boxed_like, contents, is_box, unboxed
 from lowrank_optax.matrix.sharding import zeros_like_update
 from lowrank_optax.projected import (
@@ -63,7 +63,7 @@ def first_window(
         array = contents(leaf)
         if jnp.issubdtype(array.dtype, jax.dtypes.extended):
             raise TypeError(
-                f"{jax.tree_util.keystr(path)} has dtype {array.dtype}, and gradients "
+                f"{leaf_name(path)} has dtype {array.dtype}, and gradients "
                 "of this dtype cannot be added up; leave it out of the parameters."
             )
         return zeros_like_update(leaf, jax.ShapeDtypeStruct((), wide(array.dtype)))
@@ -122,14 +122,14 @@ def with_gradients(
             gradient = ProjectedSum(gradient.coordinates)
         elif gradient.dtype == jax.dtypes.float0:
             raise TypeError(
-                f"{jax.tree_util.keystr(path)} has a gradient of dtype float0, which "
+                f"{leaf_name(path)} has a gradient of dtype float0, which "
                 "cannot be added up; leave frozen leaves out of the gradients, and out "
                 "of the optimizer by optax.masked."
             )
         shapes = [jax.tree.map(jnp.shape, x) for x in (gradient, total)]
         if shapes[0] != shapes[1]:
             raise ValueError(
-                f"{jax.tree_util.keystr(path)}: a gradient of shape {shapes[0]} "
+                f"{leaf_name(path)}: a gradient of shape {shapes[0]} "
                 f"does not fit a sum of shape {shapes[1]}; was the state made for "
                 "other parameters?"
             )
