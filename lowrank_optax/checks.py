@@ -21,7 +21,11 @@ def as_count(name: str, number: Any, least: int = 1) -> int:
         ValueError: If it is not whole, an array or a bool, or below ``least``.
     """
     if not is_whole(number) or number < least:
-        raise ValueError(f"{name} must be an int >= {least}, got {number!r}.")
+        is_array = isinstance(number, jax.Array)
+        hint = (
+            "; name it in static_args of optax.inject_hyperparams" if is_array else ""
+        )
+        raise ValueError(f"{name} must be an int >= {least}, got {number!r}{hint}.")
     return int(number)
 
 
@@ -49,18 +53,20 @@ def check_share(name: str, number: Any) -> None:
         raise ValueError(f"{name} must be inside (0, 1), got {number}.")
 
 
-def check_is_static(name: str, value: Any, static_args: str) -> None:
-    """Raises TypeError if a value that shapes depend on is an array.
+def check_is_static(name: str, value: Any, static_args: str, why: str = "") -> None:
+    """Raises TypeError if a value that a program is made from is an array.
 
     Args:
         name: Name of the value.
         value: The caller's.
         static_args: The ``static_args`` that ``optax.inject_hyperparams`` needs.
+        why: Why it may not be one. Empty: shapes depend on it.
     """
     if isinstance(value, (jax.Array, np.ndarray)):
+        why = why or f"shapes depend on {name}"
         raise TypeError(
-            f"{name} must be a Python number, because shapes depend on {name}; got "
-            f"an array. With optax.inject_hyperparams write "
+            f"{name} must be a Python number, because {why}; got an array. With "
+            "optax.inject_hyperparams write "
             f"inject_hyperparams(method, static_args={static_args})."
         )
 

@@ -138,7 +138,7 @@ def decode(node: Any) -> Any:
 def _decode(coded: Coded) -> jax.Array:
     kind, shape = format_of(coded), shape_of(coded)
     codes = _unpacked(coded.codes, shape[-1]) if kind == "packed" else coded.codes
-    values = _spread(coded.absmax, shape) * (codes / jnp.float32(_LARGEST[kind]))
+    values = _spread(coded.absmax, shape) * (codes.astype(jnp.float32) / _LARGEST[kind])
     if kind == "signed":
         values = values * jnp.abs(values)
     elif kind == "root":

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax.binding.optimizer import Binding
-from lowrank_optax.binding.states import low_rank_states, slots_of
+from lowrank_optax.binding.states import all_slots, low_rank_states, slots_of
 from lowrank_optax.matrix.arrays import leaf_name
 from lowrank_optax.parts import Parts
 from lowrank_optax.subspace import Subspace, fraction_of
@@ -93,8 +93,7 @@ def attempts_by_path(state: Any) -> dict[str, jax.Array]:
     """
     return {
         leaf_name(path): jnp.stack([slot.refreshes, slot.failures])
-        for node in low_rank_states(state)
-        for path, slot in slots_of(node).items()
+        for path, slot in all_slots(state).items()
     }
 
 
@@ -120,7 +119,7 @@ def due_next(
             name, due = leaf_name(path), []
             first = parts.refresh.first_age(fraction_of(position, len(slots)))
             is_first = slot.refreshes == 0
-            slot = slot._replace(age=slot.age + (name in early))
+            slot = slot._replace(age=slot.age + int(name in early))
             for step in range(steps):
                 now = is_due(slot, node.count + step, parts)
                 due.append(jnp.any(now))

@@ -14,6 +14,7 @@ from lowrank_optax.matrix.view import Side
 from lowrank_optax.rules.bases import BasisRule
 from lowrank_optax.rules.budget import Budget
 from lowrank_optax.rules.dct_columns import DctColumns
+from lowrank_optax.rules.power_iteration import PowerIteration
 from lowrank_optax.rules.random_bases import RandomBasis
 from lowrank_optax.rules.ranks import FixedRank, RankRule, as_rank_rule
 from lowrank_optax.rules.rebase import RebaseRule, as_rebase_rule
@@ -46,9 +47,14 @@ class Parts(NamedTuple):
         return isinstance(self.basis, DctColumns)
 
     @property
-    def needs_full_gradients(self) -> bool:
-        """Whether every update needs full gradients."""
+    def uses_residual(self) -> bool:
+        """Whether every update needs what lies outside the subspaces."""
         return self.residual.needs_full_gradients
+
+    @property
+    def follows_each_gradient(self) -> bool:
+        """Whether every update moves the bases, by the full gradient."""
+        return isinstance(self.basis, PowerIteration)
 
     def plans(self, tree: Any, capacity: int = 0) -> dict[tuple, LeafPlan]:
         """Returns the plan of every leaf by its key path.
@@ -121,7 +127,7 @@ def check_subspace_is_enough(parts: Parts, path: tuple) -> None:
         parts: Parts of the transformation.
         path: Key path of a leaf with a projected gradient.
     """
-    if parts.needs_full_gradients:
+    if parts.uses_residual:
         raise ValueError(
             f"{leaf_name(path)}: this method needs the full gradient at "
             "every update; use jax.value_and_grad."

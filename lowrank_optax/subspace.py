@@ -33,7 +33,8 @@ class Subspace(NamedTuple):
             capacity), int32, with -1 for a zero column.
         rank: Columns in use; (*stack,), int32.
         demand: Demanded columns, smoothed by the rank rule; (*stack,), float32.
-        age: Updates since the refresh; (*stack,), int32.
+        age: Updates since the refresh; (*stack,), int32. With staggered refreshes the
+            first age counts from where the leaf stands in the interval.
         refreshes: Refreshes so far; (*stack,), int32.
         failures: Refreshes in a row that found no basis; (*stack,), int32.
         trend: State of the refresh rule; a pytree, () for most.

@@ -2,6 +2,7 @@
 
 import math
 
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -92,3 +93,31 @@ def test_the_residual_of_low_rank_muon_is_a_number():
 def test_a_kind_of_moments_that_is_none_is_refused(make):
     with pytest.raises(ValueError, match=r"moments\['mu'\] must be one of .*'frist'"):
         make({"mu": "frist"})
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        (
+            "power_iterations",
+            lambda rate, number: lowrank_optax.galore(
+                rate, 4, basis=lowrank_optax.range_finder(power_iterations=number)
+            ),
+        ),
+        (
+            "seed",
+            lambda rate, number: lowrank_optax.low_bit(optax.sgd(rate), seed=number),
+        ),
+        (
+            "block",
+            lambda rate, number: lowrank_optax.low_bit(optax.sgd(rate), block=number),
+        ),
+    ],
+)
+def test_an_injected_number_that_makes_a_program_is_named(name, method):
+    params = {"w": jnp.ones((64, 16))}
+    injected = optax.inject_hyperparams(method)(rate=0.1, number=2)
+    with pytest.raises((TypeError, ValueError), match=f"{name} must be .*static_args"):
+        injected.init(params)
+    known = optax.inject_hyperparams(method, static_args=("number",))
+    known(rate=0.1, number=2).init(params)

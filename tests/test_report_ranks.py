@@ -49,9 +49,10 @@ def test_ranks_are_found_by_path_in_any_optimizers_state(optimizer, expected):
     assert all(rank.dtype == np.int32 for rank in found.values())
 
 
-def test_a_single_matrix_has_the_empty_path():
-    state = _low_rank(4).init(PARAMS["head"])
-    assert lowrank_optax.ranks(state) == {"": 4}
+def test_a_single_matrix_is_called_as_in_projections():
+    optimizer, head = _low_rank(4), PARAMS["head"]
+    assert lowrank_optax.ranks(optimizer.init(head)) == {"(the whole tree)": 4}
+    assert list(lowrank_optax.projections(optimizer, head)) == ["(the whole tree)"]
 
 
 def test_subspaces_are_those_of_the_state():

@@ -779,3 +779,36 @@ def test_no_shape_is_promoted(method, micro_batches):
         step = train_step(loss, method(1e-2, rank=4), micro_batches=micro_batches)
         _, _, metrics = trained(step, random_like(shapes), batches(2))
     assert all(np.isfinite(seen["loss"]) for seen in metrics)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize(
+    "around",
+    [
+        optax.chain,
+        lowrank_optax.low_bit,
+        lambda inside: lowrank_optax.accumulate(inside, 2),
+    ],
+    ids=["chain", "low_bit", "accumulate"],
+)
+def test_an_accumulation_inside_the_optimizer_is_refused(around, micro_batches):
+    optimizer = around(lowrank_optax.accumulate(optax.sgd(0.1), 2))
+    if isinstance(optimizer, type(lowrank_optax.accumulate(optax.sgd(0.1), 2))):
+        micro_batches = 2
+    step = train_step(loss_fn, optimizer, micro_batches=micro_batches)
+    with pytest.raises(ValueError, match="accumulate stands inside the optimizer"):
+        step.init({"w": jnp.ones((64, 16))})
+
+
+def test_an_optimizer_without_extra_arguments_is_refused():
+    adversary = optax.chain(optax.contrib.normalize(), optax.sgd(0.05))
+    sam = optax.contrib.sam(optax.sgd(0.1), adversary, sync_period=2)
+    with pytest.raises(TypeError, match="takes no further arguments"):
+        train_step(loss_fn, sam)
+    plain = optax.GradientTransformation(sam.init, sam.update)
+    params = {"w": jnp.ones((64, 16))}
+    step = train_step(lambda params, x: jnp.mean((x @ params["w"]) ** 2), plain)
+    state = step.init(params)
+    for _ in range(2):
+        params, state, metrics = step(params, state, jnp.ones((8, 64)))
+    assert np.isfinite(metrics["loss"])

@@ -52,6 +52,6 @@ def is_pinned(x: Any) -> bool:
     return getattr(x, "sharding", x).memory_kind == PINNED
 
 
-def on_devices(tree: Any) -> Any:
+def device_shardings(tree: Any) -> Any:
     """Returns the shardings of arrays, those in the host's memory on the devices."""
     return jax.tree.map(lambda x: x.sharding.with_memory_kind(DEVICE), tree)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 import lowrank_optax
-from experiments.distribution.host_memory import on_devices
+from experiments.distribution.host_memory import device_shardings
 from experiments.distribution.mesh import rows
 from experiments.distribution.placement import shard_batch
 from experiments.model.adapters import restarted
@@ -42,7 +42,7 @@ class Programs:
 
     def __init__(self, parts: Parts, params: Any, opt_state: Any):
         self._parts = parts
-        used = on_devices(opt_state)
+        used = device_shardings(opt_state)
         self.restart = jax.jit(
             lambda params, state, key: restarted(
                 params, jax.device_put(state, used), key, draw=parts.work.draw

@@ -14,10 +14,7 @@ moment of these ranks take, and :func:`effective_ranks` has it as
 below starts at j = 0, the one above at 1; there is no matrix 0. M_red counts numbers of
 a basis and of one moment; Adam keeps two moments, so that bytes fall by more.
 
-The ranks of every step count, not those of the lines that are logged. To use it:
-put ``ranks_vector(opt_state)`` into the metrics of the step as "ranks", and call
-``progress.rank_sums.add(metrics["ranks"])`` where a step leaves ``in_flight``, of which
-all must have left before a checkpoint; ``**effective_ranks(...)`` goes to the summary.
+The ranks of every step count, not those of the lines that are logged.
 """
 
 import dataclasses

@@ -125,7 +125,7 @@ def _memory(summary):
     axes.bar_label(drawn, [f"{total / size:.2f}" for total in totals], padding=4)
     axes.margins(x=0.12)
     axes.set(
-        xlabel=f"{unit} per device",
+        xlabel=f"{unit} on all devices together",
         title=f"{summary['model']}: parameters, gradients and state",
     )
     figure.legend(loc="outside lower center", ncols=3)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 import lowrank_optax
-from experiments.distribution.host_memory import on_devices
+from experiments.distribution.host_memory import device_shardings
 from experiments.distribution.placement import initial_state, place_like
 from experiments.distribution.signals import SharedSignal
 from experiments.errors import UserError
@@ -153,7 +153,7 @@ class Loop:
         has_budget = config.block_state_bytes is not None
         progress.seconds = self._wait()
         # Arrays of the host cannot be cut.
-        seen = jax.device_put(old, on_devices(old))
+        seen = jax.device_put(old, device_shardings(old))
         found = progress.compaction.look(seen, has_budget, config.most_columns)
         if found is seen:
             self.clock.start()

@@ -1,9 +1,7 @@
 """Spectra of gradients: how many directions hold how much of them.
 
 Figure 2 of AdaRankGrad shows the spectrum of the first gradient of a fine-tuning run.
-To have it: before the first step take the full gradient of the first batch, by the
-parameters of the model (:func:`experiments.model.adapters.merged`), and give it to
-:func:`first_spectra`; say the line, if there is one; save the rest to spectra.npz.
+It is that of the first batch at the parameters that the run began with.
 """
 
 import math

@@ -22,7 +22,6 @@ from lowrank_optax.matrix.sharding import abstract
 from lowrank_optax.parts import Parts
 from lowrank_optax.projected import gradients_by_path
 from lowrank_optax.rules.budget import storage
-from lowrank_optax.rules.power_iteration import PowerIteration
 from lowrank_optax.subspace import Projector, ScaleByLowRankState, projectors_of_state
 
 
@@ -156,8 +155,7 @@ class Binding:
             path
             for who in self.transformations
             for path in who.projected
-            if who.parts.needs_full_gradients
-            or isinstance(who.parts.basis, PowerIteration)
+            if who.parts.uses_residual or who.parts.follows_each_gradient
         }
         return found | self.shared
 

@@ -139,14 +139,18 @@ def with_slots(subspaces: Any, slots: Mapping[tuple, Subspace]) -> Any:
     )
 
 
+def all_slots(state: Any) -> dict[tuple, Subspace]:
+    """Returns the subspaces of all low-rank states in a state, by key path."""
+    slots: dict[tuple, Subspace] = {}
+    for node in low_rank_states(state):
+        slots |= slots_of(node)
+    return slots
+
+
 def stored_slots(state: Any) -> dict[tuple, Subspace]:
-    """Returns the subspaces with a stored basis, of all low-rank states in a state."""
-    return {
-        path: slot
-        for node in low_rank_states(state)
-        for path, slot in slots_of(node).items()
-        if jax.tree.leaves(slot.basis)
-    }
+    """Returns those of :func:`all_slots` with a stored basis."""
+    slots = all_slots(state).items()
+    return {path: slot for path, slot in slots if jax.tree.leaves(slot.basis)}
 
 
 # (key path, subspace) -> subspace; (key path, field, array) -> array

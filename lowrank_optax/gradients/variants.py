@@ -17,7 +17,6 @@ from lowrank_optax.matrix.boxes import leaves_by_path, unboxed
 from lowrank_optax.parts import check_subspace_is_enough
 from lowrank_optax.projected import Projected, Sketch
 from lowrank_optax.renewal import renewed_everywhere
-from lowrank_optax.rules.power_iteration import PowerIteration
 from lowrank_optax.sketch import omegas_of
 from lowrank_optax.subspace import Projector, Subspace
 
@@ -209,7 +208,7 @@ class _Wanted(NamedTuple):
             is_named = name in self.paths or not self.paths
             if not is_named or projector.parts.is_random:
                 continue
-            if isinstance(projector.parts.basis, PowerIteration):
+            if projector.parts.follows_each_gradient:
                 raise ValueError(
                     f"{name}: power_iteration blends each full gradient with the "
                     "momentum, and no sketch holds that; use jax.value_and_grad."

@@ -20,7 +20,8 @@ class LeafPlan:
     """The plan of a low-rank transformation for one leaf, from shapes alone.
 
     Attributes:
-        path: Key path of the leaf, as ``jax.tree_util.keystr`` writes it.
+        path: Key path of the leaf, as ``jax.tree_util.keystr`` writes it; "(the whole
+            tree)" for a tree that is one array.
         shape: Shape of the leaf.
         view: The leaf as matrices; None, if the leaf has no matrix.
         capacity: Columns of the basis; 0 if the leaf is not projected.

@@ -111,13 +111,13 @@ def scale_by_adarankgrad(
     Args:
         rank: Capacity, the largest rank, >= 1. The least rank is seven eighths of the
             capacity, because lower ranks cost loss (``docs/results.md``). Or a rank
-            rule, which also replaces ``threshold``: with ``energy_rank(128, 0.05,
+            rule with a threshold of its own: with ``energy_rank(128, 0.05,
             min_rank=4)`` ranks fall as in the paper, and :func:`compact
             <lowrank_optax.compact>` can free bytes. Or a :func:`lowrank_optax.budget`
-            of bytes.
+            of bytes, whose ranks stay.
         threshold: Share of a gradient's squared norm that the subspace may lose; in
-            (0, 1). ``energy_rank`` gets this share, ``on_convergence`` the fraction
-            sqrt(1 - threshold).
+            (0, 1). ``energy_rank`` gets this share if ``rank`` is an int, and
+            ``on_convergence`` the fraction sqrt(1 - threshold) in any case.
         b1: Decay of the first moment, in [0, 1).
         b2: Decay of the second moment, in [0, 1).
         eps: Added to the root of the second moment, > 0.

@@ -104,8 +104,8 @@ def scale_by_fira(
         U = \alpha N P^\top + \mathrm{limited}(\phi (G - \alpha R P^\top)), \quad
         \phi_i = \|N_i\| / \|R_i\|
 
-    :func:`lowrank_optax.scaled_residual` defines limited. alpha is ``scale``: it scales
-    the part inside the subspace, and not the rest. State: as for
+    :func:`lowrank_optax.scaled_residual` defines limited. alpha is ``scale``: what it
+    takes from the part inside the subspace, the other part has. State: as for
     :func:`scale_by_galore`, plus one number a matrix. Every update needs the full
     gradient: subspace gradients are not possible, and ``accumulate`` adds up full
     gradients.

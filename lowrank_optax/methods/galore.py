@@ -120,8 +120,8 @@ def scale_by_galore(
     References:
         Zhao et al., `GaLore <https://arxiv.org/abs/2403.03507>`_, 2024, with the
         authors' defaults. ``optax.contrib.galore`` projects the long side and has
-        ``scale`` 1: ``side="long"``, ``scale=1.0``, ``eps=1e-8`` give the same updates,
-        for stacked leaves too.
+        ``scale`` 1: ``side="long"``, ``scale=1.0``, ``eps=1e-8`` give the same updates.
+        It does not project stacks of matrices.
 
         The first SVD is of the first gradient, as in the authors' code. A zero or
         non-finite gradient keeps the old basis here. The SVD is then tried again at

@@ -61,30 +61,18 @@ def projfactor(
 
     Args:
         learning_rate: Step size, or a schedule: number of the update -> step size.
-        rank: Columns r of the bases, >= 1.
-        granularity: c, >= 1; see :func:`scale_by_projfactor`.
-        b1: Decay of the first moment, in [0, 1).
-        b2: Decay of the second moment, in [0, 1).
-        eps: Added to the root of the second moment, > 0.
+        rank, granularity, b1, b2, eps: see :func:`scale_by_projfactor`.
         weight_decay: Decoupled decay of the parameters, times the learning rate; >= 0.
         mask: Tree of bools, True for each leaf that decays, or a function from the
             parameters to such a tree. None: all leaves decay.
-        basis: See :func:`scale_by_projfactor`.
-        refresh: Refresh rule; None: ``every(25)``.
-        rebase: Re-basing rule of the momentum; see :func:`scale_by_projfactor`.
-        side: "short" or "long"; see :func:`scale_by_low_rank`.
-        dimension_numbers: See :func:`scale_by_low_rank`.
-        seed: Seed of the bases.
+        basis, refresh, rebase: see :func:`scale_by_projfactor`.
+        side, dimension_numbers, seed: see :func:`scale_by_projfactor`.
 
     Returns:
         An optimizer. Its ``update`` needs ``params`` for the weight decay.
 
     Raises:
         ValueError: If a value is out of its range.
-
-    References:
-        `VLoRP and ProjFactor <https://arxiv.org/abs/2505.01744>`_, 2025.
-        :func:`scale_by_projfactor` lists the differences.
     """
     return as_optimizer(
         scale_by_projfactor(
@@ -159,7 +147,7 @@ def scale_by_projfactor(
         seed: Seed of the bases.
 
     Returns:
-        A transformation whose ``update`` ignores ``params``.
+        A transformation. Its ``update`` needs ``params`` for projected gradients.
 
     Raises:
         ValueError: If a value is out of its range.

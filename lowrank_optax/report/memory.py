@@ -99,7 +99,7 @@ class MemoryPlan:
 
     @property
     def full_rank_bytes(self) -> int:
-        """Bytes of the state, if nothing were projected or stored in few bits."""
+        """Bytes of the state, if all moments were in float32 and at full size."""
         return sum(leaf.full_rank_bytes for leaf in self.leaves) + self.other_bytes
 
     @property

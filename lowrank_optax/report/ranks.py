@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lowrank_optax.binding.states import low_rank_states, slots_of
+from lowrank_optax.binding.states import all_slots
 from lowrank_optax.matrix.arrays import leaf_name
 from lowrank_optax.subspace import Subspace
 
@@ -17,13 +17,9 @@ def subspaces(state: Any) -> dict[str, Subspace]:
         state: State of any optimizer that contains low-rank transformations.
 
     Returns:
-        Key path of the parameter, as ``jax.tree_util.keystr`` writes it, -> subspace.
+        Path of the parameter, as :func:`lowrank_optax.projections` has it, -> subspace.
     """
-    return {
-        leaf_name(path): slot
-        for node in low_rank_states(state)
-        for path, slot in slots_of(node).items()
-    }
+    return {leaf_name(path): slot for path, slot in all_slots(state).items()}
 
 
 def ranks(state: Any) -> dict[str, np.ndarray]:

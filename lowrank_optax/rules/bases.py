@@ -11,7 +11,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.checks import as_count
+from lowrank_optax.checks import as_count, check_is_static
 from lowrank_optax.rules.hashing import hashed_uniform
 from lowrank_optax.rules.lapack import one_by_one
 from lowrank_optax.rules.orthonormal import HIGHEST, gram, orthonormalize
@@ -145,6 +145,12 @@ def range_finder(
         unordered columns.
     """
     oversample = as_count("oversample", oversample, 0)
+    check_is_static(
+        "power_iterations",
+        power_iterations,
+        '("power_iterations",)',
+        "a program's products depend on it",
+    )
     if not power_iterations >= 0 or (2 * power_iterations) % 1:
         raise ValueError(
             f"power_iterations must be a multiple of 0.5, >= 0, got {power_iterations}."

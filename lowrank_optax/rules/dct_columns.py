@@ -117,7 +117,7 @@ def cosine_columns(numbers: jax.Array, length: int, dtype) -> jax.Array:
     frequencies = jnp.maximum(numbers, 0).astype(jnp.uint32)
     turns = _product_modulo(odd, frequencies, 4 * length)
     cosines = jnp.cos(turns.astype(dtype) * (math.pi / (2 * length)))
-    squares = jnp.where(numbers > 0, 2, 1) * (numbers >= 0) / length
+    squares = jnp.where(numbers > 0, 2.0, jnp.where(numbers == 0, 1.0, 0.0)) / length
     return cosines * jnp.sqrt(squares).astype(dtype)
 
 

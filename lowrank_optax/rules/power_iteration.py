@@ -35,7 +35,8 @@ class PowerIteration:
             momentum: M P^T, like G.
             count: Updates done.
         """
-        correction = 1 - jnp.asarray(self.b1, gradient.dtype) ** jnp.maximum(count, 1)
+        b1, t = (jnp.asarray(x, gradient.dtype) for x in (self.b1, count))
+        correction = 1 - b1 ** jnp.maximum(t, 1)
         blend = self.rho * momentum / correction + (1 - self.rho) * gradient
         return jnp.asarray(blend)
 
@@ -80,7 +81,7 @@ def power_iteration(
         start: Rule of the first basis; None: ``range_finder(power_iterations=2)``.
 
     Raises:
-        ValueError: If ``rho`` is out of its range.
+        ValueError: If ``rho`` or ``b1`` is out of its range.
 
     References:
         Robert et al., `LDAdam <https://arxiv.org/abs/2410.16103>`_, 2024.

@@ -136,7 +136,7 @@ square    V (R o R): exact for uncorrelated coordinates, with gradients taken as
 abs       abs(V R): depends on the arbitrary signs of the basis's columns
 ldadam    see :func:`ldadam_rebase`, with b1 = 0.9, b2 = 0.999
 clamp     max(V R, 0): the paper's rule, clamped at zero; some columns get too little
-first     V: the expectation for random bases; the default there
+first     V: the expectation for random bases; the default of VLoRP and ProjFactor
 keep      V, and M stays too: GaLore
 zero      rowmeans(V), and M = 0: the optimizer starts again in the new subspace; V is
           not zero, because Adam's counter runs on and would not correct a zero

@@ -123,23 +123,28 @@ class ResidualRule(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Stateless:
-    """Shared by the rules without a state."""
+class OfFullGradients:
+    """Shared by the rules that need every full gradient."""
 
     @property
     def needs_full_gradients(self) -> bool:
         """Returns True; see :class:`ResidualRule`."""
         return True
 
-    def init(self, view: MatrixView, leaf: Any) -> tuple[()]:
-        """Returns no state; see :class:`ResidualRule`."""
-        del view, leaf
-        return ()
-
     def at_full_size(self, update: jax.Array, view: MatrixView | None) -> jax.Array:
         """Returns the update as it is; see :class:`ResidualRule`."""
         del view
         return update
+
+
+@dataclasses.dataclass(frozen=True)
+class Stateless(OfFullGradients):
+    """Shared by the rules without a state."""
+
+    def init(self, view: MatrixView, leaf: Any) -> tuple[()]:
+        """Returns no state; see :class:`ResidualRule`."""
+        del view, leaf
+        return ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,14 +10,14 @@ import optax
 from lowrank_optax.checks import check_at_least
 from lowrank_optax.matrix.sharding import stack_axes, zeros_beside
 from lowrank_optax.matrix.view import MatrixView
-from lowrank_optax.rules.residual import Pieces
+from lowrank_optax.rules.residual import OfFullGradients, Pieces
 
 # b1 and b2 of Adam.
 Decays = tuple[jax.typing.ArrayLike, jax.typing.ArrayLike]
 
 
 @dataclasses.dataclass(frozen=True)
-class Scaled:
+class Scaled(OfFullGradients):
     """See :func:`scaled_residual`.
 
     Attributes:
@@ -36,19 +36,9 @@ class Scaled:
     by_matrix: bool = False
     whole: bool = False
 
-    @property
-    def needs_full_gradients(self) -> bool:
-        """Returns True; see :class:`ResidualRule`."""
-        return True
-
     def init(self, view: MatrixView, leaf: Any) -> jax.Array:
         """Returns the last norm of the scaled part, 0 at first; (*stack,)."""
         return zeros_beside(leaf, view.stack, jnp.float32, stack_axes(view))
-
-    def at_full_size(self, update: jax.Array, view: MatrixView | None) -> jax.Array:
-        """Returns the update as it is; see :class:`ResidualRule`."""
-        del view
-        return update
 
     def update(self, pieces: Pieces, state: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns scale (inside N P^T + limited(phi E)); see :class:`ResidualRule`."""
@@ -75,7 +65,7 @@ class Scaled:
         if self.decays is None:
             return 1
         b1, b2 = (jnp.asarray(decay, jnp.float32) for decay in self.decays)
-        t = optax.safe_increment(count)
+        t = jnp.asarray(optax.safe_increment(count), jnp.float32)
         return jnp.sqrt(1 - b2**t) / (1 - b1**t)
 
     def _phi(self, pieces: Pieces) -> jax.Array:

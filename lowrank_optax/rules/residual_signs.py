@@ -25,7 +25,8 @@ def sign_residual(weight: jax.typing.ArrayLike = 1.0) -> Sign:
     """The signs of the residual, as in FRUGAL.
 
     U = scale (N P^T + weight sign(G - R P^T)). An entry of G - R P^T counts as 0 up to
-    four roundings of its row of G. The rule has no state. Every update
+    four roundings of its row of G, and a row up to 1e-5 of G's row, as far as bases are
+    from orthonormal. The rule has no state. Every update
     needs the full gradient: subspace gradients are not possible, and ``accumulate``
     adds up full gradients.
 

@@ -155,7 +155,7 @@ def _observed(age, trend: Trend, norm, share) -> Trend:
     # than any other gradient, and does not count. From age 2 on the average is a plain
     # mean of the first 1 / share norms, then exponential. The average forgets the time
     # before the refresh and needs no bias correction.
-    counted = age - 1
+    counted = (age - 1).astype(jnp.float32)
     weight = jnp.maximum(1 / jnp.maximum(counted, 1), share)
     average = jnp.where(
         jnp.isfinite(norm),

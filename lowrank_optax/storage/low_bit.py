@@ -12,7 +12,7 @@ import optax
 
 from lowrank_optax.binding.moments import check_is_not_centered, owner_and_field
 from lowrank_optax.binding.states import is_low_rank, low_rank_record, slots_of
-from lowrank_optax.checks import as_count
+from lowrank_optax.checks import as_count, check_is_static
 from lowrank_optax.codes import (
     Coded,
     Format,
@@ -130,6 +130,7 @@ def low_bit(
         raise ValueError(f"bits must be 8 or None, got {bits!r}.")
     if basis_bits not in (8, 4, None):
         raise ValueError(f"basis_bits must be 8, 4 or None, got {basis_bits!r}.")
+    check_is_static("seed", seed, '("seed",)', "draws depend on seed")
     block, min_size = as_count("block", block, 2), as_count("min_size", min_size)
     rule = _Rule(bits, basis_bits, block, min_size, kinds_of(moments), seed)
     inner = optax.with_extra_args_support(optimizer)

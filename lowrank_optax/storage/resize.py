@@ -147,7 +147,7 @@ def compact(
         state: State of any optimizer that contains low-rank transformations. Not inside
             ``jax.jit``. The call reads ranks, and so waits for the device.
         bucket: Columns, >= 1. New capacities are multiples of ``bucket``, so that few
-            programs are compiled.
+            programs are compiled, or what ``peaks`` asks where that is more.
         peaks: Key path -> least columns that the leaf keeps, such as the largest rank
             of the last updates.
         min_saving: Share of the state's bytes. If the call would free less, it frees

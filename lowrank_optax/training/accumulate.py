@@ -172,3 +172,23 @@ def accumulate(optimizer: optax.GradientTransformation, every_k: int) -> Accumul
     accumulation = Accumulation(init, update)
     accumulation.every_k, accumulation.halves = every_k, (add, finish)
     return accumulation
+
+
+def check_accumulates_outside(optimizer: Any, state: Any) -> None:
+    """Raises ValueError if what an optimizer is made of accumulates.
+
+    Args:
+        optimizer: May be an :class:`Accumulation` itself.
+        state: Its state.
+    """
+
+    def accumulates(node: Any) -> bool:
+        return isinstance(node, AccumulateState)
+
+    inside = state.inner_state if isinstance(optimizer, Accumulation) else state
+    if any(map(accumulates, jax.tree.leaves(inside, is_leaf=accumulates))):
+        raise ValueError(
+            "accumulate stands inside the optimizer, and train_step adds up the micro-"
+            "batches of an update by itself; leave accumulate out, and give train_step "
+            "micro_batches."
+        )

@@ -11,6 +11,7 @@ import optax
 
 from lowrank_optax.binding.optimizer import bind
 from lowrank_optax.due import due_by_path
+from lowrank_optax.training.accumulate import check_accumulates_outside
 from lowrank_optax.training.modules import Model, put_together, taken_apart
 from lowrank_optax.training.placed import Placed, mesh_of, on_mesh, placed_of, whole_on
 from lowrank_optax.training.renewals import AHEAD, Renewals
@@ -77,6 +78,7 @@ class TrainStep:
             params: Parameters, or a module of Flax NNX.
             optimizer: State of the optimizer, as ``self.optimizer`` makes it.
         """
+        check_accumulates_outside(self.optimizer, optimizer)
         model = taken_apart(params)
         arrays, step = model.params, self._given.of(model)
 

@@ -64,5 +64,6 @@ def _due(binding: Binding, state: Any, sketched: Set[str]) -> jax.Array:
     )
     again = due_again(binding, state, AHEAD)
     due = {path: (later if path in sketched else soon)[path] for path in soon}
+    due = {path: x.astype(jnp.int8) for path, x in due.items()}
     each = [jnp.where(again[path], ALWAYS, x) for path, x in due.items()]
     return jnp.array(each, jnp.int8)

@@ -1,5 +1,6 @@
 """``train_step``: what a training loop holds in its hand."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
@@ -102,7 +103,8 @@ def train_step(
             be cut, if its shapes are refused, if the state is of another optimizer, if
             a metric has a step's own name, or if a leaf's use has no projected gradient
             (the error names it).
-        TypeError: When called, if the loss is not a scalar.
+        TypeError: If the optimizer's ``update`` takes no extra arguments and says that
+            it does; when called, if the loss is not a scalar.
 
     Example:
         >>> import jax.numpy as jnp
@@ -141,7 +143,7 @@ def train_step(
     step = Step(
         loss_fn=loss_fn,
         has_aux=has_aux,
-        optimizer=optax.with_extra_args_support(optimizer),
+        optimizer=_with_extra_args(optimizer),
         micro_batches=micro_batches,
         weight=weight or (lambda batch, aux: 1.0),
         metrics=_with_names_checked(metrics) if metrics else lambda params, state: {},
@@ -150,6 +152,26 @@ def train_step(
         full_gradients=None if gradients == "full" else tuple(full_gradients),
     )
     return TrainStep(step, new_shapes)
+
+
+def _with_extra_args(
+    optimizer: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Returns the optimizer, which then takes extra arguments.
+
+    Raises:
+        TypeError: If it says that it does, and does not.
+    """
+    found = optax.with_extra_args_support(optimizer)
+    parameters = inspect.signature(found.update).parameters.values()
+    if not any(x.kind is inspect.Parameter.VAR_KEYWORD for x in parameters):
+        raise TypeError(
+            "the optimizer's update takes no further arguments, although it is an "
+            "optax.GradientTransformationExtraArgs (optax.contrib.sam is one), and "
+            "train_step gives it refresh and value; write its update with **extra_args,"
+            " or give optax.GradientTransformation(optimizer.init, optimizer.update)."
+        )
+    return found
 
 
 def _with_names_checked(

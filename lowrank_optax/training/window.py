@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.binding.optimizer import Binding, bind
-from lowrank_optax.binding.states import low_rank_states, slots_of
+from lowrank_optax.binding.states import all_slots, low_rank_states, slots_of
 from lowrank_optax.matrix.arrays import leaf_name, wide
 from lowrank_optax.matrix.boxes import boxed_like, contents, is_box, unboxed
 from lowrank_optax.matrix.sharding import zeros_like_update
@@ -103,15 +103,11 @@ def with_gradients(
             inner_state,
             like,
             binding,
-            kept=lambda parts: parts.needs_full_gradients,
+            kept=lambda parts: parts.uses_residual,
             again=~is_first,
         )
     projectors = _early(binding, like, inner_state)
-    subspaces = {
-        path: slot
-        for node in low_rank_states(inner_state)
-        for path, slot in slots_of(node).items()
-    }
+    subspaces = all_slots(inner_state)
 
     def add_leaf(path, gradient: Any, total):
         if path in projectors and not is_projected(gradient):
@@ -230,5 +226,5 @@ def _early(binding: Binding, params: Any, state: Any) -> dict[tuple, Projector]:
         for node in low_rank_states(state)
         if slots_of(node)
         for path, projector in binding.projectors(params, node).items()
-        if not projector.parts.needs_full_gradients and path not in binding.shared
+        if not projector.parts.uses_residual and path not in binding.shared
     }
