@@ -21,10 +21,9 @@ def as_count(name: str, number: Any, least: int = 1) -> int:
         ValueError: If it is not whole, an array or a bool, or below ``least``.
     """
     if not is_whole(number) or number < least:
-        is_array = isinstance(number, jax.Array)
-        hint = (
-            "; name it in static_args of optax.inject_hyperparams" if is_array else ""
-        )
+        hint = ""
+        if isinstance(number, jax.Array):
+            hint = "; name it in static_args of optax.inject_hyperparams"
         raise ValueError(f"{name} must be an int >= {least}, got {number!r}{hint}.")
     return int(number)
 

@@ -781,20 +781,18 @@ def test_no_shape_is_promoted(method, micro_batches):
     assert all(np.isfinite(seen["loss"]) for seen in metrics)
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize(
-    "around",
+    ("around", "micro_batches"),
     [
-        optax.chain,
-        lowrank_optax.low_bit,
-        lambda inside: lowrank_optax.accumulate(inside, 2),
+        (optax.chain, 1),
+        (optax.chain, 2),
+        (lowrank_optax.low_bit, 1),
+        (lowrank_optax.low_bit, 2),
+        (lambda inside: lowrank_optax.accumulate(inside, 2), 2),
     ],
-    ids=["chain", "low_bit", "accumulate"],
 )
 def test_an_accumulation_inside_the_optimizer_is_refused(around, micro_batches):
     optimizer = around(lowrank_optax.accumulate(optax.sgd(0.1), 2))
-    if isinstance(optimizer, type(lowrank_optax.accumulate(optax.sgd(0.1), 2))):
-        micro_batches = 2
     step = train_step(loss_fn, optimizer, micro_batches=micro_batches)
     with pytest.raises(ValueError, match="accumulate stands inside the optimizer"):
         step.init({"w": jnp.ones((64, 16))})
