@@ -15,7 +15,6 @@ from experiments.distribution.rules import on_mesh, parameter_shardings
 from experiments.errors import UserError
 from experiments.model.adapters import Draw, check_adapter_rank, with_adapters
 from experiments.model.encoder_files import load_encoder, read_encoder_shape
-from experiments.model.encoder_shape import EncoderConfig
 from experiments.model.hugging_face import load_llama, read_shape
 from experiments.model.layers import apart
 from experiments.optim.build import build_optimizer
@@ -143,7 +142,8 @@ def _encoder_work(config, path, task, rows, validation):
     )
     config = complete(config, data.steps_per_epoch)
     labels = len(data.label_names) if task.kind == "classes" else 1
-    model = _numerics(config, read_encoder_shape(path, labels))
+    shape = read_encoder_shape(path, labels)
+    model = dataclasses.replace(shape, **_numerics(config), **_dropout(config))
     work = EncoderWork(config=config, task=task, data=data, model=model, path=path)
 
     def load():
@@ -153,18 +153,21 @@ def _encoder_work(config, path, task, rows, validation):
     return work, load
 
 
-def _numerics(config: TuningConfig, model: EncoderConfig) -> EncoderConfig:
-    """Returns the model's shape with the run's dtypes, dropout and remat."""
-    changed: dict[str, Any] = {
+def _numerics(config: TuningConfig) -> dict[str, Any]:
+    """Returns the run's dtypes and remat, as fields of a model's shape."""
+    found: dict[str, Any] = {
         "compute_dtype": config.compute_dtype,
         "remat": config.remat,
     }
     if config.param_dtype is not None:
-        changed["param_dtype"] = config.param_dtype
-    if config.dropout is not None:
-        places = ("hidden_dropout", "attention_dropout", "classifier_dropout")
-        changed |= dict.fromkeys(places, config.dropout)
-    return dataclasses.replace(model, **changed)
+        found["param_dtype"] = config.param_dtype
+    return found
+
+
+def _dropout(config: TuningConfig) -> dict[str, Any]:
+    """Returns the run's dropout, as fields of an encoder's shape."""
+    places = ("hidden_dropout", "attention_dropout", "classifier_dropout")
+    return {} if config.dropout is None else dict.fromkeys(places, config.dropout)
 
 
 def _answer_work(config, path, task, rows, validation):
@@ -208,15 +211,12 @@ def _answer_work(config, path, task, rows, validation):
         seed=config.seed,
     )
     config = complete(config, data.steps_per_epoch)
-    numerics = {"compute_dtype": config.compute_dtype, "remat": config.remat}
-    if config.param_dtype is not None:
-        numerics["param_dtype"] = config.param_dtype
     most = config.eval_examples or _EVAL_EXAMPLES
     return AnswerWork(
         config=config,
         task=task,
         data=data,
-        model=dataclasses.replace(model, **numerics),
+        model=dataclasses.replace(model, **_numerics(config)),
         tokenizer=tokenizer,
         prompts=prompts,
         rows={

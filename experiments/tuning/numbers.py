@@ -25,7 +25,6 @@ def numbers(loss: float, metrics: Mapping[str, Mapping[str, float]]) -> dict[str
     }
 
 
-def in_words(numbers: Mapping[str, Any]) -> str:
+def in_words(metrics: Mapping[str, float]) -> str:
     """Returns the metrics of a validation in words."""
-    found = numbers["validation_metrics"]
-    return ", ".join(f"{name.replace('_', ' ')} {x:.4f}" for name, x in found.items())
+    return ", ".join(f"{name.replace('_', ' ')} {x:.4f}" for name, x in metrics.items())

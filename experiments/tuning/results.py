@@ -63,12 +63,13 @@ def save_models(parts: Parts[Any], trained: Trained) -> Saved:
     )
     _save_adapter(parts, extracted.params)
     numbers = _validated(parts, merged(extracted.params))
+    metrics = numbers["validation_metrics"]
     lines = [
         str(extracted),
-        f"with the adapter alone: {in_words(numbers)}; adapter in "
+        f"with the adapter alone: {in_words(metrics)}; adapter in "
         f"{directory / ADAPTER}",
     ]
-    found = {**extracted.to_dict(), "metrics": numbers["validation_metrics"]}
+    found = {**extracted.to_dict(), "metrics": metrics}
     return Saved(found, lines)
 
 

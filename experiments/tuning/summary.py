@@ -10,6 +10,7 @@ from experiments.run.summary import cost_rows, costs, identity, print_rows
 from experiments.run.train import Trained
 from experiments.tuning.answer_work import AnswerWork
 from experiments.tuning.encoder_work import EncoderWork
+from experiments.tuning.numbers import in_words
 
 
 def summarize(
@@ -45,17 +46,13 @@ def summarize(
 def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
     """Prints the short table of a run."""
     metric = summary["metric"].replace("_", " ")
-    last = ", ".join(
-        f"{name.replace('_', ' ')} {value:.4f}"
-        for name, value in summary["last_metrics"].items()
-    )
     rows = {
         "task": summary["task"],
         "optimizer": summary["optimizer"],
         "model": f"{summary['model']}, {summary['parameter_count']:,} parameters",
         "steps": f"{summary['steps']:,}, {summary['epoch']:.2f} epochs",
         "at first": f"{metric} {summary['initial_metric']:.4f}",
-        "at last": last,
+        "at last": in_words(summary["last_metrics"]),
     }
     if summary["best_metric"] is not None:
         rows["at best"] = (

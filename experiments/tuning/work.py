@@ -64,7 +64,7 @@ class TuningWork:
         return step / self.data.steps_per_epoch
 
     def told(self, numbers: Mapping[str, Any]) -> str:
-        return in_words(numbers)
+        return in_words(numbers["validation_metrics"])
 
     def warning(self, numbers: Mapping[str, Any]) -> str | None:
         del numbers
