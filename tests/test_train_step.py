@@ -810,3 +810,17 @@ def test_an_optimizer_without_extra_arguments_is_refused():
     for _ in range(2):
         params, state, metrics = step(params, state, jnp.ones((8, 64)))
     assert np.isfinite(metrics["loss"])
+
+
+def test_an_optimizer_may_name_the_arguments_that_it_takes():
+    seen = []
+
+    def update(updates, state, params=None, *, value, refresh=True):
+        seen.append((value.shape, refresh))
+        return jax.tree.map(lambda g: -0.1 * g, updates), state
+
+    named = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    step = train_step(lambda params, x: jnp.mean((x @ params["w"]) ** 2), named)
+    params = {"w": jnp.ones((64, 16))}
+    step(params, step.init(params), jnp.ones((8, 64)))
+    assert seen[0][0] == ()

@@ -96,7 +96,7 @@ def merged(params: Any, scale: float = 1.0) -> Any:
 
     Args:
         params: Parameters, with adapters or without.
-        scale: Factor of down up: alpha / r of an adapter that PEFT trained, 1 here.
+        scale: Factor of down up: alpha / r of an adapter of PEFT, 1 in those made here.
     """
     if not has_adapters(params):
         return together(params)

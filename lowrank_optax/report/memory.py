@@ -99,7 +99,7 @@ class MemoryPlan:
 
     @property
     def full_rank_bytes(self) -> int:
-        """Bytes of the state, if all moments were in float32 and at full size."""
+        """Bytes of the state, if all moments were at full size, in float32 or wider."""
         return sum(leaf.full_rank_bytes for leaf in self.leaves) + self.other_bytes
 
     @property

@@ -99,10 +99,11 @@ def train_step(
         returned ones.
 
     Raises:
-        ValueError: If an argument is out of its range; when called, if a batch cannot
-            be cut, if its shapes are refused, if the state is of another optimizer, if
-            a metric has a step's own name, or if a leaf's use has no projected gradient
-            (the error names it).
+        ValueError: If an argument is out of its range; in ``init``, if something inside
+            the optimizer accumulates; when called, if a batch cannot be cut, if its
+            shapes are refused, if the state is of another optimizer, if a metric has a
+            step's own name, or if a leaf's use has no projected gradient (the error
+            names it).
         TypeError: If the optimizer's ``update`` takes no extra arguments and says that
             it does; when called, if the loss is not a scalar.
 
@@ -157,20 +158,24 @@ def train_step(
 def _with_extra_args(
     optimizer: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns the optimizer, which then takes extra arguments.
+    """Returns the optimizer, which then takes the arguments of a step.
 
     Raises:
-        TypeError: If it says that it does, and does not.
+        TypeError: If it says that it takes extra arguments, and does not take these.
     """
     found = optax.with_extra_args_support(optimizer)
-    parameters = inspect.signature(found.update).parameters.values()
-    if not any(x.kind is inspect.Parameter.VAR_KEYWORD for x in parameters):
+    gradients = state = params = None
+    try:
+        inspect.signature(found.update).bind(
+            gradients, state, params, refresh=True, value=0.0
+        )
+    except TypeError as error:
         raise TypeError(
             "the optimizer's update takes no further arguments, although it is an "
             "optax.GradientTransformationExtraArgs (optax.contrib.sam is one), and "
             "train_step gives it refresh and value; write its update with **extra_args,"
             " or give optax.GradientTransformation(optimizer.init, optimizer.update)."
-        )
+        ) from error
     return found
 
 
