@@ -7,13 +7,12 @@ import inspect
 import io
 import re
 import signal
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import tyro
 
-from experiments.errors import UserError
+from experiments.errors import UserError, print_error
 from experiments.ranges import ranges_of
 
 Options = TypeVar("Options")
@@ -78,7 +77,7 @@ def run_command(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -
     try:
         command(argv)
     except (UserError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print_error(error)
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from experiments.comparison.options import parse_options
 from experiments.comparison.tasks import comparison_of
-from experiments.errors import UserError
+from experiments.errors import UserError, print_error
 
 # Ways to be told to stop; a lost terminal is one.
 _STOPS = [
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             finally:
                 comparison.report()
     except (UserError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print_error(error)
         return 2
     except KeyboardInterrupt:
         console.print("interrupted; give the same command again to go on")

@@ -19,7 +19,7 @@ from experiments.arguments import (
     parse_arguments,
 )
 from experiments.distribution.children import run_together
-from experiments.errors import UserError
+from experiments.errors import UserError, print_error
 from experiments.ranges import AtLeastOne, Port
 
 # Commands that may be one of several processes.
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options, words = _parse(list(sys.argv[1:] if argv is None else argv))
         environments = environments_of(options, os.environ, gpus_of(os.environ))
     except UserError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print_error(error)
         return 2
     address = f"127.0.0.1:{options.port or _free_port()}"
     commands = [

@@ -166,6 +166,19 @@ def load_peft_adapter(
     return {"model": model, "adapters": adapters}, settings.scale
 
 
+def rank_of_adapter(directory: str | Path) -> int:
+    """Returns the largest rank that the settings of an adapter name.
+
+    Args:
+        directory: See :func:`load_peft_adapter`.
+
+    Raises:
+        UserError: If the settings are missing, unreadable or not supported.
+    """
+    settings = read_peft_config(Path(directory) / _CONFIG)
+    return max([settings.rank, *settings.rank_pattern.values()])
+
+
 def _stack(
     names: list[str],
     shape: tuple[int, ...],

@@ -28,7 +28,7 @@ from experiments.distribution.processes import (
     of_first,
 )
 from experiments.distribution.watch import leave, watched
-from experiments.errors import UserError
+from experiments.errors import UserError, print_error
 from experiments.run.failures import told_in_a_line
 from experiments.run.lock import Lock, Unlocked, held_by
 from experiments.run.parts import Parts
@@ -63,7 +63,7 @@ def run_training(
     try:
         status = _run_together(parse(argv), run)
     except UserError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print_error(error)
         status = 2
     except KeyboardInterrupt:
         print("stopped by SIGINT", file=sys.stderr)

@@ -18,6 +18,7 @@ from experiments.model.adapters import merged
 from experiments.model.config_file import read_config
 from experiments.model.hugging_face import load_llama, read_shape
 from experiments.model.llama import Params, init_params
+from experiments.model.peft import load_peft_adapter
 from experiments.model.pretrained import find_model
 from experiments.model.shape import LlamaConfig
 from experiments.run.checkpoint import record_of
@@ -38,6 +39,8 @@ class SourceFlags:
     #: Checkpoint of a run: newest; best, which pretrain_llama keeps if it is asked to;
     #: or a step.
     checkpoint: str = "newest"
+    #: Directory with an adapter of this model, in PEFT's layout, to merge into it.
+    adapter: Path | None = None
     #: bytes, or the path of a tokenizer. None: that of the run, or the file beside the
     #: weights, else bytes.
     tokenizer: str | None = None
@@ -67,11 +70,15 @@ def load(flags: SourceFlags) -> Loaded:
 
     Raises:
         UserError: If the directory has no model, the checkpoint is none of the run's or
-            damaged, or the tokenizer does not fit the model.
+            damaged, or the adapter or the tokenizer does not fit the model.
     """
     check_ranges(flags)
     steps = checkpoint_steps(flags.source)
     loaded = _of_run(flags, steps) if steps else _of_directory(flags)
+    if flags.adapter is not None:
+        found, scale = load_peft_adapter(flags.adapter, loaded.params, loaded.model)
+        name = f"{loaded.name} with {flags.adapter}"
+        loaded = dataclasses.replace(loaded, name=name, params=merged(found, scale))
     used = loaded.tokenizer.used_vocab_size
     if used > loaded.model.vocab_size:
         raise UserError(

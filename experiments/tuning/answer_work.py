@@ -2,12 +2,14 @@
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 
 from experiments.data.tokenizers import Tokenizer
 from experiments.model.adapters import adapted
+from experiments.model.hugging_face import load_llama
 from experiments.model.layers import together
 from experiments.model.llama import apply
 from experiments.model.shape import LlamaConfig
@@ -29,6 +31,7 @@ class AnswerWork(TuningWork):
 
     Attributes:
         model: Shape of the model.
+        path: Directory or ``.gguf`` file of the pre-trained weights.
         tokenizer: Of the model.
         prompts: How the model is asked.
         rows: To answer at each validation, by the name of their split.
@@ -36,10 +39,15 @@ class AnswerWork(TuningWork):
     """
 
     model: LlamaConfig
+    path: Path
     tokenizer: Tokenizer
     prompts: Prompts
     rows: Mapping[str, Rows]
     columns: tuple[str, str]
+
+    def pretrained(self) -> Any:
+        """Returns the parameters on disk."""
+        return load_llama(self.path)[1]
 
     def tokens_of(self, batch: Batch) -> int:
         return int(batch["weights"].sum())

@@ -6,19 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from experiments.data.tokenizers import find_tokenizer, load_tokenizer
 from experiments.distribution.host_memory import check_memory
 from experiments.distribution.mesh import make_mesh
 from experiments.distribution.rules import on_mesh, parameter_shardings
 from experiments.errors import UserError
-from experiments.model.adapters import Draw, check_adapter_rank, with_adapters
-from experiments.model.encoder_files import load_encoder, read_encoder_shape
-from experiments.model.hugging_face import load_llama, read_shape
-from experiments.model.layers import apart
+from experiments.model.adapters import check_adapter_rank
+from experiments.model.encoder_files import read_encoder_shape
+from experiments.model.hugging_face import read_shape
 from experiments.optim.build import build_optimizer
-from experiments.optim.methods import OPTIMIZERS
 from experiments.optim.schedule import make_schedule
 from experiments.run.memory import block_leaves
 from experiments.run.parts import (
@@ -41,7 +38,8 @@ from experiments.tuning.config import TUNING, complete
 from experiments.tuning.encoder_work import EncoderWork
 from experiments.tuning.fit import find_model_for
 from experiments.tuning.flags import TuningConfig
-from experiments.tuning.frozen import check_frozen, groups_of, leaf_name
+from experiments.tuning.frozen import check_frozen, groups_of
+from experiments.tuning.start import start, with_rank_of_adapter
 
 _EVAL_EXAMPLES = 100
 _LONGEST = 512
@@ -68,14 +66,13 @@ def assemble(
     path, task = find_model_for(config.task, config.model), TASKS[config.task]
     rows, validation = _rows(config, task)
     make = _answer_work if task.kind == "answer" else _encoder_work
-    work, load = make(config, path, task, rows, validation)
+    work = make(with_rank_of_adapter(config), path, task, rows, validation)
     config = work.config
     resumed, changed = read_checkpoint(config, TUNING, directory, report)
     check_same_data(resumed, work, config, TUNING, directory)
     schedule = make_schedule(config, config.steps or 1)
     say_changes(resumed, changed, schedule, report)
-    start = functools.partial(_start, config, load, work.draw)
-    params = jax.eval_shape(start)
+    params = jax.eval_shape(functools.partial(start, work))
     shardings = parameter_shardings(params, mesh, report)
     check_frozen(config, params)
     if config.save_adapter is not None and config.save_adapter >= 1:
@@ -98,7 +95,7 @@ def assemble(
         schedule=schedule,
         tx=tx,
         mesh=mesh,
-        make_params=lambda shardings: jax.device_put(start(), shardings),
+        make_params=lambda shardings: jax.device_put(start(work), shardings),
         param_shapes=on_mesh(params, shardings),
         resumed=resumed,
         changed=changed,
@@ -144,13 +141,7 @@ def _encoder_work(config, path, task, rows, validation):
     labels = len(data.label_names) if task.kind == "classes" else 1
     shape = read_encoder_shape(path, labels)
     model = dataclasses.replace(shape, **_numerics(config), **_dropout(config))
-    work = EncoderWork(config=config, task=task, data=data, model=model, path=path)
-
-    def load():
-        key = jax.random.key(config.seed)
-        return load_encoder(path, labels, key)[1]
-
-    return work, load
+    return EncoderWork(config=config, task=task, data=data, model=model, path=path)
 
 
 def _numerics(config: TuningConfig) -> dict[str, Any]:
@@ -217,6 +208,7 @@ def _answer_work(config, path, task, rows, validation):
         task=task,
         data=data,
         model=dataclasses.replace(model, **_numerics(config)),
+        path=path,
         tokenizer=tokenizer,
         prompts=prompts,
         rows={
@@ -224,7 +216,7 @@ def _answer_work(config, path, task, rows, validation):
             for name, part in validation.items()
         },
         columns=(columns[0], answer),
-    ), lambda: load_llama(path)[1]
+    )
 
 
 def _head_schedule(config: TuningConfig, task: TaskKind):
@@ -234,23 +226,3 @@ def _head_schedule(config: TuningConfig, task: TaskKind):
     return make_schedule(
         dataclasses.replace(config, learning_rate=peak), config.steps or 1
     )
-
-
-def _start(config: TuningConfig, load: Callable[[], Any], draw: Draw) -> Any:
-    """Returns the parameters of step 0."""
-    params = load()
-    if config.param_dtype is not None:
-        dtype = jnp.dtype(config.param_dtype)
-        params = jax.tree_util.tree_map_with_path(
-            lambda path, x: x if _is_head(path) else jnp.asarray(x, dtype),
-            params,
-        )
-    kind = OPTIMIZERS[config.optimizer].adapters
-    if kind is not None:
-        key = jax.random.fold_in(jax.random.key(config.seed), 1)
-        return with_adapters(params, kind, config.rank or 1, key, draw)
-    return params if config.scan_layers else apart(params)
-
-
-def _is_head(path: tuple) -> bool:
-    return leaf_name(path).startswith("classifier/")

@@ -140,7 +140,7 @@ TUNING = Settings(
             *("text_columns", "label_column", "prompt"),
         }
     ),
-    fixed=FIXED | {"model", "task", "max_length", "seeds", "frozen"},
+    fixed=FIXED | {"model", "adapter", "task", "max_length", "seeds", "frozen"},
     implied=_implied,
     either=frozenset({"steps", "epochs"}),
 )

