@@ -151,13 +151,13 @@ def _decode(coded: Coded) -> jax.Array:
 def encode(array: jax.Array, like: Any) -> Any:
     """Returns an array in the format of ``like``; unchanged, if ``like`` is not coded.
 
-    With a seed in ``like``, codes are rounded up or down, and they, not their powers,
-    are right on average; otherwise to nearest. A value that is not finite becomes NaN
-    (0 in the packed format), and does not change its block. In the root format a value
-    above 0 never becomes 0, because second moments are divisors.
+    With a seed in ``like``, codes are rounded up or down, and are right on average;
+    otherwise to nearest. A value that is not finite becomes NaN (0 in the packed
+    format), and does not change its block. In the root format, for divisors, a negative
+    value becomes NaN too, and one above 0 never becomes 0.
 
     Args:
-        array: Values; not negative for the root format.
+        array: Values.
         like: Coded array of the same shape. The rounding takes its seed, and keeps its
             scales where possible.
     """
@@ -170,12 +170,12 @@ def encode(array: jax.Array, like: Any) -> Any:
 def _encode(array: jax.Array, like: Coded) -> Coded:
     kind = format_of(like)
     values = array.astype(jnp.float32)
-    is_finite = jnp.isfinite(values)
-    values = jnp.where(is_finite, values, 0)
+    is_number = jnp.isfinite(values) & ((values >= 0) | (kind != "root"))
+    values = jnp.where(is_number, values, 0)
     if kind == "signed":
         values = jnp.sign(values) * jnp.sqrt(jnp.abs(values))
     elif kind == "root":
-        values = jnp.sqrt(jnp.sqrt(jnp.maximum(values, 0)))
+        values = jnp.sqrt(jnp.sqrt(values))
     absmax = _block_maxima(jnp.abs(values), like.absmax.shape)
     if kind in _SEEDED:
         still = (absmax <= like.absmax) & (absmax >= _FILLED * like.absmax)
@@ -193,7 +193,7 @@ def _encode(array: jax.Array, like: Coded) -> Coded:
     if kind == "root":
         codes = jnp.maximum(codes, jnp.where(scaled > 0, 1, 0))
     if kind in _NAN:
-        codes = jnp.where(is_finite, codes, _NAN[kind])
+        codes = jnp.where(is_number, codes, _NAN[kind])
     if kind == "packed":
         return Coded(_packed(codes.astype(jnp.int8)), absmax)
     seed = like.seed + jnp.uint32(GOLDEN) if kind in _SEEDED else ()

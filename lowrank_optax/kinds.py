@@ -9,6 +9,8 @@ _KNOWN: dict[str, Kind] = {
     "mu": "first",  # Adam and its family, Lion, Muon
     "trace": "first",  # momentum
     "ema": "first",
+    "m1": "first",  # AdEMAMix
+    "m2": "first",
     "nu": "second",  # Adam and its family, RMS
     "nu_max": "second",  # AMSGrad
     "sum_of_squares": "second",  # Adagrad

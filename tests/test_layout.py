@@ -114,6 +114,7 @@ ORDER = [
     "storage.__init__",
     "storage.rounding",
     "storage.coded_arrays",
+    "storage.formats",
     "storage.low_bit",
     "storage.resize",
     "storage.allocation",

@@ -87,6 +87,31 @@ def test_any_optimizer_trains_as_by_hand():
     assert_close(found, params)
 
 
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_step_runs_line_by_line_without_jit(micro_batches):
+    """As one looks for a fault; what was compiled before goes on behind it."""
+    params, xs = random_like(SHAPES), batches(6)
+
+    def step():
+        return train_step(loss_fn, low_rank(2), micro_batches=micro_batches)
+
+    expected, _, metrics = trained(step(), params, xs)
+    seen = []
+
+    def watched(params, batch):
+        seen.append(type(params["up"]))
+        return loss_fn(params, batch)
+
+    eager = train_step(watched, low_rank(2), micro_batches=micro_batches)
+    with jax.disable_jit():
+        found, state, losses = trained(eager, params, xs[:4])
+    assert len(seen) >= 4 * micro_batches
+    found, _, more = trained(eager, found, xs[4:], state)
+    assert_close(found, expected, 1e-4)
+    for one, other in zip(losses + more, metrics, strict=True):
+        np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-4)
+
+
 def test_full_gradients_train_as_by_hand():
     """With refresh="full" the updates are those of full gradients, renewals too."""
     params, xs = random_like(SHAPES), batches(10)

@@ -9,6 +9,9 @@ from lowrank_optax.codes import is_coded, shape_of
 from lowrank_optax.kinds import Kind
 from lowrank_optax.matrix.arrays import leaf_name
 
+# Of SM3 nu is the momentum, of Sophia the curvature.
+_SIGNED = ("ScaleBySM3State", "SophiaState")
+
 
 class Moment(NamedTuple):
     """One array of the inner state with coordinates in a subspace.
@@ -88,6 +91,23 @@ def check_is_not_centered(state: Any, by: str) -> None:
             "optax.scale_by_stddev (rmsprop with centered=True) takes the root of "
             f"nu - mu^2, which is negative, and so not a number, where {by}; use "
             "optax.scale_by_rms."
+        )
+
+
+def check_is_not_signed(state: Any) -> None:
+    """Raises ValueError if a transformation calls something with both signs ``nu``.
+
+    Args:
+        state: Of an optimizer; arrays or their shapes.
+    """
+
+    def is_signed(node):
+        return type(node).__name__ in _SIGNED
+
+    for node in filter(is_signed, jax.tree.leaves(state, is_leaf=is_signed)):
+        raise ValueError(
+            f"{type(node).__name__}.nu has both signs, and nu is taken for a second "
+            'moment; give low_bit(..., moments={"nu": "first"}).'
         )
 
 

@@ -1,37 +1,19 @@
 """``low_bit``: the moments of any optimizer in 8 bits, bases in 8 or 4."""
 
-import dataclasses
-import math
-import zlib
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from lowrank_optax.binding.moments import check_is_not_centered, owner_and_field
-from lowrank_optax.binding.states import is_low_rank, low_rank_record, slots_of
+from lowrank_optax.binding.moments import check_is_not_centered, check_is_not_signed
 from lowrank_optax.checks import as_count, check_is_static
-from lowrank_optax.codes import (
-    Coded,
-    Format,
-    coded_like,
-    coded_record,
-    format_of,
-    is_coded,
-    shape_of,
-)
+from lowrank_optax.codes import is_coded
 from lowrank_optax.kinds import Kind, kinds_of
-from lowrank_optax.matrix.boxes import is_box, unboxed
-from lowrank_optax.projected import gradients_by_path
+from lowrank_optax.matrix.boxes import is_box
 from lowrank_optax.rules.budget import stored_as
-from lowrank_optax.storage.coded_arrays import decoded, encoded, first_encoded
-
-_MOMENTS: dict[str, Format] = {"first": "signed", "second": "root"}
-_BASES: dict[int, Format] = {8: "linear", 4: "packed"}
-_LEAST_BLOCK = 32
-_CODED_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+from lowrank_optax.storage.coded_arrays import decoded, encoded
+from lowrank_optax.storage.formats import Formats, is_stored
 
 
 def low_bit(
@@ -105,13 +87,15 @@ def low_bit(
 
     Returns:
         A transformation with the updates of ``optimizer``, up to the error of the
-        codes. A value that is not finite is coded as not a number; the other values of
-        the block do not change.
+        codes. A value that is not finite, and a second moment below zero, is coded as
+        not a number; the other values of the block do not change.
 
     Raises:
         ValueError: If a number is out of its range; in ``init``, if a transformation
-            takes the root of nu - mu^2 (``optax.scale_by_stddev``); in ``update``, if a
-            state holds other formats than these arguments give.
+            takes the root of nu - mu^2 (``optax.scale_by_stddev``), calls something
+            with both signs ``nu`` (``optax.sm3``), or has no known field of at least
+            ``min_size`` values but unknown ones; in ``update``, if a state holds other
+            formats than these arguments give.
 
     Example:
         >>> params = {"w": jnp.ones((512, 64))}
@@ -132,141 +116,51 @@ def low_bit(
         raise ValueError(f"basis_bits must be 8, 4 or None, got {basis_bits!r}.")
     check_is_static("seed", seed, '("seed",)', "draws depend on seed")
     block, min_size = as_count("block", block, 2), as_count("min_size", min_size)
-    rule = _Rule(bits, basis_bits, block, min_size, kinds_of(moments), seed)
+    formats = Formats(bits, basis_bits, block, min_size, kinds_of(moments), seed)
     inner = optax.with_extra_args_support(optimizer)
 
     def init(params):
-        with stored_as(rule.shapes):
+        if isinstance(params, optax.LookaheadParams):
+            raise ValueError(
+                "low_bit(optax.lookahead(...)): optax.lookahead hands on a part of the "
+                "parameters; give optax.lookahead(low_bit(...), ...)."
+            )
+        with stored_as(formats.shapes):
             state = inner.init(params)
         if bits:
             check_is_not_centered(state, "each is rounded by itself")
-        return rule.encoded(state, params)
+            if "nu" not in (moments or {}):
+                check_is_not_signed(state)
+            formats.check_knows(state, params)
+        return formats.encoded(state, params)
 
     def update(updates, state, params=None, **extra_args):
-        rule.check(state, updates)
-        floats = jax.tree.map(decoded, state, is_leaf=_is_array)
+        formats.check(state, updates)
+        floats = jax.tree.map(decoded, state, is_leaf=is_stored)
         updates, new_state = inner.update(updates, floats, params, **extra_args)
-        new_state = jax.tree.map(encoded, state, new_state, is_leaf=_is_array)
-        return updates, new_state
+        return updates, _stored(new_state, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _is_array(node: Any) -> bool:
-    """Returns whether a node is a leaf here; low-rank states decode themselves."""
-    return is_coded(node) or is_low_rank(node)
+def _stored(new_state: Any, state: Any) -> Any:
+    """Returns a state with each array in the format, or the dtype, that it had.
 
-
-class _Array(NamedTuple):
-    """One array of a state, and its format.
-
-    Attributes:
-        path: Key path of the array in the state.
-        node: Array, coded array, or their shapes.
-        kind: Format for the array's role; None: the array is never coded.
-        like: Shapes in this format; None: the array is too small, or never coded.
-        in_subspace: Whether the array's columns are those of a basis.
+    What was not there before, such as a measurement of ``optax.monitor``, stays.
     """
+    olds = dict(jax.tree.leaves_with_path(state, is_leaf=_is_node))
 
-    path: tuple
-    node: Any
-    kind: Format | None
-    like: Coded | None
-    in_subspace: bool
+    def stored(path, new):
+        old = olds.get(path)
+        if is_coded(old):
+            return encoded(old, new)
+        # Optax makes integers of an integer leaf's moments at the beginning alone.
+        if isinstance(old, jax.Array) and isinstance(new, jax.Array):
+            return new.astype(old.dtype)
+        return new
 
-
-@dataclasses.dataclass(frozen=True)
-class _Rule:
-    """The formats of a state's arrays; see :func:`low_bit`."""
-
-    bits: int | None
-    basis_bits: int | None
-    block: int
-    min_size: int
-    kinds: Mapping[str, Kind]
-    seed: int
-
-    def encoded(self, state: Any, params: Any) -> Any:
-        """Returns a float32 state with arrays encoded in the formats of this rule."""
-        likes = self._likes(state, params)
-
-        def encode_leaf(path, leaf):
-            like = likes.get(path)
-            if like is None:
-                return leaf
-            name = f"{self.seed}{jax.tree_util.keystr(path)}"
-            return first_encoded(leaf, like, zlib.crc32(name.encode()))
-
-        return jax.tree_util.tree_map_with_path(encode_leaf, state, is_leaf=is_box)
-
-    def shapes(self, state: Any, params: Any) -> Any:
-        """Returns the shapes of the result of :meth:`encoded`, from shapes."""
-        likes = self._likes(state, params)
-        return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: likes.get(path) or leaf, state, is_leaf=is_box
-        )
-
-    def _likes(self, state: Any, params: Any) -> dict[tuple, Coded | None]:
-        """Returns the coded shapes of each array, by its path."""
-        return {array.path: array.like for array in self._arrays(state, params)}
-
-    def check(self, state: Any, params: Any) -> None:
-        """Raises if a state was made under another rule."""
-        arrays = list(self._arrays(state, params))
-        has_codes = any(is_coded(array.node) for array in arrays)
-        for path, node, kind, like, in_subspace in arrays:
-            found = format_of(coded_record(node)) if is_coded(node) else None
-            # A coded array stays coded, even if a cut has made it small.
-            if found == (kind if like or found else None):
-                continue
-            # And one that was too small stays as it is, even if it has grown.
-            if found is None and in_subspace and has_codes:
-                continue
-            raise ValueError(
-                f"state{jax.tree_util.keystr(path)} is {found or 'float32'}, but "
-                f"low_bit with bits={self.bits}, basis_bits={self.basis_bits}, "
-                f"min_size={self.min_size} has {kind or 'float32'}; give low_bit the "
-                "arguments with which the state was made."
-            )
-
-    def _arrays(self, state: Any, params: Any) -> Iterator[_Array]:
-        owners, state = gradients_by_path(params).keys(), unboxed(state)
-        for prefix, node in jax.tree.leaves_with_path(state, is_leaf=_is_array):
-            if not is_low_rank(node):
-                yield self._array(prefix, node, self._moment(prefix, owners), False)
-                continue
-            node = low_rank_record(node)
-            slots = slots_of(node)
-            for path, leaf in jax.tree.leaves_with_path(node, is_leaf=is_coded):
-                if path[0] == _SUBSPACES:
-                    # A NamedTuple's field, or a mapping's key in flax.nnx.Optimizer.
-                    is_basis = jax.tree_util.keystr(path[-1:], simple=True) == "basis"
-                    kind = _BASES.get(self.basis_bits or 0) if is_basis else None
-                    yield self._array((*prefix, *path), leaf, kind, True)
-                else:
-                    owner, _ = owner_and_field(path, owners)
-                    kind = self._moment(path, owners)
-                    in_subspace = owner in slots
-                    yield self._array((*prefix, *path), leaf, kind, in_subspace)
-
-    def _moment(self, path, owners) -> Format | None:
-        _, field = owner_and_field(path, owners)
-        return _MOMENTS.get(self.kinds.get(field, "")) if self.bits else None
-
-    def _array(self, path, node, kind: Format | None, in_subspace: bool) -> _Array:
-        shape = shape_of(node)
-        is_wide = not is_coded(node) and node.dtype not in _CODED_DTYPES
-        is_large = math.prod(shape) >= self.min_size and not is_wide
-        if in_subspace:
-            tile = (self.block, 1)
-        else:
-            # Narrow rows share a block: their scales would take more than the codes.
-            width = shape[-1] if shape else 1
-            tile = (-(-min(_LEAST_BLOCK, self.block) // max(width, 1)), self.block)
-        like = None
-        if kind and shape and is_large:
-            like = coded_like(shape, tile, kind)
-        return _Array(path, node, kind, like, in_subspace)
+    return jax.tree_util.tree_map_with_path(stored, new_state, is_leaf=_is_node)
 
 
-_SUBSPACES = jax.tree_util.GetAttrKey("subspaces")
+def _is_node(node: Any) -> bool:
+    return is_stored(node) or is_box(node)

@@ -247,8 +247,11 @@ class TrainStep:
     def _compile(self, key: _Program, model: Model, state, batch, args) -> None:
         started = time.monotonic()
         program = jitted(self._step, self._placed, key.renews)
-        lowered = program.lower(model.params, model.carried, state, batch, args)
-        self._programs[key] = lowered.compile()
+        # Under jax.disable_jit() nothing is compiled: the step runs line by line.
+        if not getattr(jax.config, "jax_disable_jit"):  # noqa: B009
+            lowered = program.lower(model.params, model.carried, state, batch, args)
+            program = lowered.compile()
+        self._programs[key] = program
         self.compilations += 1
         self.compile_seconds += time.monotonic() - started
 
