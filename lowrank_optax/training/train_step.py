@@ -64,7 +64,7 @@ def train_step(
 
     Parameters and states on a mesh stay where they are; put each batch on the mesh. An
     optimizer's state in ``pinned_host`` memory comes to the devices around its uses
-    alone. Under ``jax.disable_jit()`` nothing is compiled, and a step runs line by line.
+    alone. Under ``jax.disable_jit()`` a step runs line by line, without a compilation.
 
     Args:
         loss_fn: (params, batch, \*args) -> scalar, or (scalar, aux). With a module of
