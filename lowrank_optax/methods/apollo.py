@@ -8,7 +8,7 @@ from lowrank_optax.matrix.dimension_numbers import DimensionNumbers
 from lowrank_optax.methods.optimizer import Mask, as_optimizer, checked_adam
 from lowrank_optax.rules.bases import BasisRule
 from lowrank_optax.rules.random_bases import RandomBasis, gaussian
-from lowrank_optax.rules.residual_scaled import Scaled
+from lowrank_optax.rules.residual_scaled import ScaledGradient
 from lowrank_optax.rules.schedules import every
 from lowrank_optax.transform import scale_by_low_rank
 
@@ -157,12 +157,7 @@ def scale_by_apollo(
         refresh=every(update_proj_gap),
         # Only norms are used, and those in another random subspace are alike.
         rebase="keep",
-        residual=Scaled(
-            growth,
-            decays=None if corrected else (b1, b2),
-            by_matrix=by_matrix,
-            whole=True,
-        ),
+        residual=ScaledGradient(growth, None if corrected else (b1, b2), by_matrix),
         dimension_numbers=dimension_numbers,
         scale=scale,
         seed=seed,
