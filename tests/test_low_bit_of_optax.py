@@ -90,8 +90,10 @@ def test_a_state_without_a_known_field_is_refused_by_the_names_that_it_has():
     kinds = {"m": "first", "v": "first", "n": "second"}
     state = low_bit(optax.adan(0.1), moments=kinds).init(PARAMS)
     assert len(paths(state)) == 6
-    # Nothing to be coded: no moments, or small ones.
+    # Nothing to be coded: no moments, factors of moments, or small ones.
     low_bit(optax.sgd(0.1)).init(PARAMS)
+    factored = optax.scale_by_factored_rms(min_dim_size_to_factor=2)
+    low_bit(factored).init({"w": jnp.ones((16, 64, 32))})
     lowrank_optax.low_bit(optax.adan(0.1)).init(PARAMS)
 
 

@@ -118,14 +118,16 @@ class Formats:
             )
 
     def check_knows(self, state: Any, params: Any) -> None:
-        """Raises if nothing is coded because no field of the state is known."""
+        """Raises if nothing is coded, for want of known fields like the parameters."""
         if any(self._likes(state, params).values()):
             return
-        owners, unknown = gradients_by_path(params), set()
+        shapes = {x: jnp.shape(leaf) for x, leaf in gradients_by_path(params).items()}
+        unknown = set()
         for path, leaf in jax.tree.leaves_with_path(unboxed(state), is_leaf=is_stored):
-            owner, field = owner_and_field(path, owners.keys())
-            is_unknown = owner is not None and field not in self.kinds
-            if is_unknown and not is_stored(leaf) and leaf.size >= self.min_size:
+            owner, field = owner_and_field(path, shapes.keys())
+            if is_stored(leaf) or owner is None or field in self.kinds:
+                continue
+            if leaf.shape == shapes[owner] and leaf.size >= self.min_size:
                 unknown.add(field)
         if unknown:
             raise ValueError(
