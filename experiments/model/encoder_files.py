@@ -11,7 +11,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import traverse_util
 
 from experiments.errors import UserError
@@ -33,8 +32,7 @@ from experiments.model.tensor_layout import (
     Names,
     TreePath,
     by_layer,
-    flipped,
-    is_stacked,
+    read_leaf,
     stored_shapes,
     stored_tensors,
 )
@@ -112,8 +110,7 @@ def load_encoder(
         if names[0] not in tensors:
             absent.append(path)
             continue
-        parts = [flipped(path, tensors[name].read()).astype(dtype) for name in names]
-        leaves[path] = jnp.asarray(np.stack(parts) if is_stacked(path) else parts[0])
+        leaves[path] = read_leaf(path, names, lambda x: tensors[x].read(), dtype)
 
     # The compiler leaves out the draws of what is there.
     @jax.jit

@@ -1,10 +1,10 @@
 """LLaMA weights from a GGUF file, dequantized by the package ``gguf``."""
 
+import functools
 import importlib
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
@@ -12,7 +12,7 @@ from experiments.data.gguf_reader import GgufFile, open_gguf
 from experiments.errors import UserError
 from experiments.model.llama import Params
 from experiments.model.shape import LlamaConfig
-from experiments.model.tensor_layout import flipped, is_stacked, names_of, shapes_of
+from experiments.model.tensor_layout import names_of, read_leaf, shapes_of
 
 _TENSORS: dict[tuple[str, ...], str] = {
     ("embedding",): "token_embd.weight",
@@ -66,12 +66,12 @@ def load_gguf(path: str | Path) -> tuple[LlamaConfig, Params]:
         tensor = _dequantized(file, name)
         if place[-1] in heads:
             tensor = _halves_of_heads(tensor, heads[place[-1]])
-        return flipped(place, tensor)
+        return tensor
 
-    params = {}
-    for place, names in names_of(config, _TENSORS).items():
-        leaf = [read(place, name) for name in names]
-        params[place] = jnp.asarray(np.stack(leaf) if is_stacked(place) else leaf[0])
+    params = {
+        place: read_leaf(place, names, functools.partial(read, place))
+        for place, names in names_of(config, _TENSORS).items()
+    }
     return config, traverse_util.unflatten_dict(params)
 
 

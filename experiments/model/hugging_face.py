@@ -26,9 +26,8 @@ from experiments.model.safetensors_files import (
 from experiments.model.shape import LlamaConfig
 from experiments.model.tensor_layout import (
     Names,
-    flipped,
-    is_stacked,
     names_of,
+    read_leaf,
     shapes_of,
     stored_tensors,
 )
@@ -75,14 +74,11 @@ def load_llama(directory: str | Path) -> tuple[LlamaConfig, Params]:
         return load_gguf(directory)
     config, tensors = _opened(Path(directory))
 
-    def read(path, name):
-        tensor = flipped(path, tensors[name].read())
-        return tensor.astype(jnp.dtype(config.param_dtype))
-
-    params = {}
-    for path, names in tensor_names(config).items():
-        leaf = [read(path, name) for name in names]
-        params[path] = jnp.asarray(np.stack(leaf) if is_stacked(path) else leaf[0])
+    dtype = jnp.dtype(config.param_dtype)
+    params = {
+        path: read_leaf(path, names, lambda name: tensors[name].read(), dtype)
+        for path, names in tensor_names(config).items()
+    }
     return config, traverse_util.unflatten_dict(params)
 
 

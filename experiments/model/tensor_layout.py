@@ -4,10 +4,11 @@ Ours are (in, out), one stack per kind of kernel. A table names the tensors of a
 path in our tree to name in the file, where {} is the layer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
@@ -69,6 +70,24 @@ def stored_tensors(params: Any, names: Names) -> dict[str, np.ndarray]:
         for name, part in zip(of_layers, parts, strict=True):
             tensors[name] = flipped(path, part)
     return tensors
+
+
+def read_leaf(
+    path: TreePath,
+    of_layers: list[str],
+    read: Callable[[str], np.ndarray],
+    dtype: Any = np.float32,
+) -> jax.Array:
+    """Returns a leaf of our tree from the tensors of a file.
+
+    Args:
+        path: Of the leaf.
+        of_layers: Names of its tensors.
+        read: Name -> tensor.
+        dtype: Of the leaf.
+    """
+    parts = [flipped(path, read(name)).astype(dtype) for name in of_layers]
+    return jnp.asarray(np.stack(parts) if is_stacked(path) else parts[0])
 
 
 def is_stacked(path: TreePath) -> bool:
