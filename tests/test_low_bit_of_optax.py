@@ -26,6 +26,7 @@ OPTIMIZERS = {
     "sm3": optax.sm3(0.1),
     "yogi": optax.yogi(0.1),
 }
+SLOW = ("adabelief", "adamax", "amsgrad", "lamb", "radam", "rmsprop", "yogi")
 # Beside what low_bit knows.
 MOMENTS = {"sm3": {"nu": "first"}}
 
@@ -39,7 +40,13 @@ def paths(state):
     return {jax.tree_util.keystr(path) for path, leaf in found if is_coded(leaf)}
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in SLOW else ())
+        for name in OPTIMIZERS
+    ],
+)
 def test_updates_are_nearly_those_in_float32(name):
     plain = OPTIMIZERS[name]
     coded = low_bit(plain, moments=MOMENTS.get(name))
