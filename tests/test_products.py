@@ -308,3 +308,21 @@ def test_sums_over_a_batch_of_half_precision_are_in_float32():
     actual = found["w"].coordinates
     assert jnp.any(actual != 0)
     np.testing.assert_allclose(actual, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(8, 12), (12, 8)], ids=["wide", "tall"])
+@pytest.mark.parametrize("side", ["short", "long"])
+def test_half_precision_has_as_many_axes_as_its_batches(shape, side):
+    """XLA's CPU backend has not every product of them into float32."""
+    params = random_like({"w": shape, "v": (3, *shape)})
+    x = random_like({"x": (3, 2, 5, shape[0])}, 1)["x"].astype(jnp.bfloat16)
+
+    def function(params, x):
+        one = x @ params["w"].astype(jnp.bfloat16)
+        own = jnp.einsum("ebti,eio->ebto", x, params["v"].astype(jnp.bfloat16))
+        return sum(jnp.mean(jnp.sin(y.astype(jnp.float32)) ** 2) for y in (one, own))
+
+    for granularity in (1, 2):
+        optimizer = low_rank(2, side=side, granularity=granularity)
+        # 8 bits of precision in each product.
+        assert_projected(optimizer, function, params, x, rounding=2e-2)

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
 
 import lowrank_optax
 from lowrank_optax import train_step
@@ -499,6 +500,37 @@ def test_no_step_waits_for_the_last_two(monkeypatch):
             params, state, _ = step(params, state, x)
             steps.append(x)
     assert read == [(number, number - 3) for number in range(3, 9)]
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize(
+    "cut", [("fsdp", None), (None, "fsdp")], ids=["rows", "columns"]
+)
+def test_bases_are_renewed_from_sketches_on_an_explicit_mesh(cut, micro_batches):
+    """As on an automatic one; svd takes no matrix that is cut explicitly."""
+
+    def run(mode):
+        mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(mode, mode))
+
+        def loss(params, x):
+            w = params["w"]
+            if mode == AxisType.Explicit:
+                w = jax.sharding.reshard(w, jax.P())
+            return jnp.mean(jnp.sin(x @ w) ** 2)
+
+        with jax.set_mesh(mesh):
+            place = jax.NamedSharding(mesh, jax.P(*cut))
+            params = jax.device_put(random_like({"w": (8, 20)}), place)
+            rows = jax.NamedSharding(mesh, jax.P(("data", "fsdp")))
+            xs = jax.device_put(batches(4, (16, 8)), rows)
+            step = train_step(loss, low_rank(2), micro_batches=micro_batches)
+            params, state, _ = trained(step, params, xs)
+            assert params["w"].sharding.spec == place.spec
+            assert {count for _, count in ages(state)} == {2}
+        return np.asarray(params["w"])
+
+    # Sums in another order, and Adam's roots of them.
+    assert_close(run(AxisType.Explicit), run(AxisType.Auto), 1e-4)
 
 
 def test_a_state_on_a_mesh_stays_there():

@@ -43,6 +43,10 @@ def contract(
         return tuple(list(own).index(label) for label in wanted)
 
     common = jnp.promote_types(first.dtype, second.dtype)
+    are_matrices = not batch and len(summed) == 1 == first.ndim - 1 == second.ndim - 1
+    if common.itemsize < 4 and not are_matrices and jax.default_backend() == "cpu":
+        # XLA's CPU backend has few products of half precision into float32.
+        common = jnp.promote_types(common, dtype or common)
     found = jax.lax.dot_general(
         first.astype(common),
         second.astype(common),

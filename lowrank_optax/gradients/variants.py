@@ -14,6 +14,7 @@ from lowrank_optax.gradients.evaluation import evaluated
 from lowrank_optax.gradients.leaves import ProjectedLeaf
 from lowrank_optax.matrix.arrays import leaf_name
 from lowrank_optax.matrix.boxes import leaves_by_path, unboxed
+from lowrank_optax.matrix.sharding import with_automatic_axes
 from lowrank_optax.parts import check_subspace_is_enough
 from lowrank_optax.projected import Projected, Sketch
 from lowrank_optax.renewal import renewed_everywhere
@@ -108,10 +109,13 @@ class SubspaceValueAndGrad:
         def stand_in(path, _):
             return sketches.get(leaf_name(path), Projected(None))
 
+        def renewed(gradients, state):
+            return renewed_everywhere(
+                gradients, state, params, binding, kept=lambda parts: parts.is_random
+            )
+
         gradients = jax.tree_util.tree_map_with_path(stand_in, unboxed(params))
-        return renewed_everywhere(
-            gradients, state, params, binding, kept=lambda parts: parts.is_random
-        )
+        return with_automatic_axes(renewed, state, gradients, state)
 
     def refresh_due(self, params: Any, state: Any, ahead: int = 0) -> jax.Array:
         """Returns whether the next update has to renew a computed basis.

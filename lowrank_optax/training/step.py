@@ -204,7 +204,9 @@ class Step:
         first = jax.tree.map(lambda x: x[0], (numbers, cut))
         behind, *_, shapes = jax.eval_shape(of_one, carried, state, *first)
         check_same_variables(carried, behind)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), shapes
+        )
         (carried, state, (summed, sketches, weight)), aux = jax.lax.scan(
             add, (carried, state, zeros), (numbers, cut)
         )
