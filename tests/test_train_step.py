@@ -579,17 +579,40 @@ def test_new_shapes_compile_and_are_told(caplog):
         assert not caplog.records
         trained(step, params, batches(2, (6, 8)), state)
     assert [record.getMessage() for record in caplog.records] == [
-        "compiling for batches of new shapes (number 1): (6, 8)"
+        "compiling for new shapes (number 1): batch: float32[6, 8] after float32[12, 8]"
     ]
 
 
 def test_new_shapes_may_be_refused():
     step = train_step(loss_fn, low_rank(), new_shapes="refuse")
     params, state, _ = trained(step, random_like(SHAPES), batches(2))
-    with pytest.raises(ValueError, match=r"new shapes, \(6, 8\).*pad the batch"):
+    with pytest.raises(ValueError, match=r"batch: .*\[6, 8\] after.*pad the batch"):
         step(params, state, batches(1, (6, 8))[0])
     # Nothing is lost: the next batch trains.
     step(params, state, batches(1)[0])
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        ((jnp.float32(1), {"b": 1.0}), r"argument 1: float32\[\] after .*of a Python"),
+        ((1.0, {"b": jnp.int8(1)}), r"argument 2\['b'\]: int8\[\] after float32\[\]"),
+        ((1.0, {"c": 1.0}), "batch and arguments: another structure"),
+    ],
+)
+def test_what_is_new_is_named(others, message):
+    """A batch of the same shape is not to be padded."""
+
+    def loss(params, x, factor, more):
+        return factor * loss_fn(params, x) * sum(more.values())
+
+    step = train_step(loss, low_rank(), new_shapes="refuse")
+    params, x = random_like(SHAPES), batches(1)[0]
+    state = step.init(params)
+    for _ in range(2):
+        params, state, _ = step(params, state, x, 1.0, {"b": 1.0})
+    with pytest.raises(ValueError, match=f"{message}.*give all steps the same"):
+        step(params, state, x, *others)
 
 
 def test_a_refused_use_is_named_and_may_get_its_full_gradient():

@@ -412,6 +412,10 @@ UNSUPPORTED = {
         lambda p, x: squares(x @ (p["w"] * jnp.eye(8, 12))),
         r"\['w'\] is used entry by entry, by mul, and then by dot_general, where",
     ),
+    "beside one that could be used so": (
+        lambda p, x: squares(jnp.tanh(p["w"][:5]).T @ p["heads"][0]),
+        r"^\['w'\] is used entry by entry, by tanh, and then by dot_general, where",
+    ),
     "in a function of a matrix": (
         lambda p, x: squares(x @ jnp.cumsum(p["w"], 0)),
         r"\['w'\] is used by cumsum, where",

@@ -188,8 +188,9 @@ def unsupported(
     names = names_of(inputs)
     how = next((x.first for x in inputs if isinstance(x, Entries)), None)
     by = f"entry by entry, by {how}, and then " if how else ""
+    verb = "are" if len(names) > 1 else "is"
     return UnsupportedError(
-        f"{' and '.join(names)} is used {by}by {equation.primitive.name}"
+        f"{' and '.join(names)} {verb} used {by}by {equation.primitive.name}"
         f"{why and ', ' + why}, where the projected gradient cannot be computed "
         "without the full gradient. Use the parameter in products (jnp.dot, @, einsum, "
         "dot_general), in lookups or in penalties, or ask for the full gradient: "

@@ -93,7 +93,9 @@ def _used(equation: core.JaxprEqn, inputs: list[Any]) -> tuple[list[Any], list[A
     try:
         return entry_by_entry(equation, inputs), inputs
     except Refused:
-        culprits = reason.inputs or inputs
+        # The others could be used so.
+        changed = [x for x in inputs if isinstance(x, Entries)]
+        culprits = changed or reason.inputs or inputs
         raise unsupported(equation, culprits, reason.why) from None
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
-import numpy as np
 import optax
 
 from lowrank_optax.binding.optimizer import bind
@@ -15,7 +14,7 @@ from lowrank_optax.training.accumulate import check_accumulates_outside
 from lowrank_optax.training.modules import Model, put_together, taken_apart
 from lowrank_optax.training.placed import Placed, mesh_of, on_mesh, placed_of, whole_on
 from lowrank_optax.training.renewals import AHEAD, Renewals
-from lowrank_optax.training.shapes import shapes_of
+from lowrank_optax.training.shapes import first_difference, shapes_of
 from lowrank_optax.training.step import Step, TrainState, jitted
 
 _log = logging.getLogger(__name__)
@@ -122,7 +121,7 @@ class TrainStep:
         renews = self._next(model, state)
         key = _Program(renews, shapes_of((batch, args)))
         if key not in self._programs:
-            self._say_new_shapes(key, batch)
+            self._say_new_shapes(key, batch, args)
             self._compile(key, model, state, batch, args)
         # If the step fails, the next one reads its state anew.
         self._last = None
@@ -255,16 +254,28 @@ class TrainStep:
         self.compilations += 1
         self.compile_seconds += time.monotonic() - started
 
-    def _say_new_shapes(self, key: _Program, batch: Any) -> None:
+    def _say_new_shapes(self, key: _Program, batch: Any, args: Any) -> None:
         """Tells or refuses a batch of new shapes; of the first shapes nothing."""
         if not self._programs or any(x.batch == key.batch for x in self._programs):
             return
-        known = len({program.batch for program in self._programs})
-        what = jax.tree.map(lambda x: tuple(np.shape(x)), batch)
+        known = list(dict.fromkeys(program.batch for program in self._programs))
+        path, told, is_of_size = first_difference((batch, args), known[-1])
+        what = f"{_name(path)}: {told}"
         if self._new_shapes == "refuse":
+            way = "pad the batch" if is_of_size else "give all steps the same"
             raise ValueError(
-                f"a batch of new shapes, {what}: train_step(..., "
-                "new_shapes='refuse') compiles for the first shapes alone; pad the "
-                "batch, or leave new_shapes out."
+                f"{what}: train_step(..., new_shapes='refuse') compiles for the first "
+                f"shapes alone; {way}, or leave new_shapes out."
             )
-        _log.warning("compiling for batches of new shapes (number %d): %s", known, what)
+        _log.warning("compiling for new shapes (number %d): %s", len(known), what)
+
+
+def _name(path: tuple) -> str:
+    """Returns how a leaf of (batch, further arguments) is called."""
+    if not path:
+        return "batch and arguments"
+    which, *inside = path
+    if which.idx == 0:
+        return f"batch{jax.tree_util.keystr(tuple(inside))}"
+    number, *inside = inside
+    return f"argument {number.idx + 1}{jax.tree_util.keystr(tuple(inside))}"
