@@ -98,6 +98,7 @@ def low_bit(
             formats than these arguments give.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> params = {"w": jnp.ones((512, 64))}
         >>> state = low_bit(optax.scale_by_adam()).init(params)
         >>> state.mu["w"].codes.dtype, state.mu["w"].absmax.shape
