@@ -17,13 +17,15 @@ RESULTS = Path(__file__).resolve().parents[2] / "benchmarks/results"
 H200 = tuple(f"tuning-h200/{name}" for name in ("glue", *map("glue-{}".format, _PARTS)))
 ANSWERS = ("tuning-h200/smollm2", "tuning-h200/smollm2-second")
 CPU = ("tuning-cpu/threshold",)
+# Seeds that the time on the accelerator did not reach, behind its own.
+GLUE = (*H200, "tuning-cpu/glue")
 
 Rows = Iterator[list[str]]
 
 
 def tasks() -> Rows:
     suite = SUITES["glue-small"]
-    records = _once([x for x in _records(H200) if x["suite"] == "glue-small"])
+    records = _once([x for x in _records(GLUE) if x["suite"] == "glue-small"])
     methods = [c.name for c in suite.contenders]
     methods = [x for x in methods if x in {record["method"] for record in records}]
     yield [
