@@ -43,7 +43,7 @@ def contract(
         return tuple(list(own).index(label) for label in wanted)
 
     common = jnp.promote_types(first.dtype, second.dtype)
-    are_matrices = not batch and len(summed) == 1 == first.ndim - 1 == second.ndim - 1
+    are_matrices = first.ndim == second.ndim == 2 and len(summed) == 1 and not batch
     if common.itemsize < 4 and not are_matrices and jax.default_backend() == "cpu":
         # XLA's CPU backend has few products of half precision into float32.
         common = jnp.promote_types(common, dtype or common)
