@@ -78,7 +78,7 @@ def read_leaf(
     read: Callable[[str], np.ndarray],
     dtype: Any = np.float32,
 ) -> jax.Array:
-    """Returns a leaf of our tree from the tensors of a file.
+    """Returns a leaf of our tree from the tensors of a file; a stack is (layers, ...).
 
     Args:
         path: Of the leaf.

@@ -23,7 +23,7 @@ def with_rank_of_adapter(config: TuningConfig) -> TuningConfig:
     Raises:
         UserError: If the adapter cannot be read, or ``--rank`` is another one.
     """
-    if not _goes_on(config) or config.adapter is None:
+    if config.adapter is None or not _goes_on(config):
         return config
     rank = rank_of_adapter(config.adapter)
     if config.rank not in (None, rank):
@@ -75,6 +75,7 @@ def start(work: EncoderWork | AnswerWork) -> Any:
 
 
 def _goes_on(config: TuningConfig) -> bool:
+    """Returns whether an adapter is trained, and not merged."""
     return OPTIMIZERS[config.optimizer].adapters == "lora"
 
 

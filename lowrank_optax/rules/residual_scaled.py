@@ -14,7 +14,6 @@ from lowrank_optax.rules.residual import OfFullGradients, Pieces
 
 # b1 and b2 of Adam.
 Decays = tuple[jax.typing.ArrayLike, jax.typing.ArrayLike]
-Axes = int | tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +33,11 @@ class _Limited(OfFullGradients):
         return zeros_beside(leaf, view.stack, jnp.float32, stack_axes(view))
 
     def limited(
-        self, part: jax.Array, axes: Axes, pieces: Pieces, state: jax.Array
+        self,
+        part: jax.Array,
+        axes: int | tuple[int, int],
+        pieces: Pieces,
+        state: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
         """Returns limited(phi part), like the leaf, and its norm; (*stack,).
 

@@ -29,10 +29,11 @@ _MOMENTS: dict[str, Format] = {"first": "signed", "second": "root"}
 _BASES: dict[int, Format] = {8: "linear", 4: "packed"}
 _LEAST_BLOCK = 32
 _CODED_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+_SUBSPACES = jax.tree_util.GetAttrKey("subspaces")
 
 
 def is_stored(node: Any) -> bool:
-    """Returns whether a node is a leaf here; low-rank states decode themselves."""
+    """Returns whether a node is a coded array, or a low-rank state with its own."""
     return is_coded(node) or is_low_rank(node)
 
 
@@ -75,7 +76,7 @@ class Formats:
     seed: int
 
     def encoded(self, state: Any, params: Any) -> Any:
-        """Returns a float32 state with arrays encoded in the formats of this rule."""
+        """Returns a float32 state with arrays encoded in these formats."""
         likes = self._likes(state, params)
 
         def encode_leaf(path, leaf):
@@ -99,7 +100,7 @@ class Formats:
         return {array.path: array.like for array in self._arrays(state, params)}
 
     def check(self, state: Any, params: Any) -> None:
-        """Raises if a state was made under another rule."""
+        """Raises if a state was made with other formats."""
         arrays = list(self._arrays(state, params))
         has_codes = any(is_coded(array.node) for array in arrays)
         for path, node, kind, like, in_subspace in arrays:
@@ -174,6 +175,3 @@ class Formats:
         if kind and shape and is_large:
             like = coded_like(shape, tile, kind)
         return _Array(path, node, kind, like, in_subspace)
-
-
-_SUBSPACES = jax.tree_util.GetAttrKey("subspaces")
